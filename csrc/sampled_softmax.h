@@ -1,0 +1,42 @@
+// The problem and its gradients as plain structs, free of PyTorch, so that a kernel can be compiled
+// and read on its own. Letters as in dwl_kernels/backends/eager.py.
+#pragma once
+
+#include <cstdint>
+
+namespace dwl {
+
+// Matrices are dense and row-major. A pointer marked "or null" may be absent.
+template <typename T>
+struct Problem {
+  int64_t rows;        // B
+  int64_t candidates;  // N
+  int64_t dim;         // D
+  const T* query;      // [B, D]
+  const T* positive;   // [B, D], or null: the positive of row i is candidate i (in-batch)
+  const T* candidate;  // [N, D]
+  const T* tau;        // [B] temperature
+  const T* coefficient;            // [B] a_i / r_i, what row i weighs in the gradients
+  const T* positive_log_q;         // [B], nats, or null
+  const T* candidate_log_q;        // [N], nats, or null
+  const int64_t* positive_ids;     // [B], or null; a candidate of the same id is a hit
+  const int64_t* candidate_ids;    // [N], or null
+  const bool* active;              // [B], or null: false marks padding, never read or written
+  bool refined;                    // correction of arXiv 2507.09331 instead of the standard one
+};
+
+// What is not wanted is null and is not computed.
+template <typename T>
+struct Gradients {
+  T* row_loss;   // [B] r_i l_i, 0 for padding
+  T* query;      // [B, D], or null
+  T* positive;   // [B, D], or null; of the in-batch positive it goes to `candidate`
+  T* candidate;  // [N, D], or null
+};
+
+// Solves the problem on `threads` threads of a CPU. The result depends on `threads` only by
+// rounding, and is bitwise the same from run to run.
+template <typename T>
+void sampled_softmax_cpu(const Problem<T>& problem, const Gradients<T>& gradients, int threads);
+
+}  // namespace dwl

@@ -1,0 +1,148 @@
+"""From a validated problem to a differentiable loss.
+
+One registered op, ``dwl_kernels::softmax_loss``, solves a problem on any backend: it returns the
+loss and, in the same call, the gradients that are wanted. A scalar loss keeps those gradients until
+`backward` multiplies them by the upstream gradient. The rows of reduction "none" have no gradients
+until their upstream gradient is known, so `backward` calls the op once more with it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dwl_kernels import backends
+from dwl_kernels.problem import Output, Problem, Wanted
+
+# The fields of `Problem` in their order, then the call.
+_SCHEMA = """softmax_loss(
+    Tensor query, Tensor? positive, Tensor candidates,
+    Tensor? positive_log_q, Tensor? candidate_log_q,
+    Tensor? positive_ids, Tensor? candidate_ids,
+    Tensor? domain_ids, Tensor? domain_weights, Tensor? example_weights,
+    Tensor? temperature, float tau, str correction, str reduction,
+    Tensor? row_grad, bool[] wanted, str backend
+) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"""
+_NUM_FIELDS = 14
+
+_library = torch.library.Library("dwl_kernels", "DEF")
+_library.define(_SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def softmax_loss(problem: Problem, backend: str = "auto") -> Tensor:
+    """The loss of `problem`, ``[]`` or ``[B]``, attached to the autograd graph."""
+    backends.check_name(backend)
+    fields = _fields(problem)
+    wanted = Wanted(*(torch.is_grad_enabled() and _requires_grad(t) for t in _sources(problem)))
+    if any(wanted):
+        return _SoftmaxLoss.apply(*fields, wanted, backend)
+    return torch.ops.dwl_kernels.softmax_loss(*fields, None, wanted, backend)[0]
+
+
+class _SoftmaxLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        *fields, wanted, backend = args
+        problem = Problem(*fields)
+        ctx.wanted, ctx.backend = wanted, backend
+        ctx.reduction = problem.reduction
+        ctx.set_materialize_grads(False)
+        if problem.reduction == "none":
+            loss, *_ = torch.ops.dwl_kernels.softmax_loss(*fields, None, (False,) * 5, backend)
+            ctx.save_for_backward(*(f for f in fields if f is None or isinstance(f, Tensor)))
+            ctx.constants = [f for f in fields if f is not None and not isinstance(f, Tensor)]
+            return loss
+        loss, *gradients = torch.ops.dwl_kernels.softmax_loss(*fields, None, wanted, backend)
+        ctx.save_for_backward(*(g if w else None for g, w in zip(gradients, wanted, strict=True)))
+        ctx.dtypes = [None if t is None else t.dtype for t in _sources(problem)]
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        (grad,) = upstream
+        nothing = (None,) * (_NUM_FIELDS + 2)
+        if grad is None:
+            return nothing
+        gradients: list[Tensor | None]
+        if ctx.reduction == "none":
+            fields = [*ctx.saved_tensors, *ctx.constants]
+            sources = _sources(Problem(*fields))
+            _, *gradients = torch.ops.dwl_kernels.softmax_loss(
+                *fields, grad.contiguous(), ctx.wanted, ctx.backend
+            )
+            gradients = [
+                g.to(t.dtype) if w else None
+                for g, t, w in zip(gradients, sources, ctx.wanted, strict=True)
+            ]
+        else:
+            gradients = [
+                None if g is None else scaled(g, grad, dtype)
+                for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+            ]
+        query, positive, candidates, temperature, domain_weights = gradients
+        return (
+            *(query, positive, candidates, None, None, None, None, None),
+            *(domain_weights, None, temperature),
+            *nothing[11:],
+        )
+
+
+def scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+    """``gradient * upstream``, out of place so that backward may run twice.
+
+    The product is made in float32: a loss scaler's 65536 is infinite in float16.
+    """
+    if gradient.dtype in (torch.float32, torch.float64):
+        return (gradient * upstream).to(dtype)
+    return (gradient.float() * upstream).to(dtype)
+
+
+def _fields(problem: Problem) -> tuple[Any, ...]:
+    p = problem
+    return (
+        *(p.query, p.positive, p.candidates, p.positive_log_q, p.candidate_log_q),
+        *(p.positive_ids, p.candidate_ids, p.domain_ids, p.domain_weights, p.example_weights),
+        *(p.temperature, p.tau, p.correction, p.reduction),
+    )
+
+
+def _sources(p: Problem) -> tuple[Tensor | None, ...]:
+    """The tensors of `Wanted`, in its order."""
+    return p.query, p.positive, p.candidates, p.temperature, p.domain_weights
+
+
+def _requires_grad(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.requires_grad
+
+
+def _solve(*args: Any) -> tuple[Tensor, ...]:
+    *fields, row_grad, wanted, backend = args
+    problem = Problem(*fields)
+    solve = backends.pick(backend, problem)
+    output = solve(problem, Wanted(*wanted), row_grad)
+    # An op cannot return None; a gradient that is not wanted is an empty tensor.
+    return tuple(problem.query.new_empty(0) if t is None else t for t in output)
+
+
+def _fake(*args: Any) -> tuple[Tensor, ...]:
+    *fields, _row_grad, wanted, _backend = args
+    problem = Problem(*fields)
+    rows = (problem.query.shape[0],) if problem.reduction == "none" else ()
+    loss = problem.query.new_empty(rows, dtype=problem.accumulate)
+    dtypes = (*(problem.gradient,) * 3, *(problem.accumulate,) * 2)
+    gradients = Output(
+        loss,
+        *(
+            source.new_empty(source.shape, dtype=dtype) if want and source is not None else None
+            for source, want, dtype in zip(_sources(problem), wanted, dtypes, strict=True)
+        ),
+    )
+    return tuple(problem.query.new_empty(0) if t is None else t for t in gradients)
+
+
+_library.impl("softmax_loss", _solve, "CompositeExplicitAutograd")
+torch.library.register_fake("dwl_kernels::softmax_loss", _fake)

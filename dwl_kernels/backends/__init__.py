@@ -1,0 +1,71 @@
+"""Backends: functions from a problem and the wanted gradients to an `Output`.
+
+They are interchangeable, and each is tested against `eager` in float64.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from typing import Literal, get_args
+
+from torch import Tensor
+
+from dwl_kernels.backends import chunked, eager, native
+from dwl_kernels.problem import Output, Problem, Wanted
+
+Backend = Literal["auto", "eager", "chunked", "cpu"]
+NAMES = tuple(name for name in get_args(Backend) if name != "auto")
+
+Solve = Callable[[Problem, Wanted, Tensor | None], Output]
+_SOLVE: dict[str, Solve] = {"eager": eager.solve, "chunked": chunked.solve, "cpu": native.solve}
+_AUTO = {"cpu": ("cpu", "chunked")}
+
+_warned: set[str] = set()
+
+
+def check_name(name: str) -> None:
+    if name != "auto" and name not in NAMES:
+        raise ValueError(f"backend is {name!r}; wanted one of {('auto', *NAMES)}")
+
+
+def why_not(name: str, device_type: str) -> str | None:
+    """Why backend `name` cannot run on such a device here and the mend; None where it can."""
+    if name == "cpu":
+        if device_type != "cpu":
+            return f"it runs on CPU tensors, and these are on {device_type}"
+        return native.why_not()
+    return None
+
+
+def pick(name: str, problem: Problem) -> Solve:
+    """The backend that a call runs on.
+
+    Raises:
+        RuntimeError: the backend asked for by name cannot run; the message says why and the mend.
+    """
+    if name == "auto":
+        name = os.environ.get("DWL_KERNELS_BACKEND", "auto")
+        check_name(name)
+    device = problem.query.device.type
+    if name != "auto":
+        reason = why_not(name, device)
+        if reason is not None:
+            raise RuntimeError(f"backend {name!r} cannot run: {reason}")
+        if name == "cpu" and not native.takes(problem):
+            raise RuntimeError(f"backend {name!r} does not take {problem.query.dtype}")
+        return _SOLVE[name]
+    for candidate in _AUTO.get(device, ("chunked",)):
+        if candidate == "cpu" and not native.takes(problem):
+            continue
+        reason = why_not(candidate, device)
+        if reason is None:
+            return _SOLVE[candidate]
+        if candidate not in _warned:
+            _warned.add(candidate)
+            warnings.warn(
+                f"dwl_kernels: backend {candidate!r} cannot run, a slower one does: {reason}",
+                stacklevel=2,
+            )
+    return chunked.solve

@@ -1,0 +1,90 @@
+"""Pure PyTorch over blocks of rows: bounded memory on every device that PyTorch runs on.
+
+The formulas are those of `eager`, a block of rows at a time, in place where `eager` makes a copy.
+A block keeps its logits from the forward to the backward, so nothing is computed twice, and the
+products are the three that any implementation must do, through the vendor's BLAS.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dwl_kernels.backends import eager
+from dwl_kernels.problem import Output, Problem, Wanted
+
+# Logits kept at once. On a CPU a block that stays in the cache of a core beats a larger one; a GPU
+# wants products that fill it.
+BLOCK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 26}
+
+
+def solve(
+    problem: Problem,
+    wanted: Wanted,
+    row_grad: Tensor | None = None,  # [B], gradient of the row losses of reduction "none"
+) -> Output:
+    """The loss and the wanted gradients, with a block of the logits in memory at a time."""
+    weights = problem.row_weights()
+    query, positive, candidates = eager.embeddings(problem, weights)
+    tau = problem.temperatures()[:, None]  # [B, 1]
+    coefficients = eager.row_coefficients(weights, row_grad)[:, None]  # [B, 1]
+    refined = problem.correction == "refined"
+    masks = problem.in_batch or problem.positive_ids is not None
+
+    want_query = wanted.query or wanted.temperature
+    want_positive = wanted.positive or (wanted.candidates and problem.in_batch)
+    row_loss = query.new_empty(len(query))
+    d_query = torch.empty_like(query) if want_query else None
+    d_positive = torch.empty_like(positive) if want_positive else None
+    d_candidates = torch.zeros_like(candidates) if wanted.candidates else None
+
+    n = max(len(candidates), 1)
+    step = max(BLOCK_ELEMENTS.get(query.device.type, 1 << 22) // n, 1)
+    for start in range(0, len(query), step):
+        rows = slice(start, min(start + step, len(query)))
+        scaled = query[rows] / tau[rows]
+        z = scaled @ candidates.T
+        if problem.candidate_log_q is not None:
+            z -= problem.candidate_log_q
+        count = torch.full_like(tau[rows, 0], len(candidates))
+        if masks:
+            excluded = eager.excluded_candidates(problem, weights, rows.start, rows.stop)
+            z.masked_fill_(excluded, -torch.inf)
+            if refined:
+                count -= excluded.sum(1)
+            del excluded
+        z_positive = (scaled * positive[rows]).sum(1)
+        lse = z_candidates = z.logsumexp(1)
+        a = coefficients[rows]
+        if refined:
+            log_q = None if problem.positive_log_q is None else problem.positive_log_q[rows]
+            lse, r = eager.refine(z_candidates, z_positive, log_q, count)
+            row_loss[rows] = torch.where(r == 0, 0.0, r * (lse - z_positive))
+            a = a * r[:, None]
+            p_positive_minus_1 = torch.full_like(a, -1.0)
+        else:
+            if problem.positive_log_q is not None:
+                z_positive -= problem.positive_log_q[rows]
+            lse = z_candidates = torch.logaddexp(z_candidates, z_positive)
+            row_loss[rows] = lse - z_positive
+            p_positive_minus_1 = torch.expm1(z_positive - lse)[:, None]
+        if d_query is None and d_positive is None and d_candidates is None:
+            continue
+        # A row of weight zero gives exact zeros, also where its p overflowed.
+        dz_positive = torch.where(a == 0, 0.0, a * p_positive_minus_1)
+        if d_positive is not None:
+            d_positive[rows] = dz_positive * scaled
+        if d_query is None and d_candidates is None:
+            continue
+        dz = z.sub_(z_candidates[:, None]).exp_().mul_(a).masked_fill_(a == 0, 0)
+        if d_query is not None:
+            d_query[rows] = (dz @ candidates).addcmul_(dz_positive, positive[rows]).div_(tau[rows])
+        if d_candidates is not None:
+            d_candidates.addmm_(dz.T, scaled)
+
+    if d_candidates is not None and d_positive is not None and problem.in_batch:
+        d_candidates[: len(query)] += d_positive
+    loss = eager.reduce_rows(row_loss, weights, problem.reduction)
+    return eager.finish(
+        problem, wanted, weights, loss, row_loss, row_grad, query, d_query, d_positive, d_candidates
+    )

@@ -1,0 +1,198 @@
+"""The mathematics, in the order of the formulas. Every other backend is tested against this one.
+
+For row ``i`` of ``B`` queries ``q``, its positive ``p_i`` and candidate ``j`` of ``N``, ``c_j``::
+
+    z_ij  = <q_i, c_j> / tau_i - log Q_j       -inf where j is a hit of row i (the same id)
+    z_i+  = <q_i, p_i> / tau_i - log Q+_i
+    lse_i = log(exp z_i+ + sum_j exp z_ij)
+    l_i   = lse_i - z_i+
+    L     = sum_i a_i l_i                      a_i = w_i r_i / norm
+
+    dL/dz_ij = a_i p_ij     dL/dz_i+ = a_i (p_i+ - 1)     p = exp(z - lse)
+
+With the refined correction (arXiv 2507.09331) the positive leaves the denominator and is not
+corrected, ``lse_i = log sum_j exp z_ij + log(1 - Q+_i)``, and ``r_i = sigmoid(lse_i - log n_i -
+z_i+)``, detached, weighs the row by how wrong it still is; ``n_i`` counts the candidates that are
+no hits. Then ``p_ij = exp z_ij / sum_k exp z_ik`` and ``p_i+ = 0``. Otherwise ``r_i = 1``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dwl_kernels.problem import Output, Problem, RowWeights, Wanted
+
+
+def solve(
+    problem: Problem,
+    wanted: Wanted,
+    row_grad: Tensor | None = None,  # [B], gradient of the row losses of reduction "none"
+) -> Output:
+    """The loss and the wanted gradients, with a ``[B, N]`` matrix of logits in memory."""
+    weights = problem.row_weights()
+    query, positive, candidates = embeddings(problem, weights)
+    tau = problem.temperatures()  # [B]
+
+    z = query @ candidates.T / tau[:, None]  # [B, N]
+    if problem.candidate_log_q is not None:
+        z = z - problem.candidate_log_q
+    excluded = excluded_candidates(problem, weights, 0, len(query))
+    z = z.masked_fill(excluded, -torch.inf)
+    z_positive = (query * positive).sum(1) / tau  # [B]
+    if problem.correction == "refined":
+        lse_candidates = z.logsumexp(1)
+        lse, r = refine(lse_candidates, z_positive, problem.positive_log_q, (~excluded).sum(1))
+        p = torch.exp(z - lse_candidates[:, None])
+        p_positive_minus_1 = torch.full_like(lse, -1.0)
+    else:
+        if problem.positive_log_q is not None:
+            z_positive = z_positive - problem.positive_log_q
+        lse, r = torch.logaddexp(z.logsumexp(1), z_positive), torch.ones_like(z_positive)
+        p = torch.exp(z - lse[:, None])
+        p_positive_minus_1 = torch.expm1(z_positive - lse)
+
+    row_loss = torch.where(r == 0, 0.0, r * (lse - z_positive))  # r_i l_i
+    loss = reduce_rows(row_loss, weights, problem.reduction)
+    a = row_coefficients(weights, row_grad) * r
+    # A row of weight zero gives exact zeros, also where its p overflowed.
+    dz = torch.where(a[:, None] == 0, 0.0, a[:, None] * p)
+    dz_positive = torch.where(a == 0, 0.0, a * p_positive_minus_1)[:, None]
+
+    d_query = (dz @ candidates + dz_positive * positive) / tau[:, None]
+    d_candidates = dz.T @ (query / tau[:, None])
+    d_positive = dz_positive * query / tau[:, None]
+    if problem.in_batch:
+        d_candidates[: len(query)] += d_positive
+    return finish(
+        problem, wanted, weights, loss, row_loss, row_grad, query, d_query, d_positive, d_candidates
+    )
+
+
+def embeddings(problem: Problem, weights: RowWeights) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, positive and candidates in the accumulation dtype, padded rows set to zero."""
+    rows = problem.query.shape[0]
+    query = problem.query.to(problem.accumulate)
+    candidates = problem.candidates.to(problem.accumulate)
+    if problem.positive is None:
+        positive = candidates[:rows]
+    else:
+        positive = problem.positive.to(problem.accumulate)
+    if weights.active is not None:
+        padded = ~weights.active[:, None]
+        query, positive = query.masked_fill(padded, 0), positive.masked_fill(padded, 0)
+        if problem.in_batch:
+            candidates = torch.cat((positive, candidates[rows:]))
+    return query, positive, candidates
+
+
+def excluded_candidates(problem: Problem, weights: RowWeights, start: int, stop: int) -> Tensor:
+    """Which candidates rows ``start:stop`` do not compete with, bool ``[stop - start, N]``.
+
+    Accidental hits; in a batch also the row's own positive and the positives of padded rows.
+    """
+    n = problem.candidates.shape[0]
+    excluded = torch.zeros(stop - start, n, dtype=torch.bool, device=problem.query.device)
+    if problem.positive_ids is not None and problem.candidate_ids is not None:
+        excluded |= problem.positive_ids[start:stop, None] == problem.candidate_ids
+    if problem.in_batch:
+        excluded[:, start:stop].fill_diagonal_(True)
+        if weights.active is not None:
+            excluded[:, : len(weights.active)] |= ~weights.active
+    return excluded
+
+
+def refine(
+    lse_candidates: Tensor,  # [B]
+    z_positive: Tensor,  # [B], without log-Q
+    positive_log_q: Tensor | None,  # [B]
+    count: Tensor,  # [B] n_i
+) -> tuple[Tensor, Tensor]:
+    """``lse_i`` and ``r_i`` of arXiv 2507.09331; ``r_i = 0`` where nothing is left to compete."""
+    lse = lse_candidates
+    if positive_log_q is not None:
+        lse = lse + torch.log1p(-torch.exp(positive_log_q))
+    r = torch.sigmoid(lse - torch.log(count.to(lse.dtype)) - z_positive)
+    return lse, torch.where(lse == -torch.inf, 0.0, r)
+
+
+def reduce_rows(row_loss: Tensor, weights: RowWeights, reduction: str) -> Tensor:
+    """``sum_i w_i r_i l_i / norm``, or the rows themselves for "none"."""
+    rows = torch.where(weights.weight == 0, 0.0, weights.weight * row_loss)
+    if reduction == "none":
+        return rows
+    total = rows.sum()
+    return total if weights.norm is None else divide(total, weights.norm)
+
+
+def row_coefficients(weights: RowWeights, row_grad: Tensor | None) -> Tensor:
+    """``a_i / r_i``, ``[B]``: what the gradient of row loss ``i`` is multiplied by."""
+    if row_grad is not None:
+        return weights.weight * row_grad
+    return weights.weight if weights.norm is None else divide(weights.weight, weights.norm)
+
+
+def divide(value: Tensor, norm: Tensor) -> Tensor:
+    """``value / norm``, where 0/0 is 0: a batch of padding has loss and gradients zero."""
+    return torch.where(norm == 0, 0.0, value / norm)
+
+
+def finish(
+    problem: Problem,
+    wanted: Wanted,
+    weights: RowWeights,
+    loss: Tensor,  # [] or [B]
+    row_loss: Tensor,  # [B] r_i l_i
+    row_grad: Tensor | None,  # [B]
+    query: Tensor,  # [B, D] in the accumulation dtype, padded rows zero
+    d_query: Tensor | None,  # [B, D], as the two that follow
+    d_positive: Tensor | None,
+    d_candidates: Tensor | None,  # [N, D]
+) -> Output:
+    """The wanted gradients in their dtypes; the last two follow from the others."""
+    dtype = problem.gradient
+    d_temperature = d_weights = None
+    if wanted.temperature:
+        assert problem.temperature is not None
+        assert d_query is not None
+        d_temperature = -(query * d_query).sum(1) / problem.temperatures()  # dL/dtau_i
+        if problem.temperature.dim() == 0:
+            d_temperature = d_temperature.sum()
+    if wanted.domain_weights:
+        d_weights = domain_weights_gradient(problem, weights, row_loss, row_grad)
+    return Output(
+        loss=loss,
+        query=d_query.to(dtype) if wanted.query and d_query is not None else None,
+        positive=d_positive.to(dtype) if wanted.positive and d_positive is not None else None,
+        candidates=(
+            d_candidates.to(dtype) if wanted.candidates and d_candidates is not None else None
+        ),
+        temperature=d_temperature,
+        domain_weights=d_weights,
+    )
+
+
+def domain_weights_gradient(
+    problem: Problem,
+    weights: RowWeights,
+    row_loss: Tensor,  # [B] r_i l_i
+    row_grad: Tensor | None,  # [B]
+) -> Tensor:  # [num_domains]
+    """``dL/dW_d``: the losses of the rows of domain ``d``, each by its share of the row's weight."""
+    assert problem.domain_ids is not None
+    assert problem.domain_weights is not None
+    ids = problem.domain_ids
+    if row_grad is not None:
+        d_weight = row_grad * row_loss
+    else:
+        if problem.reduction == "weighted_mean":
+            # The norm is the sum of the weights and moves with them.
+            row_loss = row_loss - reduce_rows(row_loss, weights, problem.reduction)
+        d_weight = row_loss if weights.norm is None else divide(row_loss, weights.norm)
+    if problem.example_weights is not None:
+        d_weight = torch.where(weights.active, d_weight * problem.example_weights, 0.0)
+    present = (ids >= 0) & (ids < problem.domain_weights.shape[0])
+    share = d_weight[:, None] * present / present.sum(1, keepdim=True).clamp(min=1)
+    gradient = torch.zeros_like(problem.domain_weights)
+    slots = ids.masked_fill(~present, 0).long()
+    return gradient.index_add_(0, slots.flatten(), share.flatten())

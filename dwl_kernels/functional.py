@@ -1,0 +1,181 @@
+"""The losses as functions.
+
+All of them share their arguments per row. Shapes: ``query`` and ``positive`` are ``[B, D]`` or carry
+leading dimensions ``[..., D]``; arguments per row then carry the same leading dimensions, and
+``reduction="none"`` returns them.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from dwl_kernels.autograd import softmax_loss
+from dwl_kernels.backends import Backend
+from dwl_kernels.problem import Correction, Problem, Reduction, in_batch_problem, sampled_problem
+
+
+def sampled_softmax_loss(
+    query: Tensor,  # [B, D]
+    positive: Tensor,  # [B, D]
+    negative: Tensor,  # [N, D]
+    *,
+    positive_log_q: Tensor | None = None,  # [B]
+    negative_log_q: Tensor | None = None,  # [N]
+    positive_ids: Tensor | None = None,  # [B]
+    negative_ids: Tensor | None = None,  # [N]
+    domain_ids: Tensor | None = None,  # [B] or [B, G]
+    domain_weights: Tensor | None = None,  # [num_domains]
+    example_weights: Tensor | None = None,  # [B]
+    temperature: float | Tensor = 1.0,  # [] or [B]
+    correction: Correction = "standard",
+    reduction: Reduction = "mean",
+    backend: Backend = "auto",
+) -> Tensor:
+    r"""Log-Q corrected sampled softmax over negatives that all rows share, weighted by domain.
+
+    .. math::
+        z_{ij} = \langle q_i, c_j \rangle / \tau_i - \log Q_j, \qquad
+        z_i^+ = \langle q_i, p_i \rangle / \tau_i - \log Q_i^+
+
+        \ell_i = \log\Big(e^{z_i^+} + \sum_j e^{z_{ij}}\Big) - z_i^+, \qquad
+        L = \frac{1}{norm} \sum_i w_i r_i \ell_i
+
+    Log-Q is subtracted *after* the division by the temperature. Gradients flow to ``query``,
+    ``positive``, ``negative``, ``temperature`` and ``domain_weights``, each only where it is
+    required; they are computed together with the loss, without a ``[B, N]`` matrix in memory.
+    Double backward raises.
+
+    Args:
+        query: embeddings of the queries or time steps; float32, float64, bfloat16 or float16.
+        positive: the embedding each query should score highest, same shape and dtype.
+        negative: embeddings of the sampled negatives.
+        positive_log_q: log-probability (nats) that one draw of the sampler gives the positive.
+        negative_log_q: the same for every negative; ``+inf`` takes a negative out.
+        positive_ids: integer item ids of the positives. Given with ``negative_ids``, a negative with
+            the id of a row's positive (an accidental hit) is removed from that row.
+        negative_ids: integer item ids of the negatives.
+        domain_ids: the domain, or the ``G`` domains, of each row; -1 means none.
+        domain_weights: the weight of each domain. A row weighs the mean over its domains, and 1 if
+            it has none.
+        example_weights: further weights, not negative. 0 marks a padded row: it gives exact zeros,
+            does not count in any norm, and NaN in its embeddings does not leak. A bool mask works.
+        temperature: a positive number, or a tensor, for all rows or per row.
+        correction: ``"standard"``, or ``"refined"`` (arXiv 2507.09331): the positive leaves the
+            denominator, is not corrected itself, and the row weighs
+            ``r_i = sigmoid(lse_i - log n_i - z_i+)``, detached, with ``lse_i = log sum_j exp z_ij +
+            log(1 - Q+_i)`` and ``n_i`` the number of negatives that are no hits. Otherwise
+            ``r_i = 1``. A row with nothing left in its denominator gives zeros.
+        reduction: the norm. ``"mean"`` divides by the number of rows whose example weight is not
+            zero, ``"weighted_mean"`` by the sum of ``w_i``, ``"sum"`` by 1; ``"none"`` returns
+            ``w_i r_i l_i``. 0/0 is 0.
+        backend: ``"auto"``, ``"cpu"``, ``"chunked"`` or ``"eager"``; see ``python -m dwl_kernels``.
+
+    Returns:
+        The loss, a scalar, or of the leading shape for ``"none"``: float32, or float64 for float64
+        inputs. Under autocast the products run in its dtype.
+
+    Raises:
+        TypeError: a wrong dtype, mixed dtypes, or a sparse, quantised or distributed tensor.
+        ValueError: a wrong shape, device, choice, or combination of arguments; a negative weight.
+        IndexError: a domain id out of range, on a CPU. On CUDA the row's loss is NaN, or the error
+            comes with ``DWL_KERNELS_CHECK=1``.
+        RuntimeError: the backend asked for by name cannot run; the message says why and the mend.
+
+    Source: Yi et al. 2019 (log-Q), arXiv 2510.04375 (domain weights), arXiv 2507.09331 (refined).
+
+    Example:
+        >>> import torch
+        >>> from dwl_kernels import sampled_softmax_loss
+        >>> query, positive = torch.eye(2), torch.eye(2)
+        >>> negative = torch.tensor([[0.0, 0.0], [1.0, 0.0]])
+        >>> loss = sampled_softmax_loss(query, positive, negative, reduction="none")
+        >>> loss  # log(e + 1 + e) - 1 and log(e + 1 + 1) - 1
+        tensor([0.8620, 0.5514])
+        >>> sampled_softmax_loss(query, positive, negative, reduction="none",
+        ...                      positive_ids=torch.tensor([7, 8]), negative_ids=torch.tensor([5, 7]))
+        tensor([0.3133, 0.5514])
+    """
+    problem = sampled_problem(
+        query,
+        positive,
+        negative,
+        positive_log_q=positive_log_q,
+        negative_log_q=negative_log_q,
+        positive_ids=positive_ids,
+        negative_ids=negative_ids,
+        domain_ids=domain_ids,
+        domain_weights=domain_weights,
+        example_weights=example_weights,
+        temperature=temperature,
+        correction=correction,
+        reduction=reduction,
+    )
+    return _loss(problem, query, backend)
+
+
+def in_batch_softmax_loss(
+    query: Tensor,  # [B, D]
+    positive: Tensor,  # [B, D]
+    *,
+    log_q: Tensor | None = None,  # [B]
+    ids: Tensor | None = None,  # [B]
+    negative: Tensor | None = None,  # [N, D]
+    negative_log_q: Tensor | None = None,  # [N]
+    negative_ids: Tensor | None = None,  # [N]
+    domain_ids: Tensor | None = None,  # [B] or [B, G]
+    domain_weights: Tensor | None = None,  # [num_domains]
+    example_weights: Tensor | None = None,  # [B]
+    temperature: float | Tensor = 1.0,  # [] or [B]
+    correction: Correction = "standard",
+    reduction: Reduction = "mean",
+    backend: Backend = "auto",
+) -> Tensor:
+    r"""The same loss with the positives of the other rows as candidates, and ``negative`` if given.
+
+    Row ``i`` competes with ``positive[k]`` for all ``k != i``. With ``ids``, rows of the same id as
+    row ``i`` are no candidates of it; without, only its own positive is removed. The positives of
+    padded rows (``example_weights`` 0) are nobody's candidates.
+
+    Args:
+        query: embeddings of the queries.
+        positive: the embedding each query should score highest, and candidate of the other rows.
+        log_q: log-probability of each positive under the sampling of the batch, for its two roles.
+        ids: integer item ids of the positives.
+        negative: further candidates, shared by all rows (mixed negatives).
+        negative_log_q: their log-Q; with ``negative``, pass both this and ``log_q``, or neither.
+        negative_ids: their ids; with ``negative``, pass both this and ``ids``, or neither.
+
+    The other arguments, what is returned and what is raised: see :func:`sampled_softmax_loss`.
+
+    Source: Yi et al. 2019; mixed negatives as in arXiv 2205.04507.
+
+    Example:
+        >>> import torch
+        >>> from dwl_kernels import in_batch_softmax_loss
+        >>> query = torch.eye(3)
+        >>> in_batch_softmax_loss(query, query, reduction="none")  # log(e + 1 + 1) - 1
+        tensor([0.5514, 0.5514, 0.5514])
+        >>> in_batch_softmax_loss(query, query, ids=torch.tensor([4, 4, 9]), reduction="none")
+        tensor([0.3133, 0.3133, 0.5514])
+    """
+    problem = in_batch_problem(
+        query,
+        positive,
+        log_q=log_q,
+        ids=ids,
+        negative=negative,
+        negative_log_q=negative_log_q,
+        negative_ids=negative_ids,
+        domain_ids=domain_ids,
+        domain_weights=domain_weights,
+        example_weights=example_weights,
+        temperature=temperature,
+        correction=correction,
+        reduction=reduction,
+    )
+    return _loss(problem, query, backend)
+
+
+def _loss(problem: Problem, query: Tensor, backend: str) -> Tensor:
+    loss = softmax_loss(problem, backend)
+    return loss.reshape(query.shape[:-1]) if problem.reduction == "none" else loss

@@ -1,0 +1,450 @@
+"""The validated problem that every loss builds and every backend solves.
+
+One frozen dataclass travels from the public functions to the kernels. It is built by
+:func:`sampled_problem` and :func:`in_batch_problem`, where all checks and all error messages live;
+a backend may rely on what they guarantee. Checks of tensor *values* would wait for the device, so
+they stand in :meth:`Problem.row_weights`, which backends call, and cost a CUDA device nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, cast, get_args
+
+import torch
+from torch import Tensor
+
+Reduction = Literal["mean", "weighted_mean", "sum", "none"]
+Correction = Literal["standard", "refined"]
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+class Wanted(NamedTuple):
+    """Which gradients a call needs; nothing else is computed."""
+
+    query: bool
+    positive: bool
+    candidates: bool
+    temperature: bool
+    domain_weights: bool
+
+
+class RowWeights(NamedTuple):
+    """What the rows weigh. ``a_i = weight_i r_i / norm``."""
+
+    weight: Tensor  # [B] w_i, example weight times the mean of the row's domain weights
+    active: Tensor | None  # [B] bool, False for padding; None where no row can be padding
+    norm: Tensor | None  # [] divisor of the reduction; None for "sum" and "none"
+
+
+class Output(NamedTuple):
+    """What a backend returns; a gradient that is not wanted is None."""
+
+    loss: Tensor  # [] or [B] for reduction "none"
+    query: Tensor | None = None  # [B, D]
+    positive: Tensor | None = None  # [B, D]
+    candidates: Tensor | None = None  # [N, D]
+    temperature: Tensor | None = None  # [] or [B]
+    domain_weights: Tensor | None = None  # [num_domains]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """``B`` queries, their positives and ``N`` candidates, with everything that shapes the loss.
+
+    Row ``i`` scores candidate ``j`` by ``z_ij = <q_i, c_j> / tau_i - log Q_j`` and its positive by
+    ``z_i+ = <q_i, p_i> / tau_i - log Q+_i``. With ``positive=None`` the positive of row ``i`` *is*
+    candidate ``i`` (in-batch): column ``i`` is then no candidate of row ``i``, and the gradient of
+    ``candidates`` holds both roles.
+    """
+
+    query: Tensor  # [B, D]
+    positive: Tensor | None  # [B, D]
+    candidates: Tensor  # [N, D], same dtype and device as query
+    positive_log_q: Tensor | None = None  # [B] in `accumulate` dtype, as all that follow
+    candidate_log_q: Tensor | None = None  # [N]
+    positive_ids: Tensor | None = None  # [B] int32 or int64, both or none of the two
+    candidate_ids: Tensor | None = None  # [N]
+    domain_ids: Tensor | None = None  # [B, G] int32 or int64, -1 = no domain
+    domain_weights: Tensor | None = None  # [num_domains]
+    example_weights: Tensor | None = None  # [B], 0 marks a padded row
+    temperature: Tensor | None = None  # [] or [B], multiplies `tau`
+    tau: float = 1.0
+    correction: Correction = "standard"
+    reduction: Reduction = "mean"
+
+    @property
+    def in_batch(self) -> bool:
+        return self.positive is None
+
+    @property
+    def accumulate(self) -> torch.dtype:
+        """The dtype of logits, sums and the loss."""
+        return accumulate_dtype(self.query.dtype)
+
+    @property
+    def gradient(self) -> torch.dtype:
+        """The dtype of embedding gradients before the upstream gradient is applied.
+
+        float16 cannot hold them yet: a mean over a large batch underflows, and what a loss scaler
+        multiplies later cannot be brought back.
+        """
+        return torch.float32 if self.query.dtype == torch.float16 else self.query.dtype
+
+    def temperatures(self) -> Tensor:
+        """``tau_i`` for every row, ``[B]``."""
+        rows = self.query.shape[0]
+        if self.temperature is None:
+            return self.query.new_full((rows,), self.tau, dtype=self.accumulate)
+        return (self.temperature * self.tau).expand(rows)
+
+    def row_weights(self) -> RowWeights:
+        """``w_i``, which rows are padding, and the norm.
+
+        Raises:
+            IndexError: a domain id outside ``[-1, num_domains)``, on a CPU. On other devices such a
+                row weighs NaN instead, unless ``DWL_KERNELS_CHECK=1`` asks for the error.
+            ValueError: a negative weight, under the same conditions.
+        """
+        rows = self.query.shape[0]
+        if self.example_weights is None:
+            example, active = self.query.new_ones(rows, dtype=self.accumulate), None
+        else:
+            example, active = self.example_weights, self.example_weights != 0
+        weight = example
+        if self.domain_ids is not None:
+            weight = example * mean_domain_weight(self.domain_ids, self._weights(), active)
+        if active is not None:
+            weight = torch.where(active, weight, 0.0)
+        negative = weight < 0
+        if checks_values(weight.device):
+            if bool(negative.any()):
+                row = int(negative.nonzero()[0])
+                raise ValueError(
+                    f"the weight of row {row} is {float(weight[row]):g}, and weights must not be "
+                    "negative; check example_weights and domain_weights"
+                )
+        else:
+            weight = weight.masked_fill(negative, torch.nan)
+        norm: Tensor | None = None
+        if self.reduction == "weighted_mean":
+            norm = weight.sum()
+        elif self.reduction == "mean":
+            norm = weight.new_full((), rows) if active is None else active.sum().to(weight.dtype)
+        return RowWeights(weight, active, norm)
+
+    def _weights(self) -> Tensor:
+        assert self.domain_weights is not None  # checked by _row_arguments
+        return self.domain_weights
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, float32 for everything narrower."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def checks_values(device: torch.device) -> bool:
+    """Whether looking at tensor values is free, or asked for by ``DWL_KERNELS_CHECK=1``."""
+    return device.type == "cpu" or os.environ.get("DWL_KERNELS_CHECK") == "1"
+
+
+def mean_domain_weight(
+    domain_ids: Tensor,  # [B, G], -1 = none
+    domain_weights: Tensor,  # [num_domains]
+    active: Tensor | None,  # [B] bool, ids of other rows are not looked at
+) -> Tensor:  # [B]
+    """Mean of ``W[d]`` over the domains of each row; 1 for a row that has none."""
+    num_domains = domain_weights.shape[0]
+    if active is not None:
+        domain_ids = domain_ids.masked_fill(~active[:, None], -1)
+    outside = (domain_ids < -1) | (domain_ids >= num_domains)
+    if checks_values(domain_ids.device) and bool(outside.any()):
+        bad = int(domain_ids[outside][0])
+        raise IndexError(
+            f"domain_ids holds {bad}, but domain_weights has {num_domains} entries: ids must be in "
+            f"[0, {num_domains}), or -1 for none"
+        )
+    present = domain_ids >= 0
+    gathered = domain_weights[domain_ids.clamp(0, num_domains - 1).long()]
+    gathered = torch.where(present, gathered, 0.0).masked_fill(outside, torch.nan)
+    count = present.sum(1)
+    return torch.where(count > 0, gathered.sum(1) / count.clamp(min=1), 1.0)
+
+
+def sampled_problem(
+    query: Tensor,
+    positive: Tensor,
+    negative: Tensor,
+    *,
+    positive_log_q: Tensor | None,
+    negative_log_q: Tensor | None,
+    positive_ids: Tensor | None,
+    negative_ids: Tensor | None,
+    domain_ids: Tensor | None,
+    domain_weights: Tensor | None,
+    example_weights: Tensor | None,
+    temperature: float | Tensor,
+    correction: Correction,
+    reduction: Reduction,
+) -> Problem:
+    """The problem of ``sampled_softmax_loss``: candidates ``[N, D]`` shared by all rows."""
+    query, positive, negative = _embeddings(query=query, positive=positive, negative=negative)
+    leading = query.shape[:-1]
+    _both_or_none("positive_ids", positive_ids, "negative_ids", negative_ids)
+    ids = _ids(
+        query,
+        positive_ids=(positive_ids, leading),
+        negative_ids=(negative_ids, negative.shape[:1]),
+    )
+    rows = _row_arguments(
+        query, domain_ids, domain_weights, example_weights, temperature, correction, reduction
+    )
+    return Problem(
+        query=query.reshape(-1, query.shape[-1]),
+        positive=positive.reshape(-1, query.shape[-1]),
+        candidates=negative,
+        positive_log_q=_log_q("positive_log_q", positive_log_q, leading, query),
+        candidate_log_q=_log_q("negative_log_q", negative_log_q, negative.shape[:1], query),
+        positive_ids=ids[0],
+        candidate_ids=ids[1],
+        **rows,
+    )
+
+
+def in_batch_problem(
+    query: Tensor,
+    positive: Tensor,
+    *,
+    log_q: Tensor | None,
+    ids: Tensor | None,
+    negative: Tensor | None,
+    negative_log_q: Tensor | None,
+    negative_ids: Tensor | None,
+    domain_ids: Tensor | None,
+    domain_weights: Tensor | None,
+    example_weights: Tensor | None,
+    temperature: float | Tensor,
+    correction: Correction,
+    reduction: Reduction,
+) -> Problem:
+    """The problem of ``in_batch_softmax_loss``: the positives of the batch, then ``negative``."""
+    named = {"query": query, "positive": positive}
+    if negative is None:
+        if negative_log_q is not None or negative_ids is not None:
+            raise ValueError(
+                "negative_log_q and negative_ids describe `negative`, which is not given; pass "
+                "`negative`, or use log_q and ids for the in-batch candidates"
+            )
+        query, positive = _embeddings(**named)
+    else:
+        query, positive, negative = _embeddings(**named, negative=negative)
+        _both_or_none("ids", ids, "negative_ids", negative_ids)
+        _both_or_none("log_q", log_q, "negative_log_q", negative_log_q)
+    leading = query.shape[:-1]
+    more = () if negative is None else negative.shape[:1]
+    both = _ids(query, ids=(ids, leading), negative_ids=(negative_ids, more))
+    positive_log_q = _log_q("log_q", log_q, leading, query)
+    rows = _row_arguments(
+        query, domain_ids, domain_weights, example_weights, temperature, correction, reduction
+    )
+    return Problem(
+        query=query.reshape(-1, query.shape[-1]),
+        positive=None,
+        candidates=_joined(positive.reshape(-1, query.shape[-1]), negative),
+        positive_log_q=positive_log_q,
+        candidate_log_q=_joined(
+            positive_log_q, _log_q("negative_log_q", negative_log_q, more, query)
+        ),
+        positive_ids=both[0],
+        candidate_ids=_joined(both[0], both[1]),
+        **rows,
+    )
+
+
+def _joined(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    return first if first is None or second is None else torch.cat((first, second))
+
+
+def _embeddings(**named: Tensor) -> list[Tensor]:
+    """Query, positive and, where given, negative; cast to the autocast dtype if there is one."""
+    for name, value in named.items():
+        _dense(name, value)
+        if value.dtype not in FLOATS:
+            raise TypeError(
+                f"{name} has dtype {value.dtype}; wanted float32, float64, bfloat16 or float16"
+            )
+    query = named["query"]
+    if query.dim() < 2:
+        raise ValueError(
+            f"query has shape {list(query.shape)}; wanted [B, D], or [..., D] with leading "
+            "dimensions; a single query is query[None]"
+        )
+    if query.shape[-1] == 0:
+        raise ValueError("query has embeddings of size 0; wanted at least 1")
+    wanted = {"positive": list(query.shape), "negative": ["N", query.shape[-1]]}
+    for name, value in named.items():
+        if value.device != query.device:
+            raise ValueError(
+                f"{name} is on {value.device} but query is on {query.device}; move one of them"
+            )
+        fits = {
+            "query": True,
+            "positive": value.shape == query.shape,
+            "negative": value.dim() == 2 and value.shape[-1] == query.shape[-1],
+        }[name]
+        if not fits:
+            raise ValueError(
+                f"{name} has shape {list(value.shape)}; wanted "
+                f"[{', '.join(map(str, wanted[name]))}] to match query {list(query.shape)}"
+            )
+    device = query.device.type
+    if torch.is_autocast_enabled(device) and query.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        return [value.to(dtype) for value in named.values()]
+    for name, value in named.items():
+        if value.dtype != query.dtype:
+            raise TypeError(
+                f"{name} has dtype {value.dtype} but query has {query.dtype}; cast one of them, or "
+                "run under torch.autocast"
+            )
+    return list(named.values())
+
+
+def _dense(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}; wanted a torch.Tensor")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} has layout {value.layout}; wanted a dense tensor: call .to_dense()")
+    if value.is_quantized:
+        raise TypeError(f"{name} is quantised; call .dequantize() first")
+    # By name, so that importing the package does not import torch.distributed.
+    if any(kind.__name__ == "DTensor" for kind in type(value).__mro__):
+        raise TypeError(f"{name} is a DTensor; pass the local part, {name}.to_local()")
+
+
+def _row_argument(name: str, value: Tensor, shape: Sequence[int], query: Tensor) -> None:
+    _dense(name, value)
+    if list(value.shape) != list(shape):
+        raise ValueError(
+            f"{name} has shape {list(value.shape)}; wanted {list(shape)} for query "
+            f"{list(query.shape)}"
+        )
+    if value.device != query.device:
+        raise ValueError(
+            f"{name} is on {value.device} but query is on {query.device}; move one of them"
+        )
+
+
+def _both_or_none(first: str, a: Tensor | None, second: str, b: Tensor | None) -> None:
+    if (a is None) != (b is None):
+        got, missing = (first, second) if b is None else (second, first)
+        raise ValueError(f"{got} is given without {missing}; pass both, or neither")
+
+
+def _ids(query: Tensor, **named: tuple[Tensor | None, Sequence[int]]) -> list[Tensor | None]:
+    """Ids flattened, in one common dtype: a kernel compares them bit by bit."""
+    for name, (value, shape) in named.items():
+        if value is not None:
+            _row_argument(name, value, shape, query)
+            _integer(name, value)
+    dtypes = {value.dtype for value, _ in named.values() if value is not None}
+    dtype = torch.int32 if dtypes == {torch.int32} else torch.int64
+    return [None if v is None else v.reshape(-1).to(dtype) for v, _ in named.values()]
+
+
+def _integer(name: str, value: Tensor) -> None:
+    if value.dtype not in INTEGERS:
+        raise TypeError(f"{name} has dtype {value.dtype}; wanted integers, int64 or int32")
+
+
+def _floating(name: str, value: Tensor, query: Tensor, *, differentiable: bool = False) -> Tensor:
+    if value.dtype not in FLOATS:
+        raise TypeError(f"{name} has dtype {value.dtype}; wanted a floating dtype such as float32")
+    if value.requires_grad and not differentiable and torch.is_grad_enabled():
+        raise ValueError(f"{name} requires a gradient, which this loss does not give: detach it")
+    return value.to(accumulate_dtype(query.dtype))
+
+
+def _log_q(name: str, value: Tensor | None, shape: Sequence[int], query: Tensor) -> Tensor | None:
+    if value is None:
+        return None
+    _row_argument(name, value, shape, query)
+    return _floating(name, value, query).reshape(-1)
+
+
+def _row_arguments(
+    query: Tensor,
+    domain_ids: Tensor | None,
+    domain_weights: Tensor | None,
+    example_weights: Tensor | None,
+    temperature: float | Tensor,
+    correction: str,
+    reduction: str,
+) -> dict:
+    """What every loss takes per row, as keyword arguments of `Problem`."""
+    leading = list(query.shape[:-1])
+    if correction not in get_args(Correction):
+        raise ValueError(f"correction is {correction!r}; wanted one of {get_args(Correction)}")
+    if reduction not in get_args(Reduction):
+        raise ValueError(f"reduction is {reduction!r}; wanted one of {get_args(Reduction)}")
+    if domain_ids is not None:
+        if domain_weights is None:
+            raise ValueError(
+                "domain_ids is given without domain_weights; pass the weight of every domain, "
+                "[num_domains]"
+            )
+        _dense("domain_ids", domain_ids)
+        shape = leading
+        if list(domain_ids.shape) != leading:
+            # [B, G]: the number of slots is free
+            shape = [*leading, domain_ids.shape[-1] if domain_ids.dim() else 0]
+        _row_argument("domain_ids", domain_ids, shape, query)
+        _integer("domain_ids", domain_ids)
+        if domain_ids.dtype != torch.int32:
+            domain_ids = domain_ids.to(torch.int64)
+        slots = 1 if shape == leading else shape[-1]
+        domain_ids = domain_ids.reshape(query.shape[:-1].numel(), slots)
+    elif domain_weights is not None:
+        raise ValueError(
+            "domain_weights is given without domain_ids; pass the domain of every row, [B] or [B, G]"
+        )
+    if domain_weights is not None:
+        _dense("domain_weights", domain_weights)
+        if domain_weights.dim() != 1 or domain_weights.shape[0] == 0:
+            raise ValueError(
+                f"domain_weights has shape {list(domain_weights.shape)}; wanted [num_domains] with "
+                "at least one domain"
+            )
+        _row_argument("domain_weights", domain_weights, domain_weights.shape, query)
+        domain_weights = _floating("domain_weights", domain_weights, query, differentiable=True)
+    if example_weights is not None:
+        _row_argument("example_weights", example_weights, leading, query)
+        if example_weights.dtype in (torch.bool, *INTEGERS):  # a mask is a weight of 0 or 1
+            example_weights = example_weights.to(torch.float32)
+        example_weights = _floating("example_weights", example_weights, query).reshape(-1)
+    tau = 1.0
+    if isinstance(temperature, Tensor):
+        if temperature.dim():
+            _row_argument("temperature", temperature, leading, query)
+        else:
+            _row_argument("temperature", temperature, [], query)
+        temperature = _floating("temperature", temperature, query, differentiable=True)
+        if temperature.dim():
+            temperature = temperature.reshape(-1)
+    else:
+        tau, temperature = float(temperature), cast("Tensor", None)
+        if not 0 < tau < float("inf"):
+            raise ValueError(f"temperature is {tau}; wanted a positive, finite number")
+    return {
+        "domain_ids": domain_ids,
+        "domain_weights": domain_weights,
+        "example_weights": example_weights,
+        "temperature": temperature,
+        "tau": tau,
+        "correction": correction,
+        "reduction": reduction,
+    }
