@@ -81,7 +81,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sampled_softmax(
   const int64_t rows = query.size(0), n = candidates.size(0), dim = query.size(1);
   constexpr int64_t kMost = std::numeric_limits<int>::max();  // of the BLAS interface
   TORCH_CHECK(n <= kMost && dim <= kMost, "more than 2^31 - 1 candidates or dimensions");
-  TORCH_CHECK(positive.has_value() || n >= rows, "in-batch: the first candidates are the positives");
+  TORCH_CHECK(positive.has_value() || n >= rows,
+              "in-batch: the first candidates are the positives");
   TORCH_CHECK(positive.has_value() || !want_positive, "in-batch: the positive is a candidate");
   const auto dtype = query.scalar_type();
   check(query, "query", {rows, dim}, dtype);

@@ -9,20 +9,20 @@ namespace dwl {
 // Matrices are dense and row-major. A pointer marked "or null" may be absent.
 template <typename T>
 struct Problem {
-  int64_t rows;        // B
-  int64_t candidates;  // N
-  int64_t dim;         // D
-  const T* query;      // [B, D]
-  const T* positive;   // [B, D], or null: the positive of row i is candidate i (in-batch)
-  const T* candidate;  // [N, D]
-  const T* tau;        // [B] temperature
-  const T* coefficient;            // [B] a_i / r_i, what row i weighs in the gradients
-  const T* positive_log_q;         // [B], nats, or null
-  const T* candidate_log_q;        // [N], nats, or null
-  const int64_t* positive_ids;     // [B], or null; a candidate of the same id is a hit
-  const int64_t* candidate_ids;    // [N], or null
-  const bool* active;              // [B], or null: false marks padding, never read or written
-  bool refined;                    // correction of arXiv 2507.09331 instead of the standard one
+  int64_t rows;                  // B
+  int64_t candidates;            // N
+  int64_t dim;                   // D
+  const T* query;                // [B, D]
+  const T* positive;             // [B, D], or null: the positive of row i is candidate i (in-batch)
+  const T* candidate;            // [N, D]
+  const T* tau;                  // [B] temperature
+  const T* coefficient;          // [B] a_i / r_i, what row i weighs in the gradients
+  const T* positive_log_q;       // [B], nats, or null
+  const T* candidate_log_q;      // [N], nats, or null
+  const int64_t* positive_ids;   // [B], or null; a candidate of the same id is a hit
+  const int64_t* candidate_ids;  // [N], or null
+  const bool* active;            // [B], or null: false marks padding, never read or written
+  bool refined;                  // correction of arXiv 2507.09331 instead of the standard one
 };
 
 // What is not wanted is null and is not computed.

@@ -1,7 +1,29 @@
-"""Fused training losses for retrieval and sequential recommendation."""
+"""Fused training losses for retrieval and sequential recommendation.
 
+Start at :class:`DynamicWeightedSampledSoftmax`, or at the functions it calls.
+"""
+
+from dwl_kernels.candidates import (
+    CountMinSketch,
+    LogUniformSampler,
+    StreamingFrequency,
+    UniformSampler,
+    UnigramSampler,
+)
+from dwl_kernels.domains import DomainWeights
 from dwl_kernels.functional import in_batch_softmax_loss, sampled_softmax_loss
+from dwl_kernels.modules import DynamicWeightedSampledSoftmax
 
 __version__ = "0.1.0"
 
-__all__ = ["in_batch_softmax_loss", "sampled_softmax_loss"]
+__all__ = [
+    "CountMinSketch",
+    "DomainWeights",
+    "DynamicWeightedSampledSoftmax",
+    "LogUniformSampler",
+    "StreamingFrequency",
+    "UniformSampler",
+    "UnigramSampler",
+    "in_batch_softmax_loss",
+    "sampled_softmax_loss",
+]

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dwl_kernels import backends
 from dwl_kernels.problem import Output, Problem, Wanted
@@ -55,13 +54,14 @@ class _SoftmaxLoss(torch.autograd.Function):
             ctx.save_for_backward(*(f for f in fields if f is None or isinstance(f, Tensor)))
             ctx.constants = [f for f in fields if f is not None and not isinstance(f, Tensor)]
             return loss
+        sources = _sources(problem)
         loss, *gradients = torch.ops.dwl_kernels.softmax_loss(*fields, None, wanted, backend)
-        ctx.save_for_backward(*(g if w else None for g, w in zip(gradients, wanted, strict=True)))
-        ctx.dtypes = [None if t is None else t.dtype for t in _sources(problem)]
+        kept = (g if w else None for g, w in zip(gradients, wanted, strict=True))
+        ctx.save_for_backward(*kept, sources[wanted.index(True)])
+        ctx.dtypes = [None if t is None else t.dtype for t in sources]
         return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         (grad,) = upstream
         nothing = (None,) * (_NUM_FIELDS + 2)
@@ -71,23 +71,48 @@ class _SoftmaxLoss(torch.autograd.Function):
         if ctx.reduction == "none":
             fields = [*ctx.saved_tensors, *ctx.constants]
             sources = _sources(Problem(*fields))
+            anchor = sources[ctx.wanted.index(True)]
             _, *gradients = torch.ops.dwl_kernels.softmax_loss(
-                *fields, grad.contiguous(), ctx.wanted, ctx.backend
+                *(f.detach() if isinstance(f, Tensor) else f for f in fields),
+                grad.detach().contiguous(),
+                ctx.wanted,
+                ctx.backend,
             )
             gradients = [
                 g.to(t.dtype) if w else None
                 for g, t, w in zip(gradients, sources, ctx.wanted, strict=True)
             ]
         else:
+            *kept, anchor = ctx.saved_tensors
             gradients = [
-                None if g is None else scaled(g, grad, dtype)
-                for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+                None if g is None else scaled(g, grad.detach(), dtype)
+                for g, dtype in zip(kept, ctx.dtypes, strict=True)
             ]
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            gradients = [None if g is None else _Once.apply(g, anchor) for g in gradients]
         query, positive, candidates, temperature, domain_weights = gradients
         return (
             *(query, positive, candidates, None, None, None, None, None),
             *(domain_weights, None, temperature),
             *nothing[11:],
+        )
+
+
+class _Once(torch.autograd.Function):
+    """Ties a gradient to the graph, so that differentiating it again raises and is not just zero.
+
+    PyTorch's `once_differentiable` looks at the upstream gradient alone, which is a constant here.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, anchor: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[None, None]:
+        raise RuntimeError(
+            "the losses of dwl_kernels are differentiable once; for double backward write the loss "
+            "in plain PyTorch"
         )
 
 
@@ -123,7 +148,9 @@ def _solve(*args: Any) -> tuple[Tensor, ...]:
     *fields, row_grad, wanted, backend = args
     problem = Problem(*fields)
     solve = backends.pick(backend, problem)
-    output = solve(problem, Wanted(*wanted), row_grad)
+    # The problem has been cast to the autocast dtype already; the sums in between must not be.
+    with torch.autocast(problem.query.device.type, enabled=False):
+        output = solve(problem, Wanted(*wanted), row_grad)
     # An op cannot return None; a gradient that is not wanted is an empty tensor.
     return tuple(problem.query.new_empty(0) if t is None else t for t in output)
 

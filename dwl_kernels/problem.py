@@ -149,15 +149,21 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def checks_values(device: torch.device) -> bool:
     """Whether looking at tensor values is free, or asked for by ``DWL_KERNELS_CHECK=1``."""
+    if torch.compiler.is_compiling():  # a graph has no values
+        return False
     return device.type == "cpu" or os.environ.get("DWL_KERNELS_CHECK") == "1"
 
 
 def mean_domain_weight(
     domain_ids: Tensor,  # [B, G], -1 = none
     domain_weights: Tensor,  # [num_domains]
-    active: Tensor | None,  # [B] bool, ids of other rows are not looked at
+    active: Tensor | None = None,  # [B] bool, ids of other rows are not looked at
 ) -> Tensor:  # [B]
-    """Mean of ``W[d]`` over the domains of each row; 1 for a row that has none."""
+    """Mean of ``W[d]`` over the domains of each row; 1 for a row that has none.
+
+    Raises:
+        IndexError: an id out of range, where values are looked at; elsewhere the row gets NaN.
+    """
     num_domains = domain_weights.shape[0]
     if active is not None:
         domain_ids = domain_ids.masked_fill(~active[:, None], -1)
@@ -172,7 +178,8 @@ def mean_domain_weight(
     gathered = domain_weights[domain_ids.clamp(0, num_domains - 1).long()]
     gathered = torch.where(present, gathered, 0.0).masked_fill(outside, torch.nan)
     count = present.sum(1)
-    return torch.where(count > 0, gathered.sum(1) / count.clamp(min=1), 1.0)
+    mean = gathered.sum(1) / count.clamp(min=1)
+    return torch.where((count > 0) | outside.any(1), mean, 1.0)
 
 
 def sampled_problem(
@@ -266,7 +273,10 @@ def in_batch_problem(
 
 
 def _joined(first: Tensor | None, second: Tensor | None) -> Tensor | None:
-    return first if first is None or second is None else torch.cat((first, second))
+    if first is None:
+        return None
+    # A view, because torch.compile refuses one tensor in two places of an autograd.Function.
+    return first.view_as(first) if second is None else torch.cat((first, second))
 
 
 def _embeddings(**named: Tensor) -> list[Tensor]:
@@ -302,7 +312,8 @@ def _embeddings(**named: Tensor) -> list[Tensor]:
                 f"[{', '.join(map(str, wanted[name]))}] to match query {list(query.shape)}"
             )
     device = query.device.type
-    if torch.is_autocast_enabled(device) and query.dtype != torch.float64:
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if autocast and query.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         return [value.to(dtype) for value in named.values()]
     for name, value in named.items():

@@ -1,8 +1,8 @@
 // The CPU kernel. A thread owns a range of rows and takes them in blocks whose logits S [b, N] stay
 // in its cache from the forward to the backward, so that nothing is computed twice:
 //
-//   S  = (q / tau) c^T                   product 1, through the BLAS that PyTorch ships
-//   e  = exp(S - log Q - m)              in place; m is the row's maximum, sum its total
+//   S  = q c^T - tau log Q               product 1, through the BLAS that PyTorch ships
+//   e  = exp(S / tau - m)                in place; m is the row's maximum, sum its total
 //   dq = diag(a / (tau sum)) e c         product 2
 //   dc += e^T diag(a / (tau sum)) q      product 3, into the thread's own dc
 //
@@ -19,6 +19,7 @@
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -28,6 +29,15 @@ void sgemm_(const char*, const char*, const int*, const int*, const int*, const 
 void dgemm_(const char*, const char*, const int*, const int*, const int*, const double*,
             const double*, const int*, const double*, const int*, const double*, double*,
             const int*);
+#ifdef __linux__
+// MKL alone has these: a matrix that many products share is laid out for them once.
+[[gnu::weak]] size_t sgemm_pack_get_size_(const char*, const int*, const int*, const int*);
+[[gnu::weak]] void sgemm_pack_(const char*, const char*, const int*, const int*, const int*,
+                               const float*, const float*, const int*, float*);
+[[gnu::weak]] void sgemm_compute_(const char*, const char*, const int*, const int*, const int*,
+                                  const float*, const int*, const float*, const int*, const float*,
+                                  float*, const int*);
+#endif
 }
 
 namespace dwl {
@@ -42,11 +52,67 @@ void gemm(char ta, char tb, int m, int n, int k, const float* a, int lda, const 
   const float one = 1;
   sgemm_(&ta, &tb, &m, &n, &k, &one, a, &lda, b, &ldb, &beta, c, &ldc);
 }
-void gemm(char ta, char tb, int m, int n, int k, const double* a, int lda, const double* b,
-          int ldb, double beta, double* c, int ldc) {
+void gemm(char ta, char tb, int m, int n, int k, const double* a, int lda, const double* b, int ldb,
+          double beta, double* c, int ldc) {
   const double one = 1;
   dgemm_(&ta, &tb, &m, &n, &k, &one, a, &lda, b, &ldb, &beta, c, &ldc);
 }
+
+// The products of blocks of queries with all candidates, S = q c^T - tau log Q. Log-Q is one more
+// dimension, [q, tau] [c, -log Q]^T, so that it costs nothing per element afterwards.
+template <typename T>
+class Scores {
+ public:
+  Scores(const Problem<T>& p, const std::vector<T>& bias, int64_t block)
+      : candidates_(p.candidate),
+        n_(static_cast<int>(p.candidates)),
+        width_(static_cast<int>(p.dim) + !bias.empty()) {
+    if (n_ == 0) return;
+    if (!bias.empty()) {
+      extended_.reset(new T[size_t(n_) * width_]);
+      for (int64_t j = 0; j < n_; ++j) {
+        std::copy_n(p.candidate + j * p.dim, p.dim, extended_.get() + j * width_);
+        extended_[j * width_ + p.dim] = bias[j];
+      }
+      candidates_ = extended_.get();
+    }
+#ifdef __linux__
+    // Packing the candidates once for all blocks saves a fifth of this product and gives bitwise
+    // the same (two AVX-512 cores, D = 64 and 128).
+    if constexpr (std::is_same_v<T, float>) {
+      if (sgemm_compute_ == nullptr) return;
+      const int height = static_cast<int>(block);
+      const float one = 1;
+      packed_.reset(new T[sgemm_pack_get_size_("A", &n_, &height, &width_) / sizeof(T) + 1]);
+      sgemm_pack_("A", "T", &n_, &height, &width_, &one, candidates_, &width_, packed_.get());
+      extended_.reset();
+    }
+#endif
+  }
+
+  int64_t width() const { return width_; }
+
+  // query [rows, width], s [rows, N]
+  void operator()(const T* query, int rows, T* s) const {
+    if (n_ == 0) return;
+#ifdef __linux__
+    if constexpr (std::is_same_v<T, float>) {
+      if (packed_ != nullptr) {
+        const float zero = 0;
+        sgemm_compute_("P", "N", &n_, &rows, &width_, packed_.get(), &n_, query, &width_, &zero, s,
+                       &n_);
+        return;
+      }
+    }
+#endif
+    gemm('T', 'N', n_, rows, width_, candidates_, width_, query, width_, T(0), s, n_);
+  }
+
+ private:
+  const T* candidates_;  // [N, width]
+  int n_, width_;
+  std::unique_ptr<T[]> extended_, packed_;
+};
 
 // exp(x) for x <= 0 to one unit in the last place, in a form that compilers vectorise:
 // x = n ln 2 + r, a polynomial for exp(r), and n added to the exponent bits.
@@ -70,42 +136,27 @@ inline float exp_nonpositive(float x) {
   std::memcpy(&result, &bits, sizeof result);
   return x < -87.0f ? 0.0f : result;  // also exp(-inf); NaN stays NaN
 }
-inline double exp_nonpositive(double x) { return std::exp(x); }
+inline double exp_nonpositive(double x) {
+  return std::exp(x);
+}
 
 template <typename T>
-T row_max(const T* s, const T* bias, int64_t n) {
+T row_max(const T* s, int64_t n) {
   T top = -kInfinity<T>;
-  if (bias == nullptr) {
 #pragma omp simd reduction(max : top)
-    for (int64_t j = 0; j < n; ++j) top = s[j] > top ? s[j] : top;
-  } else {
-#pragma omp simd reduction(max : top)
-    for (int64_t j = 0; j < n; ++j) {
-      const T z = s[j] + bias[j];
-      top = z > top ? z : top;
-    }
-  }
+  for (int64_t j = 0; j < n; ++j) top = s[j] > top ? s[j] : top;
   return top;
 }
 
-// s <- exp(s + bias - m); returns the sum.
+// s <- exp(s scale - m); returns the sum.
 template <typename T>
-T row_exp(T* s, const T* bias, T m, int64_t n) {
+T row_exp(T* s, T scale, T m, int64_t n) {
   T sum = 0;
-  if (bias == nullptr) {
 #pragma omp simd reduction(+ : sum)
-    for (int64_t j = 0; j < n; ++j) {
-      const T e = exp_nonpositive(s[j] - m);
-      s[j] = e;
-      sum += e;
-    }
-  } else {
-#pragma omp simd reduction(+ : sum)
-    for (int64_t j = 0; j < n; ++j) {
-      const T e = exp_nonpositive(s[j] + bias[j] - m);
-      s[j] = e;
-      sum += e;
-    }
+  for (int64_t j = 0; j < n; ++j) {
+    const T e = exp_nonpositive(s[j] * scale - m);
+    s[j] = e;
+    sum += e;
   }
   return sum;
 }
@@ -129,8 +180,8 @@ class IdIndex {
   }
   template <typename Visit>
   void for_each(int64_t id, Visit visit) const {
-    auto it = std::lower_bound(entries_.begin(), entries_.end(),
-                               std::pair<int64_t, int64_t>(id, 0));
+    auto it =
+        std::lower_bound(entries_.begin(), entries_.end(), std::pair<int64_t, int64_t>(id, 0));
     for (; it != entries_.end() && it->first == id; ++it) visit(it->second);
   }
 
@@ -148,8 +199,8 @@ struct RowResult {
 
 // Turns row i's products `s` into e = exp(z - m), in place.
 template <typename T>
-RowResult<T> solve_row(const Problem<T>& p, int64_t i, T* s, const T* query, const T* bias,
-                       const IdIndex& index, int64_t excluded_everywhere, bool gradients) {
+RowResult<T> solve_row(const Problem<T>& p, int64_t i, T* s, const T* query, const IdIndex& index,
+                       int64_t excluded_everywhere, bool gradients) {
   const int64_t n = p.candidates;
   int64_t count = n - excluded_everywhere;  // n_i of the refined correction
   const auto exclude = [&](int64_t j) {
@@ -164,21 +215,22 @@ RowResult<T> solve_row(const Problem<T>& p, int64_t i, T* s, const T* query, con
     });
   }
   const T* positive = p.positive != nullptr ? p.positive + i * p.dim : p.candidate + i * p.dim;
-  double z_positive = dot(query, positive, p.dim);
+  const T inverse = T(1) / p.tau[i];
+  T z_positive = dot(query, positive, p.dim) * inverse;
   if (!p.refined && p.positive_log_q != nullptr) z_positive -= p.positive_log_q[i];
 
-  T m = row_max(s, bias, n);
-  if (!p.refined) m = std::max(m, static_cast<T>(z_positive));
+  T m = row_max(s, n) * inverse;
+  if (!p.refined) m = std::max(m, z_positive);
   const bool infinite = std::isinf(m);
   // exp(z - m) of a row that is -inf throughout is 0, not NaN.
-  const double sum = row_exp(s, bias, m == -kInfinity<T> ? T(0) : m, n);
+  const double sum = row_exp(s, inverse, m == -kInfinity<T> ? T(0) : m, n);
 
   double a = p.coefficient[i];
   double loss, d_positive, total;
   if (p.refined) {
     double lse = infinite ? m : m + std::log(sum);
     if (p.positive_log_q != nullptr) lse += std::log1p(-std::exp(double(p.positive_log_q[i])));
-    double r = 1 / (1 + std::exp(z_positive - (lse - std::log(double(count)))));
+    double r = 1 / (1 + std::exp(double(z_positive) - (lse - std::log(double(count)))));
     if (lse == -kInfinity<double>) r = 0;
     loss = r == 0 ? 0 : r * (lse - z_positive);
     a *= r;
@@ -186,13 +238,13 @@ RowResult<T> solve_row(const Problem<T>& p, int64_t i, T* s, const T* query, con
     total = sum;
   } else {
     // Where the positive leads, log1p keeps the digits of a small loss.
-    const double e_positive = std::exp(z_positive - m);
+    const double e_positive = std::exp(double(z_positive) - m);
     total = sum + e_positive;
     if (infinite) {
       loss = double(m) - z_positive;
       d_positive = a * std::expm1(-loss);
     } else {
-      loss = z_positive >= m ? std::log1p(sum) : std::log(total) + (double(m) - z_positive);
+      loss = z_positive >= m ? std::log1p(sum) : std::log(total) + (double(m) - double(z_positive));
       d_positive = -a * (sum / total);
     }
   }
@@ -206,12 +258,11 @@ RowResult<T> solve_row(const Problem<T>& p, int64_t i, T* s, const T* query, con
   return result;
 }
 
-// Rows of a block: S then fits the second-level cache of a core beside the candidates that stream
-// by. Below 32 rows the products lose more than the cache gains, above 128 nothing is left to gain
-// (measured on two AVX-512 cores, D = 64 and 128, N from 2^9 to 2^16).
-int64_t block_rows(int64_t candidates, size_t element) {
-  const int64_t target = (int64_t{1} << 20) / static_cast<int64_t>(element);
-  return std::clamp<int64_t>(target / std::max<int64_t>(candidates, 1) / 8 * 8, 32, 128);
+// Rows of a block: enough that adding to dc costs little beside the product, few enough that S
+// stays near the core. 96 rows were best for N = 8,192 at D = 64 and 128 (two AVX-512 cores, 32 to
+// 192 tried); narrower and wider problems keep that size of S within bounds.
+int64_t block_rows(int64_t candidates) {
+  return std::clamp<int64_t>(96 * 8192 / std::max<int64_t>(candidates, 1) / 8 * 8, 32, 128);
 }
 
 }  // namespace
@@ -240,14 +291,75 @@ void sampled_softmax_cpu(const Problem<T>& p, const Gradients<T>& out, int threa
       if (padded > 0 && j < p.rows && !p.active[j]) bias[j] = -kInfinity<T>;
     }
   }
-  const T* bias_or_null = bias.empty() ? nullptr : bias.data();
 
-  const int64_t block = block_rows(n, sizeof(T));
-  const int64_t num_blocks = (num_rows + block - 1) / block;
-  const int team = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, num_blocks)));
+  const int64_t block = block_rows(n);
+  const int team = static_cast<int>(std::clamp<int64_t>(num_rows / 16, 1, threads));
+  const Scores<T> scores(p, bias, block);
+  const int64_t width = scores.width();
   // Each thread's dc; the first adds straight into the output.
   std::unique_ptr<T[]> partial(
       out.candidate != nullptr && team > 1 ? new T[size_t(team - 1) * n * d] : nullptr);
+
+  // Rows [first, last) of the active ones, in blocks of equal size.
+  const auto solve_rows = [&](int64_t first, int64_t last, T* dc) {
+    if (dc != nullptr) std::fill(dc, dc + n * d, T(0));
+    if (first == last) return;
+    const int64_t blocks = (last - first + block - 1) / block;
+    const int64_t step = (last - first + blocks - 1) / blocks;
+    std::unique_ptr<T[]> s(new T[step * n]);      // [b, N]
+    std::unique_ptr<T[]> q(new T[step * width]);  // [b, width] the query, then scaled
+    std::unique_ptr<T[]> dq(new T[step * d]);     // [b, D]
+    std::vector<RowResult<T>> results(step);
+    for (int64_t start = first; start < last; start += step) {
+      const int64_t b = std::min(step, last - start);
+      const int height = static_cast<int>(b);
+      for (int64_t r = 0; r < b; ++r) {
+        const int64_t i = rows[start + r];
+        std::copy_n(p.query + i * d, d, q.get() + r * width);
+        if (width > d) q[r * width + d] = p.tau[i];
+      }
+      scores(q.get(), height, s.get());
+      for (int64_t r = 0; r < b; ++r) {
+        const int64_t i = rows[start + r];
+        results[r] =
+            solve_row(p, i, s.get() + r * n, q.get() + r * width, index, padded, gradients);
+        out.row_loss[i] = results[r].loss;
+      }
+      if (out.query != nullptr) {
+        if (n > 0) {
+          gemm('N', 'N', dim, height, columns, p.candidate, dim, s.get(), columns, T(0), dq.get(),
+               dim);
+        } else {
+          std::fill(dq.get(), dq.get() + b * d, T(0));
+        }
+        for (int64_t r = 0; r < b; ++r) {
+          const int64_t i = rows[start + r];
+          const T* positive = in_batch ? p.candidate + i * d : p.positive + i * d;
+          for (int64_t k = 0; k < d; ++k) {
+            out.query[i * d + k] =
+                results[r].scale * dq[r * d + k] + results[r].positive * positive[k];
+          }
+        }
+      }
+      for (int64_t r = 0; r < b; ++r) {
+        const int64_t i = rows[start + r];
+        const T* query = p.query + i * d;
+        if (out.positive != nullptr) {
+          for (int64_t k = 0; k < d; ++k) out.positive[i * d + k] = results[r].positive * query[k];
+        }
+        if (dc != nullptr) {
+          for (int64_t k = 0; k < d; ++k) q[r * width + k] = results[r].scale * query[k];
+          if (in_batch) {
+            for (int64_t k = 0; k < d; ++k) dc[i * d + k] += results[r].positive * query[k];
+          }
+        }
+      }
+      if (dc != nullptr && n > 0) {
+        gemm('N', 'T', dim, columns, height, q.get(), static_cast<int>(width), s.get(), columns,
+             T(1), dc, dim);
+      }
+    }
+  };
 
 #pragma omp parallel num_threads(team)
   {
@@ -255,57 +367,8 @@ void sampled_softmax_cpu(const Problem<T>& p, const Gradients<T>& out, int threa
 #pragma omp for schedule(static, 1)
     for (int part = 0; part < team; ++part) {
       T* dc = part == 0 ? out.candidate : partial.get() + size_t(part - 1) * n * d;
-      if (out.candidate != nullptr) std::fill(dc, dc + n * d, T(0));
-      std::unique_ptr<T[]> s(new T[block * n]);            // [b, N]
-      std::unique_ptr<T[]> q(new T[block * d]);            // [b, D] query / tau, then * scale
-      std::unique_ptr<T[]> dq(new T[block * d]);           // [b, D]
-      std::vector<RowResult<T>> results(block);
-      const int64_t first = num_blocks * part / team * block;
-      const int64_t last = std::min(num_rows, num_blocks * (part + 1) / team * block);
-      for (int64_t start = first; start < last; start += block) {
-        const int64_t b = std::min(block, last - start);
-        const int height = static_cast<int>(b);
-        for (int64_t r = 0; r < b; ++r) {
-          const int64_t i = rows[start + r];
-          const T inverse = T(1) / p.tau[i];
-          for (int64_t k = 0; k < d; ++k) q[r * d + k] = p.query[i * d + k] * inverse;
-        }
-        if (n > 0) gemm('T', 'N', columns, height, dim, p.candidate, dim, q.get(), dim, T(0), s.get(), columns);
-        for (int64_t r = 0; r < b; ++r) {
-          const int64_t i = rows[start + r];
-          results[r] = solve_row(p, i, s.get() + r * n, q.get() + r * d, bias_or_null, index, padded,
-                                 gradients);
-          out.row_loss[i] = results[r].loss;
-        }
-        if (out.query != nullptr) {
-          if (n > 0) gemm('N', 'N', dim, height, columns, p.candidate, dim, s.get(), columns, T(0), dq.get(), dim);
-          else std::fill(dq.get(), dq.get() + b * d, T(0));
-          for (int64_t r = 0; r < b; ++r) {
-            const int64_t i = rows[start + r];
-            const T* positive = in_batch ? p.candidate + i * d : p.positive + i * d;
-            T* target = out.query + i * d;
-            for (int64_t k = 0; k < d; ++k) {
-              target[k] = results[r].scale * dq[r * d + k] + results[r].positive * positive[k];
-            }
-          }
-        }
-        for (int64_t r = 0; r < b; ++r) {
-          const int64_t i = rows[start + r];
-          const T* query = p.query + i * d;
-          if (out.positive != nullptr) {
-            for (int64_t k = 0; k < d; ++k) out.positive[i * d + k] = results[r].positive * query[k];
-          }
-          if (out.candidate != nullptr) {
-            for (int64_t k = 0; k < d; ++k) q[r * d + k] = results[r].scale * query[k];
-            if (in_batch) {
-              for (int64_t k = 0; k < d; ++k) dc[i * d + k] += results[r].positive * query[k];
-            }
-          }
-        }
-        if (out.candidate != nullptr && n > 0) {
-          gemm('N', 'T', dim, columns, height, q.get(), dim, s.get(), columns, T(1), dc, dim);
-        }
-      }
+      solve_rows(num_rows * part / team, num_rows * (part + 1) / team,
+                 out.candidate != nullptr ? dc : nullptr);
     }
     if (out.candidate != nullptr) {
 #pragma omp for schedule(static)

@@ -42,8 +42,7 @@ def solve(
     step = max(BLOCK_ELEMENTS.get(query.device.type, 1 << 22) // n, 1)
     for start in range(0, len(query), step):
         rows = slice(start, min(start + step, len(query)))
-        scaled = query[rows] / tau[rows]
-        z = scaled @ candidates.T
+        z = (query[rows] @ candidates.T).div_(tau[rows])
         if problem.candidate_log_q is not None:
             z -= problem.candidate_log_q
         count = torch.full_like(tau[rows, 0], len(candidates))
@@ -53,7 +52,7 @@ def solve(
             if refined:
                 count -= excluded.sum(1)
             del excluded
-        z_positive = (scaled * positive[rows]).sum(1)
+        z_positive = (query[rows] * positive[rows]).sum(1) / tau[rows, 0]
         lse = z_candidates = z.logsumexp(1)
         a = coefficients[rows]
         if refined:
@@ -73,14 +72,14 @@ def solve(
         # A row of weight zero gives exact zeros, also where its p overflowed.
         dz_positive = torch.where(a == 0, 0.0, a * p_positive_minus_1)
         if d_positive is not None:
-            d_positive[rows] = dz_positive * scaled
+            d_positive[rows] = dz_positive * query[rows] / tau[rows]
         if d_query is None and d_candidates is None:
             continue
         dz = z.sub_(z_candidates[:, None]).exp_().mul_(a).masked_fill_(a == 0, 0)
         if d_query is not None:
             d_query[rows] = (dz @ candidates).addcmul_(dz_positive, positive[rows]).div_(tau[rows])
         if d_candidates is not None:
-            d_candidates.addmm_(dz.T, scaled)
+            d_candidates.addmm_(dz.T, query[rows] / tau[rows])
 
     if d_candidates is not None and d_positive is not None and problem.in_batch:
         d_candidates[: len(query)] += d_positive

@@ -1,0 +1,72 @@
+# Everything runs in .venv inside this folder; nothing outside it is touched but the caches of pip
+# and of the compiled kernel (~/.cache/dwl_kernels, or DWL_KERNELS_CACHE).
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help venv test demo bench lint format build clean
+
+help:
+	@echo "make demo            train the plain and the weighted loss on a synthetic catalogue, then"
+	@echo "                     compare speed and memory with eager PyTorch (about 4 minutes)"
+	@echo "make demo DATA=path  the same on real ratings: a GroupLens folder such as ml-1m"
+	@echo "make test            run the tests"
+	@echo "make bench           measure speed and memory, write benchmarks/results/"
+	@echo "make lint            ruff, mypy and clang-format, in the versions of constraints.txt"
+	@echo "make format          let ruff and clang-format rewrite the files"
+	@echo "make build           build the wheel and the source archive into dist/"
+	@echo "make venv            only set up .venv"
+	@echo "make clean           remove .venv, dist/ and caches"
+	@echo
+	@echo "Every target sets up .venv first. pip fetches PyTorch for CUDA by default; without a GPU,"
+	@echo "  PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo"
+	@echo "saves some gigabytes."
+
+venv: $(READY)
+
+# The stamp is written last, so that an interrupted set-up starts anew.
+$(READY): pyproject.toml constraints.txt
+	@echo "Setting up $(VENV) (about a minute, once) ..."
+	@rm -f $@
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, $(PYTHON) is %d.%d; name another: make PYTHON=python3.12" % sys.version_info[:2])'
+	@$(PYTHON) -m venv $(VENV)
+	@echo "  1/2 PyTorch and the tools"
+	@$(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check -c constraints.txt torch hatchling
+	@echo "  2/2 this package and the rest"
+	@$(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check -c constraints.txt \
+		--no-build-isolation --editable '.[dev]'
+	@touch $@
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+demo: $(READY)
+	$(BIN)/python -m benchmarks.quality $(if $(DATA),"$(DATA)")
+	$(BIN)/python -m benchmarks.speed --demo
+
+bench: $(READY)
+	$(BIN)/python -m benchmarks.speed
+
+CSRC = $$(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CSRC)
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CSRC)
+
+build: $(READY)
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation --outdir dist
+
+clean:
+	rm -rf $(VENV) dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

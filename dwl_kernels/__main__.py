@@ -1,0 +1,91 @@
+"""`python -m dwl_kernels`: which backends work on this machine, and why the others do not.
+
+`python -m dwl_kernels build` compiles the C++ kernel ahead, for example in a container image.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import platform
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+
+import dwl_kernels
+from dwl_kernels import _build, backends
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m dwl_kernels",
+        description="Print versions, devices and which backends work here.",
+    )
+    parser.add_argument(
+        "command", nargs="?", choices=["build"], help="build: compile the C++ kernel ahead"
+    )
+    parser.add_argument(
+        "--verbose", action="store_true", help="with build: print commands and warnings"
+    )
+    options = parser.parse_args(arguments)
+    if options.command == "build":
+        return build(options.verbose)
+    print(f"dwl_kernels {dwl_kernels.__version__}\n")
+    print_rows([*versions(), *devices()])
+    print()
+    print_rows(working_backends())
+    return 0
+
+
+def build(verbose: bool) -> int:
+    try:
+        print(_build.build(verbose))
+    except _build.BuildError as error:
+        print(f"dwl_kernels: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def versions() -> Iterator[tuple[str, str]]:
+    yield "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    yield "torch", torch.__version__
+    try:
+        yield "triton", importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        yield "triton", "not installed"
+    try:
+        yield "compiler", _build.compiler_version()
+    except _build.BuildError:
+        yield "compiler", "none found"
+    yield "cache", str(_build.cache_dir())
+
+
+def devices() -> Iterator[tuple[str, str]]:
+    capability = torch.backends.cpu.get_cpu_capability()
+    yield "cpu", f"{torch.get_num_threads()} threads, {capability}"
+    for index in range(torch.cuda.device_count()):
+        found = torch.cuda.get_device_properties(index)
+        memory = f"{found.total_memory / 2**30:.0f} GiB"
+        yield f"cuda:{index}", f"{found.name}, capability {found.major}.{found.minor}, {memory}"
+
+
+def working_backends() -> Iterator[tuple[str, str]]:
+    device_types = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    for name in backends.NAMES:
+        reasons = {device: backends.why_not(name, device) for device in device_types}
+        fitting = [device for device, reason in reasons.items() if reason is None]
+        if fitting:
+            yield name, f"yes, for tensors on {' and '.join(fitting)}"
+        else:
+            yield name, f"no: {reasons[device_types[-1]]}"
+
+
+def print_rows(rows: Iterable[tuple[str, str]]) -> None:
+    for name, text in rows:
+        first, *rest = text.splitlines()
+        print(f"{name:<10}{first}", *rest, sep=f"\n{'':<10}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,442 @@
+"""Domain weights: how sparse each domain is, measured, and what its examples should weigh.
+
+Stage one measures the sparsity ``s_d`` of every domain, stage two turns it into a weight and moves
+a bounded average towards it (after arXiv 2510.04375; the form of the measures is this package's).
+With ``N`` interactions of ``U`` users with ``I`` items, of which ``n_d``, by ``u_d`` users and with
+item entropy ``H_d``, belong to domain ``d``:
+
+    idf_d = log(N / n_d) / max_e log(N / n_e)
+    users_d = 1 - u_d / U
+    entropy_d = 1 - H_d / log I
+    s_d = (alpha idf_d + beta users_d + gamma entropy_d) / (alpha + beta + gamma)     in [0, 1]
+    w*_d = w_min + (w_max - w_min) s_d
+    average <- m average + (1 - m) w*                                       in [w_min, w_max]
+    weights = average / (mean of `average` over all interactions seen)      in (0, w_max / w_min]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from dwl_kernels.problem import INTEGERS, checks_values, mean_domain_weight
+
+# An interaction with an item of G domains counts 1/G for each of them. Kept as integers in units
+# that every G up to 16 divides: exact, the same in every run on a GPU, and safe from `.half()`.
+_WHOLE = 720_720
+_LONGEST_TABLE = 40  # rows; longer tables leave out their middle
+
+
+class DomainWeights(nn.Module):
+    """The weight of every domain, from the sparsity that is measured in the data.
+
+    All domains start at weight 1. :meth:`from_interactions` measures all three parts of the
+    sparsity at once; :meth:`update` streams domain ids during training and refreshes the counts
+    and with them ``idf`` alone (users and entropy stay as measured offline, and have no say where
+    they never were). The state lives in buffers, so ``state_dict`` carries it: float buffers stay
+    float32 under ``.half()``, counts are int64.
+
+    ``average`` is the moving average, exactly within ``weight_range``. ``weights`` is ``average``
+    divided by its mean over all interactions seen, so that the average example weighs 1 and the
+    learning rate keeps its meaning. Only the ratio ``w_max / w_min`` of the range therefore
+    matters: no example, and no gradient, is scaled by more than ``w_max / mean(average)``.
+
+    Args:
+        num_domains: Number of domains; ids are in ``[0, num_domains)``, -1 means none.
+        names: Names for the printed table, one per domain.
+        measures: ``(alpha, beta, gamma)``, the say of idf, users and entropy in the sparsity.
+        weight_range: ``(w_min, w_max)`` with ``0 < w_min <= w_max``, for the densest and the
+            sparsest domain there could be. A domain never seen gets ``w_max``.
+        momentum: ``m`` in [0, 1), the share of the old average that survives one update.
+
+    Raises:
+        ValueError: if a size is not positive, a range is reversed or holds a number that is not
+            finite and positive, or ``names`` has the wrong length.
+
+    Source: Mittal et al. 2025, arXiv 2510.04375.
+
+    Example:
+        >>> weights = DomainWeights(3, names=["drama", "comedy", "noir"], momentum=0.0)
+        >>> weights.update(torch.tensor([0, 0, 0, 0, 1, 1, 1, 2, -1]))
+        >>> weights()
+        tensor([0.8314, 1.0039, 1.6628])
+        >>> weights.example_weight(torch.tensor([[0, 2], [1, -1], [-1, -1]]))
+        tensor([1.2471, 1.0039, 1.0000])
+    """
+
+    weights: Tensor  # [num_domains] float32, what goes to the loss
+    average: Tensor  # [num_domains] float32, moving average before normalisation
+    interactions: Tensor  # [num_domains] int64, n_d
+    shares: Tensor  # [num_domains] int64, interactions split over their domains, in 1/_WHOLE
+    users: Tensor  # [num_domains] int64, u_d
+    entropy: Tensor  # [num_domains] float32, H_d in nats
+    num_users: Tensor  # [] int64, U; 0 while users and entropy are not measured
+    num_items: Tensor  # [] int64, I
+
+    def __init__(
+        self,
+        num_domains: int,
+        *,
+        names: Sequence[str] | None = None,
+        measures: tuple[float, float, float] = (1.0, 1.0, 1.0),
+        weight_range: tuple[float, float] = (1.0, 4.0),
+        momentum: float = 0.99,
+    ) -> None:
+        super().__init__()
+        if num_domains < 1:
+            raise ValueError(f"num_domains is {num_domains}; wanted at least 1")
+        if names is not None and len(names) != num_domains:
+            raise ValueError(
+                f"names has {len(names)} entries for {num_domains} domains; wanted one per domain"
+            )
+        if (
+            len(measures) != 3
+            or not all(0 <= m < float("inf") for m in measures)
+            or not any(measures)
+        ):
+            raise ValueError(
+                f"measures is {measures}; wanted three finite numbers (idf, users, entropy), none "
+                "negative and at least one positive"
+            )
+        if len(weight_range) != 2 or not 0 < weight_range[0] <= weight_range[1] < float("inf"):
+            raise ValueError(
+                f"weight_range is {weight_range}; wanted finite (w_min, w_max) with "
+                "0 < w_min <= w_max"
+            )
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum is {momentum}; wanted a number in [0, 1)")
+        self.num_domains = num_domains
+        self.names = None if names is None else [str(name) for name in names]
+        self.measures = measures
+        self.weight_range = weight_range
+        self.momentum = momentum
+        self.fixed = False
+        # Nothing seen yet: every domain is as sparse as can be, and all weigh the same.
+        self.register_buffer("weights", torch.ones(num_domains, dtype=torch.float32))
+        self.register_buffer(
+            "average", torch.full((num_domains,), float(weight_range[1]), dtype=torch.float32)
+        )
+        for name in ("interactions", "shares", "users"):
+            self.register_buffer(name, torch.zeros(num_domains, dtype=torch.int64))
+        self.register_buffer("entropy", torch.zeros(num_domains, dtype=torch.float32))
+        for name in ("num_users", "num_items"):
+            self.register_buffer(name, torch.zeros((), dtype=torch.int64))
+
+    @classmethod
+    def from_interactions(
+        cls,
+        users: Any,
+        items: Any,
+        domains: Any,
+        *,
+        num_domains: int | None = None,
+        names: Sequence[str] | None = None,
+        measures: tuple[float, float, float] = (1.0, 1.0, 1.0),
+        weight_range: tuple[float, float] = (1.0, 4.0),
+        momentum: float = 0.99,
+    ) -> DomainWeights:
+        """Measure interactions, users and item entropy of every domain, and set the weights.
+
+        Interactions without any domain are left out. The weights are set to what was measured;
+        the moving average starts from there.
+
+        Args:
+            users: ``[M]`` integers, tensor or NumPy array; any ids, they need not be dense.
+            items: ``[M]`` integers, likewise.
+            domains: ``[M]`` or ``[M, G]`` integers, the domains of each interaction's item, each
+                named once per row, -1 = no domain in that slot.
+            num_domains: Number of domains; by default ``len(names)``, else the largest id plus 1.
+            names, measures, weight_range, momentum: As for the class.
+
+        Raises:
+            TypeError: if ids are not integers.
+            ValueError: if lengths differ.
+            IndexError: if a domain id is outside ``[-1, num_domains)``.
+
+        Example:
+            >>> weights = DomainWeights.from_interactions(
+            ...     users=[1, 1, 2, 3], items=[10, 11, 10, 12], domains=[0, 0, 0, 1]
+            ... )
+            >>> weights.users.tolist(), weights.entropy.tolist()
+            ([2, 1], [0.6365141868591309, 0.0])
+        """
+        columns = {"users": torch.as_tensor(users), "items": torch.as_tensor(items)}
+        slots = _slots("domains", torch.as_tensor(domains))  # [M, G]
+        for name, value in columns.items():
+            _integer(name, value)
+            if value.shape != slots.shape[:1]:
+                raise ValueError(
+                    f"{name} has shape {list(value.shape)}; wanted [{slots.shape[0]}], one per "
+                    "row of domains"
+                )
+            if value.device != slots.device:
+                raise ValueError(f"{name} is on {value.device} but domains is on {slots.device}")
+        if num_domains is None:
+            largest = int(slots.max()) if slots.numel() else -1
+            num_domains = max(largest + 1, 1) if names is None else len(names)
+        measured = cls(
+            num_domains,
+            names=names,
+            measures=measures,
+            weight_range=weight_range,
+            momentum=momentum,
+        ).to(slots.device)
+        check_range("domains", slots, num_domains, "domains", always=True)
+        labelled = (slots >= 0).any(1)
+        slots = slots[labelled]
+        measured._count(slots, slots >= 0)
+
+        row, slot = (slots >= 0).nonzero(as_tuple=True)
+        domain = slots[row, slot]  # [P], one entry per pair of interaction and domain
+        num_users, user_of = _dense(columns["users"][labelled])
+        num_items, item_of = _dense(columns["items"][labelled])
+        measured.num_users.fill_(num_users)
+        measured.num_items.fill_(num_items)
+        pairs = torch.unique(domain * num_users + user_of[row])
+        if num_users:
+            measured.users.copy_(torch.bincount(pairs // num_users, minlength=num_domains))
+        if num_items:
+            pairs, times = torch.unique(domain * num_items + item_of[row], return_counts=True)
+            # H_d = log n_d - sum_items c log c / n_d, for item counts c
+            surprise = torch.bincount(
+                pairs // num_items, weights=times.double() * times.log(), minlength=num_domains
+            )
+            n = measured.interactions.clamp(min=1).double()
+            measured.entropy.copy_((n.log() - surprise / n).clamp(min=0))
+        measured._move(momentum=0.0)
+        return measured
+
+    @classmethod
+    def constant(
+        cls, weights: Tensor | Sequence[float], *, names: Sequence[str] | None = None
+    ) -> DomainWeights:
+        """Weights that never change, the fixed method; :meth:`update` then only counts.
+
+        Args:
+            weights: ``[num_domains]``, finite and not negative, used as they are.
+            names: Names for the printed table, one per domain.
+
+        Raises:
+            ValueError: if a weight is negative or not finite, or if they require a gradient.
+
+        Source: the loss weights of PinnerFormer, arXiv 2205.04507.
+
+        Example:
+            >>> DomainWeights.constant([1.0, 2.0])()
+            tensor([1., 2.])
+        """
+        if isinstance(weights, Tensor) and weights.requires_grad:
+            raise ValueError(
+                "weights requires a gradient, but constant weights are not trained: detach it, or "
+                "pass it as domain_weights to sampled_softmax_loss"
+            )
+        values = torch.as_tensor(weights, dtype=torch.float32)
+        if values.dim() != 1:
+            raise ValueError(f"weights has shape {list(values.shape)}; wanted [num_domains]")
+        if not bool((values.isfinite() & (values >= 0)).all()):
+            raise ValueError(
+                f"weights is {values.tolist()}; wanted finite numbers that are not negative"
+            )
+        built = cls(values.shape[0], names=names).to(values.device)
+        built.fixed = True
+        built.weights.copy_(values)
+        built.average.copy_(values)
+        return built
+
+    @torch.no_grad()
+    def update(
+        self,
+        domain_ids: Tensor,  # [B] or [B, G]
+    ) -> None:
+        """Count the domains of a batch and move the weights; no wait for the device.
+
+        Args:
+            domain_ids: ``[B]`` or ``[B, G]`` integers, each domain named once per row, -1 = none.
+                A row of -1 alone, such as padding, does not count.
+
+        Raises:
+            TypeError: if ids are not integers.
+            ValueError: if the shape or the device does not fit.
+            IndexError: if an id is outside ``[-1, num_domains)``, on a CPU. On other devices, and
+                under ``torch.compile``, such an id is not counted, unless ``DWL_KERNELS_CHECK=1``.
+        """
+        ids = self._domain_slots(domain_ids)  # [B, G]
+        self._count(ids, (ids >= 0) & (ids < self.num_domains))
+        if not self.fixed:
+            self._move(self.momentum)
+
+    def forward(self) -> Tensor:
+        """The weights, ``[num_domains]``; a copy, so updates do not disturb a pending backward."""
+        return self.weights.clone()
+
+    def sparsity(self) -> Tensor:
+        """``s_d``, ``[num_domains]`` in [0, 1]; 1 for a domain never seen."""
+        n = self.interactions
+        total = torch.div(self.shares.sum(), _WHOLE, rounding_mode="floor")
+        rarity = (total.float() / n.clamp(min=1).float()).log().clamp(min=0)
+        rarity = torch.where(n > 0, rarity, 0.0)
+        largest = rarity.max()
+        # A domain that every interaction has is not sparse: 0, not 0/0.
+        idf = torch.where(largest > 0, rarity / largest, 0.0)
+        alpha, beta, gamma = self.measures
+        users = 1 - self.users.float() / self.num_users.clamp(min=1).float()
+        entropy = 1 - self.entropy / self.num_items.clamp(min=2).float().log()
+        mixed = (alpha * idf + beta * users + gamma * entropy) / (alpha + beta + gamma)
+        measured = torch.where(self.num_users > 0, mixed, idf)
+        return torch.where(n > 0, measured, 1.0).clamp(0.0, 1.0)
+
+    def example_weight(
+        self,
+        domain_ids: Tensor,  # [B] or [B, G]
+    ) -> Tensor:  # [B]
+        """Mean weight of each row's domains, ``[B]``; 1 for a row that has none.
+
+        Raises:
+            IndexError: if an id is outside ``[-1, num_domains)``, on a CPU. On other devices, and
+                under ``torch.compile``, such a row gets NaN, unless ``DWL_KERNELS_CHECK=1``.
+        """
+        return mean_domain_weight(self._domain_slots(domain_ids), self.weights)
+
+    def log_weight(
+        self,
+        domain_ids: Tensor,  # [V] or [V, G]
+    ) -> Tensor:  # [V]
+        """Log of :meth:`example_weight`: the tilt that weighted training gives an item's score.
+
+        Add ``c * log_weight(item_domains)`` to the scores of a plain or calibrated model to favour
+        sparse domains when serving, or subtract it to take the tilt of an uncalibrated one back.
+
+        Example:
+            >>> weights = DomainWeights.constant([1.0, 2.0])
+            >>> scores = torch.tensor([[0.3, 0.1]]) + weights.log_weight(torch.tensor([0, 1]))
+            >>> scores
+            tensor([[0.3000, 0.7931]])
+        """
+        return self.example_weight(domain_ids).log()
+
+    def _domain_slots(self, domain_ids: Tensor) -> Tensor:
+        ids = _slots("domain_ids", domain_ids)
+        if ids.device != self.weights.device:
+            raise ValueError(
+                f"domain_ids is on {ids.device} but the domain weights are on "
+                f"{self.weights.device}; move one of them"
+            )
+        check_range("domain_ids", ids, self.num_domains, "domains")
+        return ids
+
+    def _count(
+        self,
+        ids: Tensor,  # [B, G] int64
+        counted: Tensor,  # [B, G] bool, within [0, num_domains)
+    ) -> None:
+        # One bin more takes what is not counted: no shape depends on the data, hence no sync.
+        bins = torch.where(counted, ids, self.num_domains).flatten()
+        per_slot = torch.div(
+            _WHOLE, counted.sum(1, keepdim=True).clamp(min=1), rounding_mode="floor"
+        )
+        for total, amount in (
+            (self.interactions, torch.ones_like(ids)),
+            (self.shares, per_slot.expand_as(ids)),
+        ):
+            new = total.new_zeros(self.num_domains + 1)
+            total.add_(new.index_add_(0, bins, amount.flatten())[:-1])
+
+    def _move(self, momentum: float) -> None:
+        low, high = self.weight_range
+        target = low + (high - low) * self.sparsity()
+        moved = momentum * self.average + (1 - momentum) * target
+        self.average.copy_(moved.clamp(low, high))  # the clamp only removes rounding
+        seen = self.shares.float()
+        seen = torch.where(seen.sum() > 0, seen, 1.0)
+        mean = (seen / seen.sum() * self.average).sum()
+        self.weights.copy_(self.average / mean)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DomainWeights:
+        # A model cast to bfloat16 keeps its domain weights in float32: an average that moves by
+        # 1% would stand still in 8 bits.
+        kept = {name: b for name, b in self.named_buffers(recurse=False) if b.is_floating_point()}
+        super()._apply(fn, recurse)
+        for name, before in kept.items():
+            after = cast(Tensor, getattr(self, name))
+            if after.dtype != before.dtype:
+                setattr(self, name, before.to(after.device))
+        return self
+
+    def extra_repr(self) -> str:
+        if self.fixed:
+            return f"{self.num_domains}, constant"
+        return f"{self.num_domains}, weight_range={self.weight_range}, momentum={self.momentum}"
+
+    def __str__(self) -> str:
+        """A table of the measured domains, dense to sparse."""
+        names = self.names or [str(d) for d in range(self.num_domains)]
+        known = bool(self.num_users > 0)
+        share = (self.shares.double() / self.shares.sum().clamp(min=1)).tolist()
+        sparsity, weights = self.sparsity().tolist(), self.weights.tolist()
+        counts, users = self.interactions.tolist(), self.users.tolist()
+        entropy = self.entropy.tolist()
+        header = ["domain", "interactions", "share", "users", "entropy", "sparsity", "weight"]
+        rows = [
+            [
+                names[d],
+                f"{counts[d]:,}",
+                f"{share[d]:.2%}",
+                f"{users[d]:,}" if known else "-",
+                f"{entropy[d]:.2f}" if known else "-",
+                f"{sparsity[d]:.3f}",
+                f"{weights[d]:.3f}",
+            ]
+            for d in sorted(range(self.num_domains), key=lambda d: -counts[d])
+        ]
+        if len(rows) > _LONGEST_TABLE:
+            half = _LONGEST_TABLE // 2
+            rows = [*rows[:half], ["..."] * len(header), *rows[-half:]]
+        widths = [max(len(row[c]) for row in [header, *rows]) for c in range(len(header))]
+        lines = [
+            "  ".join(
+                cell.ljust(width) if column == 0 else cell.rjust(width)
+                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+            )
+            for row in [header, ["-" * width for width in widths], *rows]
+        ]
+        return "\n".join([repr(self), *lines])
+
+
+def _integer(name: str, value: Tensor) -> None:
+    if value.dtype not in INTEGERS:
+        raise TypeError(f"{name} has dtype {value.dtype}; wanted integers, int64 or int32")
+
+
+def _slots(name: str, ids: Tensor) -> Tensor:
+    """Ids as ``[B, G]`` int64."""
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"{name} is a {type(ids).__name__}; wanted a torch.Tensor of integers")
+    _integer(name, ids)
+    if ids.dim() not in (1, 2):
+        raise ValueError(
+            f"{name} has shape {list(ids.shape)}; wanted [B], or [B, G] with several domains per "
+            "row; flatten leading dimensions"
+        )
+    return (ids if ids.dim() == 2 else ids[:, None]).to(torch.int64)
+
+
+def check_range(name: str, ids: Tensor, bound: int, what: str, *, always: bool = False) -> None:
+    """IndexError for an id outside ``[-1, bound)``, where looking at the ids is free."""
+    if torch.compiler.is_compiling():
+        return  # a look at the values would break the graph
+    if (always or checks_values(ids.device)) and ids.numel():
+        low, high = (int(extreme) for extreme in ids.aminmax())
+        if low < -1 or high >= bound:
+            raise IndexError(
+                f"{name} holds {low if low < -1 else high}, but there are {bound} {what}: ids must "
+                f"be in [0, {bound}), or -1 for none"
+            )
+
+
+def _dense(ids: Tensor) -> tuple[int, Tensor]:
+    """The number of distinct ids, and each id's place among them."""
+    distinct, place = torch.unique(ids, return_inverse=True)
+    return len(distinct), place

@@ -1,0 +1,302 @@
+"""The cases that every backend must pass, and the comparison with `eager` in float64.
+
+A case is a small problem with one thing that is easy to get wrong. The sizes are no multiple of any
+tile: 1, 3, 17, 127 and 129 rows or candidates, 1, 20 and 96 dimensions.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import dwl_kernels
+
+# What a backend may add to twice the error of eager in its own dtype, relative to the largest
+# entry of the reference.
+MARGIN = {
+    torch.float64: 1e-12,
+    torch.float32: 1e-6,
+    torch.float16: 1e-3,
+    torch.bfloat16: 4e-3,
+}
+DIFFERENTIABLE = ("query", "positive", "negative", "temperature", "domain_weights")
+
+Inputs = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    rows: int = 17
+    candidates: int = 33  # of `negative`
+    dim: int = 20
+    in_batch: bool = False
+    mixed: bool = True  # in-batch with `negative` as well
+    log_q: bool = False
+    ids: bool = False
+    domains: int = 0  # slots per row
+    examples: bool = False
+    temperature: str = "float"  # "scalar" and "rows" are tensors with a gradient
+    options: dict[str, Any] = field(default_factory=dict)
+    change: Callable[[Inputs], None] | None = None
+
+    def inputs(self, dtype: torch.dtype, device: str = "cpu") -> Inputs:
+        """Keyword arguments of the loss; leaves that take a gradient require it."""
+        g = torch.Generator().manual_seed(zlib.crc32(self.name.encode()))
+        b, n, d = self.rows, self.candidates, self.dim
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+        def integers(low: int, high: int, *shape: int) -> Tensor:
+            return torch.randint(low, high, shape, generator=g)
+
+        inputs: Inputs = {"query": normal(b, d), "positive": normal(b, d), "temperature": 0.7}
+        with_negative = not self.in_batch or self.mixed
+        prefix = "" if self.in_batch else "positive_"
+        if with_negative:
+            inputs["negative"] = normal(n, d)
+        if self.log_q:
+            inputs[prefix + "log_q"] = torch.log_softmax(normal(b), 0)
+            inputs["negative_log_q"] = torch.log_softmax(normal(n), 0)
+        if self.ids:
+            inputs[prefix + "ids"] = integers(0, 12, b)
+            inputs["negative_ids"] = integers(0, 12, n)
+        if not with_negative:
+            inputs.pop("negative_log_q", None), inputs.pop("negative_ids", None)
+        if self.domains:
+            shape = (b,) if self.domains == 1 else (b, self.domains)
+            inputs["domain_ids"] = integers(-1, 5, *shape)
+            inputs["domain_weights"] = normal(5).exp()
+        if self.examples:
+            inputs["example_weights"] = normal(b).exp() * (integers(0, 3, b) > 0)
+        if self.temperature == "scalar":
+            inputs["temperature"] = torch.tensor(0.6, dtype=torch.float64)
+        elif self.temperature == "rows":
+            inputs["temperature"] = 0.3 + normal(b).exp()
+        if self.change is not None:
+            self.change(inputs)
+        for name, value in inputs.items():
+            if not isinstance(value, Tensor):
+                continue
+            if value.is_floating_point():
+                embedding = name in ("query", "positive", "negative")
+                narrow = dtype if embedding or dtype == torch.float64 else torch.float32
+                value = value.to(narrow)
+            inputs[name] = value.to(device).requires_grad_(name in DIFFERENTIABLE)
+        return inputs | self.options
+
+    def loss(self, inputs: Inputs, backend: str) -> Tensor:
+        name = "in_batch_softmax_loss" if self.in_batch else "sampled_softmax_loss"
+        return getattr(dwl_kernels, name)(**inputs, backend=backend)
+
+
+def loss_and_gradients(
+    case: Case, backend: str, dtype: torch.dtype, device: str = "cpu", upcast: bool = False
+) -> dict[str, Tensor]:
+    """The loss and all gradients under a random upstream gradient, in float64.
+
+    `upcast` computes in float64 from the same rounded inputs: the reference.
+    """
+    inputs = case.inputs(dtype, device)
+    if upcast:
+        inputs = {
+            k: v.detach().double().requires_grad_(v.requires_grad)
+            if isinstance(v, Tensor) and v.is_floating_point()
+            else v
+            for k, v in inputs.items()
+        }
+    loss = case.loss(inputs, backend)
+    g = torch.Generator().manual_seed(1)
+    upstream = torch.randn(loss.shape, generator=g, dtype=torch.float64).to(loss)
+    leaves = {k: v for k, v in inputs.items() if isinstance(v, Tensor) and v.requires_grad}
+    gradients = torch.autograd.grad(loss, list(leaves.values()), upstream)
+    for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True):
+        assert gradient.dtype == leaf.dtype, name
+        assert gradient.shape == leaf.shape, name
+    results = {"loss": loss, **dict(zip(leaves, gradients, strict=True))}
+    return {name: value.detach().double().cpu() for name, value in results.items()}
+
+
+def error(value: Tensor, reference: Tensor) -> float:
+    """Largest difference over the largest finite reference entry; inf and NaN must coincide."""
+    finite = reference.isfinite()
+    if not torch.equal(value[~finite].nan_to_num(7.0), reference[~finite].nan_to_num(7.0)):
+        return float("inf")
+    if not finite.any():
+        return 0.0
+    scale = float(reference[finite].abs().max())
+    difference = float((value[finite] - reference[finite]).abs().max())
+    if difference != difference:
+        return float("inf")
+    return difference / scale if scale > 0 else (0.0 if difference == 0 else float("inf"))
+
+
+def check(case: Case, backend: str, dtype: torch.dtype, device: str = "cpu") -> None:
+    """Fails unless `backend` is as exact as design section 7 of the formulas asks."""
+    reference = loss_and_gradients(case, "eager", dtype, upcast=True)
+    same_dtype = loss_and_gradients(case, "eager", dtype)
+    got = loss_and_gradients(case, backend, dtype, device)
+    assert got.keys() == reference.keys()
+    for name, value in got.items():
+        allowed = 2 * error(same_dtype[name], reference[name]) + MARGIN[dtype]
+        measured = error(value, reference[name])
+        assert measured <= allowed, f"{name}: error {measured:.2e}, allowed {allowed:.2e}"
+
+
+def _set(**values: Any) -> Callable[[Inputs], None]:
+    return lambda inputs: inputs.update(values)
+
+
+def _all_hits(inputs: Inputs) -> None:
+    inputs["positive_ids"].fill_(3)
+    inputs["negative_ids"].fill_(3)
+
+
+def _some_hits_only(inputs: Inputs) -> None:
+    inputs["positive_ids"][::2] = 3
+    inputs["negative_ids"].fill_(3)
+
+
+def _large_ids(offset: int) -> Callable[[Inputs], None]:
+    # Neighbours that float32 (past 2^24) or 32 bits (past 2^31) cannot tell apart.
+    def change(inputs: Inputs) -> None:
+        for name in ("positive_ids", "negative_ids"):
+            inputs[name] = inputs[name] + offset
+
+    return change
+
+
+def _int32_ids(inputs: Inputs) -> None:
+    for name in ("positive_ids", "negative_ids", "domain_ids"):
+        inputs[name] = inputs[name].int()
+
+
+def _log_q(value: float) -> Callable[[Inputs], None]:
+    def change(inputs: Inputs) -> None:
+        inputs["negative_log_q"][5] = value
+
+    return change
+
+
+def _positive_log_q(value: float) -> Callable[[Inputs], None]:
+    def change(inputs: Inputs) -> None:
+        inputs["positive_log_q"][2] = value
+
+    return change
+
+
+def _large_logits(inputs: Inputs) -> None:
+    inputs["query"] *= 1e4 / 20
+
+
+def _duplicates(inputs: Inputs) -> None:
+    inputs["negative"][10:20] = inputs["negative"][:10]
+    inputs["negative_ids"][10:20] = inputs["negative_ids"][:10]
+
+
+def _weights(value: float) -> Callable[[Inputs], None]:
+    return lambda inputs: inputs["example_weights"].fill_(value)
+
+
+def _zero_domain(inputs: Inputs) -> None:
+    inputs["domain_weights"][:2] = 0.0
+
+
+def _no_domain(inputs: Inputs) -> None:
+    inputs["domain_ids"].fill_(-1)
+
+
+def _padding_holds_nan(inputs: Inputs) -> None:
+    padded = inputs["example_weights"] == 0
+    padded[0] = True
+    inputs["example_weights"][0] = 0.0
+    for name in ("query", "positive", "log_q", "positive_log_q"):
+        if name in inputs:
+            inputs[name][padded] = torch.nan
+
+
+_FULL: dict[str, Any] = {"log_q": True, "ids": True, "domains": 2, "examples": True}
+_FULL_ROWS: dict[str, Any] = {**_FULL, "temperature": "rows"}
+
+CASES = [
+    Case("one of everything", rows=1, candidates=1, dim=1),
+    Case("three rows", rows=3, candidates=1, dim=20),
+    Case("past the tile", rows=129, candidates=127, dim=20, **_FULL_ROWS),
+    Case("short of the tile", rows=127, candidates=129, dim=96, **_FULL_ROWS),
+    Case("many candidates", rows=3, candidates=1025, dim=20, **_FULL),
+    Case("many rows", rows=515, candidates=3, dim=1, **_FULL),
+    Case("plain"),
+    Case("log-Q", log_q=True),
+    Case("log-Q and hits", log_q=True, ids=True),
+    Case("domains", domains=1),
+    Case("several domains, some missing", domains=3),
+    Case("no domain at all", domains=2, change=_no_domain),
+    Case("example weights", examples=True),
+    Case("scalar temperature", temperature="scalar"),
+    Case("temperature per row", temperature="rows"),
+    Case("everything", **_FULL_ROWS),
+    *(
+        Case(f"everything, {r}", **_FULL_ROWS, options={"reduction": r})
+        for r in ("weighted_mean", "sum", "none")
+    ),
+    Case("refined", options={"correction": "refined"}),
+    Case("refined, everything", **_FULL_ROWS, options={"correction": "refined"}),
+    Case(
+        "refined, none",
+        **_FULL_ROWS,
+        options={"correction": "refined", "reduction": "none"},
+    ),
+    Case("no candidates", candidates=0, **_FULL),
+    Case("refined, no candidates", candidates=0, **_FULL, options={"correction": "refined"}),
+    Case("no rows", rows=0, **_FULL),
+    Case("no rows, none", rows=0, **_FULL, options={"reduction": "none"}),
+    Case("duplicates", **_FULL, change=_duplicates),
+    Case("every candidate a hit", **_FULL, change=_all_hits),
+    Case("all or nothing a hit", ids=True, change=_some_hits_only),
+    Case(
+        "refined, every candidate a hit of some",
+        ids=True,
+        change=_some_hits_only,
+        options={"correction": "refined"},
+    ),
+    Case("ids past 2^24", ids=True, change=_large_ids(1 << 24)),
+    Case("ids past 2^31", ids=True, change=_large_ids(1 << 31)),
+    Case("ids past 2^40", ids=True, change=_large_ids(1 << 40)),
+    Case("negative ids", ids=True, change=_large_ids(-6)),
+    Case("int32 ids", ids=True, domains=2, change=_int32_ids),
+    Case("a candidate of log-Q +inf", log_q=True, change=_log_q(torch.inf)),
+    Case("a candidate of log-Q -inf", log_q=True, change=_log_q(-torch.inf)),
+    Case("a positive of log-Q +inf", log_q=True, change=_positive_log_q(torch.inf)),
+    Case("large logits", log_q=True, ids=True, change=_large_logits),
+    Case("huge weights", **_FULL, change=_weights(1e30)),
+    Case("tiny weights", **_FULL, change=_weights(1e-30)),
+    *(
+        Case(f"all weights zero, {r}", **_FULL, change=_weights(0.0), options={"reduction": r})
+        for r in ("mean", "weighted_mean", "sum", "none")
+    ),
+    Case("domains of weight zero", domains=2, change=_zero_domain),
+    Case("NaN in the padding", **_FULL_ROWS, change=_padding_holds_nan),
+    Case("in-batch", in_batch=True, mixed=False),
+    Case("in-batch, one row", rows=1, in_batch=True, mixed=False, log_q=True),
+    Case("in-batch past the tile", rows=129, dim=96, in_batch=True, mixed=False, **_FULL_ROWS),
+    Case("in-batch with ids", in_batch=True, mixed=False, log_q=True, ids=True),
+    Case("mixed", in_batch=True, log_q=True, ids=True),
+    Case("mixed without ids", in_batch=True, log_q=True, temperature="scalar"),
+    Case("mixed, everything", rows=65, candidates=70, in_batch=True, **_FULL_ROWS),
+    Case(
+        "in-batch, refined",
+        in_batch=True,
+        mixed=False,
+        **_FULL_ROWS,
+        options={"correction": "refined", "reduction": "weighted_mean"},
+    ),
+    Case("in-batch, none", in_batch=True, **_FULL_ROWS, options={"reduction": "none"}),
+    Case("in-batch, NaN in the padding", in_batch=True, **_FULL_ROWS, change=_padding_holds_nan),
+    Case("in-batch, no rows", rows=0, in_batch=True, **_FULL),
+]

@@ -1,0 +1,159 @@
+"""The differentiable face: upstream gradients, autocast, compilation, op registration."""
+
+from __future__ import annotations
+
+import cases
+import pytest
+import torch
+from torch import Tensor
+
+import dwl_kernels
+from dwl_kernels import autograd
+
+BY_NAME = {case.name: case for case in cases.CASES}
+
+
+def _op_arguments(case: cases.Case, backend: str, wanted: bool, row_grad: bool) -> tuple:
+    inputs = {
+        k: v.detach() if isinstance(v, Tensor) else v
+        for k, v in case.inputs(torch.float32).items()
+    }
+    build = dwl_kernels.problem.sampled_problem
+    defaults = {"correction": "standard", "reduction": "mean"}
+    if case.in_batch:
+        build = dwl_kernels.problem.in_batch_problem
+    problem = build(**{**defaults, **inputs})
+    upstream = torch.randn(case.rows) if row_grad else None
+    masks = [wanted, wanted and not case.in_batch, wanted, wanted, wanted]
+    return (*autograd._fields(problem), upstream, masks, backend)
+
+
+@pytest.mark.parametrize("name", ["everything", "mixed, everything", "everything, none"])
+def test_registered_op_passes_opcheck(backend: str, name: str) -> None:
+    for wanted in (True, False):
+        arguments = _op_arguments(BY_NAME[name], backend, wanted, name.endswith("none"))
+        torch.library.opcheck(torch.ops.dwl_kernels.softmax_loss.default, arguments)
+
+
+def test_native_op_passes_opcheck() -> None:
+    from dwl_kernels.backends import native
+
+    if native.why_not() is not None:
+        pytest.skip(f"no CPU kernel: {native.why_not()}")
+    query, positive, candidates = torch.randn(9, 4), torch.randn(9, 4), torch.randn(5, 4)
+    ids = torch.arange(9), torch.arange(5)
+    optional = (torch.randn(9), torch.randn(5), *ids, torch.arange(9) > 2)
+    rows = (torch.rand(9) + 0.1, torch.rand(9))
+    for wanted in ((True, True, True), (False, False, False)):
+        arguments = (query, positive, candidates, *rows, *optional, False, *wanted)
+        torch.library.opcheck(torch.ops.dwl_kernels_native.sampled_softmax.default, arguments)
+
+
+@pytest.mark.parametrize("name", ["everything", "everything, none"])
+def test_backward_may_run_twice(backend: str, name: str) -> None:
+    inputs = BY_NAME[name].inputs(torch.float32)
+    loss = BY_NAME[name].loss(inputs, backend).sum()
+    loss.backward(retain_graph=True)
+    first = inputs["query"].grad.clone()
+    loss.backward()
+    torch.testing.assert_close(inputs["query"].grad, 2 * first)
+
+
+@pytest.mark.parametrize("name", ["everything", "everything, none"])
+def test_double_backward_raises(backend: str, name: str) -> None:
+    inputs = BY_NAME[name].inputs(torch.float32)
+    loss = BY_NAME[name].loss(inputs, backend).sum()
+    (gradient,) = torch.autograd.grad(loss, [inputs["query"]], create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        gradient.sum().backward()
+
+
+def test_loss_scale_of_float16_does_not_overflow_or_underflow() -> None:
+    """A scaler multiplies a mean over many rows by 65536, which float16 itself cannot hold."""
+    case = cases.Case("float16 scaler", rows=300, candidates=50, dim=8)
+    inputs = case.inputs(torch.float16)
+    (case.loss(inputs, "chunked") * 65536.0).backward()
+    reference = {
+        k: v.detach().double().requires_grad_() if isinstance(v, Tensor) else v
+        for k, v in inputs.items()
+    }
+    (case.loss(reference, "eager") * 65536.0).backward()
+    for name in ("query", "positive", "negative"):
+        torch.testing.assert_close(
+            inputs[name].grad.double(), reference[name].grad, rtol=1e-3, atol=1e-3
+        )
+
+
+def test_leading_dimensions_flow_through(backend: str) -> None:
+    case = cases.Case("leading", rows=12, candidates=9, dim=6, **cases._FULL_ROWS)
+    flat = case.inputs(torch.float64)
+    shaped = {
+        k: v.detach().reshape(3, 4, *v.shape[1:]).requires_grad_(v.requires_grad)
+        if isinstance(v, Tensor) and v.shape[:1] == (12,)
+        else v
+        for k, v in flat.items()
+    }
+    assert shaped["domain_ids"].shape == (3, 4, 2)
+    for reduction in ("mean", "none"):
+        a = case.loss({**flat, "reduction": reduction}, backend)
+        b = case.loss({**shaped, "reduction": reduction}, backend)
+        assert b.shape == (() if reduction == "mean" else (3, 4))
+        torch.testing.assert_close(a, b.reshape(a.shape), rtol=0, atol=0)
+        (da,) = torch.autograd.grad(a.sum(), [flat["query"]])
+        (db,) = torch.autograd.grad(b.sum(), [shaped["query"]])
+        assert db.shape == (3, 4, 6)
+        torch.testing.assert_close(da, db.reshape(da.shape), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_runs_in_its_dtype_and_returns_float32(dtype: torch.dtype) -> None:
+    case = BY_NAME["everything"]
+    inputs = case.inputs(torch.float32)
+    with torch.autocast("cpu", dtype=dtype):
+        loss = case.loss(inputs, "auto")
+    loss.backward()
+    assert loss.dtype == torch.float32
+    rounded = dict(inputs)
+    for name in ("query", "positive", "negative"):
+        rounded[name] = inputs[name].detach().to(dtype).requires_grad_()
+    expected = case.loss(rounded, "auto")
+    torch.testing.assert_close(loss, expected, rtol=0, atol=0)
+    expected.backward()
+    assert inputs["query"].grad.dtype == torch.float32
+    torch.testing.assert_close(inputs["query"].grad, rounded["query"].grad.float())
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_compiled_step_gives_the_same_loss_and_gradients(backend: str, reduction: str) -> None:
+    case = BY_NAME["mixed, everything"]
+    inputs = {**case.inputs(torch.float32), "reduction": reduction}
+    leaves = [k for k, v in inputs.items() if isinstance(v, Tensor) and v.requires_grad]
+
+    def step(inputs: cases.Inputs) -> Tensor:
+        return case.loss(inputs, backend).sum() * 3
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    a, b = step(inputs), compiled(inputs)
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
+    values = [inputs[k] for k in leaves]
+    for x, y in zip(torch.autograd.grad(a, values), torch.autograd.grad(b, values), strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=0)
+
+
+def test_no_grad_and_frozen_inputs_build_no_graph(backend: str) -> None:
+    inputs = BY_NAME["everything"].inputs(torch.float32)
+    with torch.no_grad():
+        assert not BY_NAME["everything"].loss(inputs, backend).requires_grad
+    frozen = {k: v.detach() if isinstance(v, Tensor) else v for k, v in inputs.items()}
+    assert not BY_NAME["everything"].loss(frozen, backend).requires_grad
+
+
+def test_padded_rows_get_exact_zeros(backend: str) -> None:
+    for name in ("NaN in the padding", "in-batch, NaN in the padding"):
+        inputs = BY_NAME[name].inputs(torch.float32)
+        padded = inputs["example_weights"] == 0
+        BY_NAME[name].loss(inputs, backend).backward()
+        for key in ("query", "positive", "temperature"):
+            assert (inputs[key].grad[padded] == 0).all(), key
+            assert inputs[key].grad.isfinite().all(), key

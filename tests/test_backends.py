@@ -1,0 +1,320 @@
+"""Every backend against `eager` in float64, and `eager` against plain PyTorch."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+
+import cases
+import pytest
+import torch
+from torch import Tensor
+
+import dwl_kernels
+from dwl_kernels import backends
+from dwl_kernels.problem import Wanted
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+BY_NAME = {case.name: case for case in cases.CASES}
+
+
+def takes(backend: str, dtype: torch.dtype) -> bool:
+    return not (backend == "cpu" and dtype == torch.float16)
+
+
+@pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_backend_is_as_exact_as_eager(backend: str, case: cases.Case, dtype: torch.dtype) -> None:
+    if not takes(backend, dtype):
+        pytest.skip("the CPU kernel has no float16; `auto` takes chunked there")
+    if backend == "eager" and dtype == torch.float64:
+        pytest.skip("this is the reference")
+    cases.check(case, backend, dtype)
+
+
+def naive(inputs: cases.Inputs, in_batch: bool) -> Tensor:
+    """The loss as most people write it, differentiated by autograd: concatenate, cross_entropy."""
+    query, positive, negative = inputs["query"], inputs["positive"], inputs.get("negative")
+    tau = inputs["temperature"]
+    rows = len(query)
+    candidates = positive if in_batch else negative
+    ids, candidate_ids = inputs.get("positive_ids"), inputs.get("negative_ids")
+    log_q, candidate_log_q = inputs.get("positive_log_q"), inputs.get("negative_log_q")
+    if in_batch:
+        ids, log_q = inputs.get("ids"), inputs.get("log_q")
+        parts = ([positive], [log_q], [ids])
+        if negative is not None:
+            for part, name in zip(parts, ("", "_log_q", "_ids"), strict=True):
+                part.append(inputs.get("negative" + name))
+        candidates, candidate_log_q, candidate_ids = (
+            None if part[0] is None else torch.cat(part) for part in parts
+        )
+    tau = torch.as_tensor(tau, dtype=query.dtype).expand(rows)
+    z = query @ candidates.T / tau[:, None]
+    if candidate_log_q is not None:
+        z = z - candidate_log_q
+    if ids is not None:
+        z = z.masked_fill(ids[:, None] == candidate_ids, -torch.inf)
+    if in_batch:
+        own = torch.eye(rows, z.shape[1], dtype=torch.bool)
+        z = z.masked_fill(own, -torch.inf)
+        if "example_weights" in inputs:
+            z[:, :rows] = z[:, :rows].masked_fill(inputs["example_weights"] == 0, -torch.inf)
+    z_positive = (query * positive).sum(1) / tau
+    if log_q is not None:
+        z_positive = z_positive - log_q
+    logits = torch.cat((z_positive[:, None], z), 1)
+    target = torch.zeros(rows, dtype=torch.int64)
+    rows_loss = torch.nn.functional.cross_entropy(logits, target, reduction="none")
+    weight = torch.ones(rows, dtype=query.dtype)
+    count = torch.tensor(float(rows))
+    if "domain_ids" in inputs:
+        ids = inputs["domain_ids"].reshape(rows, -1)
+        slots = [
+            [inputs["domain_weights"][d] for d in row.tolist() if d >= 0] or [torch.tensor(1.0)]
+            for row in ids
+        ]
+        weight = torch.stack([torch.stack(row).mean().to(weight) for row in slots])
+    if "example_weights" in inputs:
+        weight = weight * inputs["example_weights"]
+        count = (inputs["example_weights"] != 0).sum()
+    reduction = inputs.get("reduction", "mean")
+    weighted = weight * rows_loss
+    if reduction == "none":
+        return weighted
+    return weighted.sum() / {"mean": count, "weighted_mean": weight.sum(), "sum": 1}[reduction]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "plain",
+        "log-Q and hits",
+        "several domains, some missing",
+        "everything",
+        "everything, weighted_mean",
+        "everything, sum",
+        "everything, none",
+        "past the tile",
+        "in-batch",
+        "mixed, everything",
+        "in-batch, none",
+    ],
+)
+def test_eager_is_cross_entropy_differentiated_by_autograd(name: str) -> None:
+    case = BY_NAME[name]
+    inputs = case.inputs(torch.float64)
+    leaves = [v for v in inputs.values() if isinstance(v, Tensor) and v.requires_grad]
+    expected, got = naive(inputs, case.in_batch), case.loss(inputs, "eager")
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    upstream = torch.randn(got.shape, generator=torch.Generator().manual_seed(0)).double()
+    for a, b in zip(
+        torch.autograd.grad(got, leaves, upstream),
+        torch.autograd.grad(expected, leaves, upstream),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_refined_loss_is_the_formula_of_its_paper() -> None:
+    """arXiv 2507.09331, written out row by row; the factor is detached."""
+    inputs = BY_NAME["refined, everything"].inputs(torch.float64)
+    rows = []
+    for i in range(len(inputs["query"])):
+        tau = inputs["temperature"][i]
+        kept = inputs["negative_ids"] != inputs["positive_ids"][i]
+        z = inputs["negative"][kept] @ inputs["query"][i] / tau - inputs["negative_log_q"][kept]
+        z_positive = inputs["positive"][i] @ inputs["query"][i] / tau
+        lse = z.exp().sum().log() + (1 - inputs["positive_log_q"][i].exp()).log()
+        odds = (lse.exp() / kept.sum()) / z_positive.exp()
+        weight = inputs["example_weights"][i]
+        domains = [int(d) for d in inputs["domain_ids"][i] if d >= 0]
+        if domains:
+            weight = weight * inputs["domain_weights"][domains].mean()
+        rows.append(weight * (odds / (1 + odds)).detach() * (lse - z_positive))
+    expected = torch.stack(rows).sum() / (inputs["example_weights"] != 0).sum()
+    got = BY_NAME["refined, everything"].loss(inputs, "eager")
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
+    leaves = [v for v in inputs.values() if isinstance(v, Tensor) and v.requires_grad]
+    for a, b in zip(
+        torch.autograd.grad(got, leaves), torch.autograd.grad(expected, leaves), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("correction", ["standard", "refined"])
+@pytest.mark.parametrize("reduction", ["mean", "weighted_mean", "sum", "none"])
+@pytest.mark.parametrize("in_batch", [False, True], ids=["sampled", "in-batch"])
+def test_gradients_agree_with_finite_differences(
+    backend: str, in_batch: bool, reduction: str, correction: str
+) -> None:
+    # The refined factor is detached, which finite differences cannot see: without it in the sum
+    # there is nothing to check, so refined is checked where the factor saturates at 1.
+    case = cases.Case(
+        f"gradcheck {in_batch} {reduction}",
+        rows=5,
+        candidates=7,
+        dim=3,
+        in_batch=in_batch,
+        log_q=True,
+        ids=True,
+        domains=2,
+        examples=True,
+        temperature="rows",
+        options={"reduction": reduction, "correction": correction},
+    )
+    inputs = case.inputs(torch.float64)
+    if correction == "refined":
+        with torch.no_grad():
+            name = "log_q" if in_batch else "positive_log_q"
+            inputs["positive"].copy_(-100 * inputs["query"])
+            inputs[name].fill_(-3.0)
+            if in_batch:  # the positives are candidates too: let them compete far below
+                inputs["query"].copy_(torch.ones_like(inputs["query"]))
+                inputs["positive"].fill_(-100.0)
+    leaves = [k for k, v in inputs.items() if isinstance(v, Tensor) and v.requires_grad]
+
+    def loss(*values: Tensor) -> Tensor:
+        return case.loss({**inputs, **dict(zip(leaves, values, strict=True))}, backend)
+
+    assert torch.autograd.gradcheck(loss, [inputs[k] for k in leaves], fast_mode=False)
+
+
+def test_only_wanted_gradients_are_computed_and_each_is_right(backend: str) -> None:
+    """All 32 subsets of what may require a gradient, scalar and per row."""
+    for name in ("everything", "everything, none", "mixed, everything"):
+        case = BY_NAME[name]
+        reference = cases.loss_and_gradients(case, "eager", torch.float64)
+        for subset in itertools.product([False, True], repeat=5):
+            inputs = case.inputs(torch.float64)
+            wanted = dict(zip(cases.DIFFERENTIABLE, subset, strict=True))
+            for leaf, want in wanted.items():
+                inputs[leaf].requires_grad_(want)
+            loss = case.loss(inputs, backend)
+            assert loss.requires_grad == any(subset)
+            torch.testing.assert_close(loss.detach(), reference["loss"], rtol=1e-12, atol=1e-12)
+            leaves = [leaf for leaf, want in wanted.items() if want]
+            if not leaves:
+                continue
+            upstream = torch.randn(
+                loss.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+            )
+            for leaf, gradient in zip(
+                leaves,
+                torch.autograd.grad(loss, [inputs[k] for k in leaves], upstream),
+                strict=True,
+            ):
+                torch.testing.assert_close(gradient, reference[leaf], rtol=1e-10, atol=1e-12)
+
+
+def test_unwanted_gradients_are_none(backend: str) -> None:
+    case = BY_NAME["everything"]
+    inputs = case.inputs(torch.float32)
+    problem = dwl_kernels.problem.sampled_problem(
+        **{k: v.detach() if isinstance(v, Tensor) else v for k, v in inputs.items()},
+        correction="standard",
+        reduction="mean",
+    )
+    output = backends.pick(backend, problem)(problem, Wanted(False, True, False, False, True), None)
+    assert output.query is output.candidates is output.temperature is None
+    assert output.positive is not None
+    assert output.domain_weights is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["past the tile", "mixed, everything"])
+def test_strided_transposed_and_expanded_inputs(
+    backend: str, name: str, dtype: torch.dtype
+) -> None:
+    case = BY_NAME[name]
+    expected = case.inputs(dtype)
+    strided = dict(expected)
+    strided["query"] = expected["query"].detach().T.contiguous().T
+    strided["positive"] = torch.stack((expected["positive"].detach(),) * 2, 2)[..., 1]
+    strided["negative"] = expected["negative"].detach().repeat(1, 2)[:, : case.dim]
+    for key in ("negative_log_q", "negative_ids", "example_weights", "domain_ids"):
+        strided[key] = torch.stack((expected[key],) * 3, -1)[..., 1]
+    strided["temperature"] = torch.tensor(0.5).expand(case.rows)
+    expected["temperature"] = torch.full((case.rows,), 0.5)
+    for inputs in (strided, expected):
+        inputs["domain_weights"] = torch.tensor(2.0).expand(5)
+    leaves = ("query", "positive", "negative")
+    for key in leaves:
+        assert not strided[key].is_contiguous()
+        strided[key].requires_grad_()
+    a, b = case.loss(strided, backend), case.loss(expected, backend)
+    torch.testing.assert_close(a, b)
+    grads = [torch.autograd.grad(x, [i[k] for k in leaves]) for x, i in ((a, strided), (b, expected))]
+    for x, y in zip(*grads, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+def test_the_same_call_gives_bitwise_the_same_result(backend: str) -> None:
+    case = BY_NAME["short of the tile"]
+    first = cases.loss_and_gradients(case, backend, torch.float32)
+    for _ in range(5):
+        again = cases.loss_and_gradients(case, backend, torch.float32)
+        assert all(torch.equal(first[k], again[k]) for k in first)
+
+
+def test_calls_from_several_threads_do_not_disturb_each_other(backend: str) -> None:
+    chosen = [BY_NAME[n] for n in ("past the tile", "mixed, everything", "many candidates")]
+    expected = [cases.loss_and_gradients(case, backend, torch.float32) for case in chosen]
+    results: list[dict[str, Tensor] | None] = [None] * len(chosen)
+
+    def work(k: int) -> None:
+        results[k] = cases.loss_and_gradients(chosen[k], backend, torch.float32)
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(len(chosen))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for got, wanted in zip(results, expected, strict=True):
+        assert got is not None
+        for key in wanted:
+            torch.testing.assert_close(got[key], wanted[key], rtol=1e-5, atol=1e-6)
+
+
+def test_nan_reaches_the_loss_of_the_rows_that_use_it_and_no_other(backend: str) -> None:
+    inputs = BY_NAME["log-Q"].inputs(torch.float32)
+    with torch.no_grad():
+        inputs["query"][3, 1] = torch.nan
+        inputs["positive"][5, 0] = torch.inf
+    loss = BY_NAME["log-Q"].loss({**inputs, "reduction": "none"}, backend)
+    assert loss[3].isnan()
+    assert not loss[5].isfinite()
+    others = [i for i in range(17) if i not in (3, 5)]
+    assert loss[others].isfinite().all()
+    with torch.no_grad():
+        inputs["negative"][0] = torch.nan
+    assert BY_NAME["log-Q"].loss({**inputs, "reduction": "none"}, backend).isnan().all()
+
+
+def test_small_losses_keep_their_digits(backend: str) -> None:
+    """A positive that leads by 30 nats has a loss of 1e-13 that lse - z+ would round to zero."""
+    query = torch.ones(4, 1)
+    positive, negative = 40 * torch.ones(4, 1), 10 * torch.ones(2, 1)
+    loss = dwl_kernels.sampled_softmax_loss(query, positive, negative, backend=backend)
+    expected = 2 * torch.exp(torch.tensor(-30.0))
+    if backend == "cpu":
+        torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    else:
+        assert float(loss) <= 1e-6
+
+
+def test_hit_gets_no_probability(backend: str) -> None:
+    query = torch.tensor([[1.0]], requires_grad=True)
+    negative = torch.tensor([[50.0], [0.5]], requires_grad=True)
+    loss = dwl_kernels.sampled_softmax_loss(
+        query,
+        torch.tensor([[1.0]]),
+        negative,
+        positive_ids=torch.tensor([7]),
+        negative_ids=torch.tensor([7, 8]),
+        backend=backend,
+    )
+    loss.backward()
+    p = torch.sigmoid(torch.tensor(-0.5))
+    torch.testing.assert_close(loss.detach(), torch.log1p(torch.exp(torch.tensor(-0.5))))
+    torch.testing.assert_close(negative.grad, torch.stack((torch.zeros(1), p[None])))

@@ -1,0 +1,642 @@
+"""Samplers and stream estimates: what they draw and what they say about it must agree."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dwl_kernels.candidates import (
+    CountMinSketch,
+    LogUniformSampler,
+    StreamingFrequency,
+    UniformSampler,
+    UnigramSampler,
+    _log_uniform_ids,
+    _mix64,
+)
+
+# Small enough that 200,000 draws put hundreds of them on the rarest item, so that the chi-square
+# statistic is close to its limit; 37 is no power of two.
+NUM_ITEMS = 37
+COUNTS = torch.tensor([(7 * k) % 12 for k in range(NUM_ITEMS)])  # zeros at 0, 12, 24, 36
+SAMPLERS = {
+    "uniform": lambda: UniformSampler(NUM_ITEMS),
+    "log-uniform": lambda: LogUniformSampler(NUM_ITEMS),
+    "unigram": lambda: UnigramSampler(COUNTS, power=0.75),
+}
+
+
+def expected_probabilities(name: str) -> np.ndarray:
+    k = np.arange(NUM_ITEMS, dtype=np.float64)
+    if name == "uniform":
+        return np.full(NUM_ITEMS, 1 / NUM_ITEMS)
+    if name == "log-uniform":
+        return np.log((k + 2) / (k + 1)) / np.log(NUM_ITEMS + 1)
+    weights = COUNTS.double().numpy() ** 0.75
+    return weights / weights.sum()
+
+
+def table_mass(sampler: UnigramSampler) -> np.ndarray:
+    """Probability of every item, summed over the cells of the alias table."""
+    mass = sampler.probability.clone()
+    mass.index_add_(0, sampler.alias.long(), 1 - sampler.probability)
+    return (mass / sampler.num_items).numpy()
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+# --- samplers -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_log_q_is_the_formula(name: str) -> None:
+    log_q = SAMPLERS[name]().log_q(torch.arange(NUM_ITEMS))
+    assert log_q.dtype == torch.float32
+    np.testing.assert_allclose(log_q.double().exp(), expected_probabilities(name), rtol=1e-6)
+    assert math.isclose(log_q.double().exp().sum().item(), 1, rel_tol=1e-6)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_draws_follow_log_q(name: str) -> None:
+    sampler = SAMPLERS[name]()
+    draws = 200_000
+    ids, log_q = sampler.sample(draws, generator=seeded())
+    assert torch.equal(log_q, sampler.log_q(ids))
+    observed = torch.bincount(ids, minlength=NUM_ITEMS).double().numpy()
+    expected = draws * sampler.log_q(torch.arange(NUM_ITEMS)).double().exp().numpy()
+    drawable = expected > 0
+    assert observed[~drawable].sum() == 0
+    chi_square = ((observed - expected)[drawable] ** 2 / expected[drawable]).sum()
+    freedom = drawable.sum() - 1  # mean of the statistic; its variance is twice that
+    assert abs(chi_square - freedom) < 4 * math.sqrt(2 * freedom)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_generator_makes_draws_reproducible(name: str) -> None:
+    sampler = SAMPLERS[name]()
+    first, _ = sampler.sample(1000, generator=seeded(5))
+    again, _ = sampler.sample(1000, generator=seeded(5))
+    other, _ = sampler.sample(1000, generator=seeded(6))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_sample_takes_a_shape(name: str) -> None:
+    sampler = SAMPLERS[name]()
+    flat, _ = sampler.sample(12, generator=seeded())
+    ids, log_q = sampler.sample((3, 4), generator=seeded())
+    assert torch.equal(ids, flat.view(3, 4))
+    assert torch.equal(log_q, sampler.log_q(ids))
+    assert (ids.dtype, log_q.dtype) == (torch.int64, torch.float32)
+    assert [tuple(t.shape) for t in sampler.sample((0, 2))] == [(0, 2), (0, 2)]
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("bad", [-1, NUM_ITEMS, 2**40])
+def test_out_of_range_id_is_named_on_cpu(name: str, bad: int) -> None:
+    with pytest.raises(IndexError, match=rf"{bad}.*\[0, {NUM_ITEMS}\)"):
+        SAMPLERS[name]().log_q(torch.tensor([0, bad]))
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_out_of_range_id_is_nan_where_a_check_would_wait(name: str) -> None:
+    # The compiled graph takes the way that CUDA takes: no check, a clamped read, NaN.
+    sampler = SAMPLERS[name]()
+    log_q = torch.compile(sampler.log_q, backend="eager", fullgraph=True)
+    got = log_q(torch.tensor([1, -1, NUM_ITEMS]))
+    assert got[0] == sampler.log_q(torch.tensor([1]))
+    assert got[1:].isnan().all()
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_sampler_reads_nothing_back_to_the_host(name: str) -> None:
+    # Tensors on `meta` have no values: whatever reads one, or needs one for a shape, raises.
+    sampler = SAMPLERS[name]().to("meta")
+    ids, log_q = sampler.sample((5, 2))
+    assert ids.device.type == log_q.device.type == "meta"
+    assert sampler.log_q(ids).shape == (5, 2)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_state_dict_round_trip(name: str) -> None:
+    sampler, restored = SAMPLERS[name](), SAMPLERS[name]()
+    if isinstance(restored, UnigramSampler):
+        restored = UnigramSampler(torch.ones(NUM_ITEMS))
+    restored.load_state_dict(sampler.state_dict())
+    for want, got in zip(
+        sampler.sample(100, generator=seeded()),
+        restored.sample(100, generator=seeded()),
+        strict=True,
+    ):
+        assert torch.equal(want, got)
+
+
+def test_half_precision_model_keeps_exact_probabilities() -> None:
+    sampler = UnigramSampler(COUNTS)
+    before = {key: value.clone() for key, value in sampler.state_dict().items()}
+    torch.nn.ModuleList([sampler]).to(torch.bfloat16)
+    for key, value in sampler.state_dict().items():
+        assert value.dtype == before[key].dtype
+        assert torch.equal(value, before[key])
+
+
+def test_small_and_large_integer_ids_look_up_alike() -> None:
+    sampler = UnigramSampler(COUNTS)
+    ids = torch.tensor([1, 5, 35])
+    for dtype in (torch.int32, torch.int16, torch.int8, torch.uint8):
+        assert torch.equal(sampler.log_q(ids.to(dtype)), sampler.log_q(ids))
+
+
+def test_uniform_has_no_bias_of_a_32_bit_remainder() -> None:
+    # 3 * 2^26 items are just below the size at which torch.randint moves on to 64 bits: it draws
+    # the first third of the ids at 0.34375, a hundred standard errors away at these 5 * 10^6 draws.
+    num_items, draws = 3 * 2**26, 5_000_000
+    ids, _ = UniformSampler(num_items).sample(draws, generator=seeded())
+    share = (ids < num_items // 3).double().mean().item()
+    assert abs(share - 1 / 3) < 4 * math.sqrt(2 / 9 / draws)
+
+
+def test_log_uniform_with_2_to_the_40_items_stays_in_range() -> None:
+    num_items, draws = 2**40, 200_000
+    sampler = LogUniformSampler(num_items)
+    ids, log_q = sampler.sample(draws, generator=seeded())
+    assert ids.min() >= 0
+    assert ids.max() < num_items
+    assert ids.max() > 2**38  # the last two octaves hold a twentieth of the draws
+    assert log_q.isfinite().all()
+    # The share of [2^31, 2^40) is log((2^40 + 1) / (2^31 + 1)) / log(2^40 + 1), nearly 9/40.
+    share = math.log((2**40 + 1) / (2**31 + 1)) / math.log(2**40 + 1)
+    error = math.sqrt(share * (1 - share) / draws)
+    assert abs((ids >= 2**31).double().mean().item() - share) < 4 * error
+    # 1/(k+2) < log((k+2)/(k+1)) < 1/(k+1): for the last id log1p is the reciprocal.
+    want = -math.log(num_items) - math.log(math.log(num_items + 1))
+    assert math.isclose(sampler.log_q(torch.tensor([num_items - 1])).item(), want, rel_tol=1e-6)
+
+
+@pytest.mark.parametrize("num_items", [1, 2, 3, 1000, 2**31 + 11, 2**40])
+def test_log_uniform_is_right_at_the_borders(num_items: int) -> None:
+    # Borders and the doubles a few units in the last place around them, where exp alone slips.
+    last = num_items - 1
+    ids = torch.tensor(sorted({k for k in (0, 1, 2, 7, 999, 2**31, last) if k <= last}))
+    border = torch.log1p(ids.double()) / math.log1p(num_items)  # CDF below id k
+    width = torch.log1p((ids + 1.0).reciprocal()) / math.log1p(num_items)
+    assert torch.equal(_log_uniform_ids(border + width / 8, num_items), ids)
+    assert torch.equal(_log_uniform_ids(border + width * 7 / 8, num_items), ids)
+    assert _log_uniform_ids(torch.zeros(1, dtype=torch.float64), num_items).item() == 0
+    below_one = torch.tensor([1 - 2**-53], dtype=torch.float64)
+    assert _log_uniform_ids(below_one, num_items).item() == last
+
+
+def test_log_uniform_gives_each_double_beside_a_border_to_the_right_id() -> None:
+    # floor(exp(t)) alone falls short of the id at half of these borders.
+    num_items = 1000
+    border = np.log1p(np.arange(1, num_items)) / math.log1p(num_items)
+    for _ in range(3):
+        border = np.nextafter(border, 0)
+    for _ in range(7):
+        target = border * math.log1p(num_items)
+        ids = _log_uniform_ids(torch.from_numpy(border), num_items).numpy()
+        assert (np.log1p(ids) <= target).all()
+        assert (target < np.log1p(ids + 1)).all()
+        border = np.nextafter(border, 1)
+
+
+def test_log_uniform_ids_are_the_inverse_of_the_cdf() -> None:
+    uniform = torch.rand(100_000, dtype=torch.float64, generator=seeded())
+    cdf = torch.log(torch.arange(2, 1002).double()) / math.log(1001)
+    want = torch.searchsorted(cdf, uniform, right=True)
+    assert torch.equal(_log_uniform_ids(uniform, 1000), want)
+
+
+# --- unigram --------------------------------------------------------------------------------------
+
+counts_lists = st.lists(
+    st.one_of(st.just(0.0), st.integers(1, 10).map(float), st.floats(1e-6, 1e12)),
+    min_size=1,
+    max_size=200,
+).filter(any)
+
+
+@settings(max_examples=300, deadline=None)
+@given(counts_lists, st.sampled_from([0.0, 0.5, 0.75, 1.0, 2.0]))
+def test_alias_table_holds_the_exact_distribution(counts: list[float], power: float) -> None:
+    sampler = UnigramSampler(torch.tensor(counts, dtype=torch.float64), power)
+    top = max(counts)
+    weights = np.array([(c / top) ** power if c > 0 else 0.0 for c in counts])
+    want = weights / math.fsum(weights)
+    np.testing.assert_allclose(table_mass(sampler), want, rtol=1e-12, atol=0)
+    log_q = sampler.log_q(torch.arange(len(counts))).double()
+    np.testing.assert_allclose(log_q.exp(), want, rtol=2e-5)  # float32 logs down to -72
+    assert ((sampler.probability >= 0) & (sampler.probability <= 1)).all()
+    # A cell of a zero count must always hand over, and always to an item with a count.
+    zero = torch.tensor(counts) == 0
+    assert (sampler.probability[zero] == 0).all()
+    assert not zero[sampler.alias.long()[sampler.probability < 1]].any()
+
+
+@pytest.mark.parametrize("num_items", [2, 365, 3000, 2**20 + 1])
+def test_near_uniform_counts_keep_the_surplus_of_the_heaviest(num_items: int) -> None:
+    # Deficits of 1e-9 would be lost one by one in float32, and with them the heavy item's surplus;
+    # as integers that are rounded alike they would pile up to 1e-8 in it. The table's unit is
+    # 2^-41 = 5e-13 at the largest size.
+    counts = torch.ones(num_items, dtype=torch.float64)
+    counts[num_items // 3] += 1e-9 * num_items
+    want = (counts / counts.sum()).numpy()
+    np.testing.assert_allclose(table_mass(UnigramSampler(counts)), want, rtol=2e-12)
+
+
+def test_power_zero_is_uniform_over_the_counted_items() -> None:
+    sampler = UnigramSampler(torch.tensor([5, 0, 1, 900]), power=0)
+    log_q = sampler.log_q(torch.arange(4))
+    np.testing.assert_allclose(log_q.exp(), [1 / 3, 0, 1 / 3, 1 / 3], rtol=1e-6)
+    assert log_q[1] == -math.inf
+
+
+def test_huge_power_and_huge_counts_do_not_overflow() -> None:
+    sampler = UnigramSampler(torch.tensor([1e300, 5e299], dtype=torch.float64), power=50)
+    want = [-math.log1p(0.5**50), -50 * math.log(2)]
+    np.testing.assert_allclose(sampler.log_q(torch.arange(2)), want, rtol=1e-6, atol=1e-12)
+    assert (sampler.sample(1000)[0] == 0).all()
+
+
+def test_one_item_is_certain() -> None:
+    ids, log_q = UnigramSampler(torch.tensor([3])).sample(10)
+    assert (ids == 0).all()
+    assert (log_q == 0).all()
+
+
+def test_unigram_draws_ids_above_2_to_the_24() -> None:
+    # float32 has no odd integers above 2^24, and torch.multinomial refuses that many items. The
+    # last five items hold 15/16 of the mass, so every wrong id among them shows.
+    base = 2**24
+    counts = torch.ones(base + 5)
+    counts[base:] = base * torch.arange(1.0, 6.0)
+    sampler = UnigramSampler(counts)
+    top = torch.arange(base, base + 5)
+    want = torch.arange(1, 6).double() / 16
+    np.testing.assert_allclose(sampler.log_q(top).double().exp(), want, rtol=1e-6)
+    draws = 100_000
+    ids, _ = sampler.sample(draws, generator=seeded())
+    share = (ids[:, None] == top).double().mean(0)
+    assert ((share - want).abs() < 4 * (want * (1 - want) / draws).sqrt()).all()
+    mass = table_mass(sampler)
+    np.testing.assert_allclose(mass[base:], want, rtol=1e-10)
+    np.testing.assert_allclose(mass[: base : base // 64], 1 / (16 * base), rtol=1e-10)
+
+
+# --- streaming frequency --------------------------------------------------------------------------
+
+
+def literal_frequency(
+    batches: list[list[int]], rate: float, initial_gap: float
+) -> dict[int, float]:
+    """Algorithm 2 as it stands in the paper, with an array cell for every id."""
+    last: Counter[int] = Counter()
+    gap: dict[int, float] = {}
+    for step, batch in enumerate(batches, start=1):
+        for item in sorted(set(batch)):
+            gap[item] = (1 - rate) * gap.get(item, initial_gap) + rate * (step - last[item])
+            last[item] = step
+    return gap
+
+
+def test_streaming_frequency_is_algorithm_2() -> None:
+    batches = torch.randint(-40, 40, (60, 16), generator=seeded()).tolist()
+    # 2^20 buckets for 80 ids: no two of them meet (checked), so the literal algorithm applies.
+    frequency = StreamingFrequency(2**20, learning_rate=0.1, initial_gap=20)
+    for batch in batches:
+        frequency.update(torch.tensor(batch))
+    want = literal_frequency(batches, 0.1, 20)
+    ids = torch.tensor(sorted(want))
+    assert frequency._buckets(ids).unique().numel() == ids.numel()
+    gaps = [want[item] for item in ids.tolist()]
+    np.testing.assert_allclose((-frequency.log_q(ids)).exp(), gaps, rtol=1e-5)
+
+
+def test_first_gaps_average_to_the_share_of_batches() -> None:
+    # 20 sightings are fewer than 1 / learning_rate: the mean gap is steps / sightings.
+    frequency = StreamingFrequency(1024, learning_rate=0.01)
+    steps = sorted(torch.randperm(500, generator=seeded())[:20].tolist())
+    for step in range(steps[-1] + 1):
+        frequency.update(torch.tensor([3] if step in steps else [4]))
+    got = frequency.log_q(torch.tensor([3])).exp().item()
+    assert math.isclose(got, 20 / (steps[-1] + 1), rel_tol=1e-5)
+
+
+@pytest.mark.parametrize("initial_gap", [None, 50.0])
+def test_periodic_id_converges_to_one_over_its_gap(initial_gap: float | None) -> None:
+    frequency = StreamingFrequency(2**16, learning_rate=0.2, initial_gap=initial_gap)
+    for step in range(1, 601):
+        frequency.update(torch.tensor([period for period in (1, 3, 10) if step % period == 0]))
+    got = frequency.log_q(torch.tensor([1, 3, 10])).exp()
+    np.testing.assert_allclose(got, [1, 1 / 3, 1 / 10], rtol=1e-3)  # 49 (1 - 0.2)^60 = 7e-5
+
+
+def test_estimate_follows_a_change_of_frequency() -> None:
+    frequency = StreamingFrequency(64, learning_rate=0.1)
+    for step in range(1, 1001):  # every second batch, later every fifth
+        frequency.update(torch.tensor([9] if step % (2 if step <= 500 else 5) == 0 else []).long())
+    assert math.isclose(frequency.log_q(torch.tensor(9)).exp().item(), 0.2, rel_tol=1e-3)
+
+
+def test_more_hashes_repair_collisions() -> None:
+    # 200 ids of period 20 in 512 buckets: a third of them shares its bucket with another, which
+    # can only shorten the gap; four hashes leave (1/3)^4, about one in eighty.
+    ids = torch.arange(200)
+    worst, biased = {}, {}
+    for num_hashes in (1, 4):
+        frequency = StreamingFrequency(512, num_hashes=num_hashes, learning_rate=0.1)
+        for step in range(1, 401):
+            frequency.update(ids[ids % 20 == step % 20])
+        p = frequency.log_q(ids).exp()
+        assert (p > 0.045).all()  # no gap above the true 20
+        worst[num_hashes] = p.max().item()
+        biased[num_hashes] = (p > 0.055).double().mean().item()
+    assert 0.2 < biased[1] < 0.45
+    assert biased[4] < 0.05
+    assert worst[4] <= worst[1]
+
+
+def test_id_never_seen_is_rarer_than_the_stream_is_long() -> None:
+    frequency = StreamingFrequency(2**16, num_hashes=2)
+    never = torch.tensor([10**12, -1])
+    assert (frequency.log_q(never) == 0).all()  # nothing is known before the first batch
+    for step in range(9):
+        frequency.update(torch.tensor([step]))
+    np.testing.assert_allclose(frequency.log_q(never).exp(), [0.1, 0.1], rtol=1e-6)
+    patient = StreamingFrequency(2**16, initial_gap=500)
+    patient.update(torch.tensor([1]))
+    assert math.isclose(patient.log_q(never)[0].exp().item(), 1 / 500, rel_tol=1e-5)
+
+
+def test_duplicates_in_a_batch_count_once() -> None:
+    once, often = StreamingFrequency(64), StreamingFrequency(64)
+    for step in range(5):
+        once.update(torch.tensor([3, step]))
+        often.update(torch.tensor([[3, 3, step], [step, 3, 3]]))
+    assert_same_state(once, often)
+
+
+def test_batch_size_turns_batches_into_draws() -> None:
+    # 2,000 batches of 64 independent draws of known Q. The rarest id is in about 240 of them, and
+    # a mean of 240 gaps has a relative standard error of 1 / sqrt(240) = 0.065; the others less.
+    q = torch.tensor([0.01, 0.004, 0.03, 0.002, 0.954])
+    frequency = StreamingFrequency(2**16, learning_rate=0.002, batch_size=64)
+    per_batch = StreamingFrequency(2**16, learning_rate=0.002)
+    draws = torch.multinomial(q.expand(2000, 5), 64, replacement=True, generator=seeded())
+    for batch in draws:
+        frequency.update(batch)
+        per_batch.update(batch)
+    ids = torch.arange(4)
+    np.testing.assert_allclose(frequency.log_q(ids), q[:4].log(), atol=4 * 0.065)
+    np.testing.assert_allclose(
+        per_batch.log_q(ids).double().exp(), 1 - (1 - q[:4].double()) ** 64, rtol=0.3
+    )
+    exact = 1 - (1 - per_batch.log_q(ids).double().exp()) ** (1 / 64)
+    np.testing.assert_allclose(frequency.log_q(ids).double().exp(), exact, rtol=1e-5)
+    # Id 4 is in every batch: P is capped, so that Q stays a probability below one.
+    cap = 1 - (1 - 1 / 1.002) ** (1 / 64)
+    assert math.isclose(frequency.log_q(torch.tensor(4)).exp().item(), cap, rel_tol=1e-5)
+
+
+# --- count-min sketch -----------------------------------------------------------------------------
+
+int64s = st.integers(-(2**63), 2**63 - 1)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.one_of(st.integers(-20, 20), int64s), max_size=300),
+    st.integers(1, 64),
+    st.integers(1, 5),
+    int64s,
+)
+def test_sketch_never_underestimates(ids: list[int], width: int, depth: int, seed: int) -> None:
+    sketch = CountMinSketch(width, depth, seed=seed)
+    half = len(ids) // 2
+    sketch.update(torch.tensor(ids[:half], dtype=torch.int64))
+    sketch.update(torch.tensor(ids[half:], dtype=torch.int64).view(1, -1))
+    assert sketch.total == len(ids)
+    assert (sketch.counts.view(depth, width).sum(1) == len(ids)).all()
+    true = Counter(ids)
+    distinct = torch.tensor(sorted(true), dtype=torch.int64)
+    count = sketch.count(distinct)
+    assert (count >= torch.tensor([true[i] for i in distinct.tolist()], dtype=torch.int64)).all()
+    assert (count <= len(ids)).all()
+
+
+def test_sketch_overcounts_no_more_than_promised() -> None:
+    # Zipf ids, multiples of 2^32 (a hash by remainder would put them all in one counter).
+    ids, _ = LogUniformSampler(50_000).sample(200_000, generator=seeded())
+    true = torch.bincount(ids, minlength=50_000)
+    sketch = CountMinSketch(width=2048, depth=4)
+    sketch.update(ids << 32)
+    over = sketch.count(torch.arange(50_000) << 32) - true
+    assert (over >= 0).all()
+    # Markov's bound allows exp(-4) = 1.8% above e / width of the total.
+    assert (over > math.e / 2048 * len(ids)).double().mean() < math.exp(-4)
+
+
+def test_hash_is_splitmix64() -> None:
+    def splitmix64(x: int) -> int:  # in Python's integers, without a sign
+        x = (x + 0x9E3779B97F4A7C15) % 2**64
+        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
+        return x ^ (x >> 31)
+
+    assert splitmix64(0) == 0xE220A8397B1DCDAF  # the published first output of seed 0
+    ids = [0, 1, -1, 2**31, 2**63 - 1, -(2**63)]
+    got = _mix64(torch.tensor(ids)).tolist()
+    assert [x % 2**64 for x in got] == [splitmix64(i % 2**64) for i in ids]
+
+
+@pytest.mark.parametrize("step", [1, 64, 2**20, 2**40, -3])
+def test_hash_spreads_structured_ids(step: int) -> None:
+    # 1,000 ids for each of 64 counters in a row: chi-square with 63 degrees of freedom in each row.
+    sketch = CountMinSketch(width=64, depth=4, seed=1)
+    sketch.update(torch.arange(64_000) * step)
+    chi_square = ((sketch.counts.view(4, 64) - 1000.0) ** 2 / 1000).sum(1)
+    assert ((chi_square - 63).abs() < 5 * math.sqrt(2 * 63)).all()
+    # Rows are independent: ids that share a counter in one row are spread over the next.
+    row, column = sketch._buckets(torch.arange(64_000) * step)[:2]
+    together = torch.bincount(column[row == 0] - 64, minlength=64).double()
+    mean = together.mean()
+    assert abs(((together - mean) ** 2 / mean).sum() - 63) < 5 * math.sqrt(2 * 63)
+
+
+def test_sketch_log_q_is_the_share_of_the_stream() -> None:
+    sketch = CountMinSketch(width=2**16)
+    assert (sketch.log_q(torch.tensor([1, 2])) == 0).all()
+    sketch.update(torch.tensor([4] * 6 + [-9] * 2))
+    got = sketch.log_q(torch.tensor([[4], [-9], [5]]))
+    assert got.shape == (3, 1)
+    assert got.dtype == torch.float32
+    np.testing.assert_allclose(got.exp().view(-1), [6 / 8, 2 / 8, 1 / 8], rtol=1e-6)
+
+
+def test_seed_chooses_the_hash_functions() -> None:
+    ids = torch.arange(1000)
+    zero, again, one = (CountMinSketch(4096, seed=s)._buckets(ids) for s in (0, 0, 1))
+    assert torch.equal(zero, again)
+    assert (zero == one).double().mean() < 0.01
+
+
+# --- both streams ---------------------------------------------------------------------------------
+
+
+def assert_same_state(one: torch.nn.Module, other: torch.nn.Module) -> None:
+    for key, value in one.state_dict().items():
+        assert torch.equal(value, other.state_dict()[key]), key
+
+
+STREAMS = {
+    "frequency": lambda seed: StreamingFrequency(128, num_hashes=2, seed=seed),
+    "frequency-draws": lambda seed: StreamingFrequency(128, batch_size=32, seed=seed),
+    "sketch": lambda seed: CountMinSketch(128, seed=seed),
+}
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_stream_state_dict_carries_hashes_and_counts(name: str) -> None:
+    stream, restored = STREAMS[name](0), STREAMS[name](7)
+    for batch in torch.randint(-(2**62), 2**62, (20, 32), generator=seeded()):
+        stream.update(batch)
+    restored.load_state_dict(stream.state_dict())
+    ids = batch.view(4, 8)
+    assert torch.equal(stream.log_q(ids), restored.log_q(ids))
+    stream.update(ids)
+    restored.update(ids)
+    assert_same_state(stream, restored)
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_stream_reads_nothing_back_to_the_host(name: str) -> None:
+    stream = STREAMS[name](0).to("meta")
+    ids = torch.empty(6, 2, dtype=torch.int64, device="meta")
+    stream.update(ids)
+    assert stream.log_q(ids).shape == (6, 2)
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_stream_updates_compile_without_a_graph_break(name: str) -> None:
+    eager, compiled = STREAMS[name](0), STREAMS[name](0)
+    step = torch.compile(
+        lambda ids: (compiled.update(ids), compiled.log_q(ids))[1], backend="eager", fullgraph=True
+    )
+    for batch in torch.randint(0, 500, (3, 32), generator=seeded()):
+        eager.update(batch)
+        assert torch.equal(step(batch), eager.log_q(batch))
+    assert_same_state(eager, compiled)
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_empty_batch_is_a_batch(name: str) -> None:
+    stream = STREAMS[name](0)
+    stream.update(torch.empty(0, dtype=torch.int64))
+    assert stream.log_q(torch.empty(0, 3, dtype=torch.int64)).shape == (0, 3)
+
+
+# --- bad input ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "make", [*SAMPLERS.values(), *(lambda f=f: f(0) for f in STREAMS.values())]
+)
+@pytest.mark.parametrize("ids", [torch.zeros(2), torch.zeros(2, dtype=torch.bool), [0, 1]])
+def test_ids_that_are_no_integer_tensor_are_a_type_error(make, ids) -> None:  # type: ignore[no-untyped-def]
+    module = make()
+    with pytest.raises(TypeError, match=r"ids is .*integer tensor"):
+        module.log_q(ids)
+    if hasattr(module, "update"):
+        with pytest.raises(TypeError, match=r"ids is .*integer tensor"):
+            module.update(ids)
+
+
+@pytest.mark.parametrize(
+    "make", [*SAMPLERS.values(), *(lambda f=f: f(0) for f in STREAMS.values())]
+)
+def test_ids_on_another_device_are_a_value_error(make) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(ValueError, match="ids is on meta, wanted cpu"):
+        make().log_q(torch.zeros(2, dtype=torch.int64, device="meta"))
+
+
+@pytest.mark.parametrize("sampler", [UniformSampler, LogUniformSampler])
+@pytest.mark.parametrize("num_items", [0, -3, 2**48 + 1])
+def test_catalogue_of_impossible_size_is_refused(sampler, num_items: int) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(ValueError, match=f"num_items is {num_items}"):
+        sampler(num_items)
+
+
+@pytest.mark.parametrize(
+    ("counts", "error", "match"),
+    [
+        (torch.tensor([1.0, -1.0]), ValueError, "negative"),
+        (torch.tensor([1, -1]), ValueError, "negative"),
+        (torch.tensor([1.0, math.nan]), ValueError, "NaN"),
+        (torch.tensor([1.0, math.inf]), ValueError, "infinite"),
+        (torch.zeros(3), ValueError, "zero everywhere"),
+        (torch.empty(0), ValueError, "with an item or more"),
+        (torch.ones(2, 2), ValueError, r"counts is \(2, 2\)"),
+        (torch.ones(2, dtype=torch.bool), TypeError, "counts is torch.bool"),
+        (torch.ones(2, dtype=torch.complex64), TypeError, "counts is torch.complex64"),
+    ],
+)
+def test_counts_that_are_no_counts_are_refused(
+    counts: Tensor, error: type[Exception], match: str
+) -> None:
+    with pytest.raises(error, match=match):
+        UnigramSampler(counts)
+
+
+@pytest.mark.parametrize("power", [-0.5, math.nan, math.inf])
+def test_power_out_of_range_is_refused(power: float) -> None:
+    with pytest.raises(ValueError, match="power is"):
+        UnigramSampler(torch.ones(3), power)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_number_of_draws_is_checked(name: str) -> None:
+    sampler = SAMPLERS[name]()
+    for n in (-1, (2, -1)):
+        with pytest.raises(ValueError, match=r"n is .*negative"):
+            sampler.sample(n)
+    for n in (2.0, True, "3", (1, 2.5)):
+        with pytest.raises(TypeError, match="n is "):
+            sampler.sample(n)
+
+
+def test_generator_of_another_device_is_refused() -> None:
+    with pytest.raises(ValueError, match="generator is on cpu, the sampler on meta"):
+        UniformSampler(4).to("meta").sample(2, generator=torch.Generator())
+
+
+@pytest.mark.parametrize(
+    ("make", "error"),
+    [
+        (lambda: UniformSampler(2.0), TypeError),  # type: ignore[arg-type]
+        (lambda: UniformSampler(True), TypeError),
+        (lambda: StreamingFrequency(0), ValueError),
+        (lambda: StreamingFrequency(8, num_hashes=0), ValueError),
+        (lambda: StreamingFrequency(8, learning_rate=0), ValueError),
+        (lambda: StreamingFrequency(8, learning_rate=1.5), ValueError),
+        (lambda: StreamingFrequency(8, initial_gap=0.5), ValueError),
+        (lambda: StreamingFrequency(8, initial_gap=math.nan), ValueError),
+        (lambda: StreamingFrequency(8, batch_size=0), ValueError),
+        (lambda: CountMinSketch(0), ValueError),
+        (lambda: CountMinSketch(8, 0), ValueError),
+        (lambda: CountMinSketch(8, seed=0.5), TypeError),  # type: ignore[arg-type]
+    ],
+)
+def test_arguments_out_of_range_are_refused(make, error: type[Exception]) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(error):
+        make()

@@ -1,0 +1,432 @@
+"""Sparsity, weights and counts of the domains, against independent computations."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dwl_kernels.domains import DomainWeights
+
+# Small data shrinks to readable examples; a handful of domains and slots already meets every case:
+# domains never seen, rows without a domain, rows with several.
+property_test = settings(max_examples=60, deadline=None)
+ranges = st.tuples(st.floats(0.1, 2.0), st.floats(1.0, 10.0)).map(lambda r: (r[0], r[0] * r[1]))
+momenta = st.floats(0.0, 0.999)
+row_measures = st.tuples(*[st.floats(0.0, 3.0)] * 3).filter(lambda m: sum(m) > 0.1)
+
+
+@st.composite
+def interactions(draw, max_rows=40):
+    """Users [M], items [M], domains [M, G] distinct within a row, and the number of domains."""
+    num_domains = draw(st.integers(1, 5))
+    slots = draw(st.integers(1, 3))
+    row = st.sets(st.integers(0, num_domains - 1), max_size=slots).map(
+        lambda chosen: [*sorted(chosen), *[-1] * (slots - len(chosen))]
+    )
+    rows = draw(
+        st.lists(
+            st.tuples(st.integers(0, 6), st.integers(-4, 8), row), min_size=1, max_size=max_rows
+        )
+    )
+    users, items, domains = zip(*rows, strict=True)
+    return np.array(users), np.array(items), np.array(domains), num_domains
+
+
+def reference_sparsity(users, items, domains, num_domains, measures):
+    """The formulas in plain Python, in float64, over sets and dictionaries."""
+    rows = [
+        (u, i, [d for d in row if d >= 0])
+        for u, i, row in zip(users.tolist(), items.tolist(), domains.tolist(), strict=True)
+    ]
+    rows = [row for row in rows if row[2]]
+    all_users, all_items = {u for u, _, _ in rows}, {i for _, i, _ in rows}
+    rarity, parts = {}, {}
+    for d in range(num_domains):
+        own = [(u, i) for u, i, row in rows if d in row]
+        if not own:
+            continue
+        rarity[d] = math.log(len(rows) / len(own))
+        times = [sum(i == item for _, i in own) for item in all_items]
+        p = [t / len(own) for t in times if t]
+        entropy = -sum(x * math.log(x) for x in p)
+        most = math.log(len(all_items)) or 1.0
+        parts[d] = (1 - len({u for u, _ in own}) / len(all_users), 1 - entropy / most)
+    largest = max(rarity.values(), default=0.0)
+    sparsity = [1.0] * num_domains
+    for d, (few_users, low_entropy) in parts.items():
+        idf = rarity[d] / largest if largest else 0.0
+        mixed = measures[0] * idf + measures[1] * few_users + measures[2] * low_entropy
+        sparsity[d] = mixed / sum(measures)
+    return torch.tensor(sparsity, dtype=torch.float64)
+
+
+@property_test
+@given(interactions(), row_measures)
+def test_sparsity_matches_the_formulas(data, measures):
+    users, items, domains, num_domains = data
+    weights = DomainWeights.from_interactions(
+        users, items, domains, num_domains=num_domains, measures=measures
+    )
+    expected = reference_sparsity(*data, measures)
+    torch.testing.assert_close(weights.sparsity().double(), expected, atol=2e-6, rtol=0)
+
+
+@property_test
+@given(interactions(), ranges)
+def test_weights_are_the_normalised_targets_after_a_measurement(data, weight_range):
+    users, items, domains, num_domains = data
+    low, high = weight_range
+    weights = DomainWeights.from_interactions(
+        users, items, domains, num_domains=num_domains, weight_range=weight_range
+    )
+    target = low + (high - low) * reference_sparsity(*data, (1, 1, 1))
+    torch.testing.assert_close(weights.average.double(), target, atol=1e-5 * high, rtol=0)
+    rows = [target[[d for d in row if d >= 0]].mean() for row in domains.tolist() if max(row) >= 0]
+    mean = torch.stack(rows).mean() if rows else target.mean()
+    torch.testing.assert_close(weights().double(), target / mean, atol=1e-5 * high / low, rtol=0)
+
+
+@property_test
+@given(st.lists(interactions(max_rows=10), min_size=1, max_size=6), ranges, momenta)
+def test_average_stays_within_the_range_and_weights_within_its_ratio(
+    batches, weight_range, momentum
+):
+    low, high = weight_range
+    weights = DomainWeights(5, weight_range=weight_range, momentum=momentum)
+    bounds = torch.tensor([low, high])  # the same rounding to float32
+    for _, _, domains, _ in batches:
+        weights.update(torch.from_numpy(domains))
+        assert weights.average.min() >= bounds[0]
+        assert weights.average.max() <= bounds[1]
+        assert weights().max() <= high / low * (1 + 1e-5)
+        assert weights().min() >= low / high * (1 - 1e-5)
+        assert bool(((weights.sparsity() >= 0) & (weights.sparsity() <= 1)).all())
+
+
+@property_test
+@given(interactions(), ranges, momenta)
+def test_average_example_weighs_one(data, weight_range, momentum):
+    _, _, domains, num_domains = data
+    weights = DomainWeights(num_domains, weight_range=weight_range, momentum=momentum)
+    ids = torch.from_numpy(domains)
+    for _ in range(3):
+        weights.update(ids)
+    labelled = ids[(ids >= 0).any(1)]
+    if len(labelled):
+        assert weights.example_weight(labelled).mean().item() == pytest.approx(1.0, abs=1e-5)
+
+
+@property_test
+@given(st.lists(st.integers(0, 30), min_size=2, max_size=6))
+def test_fewer_interactions_never_weigh_less(counts):
+    weights = DomainWeights(len(counts), momentum=0.0)
+    weights.update(torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)))
+    order = torch.tensor(counts).argsort(stable=True)
+    assert bool((weights()[order].diff() <= 1e-6).all())
+
+
+@property_test
+@given(st.integers(1, 12), st.integers(1, 12))
+def test_fewer_users_never_weigh_less(first, second):
+    # 12 interactions in each domain, spread over the same items; only the number of users differs.
+    turn = np.arange(12)
+    weights = DomainWeights.from_interactions(
+        users=np.concatenate([turn % first, turn % second]),
+        items=np.tile(turn, 2),
+        domains=np.repeat([0, 1], 12),
+    )
+    by_users = weights() if first <= second else weights().flip(0)
+    assert by_users[0] >= by_users[1]
+    assert (by_users[0] > by_users[1]) == (first != second)
+
+
+@property_test
+@given(st.integers(1, 12), st.integers(1, 12))
+def test_lower_item_entropy_never_weighs_less(first, second):
+    # 12 interactions by the same users in each domain; only the number of items differs, and with
+    # it the entropy.
+    turn = np.arange(12)
+    weights = DomainWeights.from_interactions(
+        users=np.tile(turn, 2),
+        items=np.concatenate([turn % first, turn % second]),
+        domains=np.repeat([0, 1], 12),
+    )
+    entropy = weights.entropy
+    if entropy[0] != entropy[1]:
+        lower = int(entropy.argmin())
+        assert weights()[lower] > weights()[1 - lower]
+
+
+@property_test
+@given(st.integers(1, 6), st.integers(1, 5), st.integers(1, 4))
+def test_domains_that_are_alike_all_weigh_one(num_domains, users, items):
+    row = [(u, i, d) for d in range(num_domains) for u in range(users) for i in range(items)]
+    weights = DomainWeights.from_interactions(*np.array(row).T)
+    torch.testing.assert_close(weights(), torch.ones(num_domains), atol=1e-6, rtol=0)
+    streamed = DomainWeights(num_domains, momentum=0.5)
+    streamed.update(torch.tensor(row)[:, 2])
+    torch.testing.assert_close(streamed(), torch.ones(num_domains), atol=1e-6, rtol=0)
+
+
+@property_test
+@given(interactions(max_rows=20), st.floats(0.05, 0.95), st.integers(1, 30))
+def test_moving_average_converges_geometrically(data, momentum, steps):
+    _, _, domains, num_domains = data
+    weights = DomainWeights(num_domains, momentum=momentum, weight_range=(1.0, 5.0))
+    start = weights.average.clone()
+    for _ in range(steps):  # the same batch again: counts grow, their ratios do not
+        weights.update(torch.from_numpy(domains))
+    target = 1.0 + 4.0 * weights.sparsity()
+    expected = target + momentum**steps * (start - target)
+    torch.testing.assert_close(weights.average, expected, atol=2e-5, rtol=0)
+
+
+@property_test
+@given(interactions())
+def test_streaming_ends_where_measuring_idf_alone_starts(data):
+    users, items, domains, num_domains = data
+    offline = DomainWeights.from_interactions(
+        users, items, domains, num_domains=num_domains, measures=(1, 0, 0)
+    )
+    streamed = DomainWeights(num_domains, momentum=0.5)
+    for _ in range(40):  # 0.5^40 of the start is left: nothing in float32
+        streamed.update(torch.from_numpy(domains))
+    torch.testing.assert_close(streamed(), offline(), atol=1e-5, rtol=0)
+    assert torch.equal(streamed.interactions, 40 * offline.interactions)
+
+
+def test_streaming_keeps_users_and_entropy_as_measured():
+    rng = np.random.default_rng(0)
+    users, items = rng.integers(0, 50, 400), rng.integers(0, 80, 400)
+    domains = rng.choice(3, size=400, p=[0.7, 0.25, 0.05])
+    weights = DomainWeights.from_interactions(users, items, domains)
+    before = weights().clone()
+    for _ in range(3):
+        weights.update(torch.from_numpy(domains))  # the same mix of domains: nothing to learn
+    torch.testing.assert_close(weights(), before, atol=1e-6, rtol=0)
+
+
+def test_domain_never_seen_is_as_sparse_as_can_be():
+    weights = DomainWeights(3, momentum=0.0, weight_range=(1.0, 7.0))
+    assert weights.sparsity().tolist() == [1, 1, 1]
+    assert weights().tolist() == [1, 1, 1]
+    weights.update(torch.tensor([0, 0, 0, 1]))
+    assert weights.sparsity()[2] == 1
+    assert weights.average[2] == 7
+    measured = DomainWeights.from_interactions([0, 1], [0, 1], [0, 0], num_domains=2)
+    assert measured.sparsity()[1] == 1
+
+
+def test_domain_of_all_interactions_is_not_sparse():
+    weights = DomainWeights(2, momentum=0.0)
+    weights.update(torch.zeros(10, dtype=torch.int64))
+    assert weights.sparsity().tolist() == [0, 1]
+    assert weights()[0] == 1
+    several = DomainWeights(2, momentum=0.0)  # a domain in every row, next to a rare one
+    several.update(torch.tensor([[0, -1], [0, -1], [0, 1], [0, -1]]))
+    assert several.sparsity().tolist() == [0, 1]
+
+
+def test_one_item_and_no_interactions_give_finite_weights():
+    one = DomainWeights.from_interactions([1, 2], [5, 5], [0, 1])
+    assert one().tolist() == [1, 1]
+    none = np.zeros(0, dtype=np.int64)
+    empty = DomainWeights.from_interactions(none, none, none, num_domains=2)
+    assert empty().tolist() == [1, 1]
+    unlabelled = DomainWeights.from_interactions([1, 2], [5, 5], [-1, -1], num_domains=2)
+    assert unlabelled().tolist() == [1, 1]
+
+
+def test_empty_batches_and_rows_without_domain_count_nothing():
+    weights = DomainWeights(2)
+    weights.update(torch.zeros(0, dtype=torch.int64))
+    weights.update(torch.zeros(0, 3, dtype=torch.int64))
+    weights.update(torch.full((4, 2), -1))
+    assert weights.interactions.tolist() == [0, 0]
+    assert weights().tolist() == [1, 1]
+
+
+def test_several_domains_share_an_interaction():
+    weights = DomainWeights(3)
+    weights.update(torch.tensor([[0, 1, 2], [0, 1, -1], [-1, 0, -1]]))
+    assert weights.interactions.tolist() == [3, 2, 1]
+    shares = weights.shares.double() / weights.shares.sum()
+    assert shares.tolist() == pytest.approx([11 / 18, 5 / 18, 2 / 18])
+
+
+def test_offline_counts_users_and_entropy():
+    # Domain 0: users {1, 2}, items 10 twice and 11 once. Domain 1: one interaction.
+    weights = DomainWeights.from_interactions(
+        users=torch.tensor([1, 1, 2, 9]),
+        items=torch.tensor([10, 11, 10, 12]),
+        domains=torch.tensor([[0, -1], [0, -1], [0, 1], [-1, -1]]),
+    )
+    assert weights.interactions.tolist() == [3, 1]
+    assert weights.users.tolist() == [2, 1]
+    assert weights.num_users == 2  # user 9 and item 12 have no domain
+    assert weights.num_items == 2
+    third = 1 / 3
+    entropy = -2 * third * math.log(2 * third) - third * math.log(third)
+    assert weights.entropy.tolist() == pytest.approx([entropy, 0.0])
+
+
+def test_example_weight_is_the_mean_over_the_domains_that_are_there():
+    weights = DomainWeights.constant([1.0, 2.0, 6.0])
+    ids = torch.tensor([[0, 1], [2, -1], [-1, 2], [-1, -1]], dtype=torch.int32)
+    assert weights.example_weight(ids).tolist() == [1.5, 6, 6, 1]
+    torch.testing.assert_close(weights.log_weight(ids), torch.tensor([1.5, 6, 6, 1]).log())
+    assert weights.example_weight(torch.tensor([2, -1])).tolist() == [6, 1]
+
+
+def test_constant_weights_count_and_never_change():
+    weights = DomainWeights.constant(torch.tensor([3.0, 0.0]))
+    weights.update(torch.tensor([0, 0, 0, 1]))
+    assert weights().tolist() == [3, 0]
+    assert weights.interactions.tolist() == [3, 1]
+
+
+def test_weights_given_out_are_not_changed_by_later_updates():
+    weights = DomainWeights(2, momentum=0.0)
+    given_out = weights()
+    weights.update(torch.tensor([0, 0, 0, 1]))
+    assert given_out.tolist() == [1, 1]
+    assert weights()[1] > weights()[0]
+
+
+def test_state_dict_carries_on_where_it_was_saved():
+    source = DomainWeights.from_interactions(
+        [0, 0, 1, 2, 3], [0, 1, 2, 3, 4], [0, 0, 0, 1, 2], num_domains=4
+    )
+    source.update(torch.tensor([0, 1, 3]))
+    loaded = DomainWeights(4)
+    loaded.load_state_dict(copy.deepcopy(source.state_dict()))
+    for name, buffer in source.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], buffer), name
+    for weights in (source, loaded):
+        weights.update(torch.tensor([3, 3, 2]))
+    assert torch.equal(source(), loaded())
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        DomainWeights(5).load_state_dict(source.state_dict())
+
+
+@pytest.mark.parametrize("cast", [torch.nn.Module.half, torch.nn.Module.double])
+def test_casting_a_model_leaves_the_state_as_it_is(cast):
+    weights = DomainWeights(3)
+    weights.update(torch.tensor([0, 0, 0, 1, 1, 2]))
+    before = {name: buffer.clone() for name, buffer in weights.state_dict().items()}
+    cast(torch.nn.Sequential(torch.nn.Linear(2, 2), weights))
+    for name, buffer in weights.state_dict().items():
+        assert buffer.dtype == before[name].dtype
+        assert torch.equal(buffer, before[name]), name
+
+
+def test_built_on_the_meta_device_and_moved():
+    with torch.device("meta"):
+        weights = DomainWeights(3)
+    assert weights.to_empty(device="cpu").weights.device.type == "cpu"
+
+
+def test_updates_repeat_to_the_bit():
+    ids = torch.randint(-1, 6, (2000, 3), generator=torch.Generator().manual_seed(0))
+    first, second = DomainWeights(6), DomainWeights(6)
+    for weights in (first, second):
+        for part in ids.split(500):
+            weights.update(part)
+    assert torch.equal(first(), second())
+
+
+def test_no_value_is_read_off_the_device():
+    # Tensors on `meta` have no values: whatever would wait for a device to read one raises here.
+    weights = DomainWeights(3).to("meta")
+    ids = torch.zeros(5, 2, dtype=torch.int64, device="meta")
+    weights.update(ids)
+    assert weights.log_weight(ids).shape == (5,)
+    assert weights().shape == (3,)
+
+
+def test_compiled_update_equals_eager():
+    eager, compiled = DomainWeights(4), DomainWeights(4)
+    step = torch.compile(compiled.update, fullgraph=True, backend="aot_eager")
+    for seed in range(3):
+        ids = torch.randint(-1, 4, (16, 2), generator=torch.Generator().manual_seed(seed))
+        eager.update(ids)
+        step(ids)
+    assert torch.equal(eager.interactions, compiled.interactions)
+    torch.testing.assert_close(eager(), compiled())
+
+
+def test_printed_table_names_and_numbers_the_domains():
+    weights = DomainWeights.from_interactions(
+        users=[1, 1, 2, 3], items=[10, 11, 10, 12], domains=[1, 1, 1, 0], names=["noir", "drama"]
+    )
+    lines = str(weights).splitlines()
+    assert lines[0] == "DomainWeights(2, weight_range=(1.0, 4.0), momentum=0.99)"
+    header = ["domain", "interactions", "share", "users", "entropy", "sparsity", "weight"]
+    assert lines[1].split() == header
+    sparsity, weight = weights.sparsity()[1], weights()[1]
+    drama = ["drama", "3", "75.00%", "2", "0.64", f"{sparsity:.3f}", f"{weight:.3f}"]
+    assert lines[3].split() == drama
+    assert lines[4].split()[:5] == ["noir", "1", "25.00%", "1", "0.00"]
+    assert len({len(line) for line in lines[1:]}) == 1  # aligned
+    assert "drama" not in repr(torch.nn.Sequential(weights))
+
+
+def test_printed_table_says_what_is_not_measured_and_leaves_out_the_middle():
+    streamed = DomainWeights(2)
+    streamed.update(torch.tensor([0, 0, 1]))
+    assert str(streamed).splitlines()[3].split()[3:5] == ["-", "-"]
+    long = str(DomainWeights(1000)).splitlines()
+    assert len(long) == 3 + 41
+    assert long[23].split() == ["..."] * 7
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: DomainWeights(0), "num_domains is 0"),
+        (lambda: DomainWeights(2, names=["a"]), "names has 1 entries for 2 domains"),
+        (lambda: DomainWeights(2, weight_range=(2.0, 1.0)), "w_min <= w_max"),
+        (lambda: DomainWeights(2, weight_range=(0.0, 1.0)), "0 < w_min"),
+        (lambda: DomainWeights(2, weight_range=(1.0, math.inf)), "finite"),
+        (lambda: DomainWeights(2, measures=(0.0, 0.0, 0.0)), "at least one positive"),
+        (lambda: DomainWeights(2, measures=(1.0, -1.0, 0.0)), "none negative"),
+        (lambda: DomainWeights(2, momentum=1.0), "momentum is 1.0"),
+        (lambda: DomainWeights.constant([1.0, -2.0]), "not negative"),
+        (lambda: DomainWeights.constant([1.0, math.nan]), "finite"),
+        (lambda: DomainWeights.constant(torch.ones(2, 2)), r"wanted \[num_domains\]"),
+        (lambda: DomainWeights.constant(torch.ones(2, requires_grad=True)), "detach"),
+        (lambda: DomainWeights.from_interactions([1, 2], [1], [0, 0]), "items has shape"),
+        (lambda: DomainWeights.from_interactions([1], [1], [[[0]]]), "domains has shape"),
+    ],
+)
+def test_bad_options_say_what_is_wanted(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+def test_bad_ids_say_what_is_wanted():
+    weights = DomainWeights(3)
+    for use in (weights.update, weights.example_weight, weights.log_weight):
+        with pytest.raises(TypeError, match=r"domain_ids has dtype torch\.float32"):
+            use(torch.zeros(4))
+        with pytest.raises(TypeError, match=r"torch\.bool"):
+            use(torch.zeros(4, dtype=torch.bool))
+        with pytest.raises(TypeError, match="list"):
+            use([0, 1])
+        with pytest.raises(ValueError, match=r"wanted \[B\], or \[B, G\]"):
+            use(torch.zeros(2, 2, 2, dtype=torch.int64))
+        with pytest.raises(IndexError, match=r"holds 3, but there are 3 domains.*\[0, 3\)"):
+            use(torch.tensor([0, 3]))
+        with pytest.raises(IndexError, match="holds -2"):
+            use(torch.tensor([0, -2]))
+        with pytest.raises(ValueError, match="on meta"):
+            use(torch.zeros(2, dtype=torch.int64, device="meta"))
+    assert weights.interactions.tolist() == [0, 0, 0]
+    with pytest.raises(TypeError, match="users has dtype"):
+        DomainWeights.from_interactions([1.5], [1], [0])
+    with pytest.raises(IndexError, match="domains holds 7"):
+        DomainWeights.from_interactions([1], [1], [7], num_domains=3)
