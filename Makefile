@@ -44,7 +44,7 @@ test: $(READY)
 	$(BIN)/python -m pytest
 
 demo: $(READY)
-	$(BIN)/python -m benchmarks.quality $(if $(DATA),"$(DATA)")
+	$(BIN)/python -m benchmarks.quality $(if $(DATA),--data "$(DATA)")
 	$(BIN)/python -m benchmarks.speed --demo
 
 bench: $(READY)

@@ -3,16 +3,11 @@
 Start at :class:`DynamicWeightedSampledSoftmax`, or at the functions it calls.
 """
 
-from dwl_kernels.candidates import (
-    CountMinSketch,
-    LogUniformSampler,
-    StreamingFrequency,
-    UniformSampler,
-    UnigramSampler,
-)
+from dwl_kernels.candidates import LogUniformSampler, UniformSampler, UnigramSampler
 from dwl_kernels.domains import DomainWeights
 from dwl_kernels.functional import in_batch_softmax_loss, sampled_softmax_loss
 from dwl_kernels.modules import DynamicWeightedSampledSoftmax
+from dwl_kernels.streams import CountMinSketch, StreamingFrequency
 
 __version__ = "0.1.0"
 

@@ -79,7 +79,7 @@ class _SoftmaxLoss(torch.autograd.Function):
                 ctx.backend,
             )
             gradients = [
-                g.to(t.dtype) if w else None
+                None if g is None or t is None or not w else g.to(t.dtype)
                 for g, t, w in zip(gradients, sources, ctx.wanted, strict=True)
             ]
         else:

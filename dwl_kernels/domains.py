@@ -16,12 +16,13 @@ item entropy ``H_d``, belong to domain ``d``:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from dwl_kernels.buffers import Tables
 from dwl_kernels.problem import INTEGERS, checks_values, mean_domain_weight
 
 # An interaction with an item of G domains counts 1/G for each of them. Kept as integers in units
@@ -30,7 +31,7 @@ _WHOLE = 720_720
 _LONGEST_TABLE = 40  # rows; longer tables leave out their middle
 
 
-class DomainWeights(nn.Module):
+class DomainWeights(Tables):
     """The weight of every domain, from the sparsity that is measured in the data.
 
     All domains start at weight 1. :meth:`from_interactions` measures all three parts of the
@@ -353,17 +354,6 @@ class DomainWeights(nn.Module):
         seen = torch.where(seen.sum() > 0, seen, 1.0)
         mean = (seen / seen.sum() * self.average).sum()
         self.weights.copy_(self.average / mean)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DomainWeights:
-        # A model cast to bfloat16 keeps its domain weights in float32: an average that moves by
-        # 1% would stand still in 8 bits.
-        kept = {name: b for name, b in self.named_buffers(recurse=False) if b.is_floating_point()}
-        super()._apply(fn, recurse)
-        for name, before in kept.items():
-            after = cast(Tensor, getattr(self, name))
-            if after.dtype != before.dtype:
-                setattr(self, name, before.to(after.device))
-        return self
 
     def extra_repr(self) -> str:
         if self.fixed:

@@ -1,8 +1,7 @@
 """The losses as functions.
 
-All of them share their arguments per row. Shapes: ``query`` and ``positive`` are ``[B, D]`` or carry
-leading dimensions ``[..., D]``; arguments per row then carry the same leading dimensions, and
-``reduction="none"`` returns them.
+``query`` and ``positive`` are ``[B, D]``, or carry leading dimensions ``[..., D]``; arguments per
+row then carry the same leading dimensions, and ``reduction="none"`` returns them.
 """
 
 from __future__ import annotations
@@ -51,8 +50,8 @@ def sampled_softmax_loss(
         negative: embeddings of the sampled negatives.
         positive_log_q: log-probability (nats) that one draw of the sampler gives the positive.
         negative_log_q: the same for every negative; ``+inf`` takes a negative out.
-        positive_ids: integer item ids of the positives. Given with ``negative_ids``, a negative with
-            the id of a row's positive (an accidental hit) is removed from that row.
+        positive_ids: integer item ids of the positives. A negative with the id of a row's positive
+            (an accidental hit) is removed from that row.
         negative_ids: integer item ids of the negatives.
         domain_ids: the domain, or the ``G`` domains, of each row; -1 means none.
         domain_weights: the weight of each domain. A row weighs the mean over its domains, and 1 if
@@ -91,8 +90,8 @@ def sampled_softmax_loss(
         >>> loss = sampled_softmax_loss(query, positive, negative, reduction="none")
         >>> loss  # log(e + 1 + e) - 1 and log(e + 1 + 1) - 1
         tensor([0.8620, 0.5514])
-        >>> sampled_softmax_loss(query, positive, negative, reduction="none",
-        ...                      positive_ids=torch.tensor([7, 8]), negative_ids=torch.tensor([5, 7]))
+        >>> ids = {"positive_ids": torch.tensor([7, 8]), "negative_ids": torch.tensor([5, 7])}
+        >>> sampled_softmax_loss(query, positive, negative, reduction="none", **ids)
         tensor([0.3133, 0.5514])
     """
     problem = sampled_problem(

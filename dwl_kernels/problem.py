@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, cast, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor
@@ -258,10 +258,11 @@ def in_batch_problem(
     rows = _row_arguments(
         query, domain_ids, domain_weights, example_weights, temperature, correction, reduction
     )
+    positives = positive.reshape(-1, query.shape[-1])
     return Problem(
         query=query.reshape(-1, query.shape[-1]),
         positive=None,
-        candidates=_joined(positive.reshape(-1, query.shape[-1]), negative),
+        candidates=positives if negative is None else torch.cat((positives, negative)),
         positive_log_q=positive_log_q,
         candidate_log_q=_joined(
             positive_log_q, _log_q("negative_log_q", negative_log_q, more, query)
@@ -295,7 +296,7 @@ def _embeddings(**named: Tensor) -> list[Tensor]:
         )
     if query.shape[-1] == 0:
         raise ValueError("query has embeddings of size 0; wanted at least 1")
-    wanted = {"positive": list(query.shape), "negative": ["N", query.shape[-1]]}
+    wanted = {"positive": list(query.shape), "negative": f"[N, {query.shape[-1]}]"}
     for name, value in named.items():
         if value.device != query.device:
             raise ValueError(
@@ -308,8 +309,8 @@ def _embeddings(**named: Tensor) -> list[Tensor]:
         }[name]
         if not fits:
             raise ValueError(
-                f"{name} has shape {list(value.shape)}; wanted "
-                f"[{', '.join(map(str, wanted[name]))}] to match query {list(query.shape)}"
+                f"{name} has shape {list(value.shape)}; wanted {wanted[name]} to match query "
+                f"{list(query.shape)}"
             )
     device = query.device.type
     autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
@@ -329,7 +330,9 @@ def _dense(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is a {type(value).__name__}; wanted a torch.Tensor")
     if value.layout != torch.strided:
-        raise TypeError(f"{name} has layout {value.layout}; wanted a dense tensor: call .to_dense()")
+        raise TypeError(
+            f"{name} has layout {value.layout}; wanted a dense tensor: call .to_dense()"
+        )
     if value.is_quantized:
         raise TypeError(f"{name} is quantised; call .dequantize() first")
     # By name, so that importing the package does not import torch.distributed.
@@ -395,7 +398,7 @@ def _row_arguments(
     temperature: float | Tensor,
     correction: str,
     reduction: str,
-) -> dict:
+) -> dict[str, Any]:
     """What every loss takes per row, as keyword arguments of `Problem`."""
     leading = list(query.shape[:-1])
     if correction not in get_args(Correction):
@@ -421,7 +424,7 @@ def _row_arguments(
         domain_ids = domain_ids.reshape(query.shape[:-1].numel(), slots)
     elif domain_weights is not None:
         raise ValueError(
-            "domain_weights is given without domain_ids; pass the domain of every row, [B] or [B, G]"
+            "domain_weights is given without domain_ids; pass the domains, [B] or [B, G]"
         )
     if domain_weights is not None:
         _dense("domain_weights", domain_weights)

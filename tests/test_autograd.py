@@ -15,8 +15,7 @@ BY_NAME = {case.name: case for case in cases.CASES}
 
 def _op_arguments(case: cases.Case, backend: str, wanted: bool, row_grad: bool) -> tuple:
     inputs = {
-        k: v.detach() if isinstance(v, Tensor) else v
-        for k, v in case.inputs(torch.float32).items()
+        k: v.detach() if isinstance(v, Tensor) else v for k, v in case.inputs(torch.float32).items()
     }
     build = dwl_kernels.problem.sampled_problem
     defaults = {"correction": "standard", "reduction": "mean"}

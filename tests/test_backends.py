@@ -244,7 +244,9 @@ def test_strided_transposed_and_expanded_inputs(
         strided[key].requires_grad_()
     a, b = case.loss(strided, backend), case.loss(expected, backend)
     torch.testing.assert_close(a, b)
-    grads = [torch.autograd.grad(x, [i[k] for k in leaves]) for x, i in ((a, strided), (b, expected))]
+    grads = [
+        torch.autograd.grad(x, [i[k] for k in leaves]) for x, i in ((a, strided), (b, expected))
+    ]
     for x, y in zip(*grads, strict=True):
         torch.testing.assert_close(x, y)
 

@@ -12,8 +12,6 @@
 
 #include "../sampled_softmax.h"
 
-#include <omp.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -300,18 +298,26 @@ void sampled_softmax_cpu(const Problem<T>& p, const Gradients<T>& out, int threa
   std::unique_ptr<T[]> partial(
       out.candidate != nullptr && team > 1 ? new T[size_t(team - 1) * n * d] : nullptr);
 
-  // Rows [first, last) of the active ones, in blocks of equal size.
-  const auto solve_rows = [&](int64_t first, int64_t last, T* dc) {
+  // Allocated out here, because an exception must not leave the parallel region.
+  const int64_t step = std::min<int64_t>(block, num_rows);
+  struct Scratch {
+    std::unique_ptr<T[]> s, q, dq;  // [b, N], [b, width] the query, then scaled, [b, D]
+    std::vector<RowResult<T>> results;
+  };
+  std::vector<Scratch> scratch(team);
+  for (Scratch& own : scratch) {
+    own = {std::unique_ptr<T[]>(new T[step * n]), std::unique_ptr<T[]>(new T[step * width]),
+           std::unique_ptr<T[]>(new T[step * d]), std::vector<RowResult<T>>(step)};
+  }
+
+  // Rows [first, last) of the active ones, in blocks of about equal size.
+  const auto solve_rows = [&](int64_t first, int64_t last, Scratch& own, T* dc) {
     if (dc != nullptr) std::fill(dc, dc + n * d, T(0));
-    if (first == last) return;
+    auto& [s, q, dq, results] = own;
     const int64_t blocks = (last - first + block - 1) / block;
-    const int64_t step = (last - first + blocks - 1) / blocks;
-    std::unique_ptr<T[]> s(new T[step * n]);      // [b, N]
-    std::unique_ptr<T[]> q(new T[step * width]);  // [b, width] the query, then scaled
-    std::unique_ptr<T[]> dq(new T[step * d]);     // [b, D]
-    std::vector<RowResult<T>> results(step);
-    for (int64_t start = first; start < last; start += step) {
-      const int64_t b = std::min(step, last - start);
+    for (int64_t number = 0; number < blocks; ++number) {
+      const int64_t start = first + (last - first) * number / blocks;
+      const int64_t b = first + (last - first) * (number + 1) / blocks - start;
       const int height = static_cast<int>(b);
       for (int64_t r = 0; r < b; ++r) {
         const int64_t i = rows[start + r];
@@ -367,7 +373,7 @@ void sampled_softmax_cpu(const Problem<T>& p, const Gradients<T>& out, int threa
 #pragma omp for schedule(static, 1)
     for (int part = 0; part < team; ++part) {
       T* dc = part == 0 ? out.candidate : partial.get() + size_t(part - 1) * n * d;
-      solve_rows(num_rows * part / team, num_rows * (part + 1) / team,
+      solve_rows(num_rows * part / team, num_rows * (part + 1) / team, scratch[part],
                  out.candidate != nullptr ? dc : nullptr);
     }
     if (out.candidate != nullptr) {

@@ -178,7 +178,7 @@ def domain_weights_gradient(
     row_loss: Tensor,  # [B] r_i l_i
     row_grad: Tensor | None,  # [B]
 ) -> Tensor:  # [num_domains]
-    """``dL/dW_d``: the losses of the rows of domain ``d``, each by its share of the row's weight."""
+    """``dL/dW_d``: the losses of the rows of domain ``d``, each by its share of the weight."""
     assert problem.domain_ids is not None
     assert problem.domain_weights is not None
     ids = problem.domain_ids
@@ -189,7 +189,7 @@ def domain_weights_gradient(
             # The norm is the sum of the weights and moves with them.
             row_loss = row_loss - reduce_rows(row_loss, weights, problem.reduction)
         d_weight = row_loss if weights.norm is None else divide(row_loss, weights.norm)
-    if problem.example_weights is not None:
+    if problem.example_weights is not None and weights.active is not None:
         d_weight = torch.where(weights.active, d_weight * problem.example_weights, 0.0)
     present = (ids >= 0) & (ids < problem.domain_weights.shape[0])
     share = d_weight[:, None] * present / present.sum(1, keepdim=True).clamp(min=1)

@@ -1,0 +1,212 @@
+"""Bad input: every message names the argument, what was got and what is wanted."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+
+import dwl_kernels
+from dwl_kernels import in_batch_softmax_loss, sampled_softmax_loss
+
+B, N, D = 4, 6, 3
+
+
+def good(**changes: Any) -> dict[str, Any]:
+    g = torch.Generator().manual_seed(0)
+    inputs = {
+        "query": torch.randn(B, D, generator=g),
+        "positive": torch.randn(B, D, generator=g),
+        "negative": torch.randn(N, D, generator=g),
+    }
+    return {**inputs, **changes}
+
+
+def ids(n: int) -> torch.Tensor:
+    return torch.arange(n)
+
+
+WRONG_TYPE = [
+    ({"query": [[1.0]]}, r"query is a list; wanted a torch\.Tensor"),
+    ({"query": torch.ones(B, D, dtype=torch.int64)}, r"query has dtype torch\.int64; wanted float"),
+    ({"positive": torch.ones(B, D).double()}, r"positive has dtype .*float64 but query .*float32"),
+    ({"negative": torch.ones(N, D).half()}, r"negative has dtype .*float16 but query .*float32"),
+    ({"negative": torch.eye(N)[:, :D].to_sparse()}, r"negative has layout .*\.to_dense\(\)"),
+    ({"positive_ids": torch.ones(B), "negative_ids": ids(N)}, r"positive_ids has dtype .*integers"),
+    (
+        {"domain_ids": torch.ones(B), "domain_weights": torch.ones(2)},
+        r"domain_ids has dtype .*integers",
+    ),
+    ({"positive_log_q": ids(B)}, r"positive_log_q has dtype .*floating"),
+    ({"temperature": torch.tensor(1)}, r"temperature has dtype .*floating"),
+]
+
+WRONG_VALUE = [
+    ({"query": torch.ones(D)}, r"query has shape \[3\]; wanted \[B, D\]"),
+    ({"query": torch.ones(B, 0)}, r"query has embeddings of size 0"),
+    ({"positive": torch.ones(B, D + 1)}, r"positive has shape \[4, 4\]; wanted \[4, 3\]"),
+    ({"positive": torch.ones(B + 1, D)}, r"positive has shape \[5, 3\]; wanted \[4, 3\]"),
+    ({"negative": torch.ones(N, D + 1)}, r"negative has shape \[6, 4\]; wanted \[N, 3\]"),
+    ({"negative": torch.ones(D)}, r"negative has shape \[3\]; wanted \[N, 3\]"),
+    ({"negative": torch.ones(N, D, device="meta")}, r"negative is on meta but query is on cpu"),
+    ({"positive_ids": ids(B)}, r"positive_ids is given without negative_ids; pass both"),
+    ({"negative_ids": ids(N)}, r"negative_ids is given without positive_ids; pass both"),
+    ({"positive_ids": ids(N), "negative_ids": ids(N)}, r"positive_ids has shape \[6\]; wanted"),
+    ({"positive_log_q": torch.ones(N)}, r"positive_log_q has shape \[6\]; wanted \[4\]"),
+    ({"negative_log_q": torch.ones(B)}, r"negative_log_q has shape \[4\]; wanted \[6\]"),
+    ({"domain_ids": ids(B)}, r"domain_ids is given without domain_weights; pass the weight"),
+    ({"domain_weights": torch.ones(3)}, r"domain_weights is given without domain_ids; pass"),
+    (
+        {"domain_ids": ids(B + 1), "domain_weights": torch.ones(9)},
+        r"domain_ids has shape \[5\]; wanted \[4",
+    ),
+    (
+        {"domain_ids": ids(B), "domain_weights": torch.ones(0)},
+        r"domain_weights has shape \[0\]; wanted \[num_domains\]",
+    ),
+    (
+        {"domain_ids": ids(B), "domain_weights": torch.ones(2, 2)},
+        r"domain_weights has shape \[2, 2\]; wanted",
+    ),
+    ({"example_weights": torch.ones(N)}, r"example_weights has shape \[6\]; wanted \[4\]"),
+    (
+        {"example_weights": torch.tensor([1.0, -2.0, 1.0, 1.0])},
+        r"weight of row 1 is -2, .*negative",
+    ),
+    (
+        {"domain_ids": ids(B), "domain_weights": torch.tensor([1.0, 1.0, -3.0, 1.0])},
+        r"weight of row 2 is -3, .*domain_weights",
+    ),
+    (
+        {"example_weights": torch.ones(B, requires_grad=True)},
+        r"example_weights requires a gradient, .*detach",
+    ),
+    (
+        {"negative_log_q": torch.ones(N, requires_grad=True)},
+        r"negative_log_q requires a gradient, .*detach",
+    ),
+    ({"temperature": 0.0}, r"temperature is 0\.0; wanted a positive, finite number"),
+    ({"temperature": -1}, r"temperature is -1\.0; wanted a positive"),
+    ({"temperature": float("nan")}, r"temperature is nan; wanted a positive"),
+    ({"temperature": torch.ones(B + 1)}, r"temperature has shape \[5\]; wanted \[4\]"),
+    ({"reduction": "average"}, r"reduction is 'average'; wanted one of \('mean', 'weighted_mean'"),
+    ({"correction": "none"}, r"correction is 'none'; wanted one of \('standard', 'refined'\)"),
+    ({"backend": "cuda2"}, r"backend is 'cuda2'; wanted one of \('auto'"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), WRONG_TYPE, ids=lambda x: str(x)[:40])
+def test_wrong_type_is_a_type_error_that_names_it(change: dict, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        sampled_softmax_loss(**good(**change))
+
+
+@pytest.mark.parametrize(("change", "message"), WRONG_VALUE, ids=lambda x: str(x)[:40])
+def test_wrong_value_is_a_value_error_that_names_it(change: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        sampled_softmax_loss(**good(**change))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"negative_ids": ids(N)}, r"negative_log_q and negative_ids describe `negative`"),
+        ({"negative": torch.ones(N, D), "ids": ids(B)}, r"ids is given without negative_ids"),
+        (
+            {"negative": torch.ones(N, D), "log_q": torch.ones(B)},
+            r"log_q is given without negative_log_q",
+        ),
+        ({"ids": ids(N)}, r"ids has shape \[6\]; wanted \[4\]"),
+        ({"log_q": torch.ones(N)}, r"log_q has shape \[6\]; wanted \[4\]"),
+    ],
+    ids=lambda x: str(x)[:40],
+)
+def test_wrong_in_batch_arguments_are_named(change: dict, message: str) -> None:
+    inputs = good()
+    del inputs["negative"]
+    with pytest.raises(ValueError, match=message):
+        in_batch_softmax_loss(**inputs, **change)
+
+
+@pytest.mark.parametrize("bad", [5, -2, 1 << 40])
+def test_domain_id_out_of_range_is_an_index_error(backend: str, bad: int) -> None:
+    domain_ids = torch.tensor([0, bad, 1, -1])
+    with pytest.raises(IndexError, match=rf"domain_ids holds {bad}, .*\[0, 5\), or -1"):
+        sampled_softmax_loss(
+            **good(domain_ids=domain_ids, domain_weights=torch.ones(5), backend=backend)
+        )
+
+
+def test_domain_ids_of_padding_are_not_looked_at(backend: str) -> None:
+    domain_ids = torch.tensor([0, 77, 1, -1])
+    loss = sampled_softmax_loss(
+        **good(
+            domain_ids=domain_ids,
+            domain_weights=torch.ones(5),
+            example_weights=torch.tensor([1, 0, 1, 1]),
+            backend=backend,
+        )
+    )
+    assert loss.isfinite()
+
+
+def test_dtensor_is_refused_by_name() -> None:
+    class DTensor(torch.Tensor):
+        pass
+
+    query = torch.ones(B, D).as_subclass(DTensor)
+    with pytest.raises(TypeError, match=r"query is a DTensor; .*to_local"):
+        sampled_softmax_loss(**good(query=query))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_quantised_tensor_is_refused_with_the_mend() -> None:
+    quantised = torch.quantize_per_tensor(torch.ones(N, D), 0.1, 0, torch.qint8)
+    with pytest.raises(TypeError, match=r"negative is quantised; call \.dequantize\(\)"):
+        sampled_softmax_loss(**good(negative=quantised))
+
+
+def test_backend_that_does_not_take_the_dtype_says_so() -> None:
+    if dwl_kernels.backends.why_not("cpu", "cpu") is not None:
+        pytest.skip("no CPU kernel")
+    inputs = {k: v.half() for k, v in good().items()}
+    with pytest.raises(RuntimeError, match=r"'cpu' does not take torch\.float16"):
+        sampled_softmax_loss(**inputs, backend="cpu")
+    assert sampled_softmax_loss(**inputs).isfinite()
+
+
+def test_environment_variable_chooses_what_auto_means(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = []
+    real = dwl_kernels.backends.eager.solve
+    monkeypatch.setitem(
+        dwl_kernels.backends._SOLVE, "eager", lambda *a: chosen.append("eager") or real(*a)
+    )
+    monkeypatch.setenv("DWL_KERNELS_BACKEND", "eager")
+    sampled_softmax_loss(**good())
+    assert chosen == ["eager"]
+    monkeypatch.setenv("DWL_KERNELS_BACKEND", "nonsense")
+    with pytest.raises(ValueError, match="backend is 'nonsense'"):
+        sampled_softmax_loss(**good())
+
+
+def test_missing_compiler_warns_once_and_chunked_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    reason = "no compiler found"
+    monkeypatch.setattr(dwl_kernels.backends.native, "why_not", lambda: reason)
+    monkeypatch.setattr(dwl_kernels.backends, "_warned", set())
+    with pytest.warns(UserWarning, match=reason):
+        first = sampled_softmax_loss(**good())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        second = sampled_softmax_loss(**good())
+    assert torch.equal(first, second)
+    torch.testing.assert_close(first, sampled_softmax_loss(**good(), backend="eager"))
+    with pytest.raises(RuntimeError, match=f"backend 'cpu' cannot run: {reason}"):
+        sampled_softmax_loss(**good(), backend="cpu")
+
+
+def test_meta_tensors_give_a_loss_of_the_right_shape() -> None:
+    inputs = {k: v.to("meta").requires_grad_() for k, v in good().items()}
+    loss = sampled_softmax_loss(**inputs, reduction="none")
+    assert (loss.shape, loss.device.type) == ((B,), "meta")
