@@ -29,12 +29,13 @@ void check(const optional<Tensor>& tensor, const char* name, at::IntArrayRef siz
 }
 
 template <typename T>
-std::tuple<Tensor, Tensor, Tensor, Tensor> solve(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> solve(
     const Tensor& query, const optional<Tensor>& positive, const Tensor& candidates,
-    const Tensor& tau, const Tensor& coefficient, const optional<Tensor>& positive_log_q,
-    const optional<Tensor>& candidate_log_q, const optional<Tensor>& positive_ids,
-    const optional<Tensor>& candidate_ids, const optional<Tensor>& active, bool refined,
-    bool want_query, bool want_positive, bool want_candidates) {
+    const optional<Tensor>& target, const Tensor& tau, const Tensor& coefficient,
+    const optional<Tensor>& positive_log_q, const optional<Tensor>& candidate_log_q,
+    const optional<Tensor>& positive_ids, const optional<Tensor>& candidate_ids,
+    const optional<Tensor>& active, bool refined, bool want_query, bool want_positive,
+    bool want_candidates, bool want_log_q) {
   const int64_t rows = query.size(0), n = candidates.size(0), dim = query.size(1);
   const Tensor row_loss = query.new_zeros({rows});
   // Padded rows are never written, so their gradients start as zeros.
@@ -44,6 +45,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> solve(
   };
   const Tensor d_query = gradient(want_query, rows), d_positive = gradient(want_positive, rows);
   const Tensor d_candidates = gradient(want_candidates, n);
+  const Tensor d_log_q = query.new_empty({want_log_q ? n : 0});
   const auto pointer = [](bool wanted, const Tensor& t) {
     return wanted ? t.mutable_data_ptr<T>() : nullptr;
   };
@@ -54,6 +56,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> solve(
   problem.query = query.const_data_ptr<T>();
   problem.positive = data<T>(positive);
   problem.candidate = candidates.const_data_ptr<T>();
+  problem.target = data<int64_t>(target);
   problem.tau = tau.const_data_ptr<T>();
   problem.coefficient = coefficient.const_data_ptr<T>();
   problem.positive_log_q = data<T>(positive_log_q);
@@ -67,16 +70,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> solve(
   gradients.query = pointer(want_query, d_query);
   gradients.positive = pointer(want_positive, d_positive);
   gradients.candidate = pointer(want_candidates, d_candidates);
+  gradients.candidate_log_q = pointer(want_log_q, d_log_q);
   dwl::sampled_softmax_cpu<T>(problem, gradients, at::get_num_threads());
-  return {row_loss, d_query, d_positive, d_candidates};
+  return {row_loss, d_query, d_positive, d_candidates, d_log_q};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> sampled_softmax(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sampled_softmax(
     const Tensor& query, const optional<Tensor>& positive, const Tensor& candidates,
-    const Tensor& tau, const Tensor& coefficient, const optional<Tensor>& positive_log_q,
-    const optional<Tensor>& candidate_log_q, const optional<Tensor>& positive_ids,
-    const optional<Tensor>& candidate_ids, const optional<Tensor>& active, bool refined,
-    bool want_query, bool want_positive, bool want_candidates) {
+    const optional<Tensor>& target, const Tensor& tau, const Tensor& coefficient,
+    const optional<Tensor>& positive_log_q, const optional<Tensor>& candidate_log_q,
+    const optional<Tensor>& positive_ids, const optional<Tensor>& candidate_ids,
+    const optional<Tensor>& active, bool refined, bool want_query, bool want_positive,
+    bool want_candidates, bool want_log_q) {
   TORCH_CHECK(query.dim() == 2 && candidates.dim() == 2, "query and candidates must be matrices");
   const int64_t rows = query.size(0), n = candidates.size(0), dim = query.size(1);
   constexpr int64_t kMost = std::numeric_limits<int>::max();  // of the BLAS interface
@@ -88,6 +93,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sampled_softmax(
   check(query, "query", {rows, dim}, dtype);
   check(positive, "positive", {rows, dim}, dtype);
   check(candidates, "candidates", {n, dim}, dtype);
+  check(target, "target", {rows}, at::kLong);
   check(tau, "tau", {rows}, dtype);
   check(coefficient, "coefficient", {rows}, dtype);
   check(positive_log_q, "positive_log_q", {rows}, dtype);
@@ -97,19 +103,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sampled_softmax(
   check(active, "active", {rows}, at::kBool);
   TORCH_CHECK(dtype == at::kFloat || dtype == at::kDouble, "wanted float32 or float64");
   const auto run = dtype == at::kFloat ? solve<float> : solve<double>;
-  return run(query, positive, candidates, tau, coefficient, positive_log_q, candidate_log_q,
+  return run(query, positive, candidates, target, tau, coefficient, positive_log_q, candidate_log_q,
              positive_ids, candidate_ids, active, refined, want_query, want_positive,
-             want_candidates);
+             want_candidates, want_log_q);
 }
 
 }  // namespace
 
 TORCH_LIBRARY(dwl_kernels_native, library) {
   library.def(
-      "sampled_softmax(Tensor query, Tensor? positive, Tensor candidates, Tensor tau, "
+      "sampled_softmax(Tensor query, Tensor? positive, Tensor candidates, Tensor? target, Tensor "
+      "tau, "
       "Tensor coefficient, Tensor? positive_log_q, Tensor? candidate_log_q, Tensor? positive_ids, "
       "Tensor? candidate_ids, Tensor? active, bool refined, bool want_query, bool want_positive, "
-      "bool want_candidates) -> (Tensor, Tensor, Tensor, Tensor)",
+      "bool want_candidates, bool want_log_q) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
       {at::Tag::pt2_compliant_tag});
 }
 

@@ -13,8 +13,9 @@ struct Problem {
   int64_t candidates;            // N
   int64_t dim;                   // D
   const T* query;                // [B, D]
-  const T* positive;             // [B, D], or null: the positive of row i is candidate i (in-batch)
+  const T* positive;             // [B, D], or null: the positive of row i is a candidate, own(i)
   const T* candidate;            // [N, D]
+  const int64_t* target;         // [B] own(i), or null: own(i) = i (in-batch)
   const T* tau;                  // [B] temperature
   const T* coefficient;          // [B] a_i / r_i, what row i weighs in the gradients
   const T* positive_log_q;       // [B], nats, or null
@@ -23,15 +24,22 @@ struct Problem {
   const int64_t* candidate_ids;  // [N], or null
   const bool* active;            // [B], or null: false marks padding, never read or written
   bool refined;                  // correction of arXiv 2507.09331 instead of the standard one
+
+  bool in_batch() const { return positive == nullptr && target == nullptr; }
+  int64_t own(int64_t i) const { return target != nullptr ? target[i] : i; }
+  const T* positive_of(int64_t i) const {
+    return positive != nullptr ? positive + i * dim : candidate + own(i) * dim;
+  }
 };
 
 // What is not wanted is null and is not computed.
 template <typename T>
 struct Gradients {
-  T* row_loss;   // [B] r_i l_i, 0 for padding
-  T* query;      // [B, D], or null
-  T* positive;   // [B, D], or null; of the in-batch positive it goes to `candidate`
-  T* candidate;  // [N, D], or null
+  T* row_loss;         // [B] r_i l_i, 0 for padding
+  T* query;            // [B, D], or null
+  T* positive;         // [B, D], or null; that of a candidate goes to `candidate`
+  T* candidate;        // [N, D], or null
+  T* candidate_log_q;  // [N], or null
 };
 
 // Solves the problem on `threads` threads of a CPU. The result depends on `threads` only by

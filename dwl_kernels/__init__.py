@@ -5,7 +5,7 @@ Start at :class:`DynamicWeightedSampledSoftmax`, or at the functions it calls.
 
 from dwl_kernels.candidates import LogUniformSampler, UniformSampler, UnigramSampler
 from dwl_kernels.domains import DomainWeights
-from dwl_kernels.functional import in_batch_softmax_loss, sampled_softmax_loss
+from dwl_kernels.functional import full_softmax_loss, in_batch_softmax_loss, sampled_softmax_loss
 from dwl_kernels.modules import DynamicWeightedSampledSoftmax
 from dwl_kernels.streams import CountMinSketch, StreamingFrequency
 
@@ -19,6 +19,7 @@ __all__ = [
     "StreamingFrequency",
     "UniformSampler",
     "UnigramSampler",
+    "full_softmax_loss",
     "in_batch_softmax_loss",
     "sampled_softmax_loss",
 ]

@@ -18,14 +18,15 @@ from dwl_kernels.problem import Output, Problem, Wanted
 
 # The fields of `Problem` in their order, then the call.
 _SCHEMA = """softmax_loss(
-    Tensor query, Tensor? positive, Tensor candidates,
+    Tensor query, Tensor? positive, Tensor candidates, Tensor? target,
     Tensor? positive_log_q, Tensor? candidate_log_q,
     Tensor? positive_ids, Tensor? candidate_ids,
     Tensor? domain_ids, Tensor? domain_weights, Tensor? example_weights,
-    Tensor? temperature, float tau, str correction, str reduction,
+    Tensor? temperature, float tau, int ignore_index, str correction, str reduction,
     Tensor? row_grad, bool[] wanted, str backend
-) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"""
-_NUM_FIELDS = 14
+) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"""
+_NUM_FIELDS = 16
+_SOURCES = (0, 1, 2, 5, 11, 9)  # which fields `Wanted` speaks of, in its order
 
 _library = torch.library.Library("dwl_kernels", "DEF")
 _library.define(_SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
@@ -50,7 +51,7 @@ class _SoftmaxLoss(torch.autograd.Function):
         ctx.reduction = problem.reduction
         ctx.set_materialize_grads(False)
         if problem.reduction == "none":
-            loss, *_ = torch.ops.dwl_kernels.softmax_loss(*fields, None, (False,) * 5, backend)
+            loss, *_ = torch.ops.dwl_kernels.softmax_loss(*fields, None, (False,) * len(_SOURCES), backend)
             ctx.save_for_backward(*(f for f in fields if f is None or isinstance(f, Tensor)))
             ctx.constants = [f for f in fields if f is not None and not isinstance(f, Tensor)]
             return loss
@@ -90,12 +91,10 @@ class _SoftmaxLoss(torch.autograd.Function):
             ]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
             gradients = [None if g is None else _Once.apply(g, anchor) for g in gradients]
-        query, positive, candidates, temperature, domain_weights = gradients
-        return (
-            *(query, positive, candidates, None, None, None, None, None),
-            *(domain_weights, None, temperature),
-            *nothing[11:],
-        )
+        placed: list[Tensor | None] = [*nothing]
+        for place, gradient in zip(_SOURCES, gradients, strict=True):
+            placed[place] = gradient
+        return tuple(placed)
 
 
 class _Once(torch.autograd.Function):
@@ -129,15 +128,16 @@ def scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
 def _fields(problem: Problem) -> tuple[Any, ...]:
     p = problem
     return (
-        *(p.query, p.positive, p.candidates, p.positive_log_q, p.candidate_log_q),
+        *(p.query, p.positive, p.candidates, p.target, p.positive_log_q, p.candidate_log_q),
         *(p.positive_ids, p.candidate_ids, p.domain_ids, p.domain_weights, p.example_weights),
-        *(p.temperature, p.tau, p.correction, p.reduction),
+        *(p.temperature, p.tau, p.ignore_index, p.correction, p.reduction),
     )
 
 
-def _sources(p: Problem) -> tuple[Tensor | None, ...]:
+def _sources(problem: Problem) -> tuple[Tensor | None, ...]:
     """The tensors of `Wanted`, in its order."""
-    return p.query, p.positive, p.candidates, p.temperature, p.domain_weights
+    fields = _fields(problem)
+    return tuple(fields[place] for place in _SOURCES)
 
 
 def _requires_grad(tensor: Tensor | None) -> bool:
@@ -160,7 +160,7 @@ def _fake(*args: Any) -> tuple[Tensor, ...]:
     problem = Problem(*fields)
     rows = (problem.query.shape[0],) if problem.reduction == "none" else ()
     loss = problem.query.new_empty(rows, dtype=problem.accumulate)
-    dtypes = (*(problem.gradient,) * 3, *(problem.accumulate,) * 2)
+    dtypes = (*(problem.gradient,) * 3, *(problem.accumulate,) * 3)
     gradients = Output(
         loss,
         *(

@@ -10,7 +10,14 @@ from torch import Tensor
 
 from dwl_kernels.autograd import softmax_loss
 from dwl_kernels.backends import Backend
-from dwl_kernels.problem import Correction, Problem, Reduction, in_batch_problem, sampled_problem
+from dwl_kernels.problem import (
+    Correction,
+    Problem,
+    Reduction,
+    full_problem,
+    in_batch_problem,
+    sampled_problem,
+)
 
 
 def sampled_softmax_loss(
@@ -170,6 +177,65 @@ def in_batch_softmax_loss(
         example_weights=example_weights,
         temperature=temperature,
         correction=correction,
+        reduction=reduction,
+    )
+    return _loss(problem, query, backend)
+
+
+def full_softmax_loss(
+    query: Tensor,  # [T, D]
+    table: Tensor,  # [V, D]
+    target: Tensor,  # [T]
+    *,
+    bias: Tensor | None = None,  # [V]
+    ignore_index: int = -100,
+    domain_ids: Tensor | None = None,  # [T] or [T, G]
+    domain_weights: Tensor | None = None,  # [num_domains]
+    example_weights: Tensor | None = None,  # [T]
+    temperature: float | Tensor = 1.0,  # [] or [T]
+    reduction: Reduction = "mean",
+    backend: Backend = "auto",
+) -> Tensor:
+    r"""Softmax cross-entropy over a whole table of items, without its logits in memory.
+
+    .. math::
+        z_{iv} = \langle q_i, c_v \rangle / \tau_i + b_v, \qquad
+        \ell_i = \log \sum_v e^{z_{iv}} - z_{i y_i}
+
+    This is ``torch.nn.functional.cross_entropy(query @ table.T / temperature + bias, target)``, to
+    rounding, with weights. Every time step of every sequence may be a row (the cumulative
+    cross-entropy): ``query`` ``[batch, time, D]`` with ``target`` ``[batch, time]``.
+
+    Args:
+        query: embeddings of the queries or hidden states of the time steps.
+        table: the embeddings of all items.
+        target: the row of the table that each query should score highest; int64 or int32.
+        bias: added to the logit of every item, with a gradient.
+        ignore_index: the target that marks a padded row: it gives exact zeros, does not count in
+            any norm, and NaN in its embedding does not leak.
+
+    The other arguments, what is returned and what is raised: see :func:`sampled_softmax_loss`; a
+    target out of range is an ``IndexError`` on a CPU, and a loss of NaN on CUDA.
+
+    Source: Li et al. 2023, arXiv 2301.00979.
+
+    Example:
+        >>> import torch
+        >>> from dwl_kernels import full_softmax_loss
+        >>> query, table = torch.eye(3), torch.eye(3)
+        >>> full_softmax_loss(query, table, torch.tensor([0, 1, -100]))  # log(e + 1 + 1) - 1
+        tensor(0.5514)
+    """
+    problem = full_problem(
+        query,
+        table,
+        target,
+        bias=bias,
+        ignore_index=ignore_index,
+        domain_ids=domain_ids,
+        domain_weights=domain_weights,
+        example_weights=example_weights,
+        temperature=temperature,
         reduction=reduction,
     )
     return _loss(problem, query, backend)

@@ -29,6 +29,7 @@ class Wanted(NamedTuple):
     query: bool
     positive: bool
     candidates: bool
+    candidate_log_q: bool
     temperature: bool
     domain_weights: bool
 
@@ -48,6 +49,7 @@ class Output(NamedTuple):
     query: Tensor | None = None  # [B, D]
     positive: Tensor | None = None  # [B, D]
     candidates: Tensor | None = None  # [N, D]
+    candidate_log_q: Tensor | None = None  # [N]
     temperature: Tensor | None = None  # [] or [B]
     domain_weights: Tensor | None = None  # [num_domains]
 
@@ -58,15 +60,17 @@ class Problem:
 
     Row ``i`` scores candidate ``j`` by ``z_ij = <q_i, c_j> / tau_i - log Q_j`` and its positive by
     ``z_i+ = <q_i, p_i> / tau_i - log Q+_i``. With ``positive=None`` the positive of row ``i`` *is*
-    candidate ``i`` (in-batch): column ``i`` is then no candidate of row ``i``, and the gradient of
-    ``candidates`` holds both roles.
+    a candidate, its own: ``target[i]`` (full softmax), or without ``target`` candidate ``i``
+    (in-batch). That column is then no candidate of row ``i``, and the gradient of ``candidates``
+    holds both roles.
     """
 
     query: Tensor  # [B, D]
     positive: Tensor | None  # [B, D]
     candidates: Tensor  # [N, D], same dtype and device as query
+    target: Tensor | None = None  # [B] int64, `ignore_index` marks a padded row
     positive_log_q: Tensor | None = None  # [B] in `accumulate` dtype, as all that follow
-    candidate_log_q: Tensor | None = None  # [N]
+    candidate_log_q: Tensor | None = None  # [N], or minus a bias, which has a gradient
     positive_ids: Tensor | None = None  # [B] int32 or int64, both or none of the two
     candidate_ids: Tensor | None = None  # [N]
     domain_ids: Tensor | None = None  # [B, G] int32 or int64, -1 = no domain
@@ -74,12 +78,19 @@ class Problem:
     example_weights: Tensor | None = None  # [B], 0 marks a padded row
     temperature: Tensor | None = None  # [] or [B], multiplies `tau`
     tau: float = 1.0
+    ignore_index: int = -100
     correction: Correction = "standard"
     reduction: Reduction = "mean"
 
     @property
     def in_batch(self) -> bool:
-        return self.positive is None
+        return self.positive is None and self.target is None
+
+    def own_columns(self) -> Tensor:
+        """Which candidate is the positive of each row where there is no ``positive``, ``[B]``."""
+        if self.target is None:
+            return torch.arange(self.query.shape[0], device=self.query.device)
+        return self.target.clamp(0, max(self.candidates.shape[0] - 1, 0))
 
     @property
     def accumulate(self) -> torch.dtype:
@@ -106,8 +117,8 @@ class Problem:
         """``w_i``, which rows are padding, and the norm.
 
         Raises:
-            IndexError: a domain id outside ``[-1, num_domains)``, on a CPU. On other devices such a
-                row weighs NaN instead, unless ``DWL_KERNELS_CHECK=1`` asks for the error.
+            IndexError: a domain id or a target out of range, on a CPU. On other devices such a row
+                weighs NaN instead, unless ``DWL_KERNELS_CHECK=1`` asks for the error.
             ValueError: a negative weight, under the same conditions.
         """
         rows = self.query.shape[0]
@@ -115,9 +126,19 @@ class Problem:
             example, active = self.query.new_ones(rows, dtype=self.accumulate), None
         else:
             example, active = self.example_weights, self.example_weights != 0
+        if self.target is not None:
+            kept = self.target != self.ignore_index
+            active = kept if active is None else active & kept
         weight = example
         if self.domain_ids is not None:
             weight = example * mean_domain_weight(self.domain_ids, self._weights(), active)
+        if self.target is not None:
+            outside = (self.target < 0) | (self.target >= self.candidates.shape[0])
+            if active is not None:
+                outside = outside & active
+            if checks_values(weight.device):
+                _check_target(self.target, outside, self.candidates.shape[0])
+            weight = weight.masked_fill(outside, torch.nan)
         if active is not None:
             weight = torch.where(active, weight, 0.0)
         negative = weight < 0
@@ -140,6 +161,14 @@ class Problem:
     def _weights(self) -> Tensor:
         assert self.domain_weights is not None  # checked by _row_arguments
         return self.domain_weights
+
+
+def _check_target(target: Tensor, outside: Tensor, rows: int) -> None:
+    if bool(outside.any()):
+        raise IndexError(
+            f"target holds {int(target[outside][0])}, but table has {rows} rows: targets must be "
+            f"in [0, {rows}), or ignore_index"
+        )
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -273,6 +302,40 @@ def in_batch_problem(
     )
 
 
+def full_problem(
+    query: Tensor,
+    table: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None,
+    ignore_index: int,
+    domain_ids: Tensor | None,
+    domain_weights: Tensor | None,
+    example_weights: Tensor | None,
+    temperature: float | Tensor,
+    reduction: Reduction,
+) -> Problem:
+    """The problem of ``full_softmax_loss``: every row of the table is a candidate."""
+    query, table = _embeddings(query=query, table=table)
+    leading = query.shape[:-1]
+    (target,) = cast("list[Tensor]", _ids(query, target=(target, leading)))
+    if bias is not None:
+        _row_argument("bias", bias, table.shape[:1], query)
+        bias = -_floating("bias", bias, query, differentiable=True)
+    rows = _row_arguments(
+        query, domain_ids, domain_weights, example_weights, temperature, "standard", reduction
+    )
+    return Problem(
+        query=query.reshape(-1, query.shape[-1]),
+        positive=None,
+        candidates=table,
+        target=target.long(),
+        candidate_log_q=bias,
+        ignore_index=ignore_index,
+        **rows,
+    )
+
+
 def _joined(first: Tensor | None, second: Tensor | None) -> Tensor | None:
     if first is None:
         return None
@@ -281,7 +344,7 @@ def _joined(first: Tensor | None, second: Tensor | None) -> Tensor | None:
 
 
 def _embeddings(**named: Tensor) -> list[Tensor]:
-    """Query, positive and, where given, negative; cast to the autocast dtype if there is one."""
+    """Query and what it is compared with, cast to the autocast dtype if there is one."""
     for name, value in named.items():
         _dense(name, value)
         if value.dtype not in FLOATS:
@@ -296,17 +359,20 @@ def _embeddings(**named: Tensor) -> list[Tensor]:
         )
     if query.shape[-1] == 0:
         raise ValueError("query has embeddings of size 0; wanted at least 1")
-    wanted = {"positive": list(query.shape), "negative": f"[N, {query.shape[-1]}]"}
+    wanted = {
+        "positive": list(query.shape),
+        "negative": f"[N, {query.shape[-1]}]",
+        "table": f"[V, {query.shape[-1]}]",
+    }
     for name, value in named.items():
         if value.device != query.device:
             raise ValueError(
                 f"{name} is on {value.device} but query is on {query.device}; move one of them"
             )
-        fits = {
-            "query": True,
-            "positive": value.shape == query.shape,
-            "negative": value.dim() == 2 and value.shape[-1] == query.shape[-1],
-        }[name]
+        if name in ("negative", "table"):
+            fits = value.dim() == 2 and value.shape[-1] == query.shape[-1]
+        else:
+            fits = value.shape == query.shape
         if not fits:
             raise ValueError(
                 f"{name} has shape {list(value.shape)}; wanted {wanted[name]} to match query "

@@ -202,19 +202,18 @@ RowResult<T> solve_row(const Problem<T>& p, int64_t i, T* s, const T* query, con
   const int64_t n = p.candidates;
   int64_t count = n - excluded_everywhere;  // n_i of the refined correction
   const auto exclude = [&](int64_t j) {
-    const bool padding = p.positive == nullptr && p.active != nullptr && j < p.rows && !p.active[j];
+    const bool padding = p.in_batch() && p.active != nullptr && j < p.rows && !p.active[j];
     count -= !padding;
     s[j] = -kInfinity<T>;
   };
-  if (p.positive == nullptr) exclude(i);
+  if (p.positive == nullptr) exclude(p.own(i));
   if (p.positive_ids != nullptr) {
     index.for_each(p.positive_ids[i], [&](int64_t j) {
-      if (p.positive != nullptr || j != i) exclude(j);
+      if (p.positive != nullptr || j != p.own(i)) exclude(j);
     });
   }
-  const T* positive = p.positive != nullptr ? p.positive + i * p.dim : p.candidate + i * p.dim;
   const T inverse = T(1) / p.tau[i];
-  T z_positive = dot(query, positive, p.dim) * inverse;
+  T z_positive = dot(query, p.positive_of(i), p.dim) * inverse;
   if (!p.refined && p.positive_log_q != nullptr) z_positive -= p.positive_log_q[i];
 
   T m = row_max(s, n) * inverse;
@@ -269,8 +268,8 @@ template <typename T>
 void sampled_softmax_cpu(const Problem<T>& p, const Gradients<T>& out, int threads) {
   const int64_t n = p.candidates, d = p.dim;
   const int dim = static_cast<int>(d), columns = static_cast<int>(n);
-  const bool in_batch = p.positive == nullptr;
-  const bool gradients = out.query != nullptr || out.candidate != nullptr;
+  const bool gradients =
+      out.query != nullptr || out.candidate != nullptr || out.candidate_log_q != nullptr;
   const IdIndex index(p.candidate_ids, n);
 
   std::vector<int64_t> rows;  // the active ones
@@ -280,7 +279,7 @@ void sampled_softmax_cpu(const Problem<T>& p, const Gradients<T>& out, int threa
   }
   const int64_t num_rows = static_cast<int64_t>(rows.size());
   // In a batch, the positives of padded rows are nobody's candidates.
-  const int64_t padded = in_batch ? p.rows - num_rows : 0;
+  const int64_t padded = p.in_batch() ? p.rows - num_rows : 0;
   std::vector<T> bias;  // -log Q_j
   if (p.candidate_log_q != nullptr || padded > 0) {
     bias.resize(n);
@@ -294,9 +293,20 @@ void sampled_softmax_cpu(const Problem<T>& p, const Gradients<T>& out, int threa
   const int team = static_cast<int>(std::clamp<int64_t>(num_rows / 16, 1, threads));
   const Scores<T> scores(p, bias, block);
   const int64_t width = scores.width();
-  // Each thread's dc; the first adds straight into the output.
-  std::unique_ptr<T[]> partial(
-      out.candidate != nullptr && team > 1 ? new T[size_t(team - 1) * n * d] : nullptr);
+  // Each thread's dc; the first adds straight into the output, unless the gradient of log-Q, one
+  // more column, comes along.
+  const bool bias_gradient = out.candidate_log_q != nullptr;
+  const bool candidate_gradient = out.candidate != nullptr || bias_gradient;
+  const int64_t dc_width = bias_gradient ? width : d;
+  const int direct = bias_gradient ? 0 : 1;
+  std::unique_ptr<T[]> partial;
+  if (candidate_gradient && team > direct) {
+    partial.reset(new T[size_t(team - direct) * n * dc_width]);
+  }
+  const auto dc_of = [&](int part) -> T* {
+    if (!candidate_gradient) return nullptr;
+    return part < direct ? out.candidate : partial.get() + size_t(part - direct) * n * dc_width;
+  };
 
   // Allocated out here, because an exception must not leave the parallel region.
   const int64_t step = std::min<int64_t>(block, num_rows);
@@ -312,7 +322,7 @@ void sampled_softmax_cpu(const Problem<T>& p, const Gradients<T>& out, int threa
 
   // Rows [first, last) of the active ones, in blocks of about equal size.
   const auto solve_rows = [&](int64_t first, int64_t last, Scratch& own, T* dc) {
-    if (dc != nullptr) std::fill(dc, dc + n * d, T(0));
+    if (dc != nullptr) std::fill(dc, dc + n * dc_width, T(0));
     auto& [s, q, dq, results] = own;
     const int64_t blocks = (last - first + block - 1) / block;
     for (int64_t number = 0; number < blocks; ++number) {
@@ -340,7 +350,7 @@ void sampled_softmax_cpu(const Problem<T>& p, const Gradients<T>& out, int threa
         }
         for (int64_t r = 0; r < b; ++r) {
           const int64_t i = rows[start + r];
-          const T* positive = in_batch ? p.candidate + i * d : p.positive + i * d;
+          const T* positive = p.positive_of(i);
           for (int64_t k = 0; k < d; ++k) {
             out.query[i * d + k] =
                 results[r].scale * dq[r * d + k] + results[r].positive * positive[k];
@@ -355,14 +365,18 @@ void sampled_softmax_cpu(const Problem<T>& p, const Gradients<T>& out, int threa
         }
         if (dc != nullptr) {
           for (int64_t k = 0; k < d; ++k) q[r * width + k] = results[r].scale * query[k];
-          if (in_batch) {
-            for (int64_t k = 0; k < d; ++k) dc[i * d + k] += results[r].positive * query[k];
+          if (bias_gradient) q[r * width + d] = results[r].scale * p.tau[i];
+          if (p.positive == nullptr) {
+            T* own = dc + p.own(i) * dc_width;
+            for (int64_t k = 0; k < d; ++k) own[k] += results[r].positive * query[k];
+            if (bias_gradient) own[d] += results[r].positive * p.tau[i];
           }
         }
       }
       if (dc != nullptr && n > 0) {
-        gemm('N', 'T', dim, columns, height, q.get(), static_cast<int>(width), s.get(), columns,
-             T(1), dc, dim);
+        const int all = static_cast<int>(dc_width);
+        gemm('N', 'T', all, columns, height, q.get(), static_cast<int>(width), s.get(), columns,
+             T(1), dc, all);
       }
     }
   };
@@ -372,16 +386,21 @@ void sampled_softmax_cpu(const Problem<T>& p, const Gradients<T>& out, int threa
     // A team may come out smaller than asked for: the ranges are dealt out, not assumed.
 #pragma omp for schedule(static, 1)
     for (int part = 0; part < team; ++part) {
-      T* dc = part == 0 ? out.candidate : partial.get() + size_t(part - 1) * n * d;
-      solve_rows(num_rows * part / team, num_rows * (part + 1) / team, scratch[part],
-                 out.candidate != nullptr ? dc : nullptr);
+      solve_rows(num_rows * part / team, num_rows * (part + 1) / team, scratch[part], dc_of(part));
     }
-    if (out.candidate != nullptr) {
+    if (candidate_gradient) {
 #pragma omp for schedule(static)
       for (int64_t j = 0; j < n; ++j) {
-        for (int part = 1; part < team; ++part) {
-          const T* dc = partial.get() + (size_t(part - 1) * n + j) * d;
-          for (int64_t k = 0; k < d; ++k) out.candidate[j * d + k] += dc[k];
+        for (int part = 0; part < team; ++part) {
+          const T* dc = dc_of(part) + j * dc_width;
+          if (out.candidate != nullptr && dc != out.candidate + j * d) {
+            T* target = out.candidate + j * d;
+            for (int64_t k = 0; k < d; ++k) target[k] = part == 0 ? dc[k] : target[k] + dc[k];
+          }
+          if (bias_gradient) {
+            T* target = out.candidate_log_q + j;
+            *target = (part == 0 ? T(0) : *target) - dc[d];
+          }
         }
       }
     }

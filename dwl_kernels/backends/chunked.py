@@ -29,14 +29,17 @@ def solve(
     tau = problem.temperatures()[:, None]  # [B, 1]
     coefficients = eager.row_coefficients(weights, row_grad)[:, None]  # [B, 1]
     refined = problem.correction == "refined"
-    masks = problem.in_batch or problem.positive_ids is not None
+    masks = problem.positive is None or problem.positive_ids is not None
 
     want_query = wanted.query or wanted.temperature
-    want_positive = wanted.positive or (wanted.candidates and problem.in_batch)
+    own = problem.own_columns() if problem.positive is None else None
+    want_positive = wanted.positive or (wanted.candidates and own is not None)
+    positive_log_q = eager.log_q_of_positives(problem)
     row_loss = query.new_empty(len(query))
     d_query = torch.empty_like(query) if want_query else None
     d_positive = torch.empty_like(positive) if want_positive else None
     d_candidates = torch.zeros_like(candidates) if wanted.candidates else None
+    d_log_q = query.new_zeros(len(candidates)) if wanted.candidate_log_q else None
 
     n = max(len(candidates), 1)
     step = max(BLOCK_ELEMENTS.get(query.device.type, 1 << 22) // n, 1)
@@ -62,28 +65,31 @@ def solve(
             a = a * r[:, None]
             p_positive_minus_1 = torch.full_like(a, -1.0)
         else:
-            if problem.positive_log_q is not None:
-                z_positive -= problem.positive_log_q[rows]
+            if positive_log_q is not None:
+                z_positive -= positive_log_q[rows]
             lse = z_candidates = torch.logaddexp(z_candidates, z_positive)
             row_loss[rows] = lse - z_positive
             p_positive_minus_1 = torch.expm1(z_positive - lse)[:, None]
-        if d_query is None and d_positive is None and d_candidates is None:
+        if not any(wanted[:5]):
             continue
         # A row of weight zero gives exact zeros, also where its p overflowed.
         dz_positive = torch.where(a == 0, 0.0, a * p_positive_minus_1)
         if d_positive is not None:
             d_positive[rows] = dz_positive * query[rows] / tau[rows]
-        if d_query is None and d_candidates is None:
+        if d_query is None and d_candidates is None and d_log_q is None:
             continue
         dz = z.sub_(z_candidates[:, None]).exp_().mul_(a).masked_fill_(a == 0, 0)
         if d_query is not None:
             d_query[rows] = (dz @ candidates).addcmul_(dz_positive, positive[rows]).div_(tau[rows])
         if d_candidates is not None:
             d_candidates.addmm_(dz.T, query[rows] / tau[rows])
+        if d_log_q is not None:
+            d_log_q -= dz.sum(0)
+            if own is not None:
+                d_log_q.index_add_(0, own[rows], -dz_positive[:, 0])
 
-    if d_candidates is not None and d_positive is not None and problem.in_batch:
-        d_candidates[: len(query)] += d_positive
+    if d_candidates is not None and d_positive is not None and own is not None:
+        d_candidates.index_add_(0, own, d_positive)
     loss = eager.reduce_rows(row_loss, weights, problem.reduction)
-    return eager.finish(
-        problem, wanted, weights, loss, row_loss, row_grad, query, d_query, d_positive, d_candidates
-    )
+    gradients = eager.Gradients(d_query, d_positive, d_candidates, d_log_q)
+    return eager.finish(problem, wanted, weights, loss, row_loss, row_grad, query, gradients)

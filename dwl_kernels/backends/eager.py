@@ -18,6 +18,8 @@ no hits. Then ``p_ij = exp z_ij / sum_k exp z_ik`` and ``p_i+ = 0``. Otherwise `
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -46,8 +48,9 @@ def solve(
         p = torch.exp(z - lse_candidates[:, None])
         p_positive_minus_1 = torch.full_like(lse, -1.0)
     else:
-        if problem.positive_log_q is not None:
-            z_positive = z_positive - problem.positive_log_q
+        positive_log_q = log_q_of_positives(problem)
+        if positive_log_q is not None:
+            z_positive = z_positive - positive_log_q
         lse, r = torch.logaddexp(z.logsumexp(1), z_positive), torch.ones_like(z_positive)
         p = torch.exp(z - lse[:, None])
         p_positive_minus_1 = torch.expm1(z_positive - lse)
@@ -62,11 +65,21 @@ def solve(
     d_query = (dz @ candidates + dz_positive * positive) / tau[:, None]
     d_candidates = dz.T @ (query / tau[:, None])
     d_positive = dz_positive * query / tau[:, None]
-    if problem.in_batch:
-        d_candidates[: len(query)] += d_positive
-    return finish(
-        problem, wanted, weights, loss, row_loss, row_grad, query, d_query, d_positive, d_candidates
-    )
+    d_log_q = -dz.sum(0)
+    if problem.positive is None:
+        d_candidates.index_add_(0, problem.own_columns(), d_positive)
+        d_log_q.index_add_(0, problem.own_columns(), -dz_positive[:, 0])
+    gradients = Gradients(d_query, d_positive, d_candidates, d_log_q)
+    return finish(problem, wanted, weights, loss, row_loss, row_grad, query, gradients)
+
+
+class Gradients(NamedTuple):
+    """In the accumulation dtype; None where not wanted."""
+
+    query: Tensor | None  # [B, D]
+    positive: Tensor | None  # [B, D]
+    candidates: Tensor | None  # [N, D]
+    candidate_log_q: Tensor | None  # [N]
 
 
 def embeddings(problem: Problem, weights: RowWeights) -> tuple[Tensor, Tensor, Tensor]:
@@ -75,7 +88,7 @@ def embeddings(problem: Problem, weights: RowWeights) -> tuple[Tensor, Tensor, T
     query = problem.query.to(problem.accumulate)
     candidates = problem.candidates.to(problem.accumulate)
     if problem.positive is None:
-        positive = candidates[:rows]
+        positive = candidates[problem.own_columns()]
     else:
         positive = problem.positive.to(problem.accumulate)
     if weights.active is not None:
@@ -89,17 +102,24 @@ def embeddings(problem: Problem, weights: RowWeights) -> tuple[Tensor, Tensor, T
 def excluded_candidates(problem: Problem, weights: RowWeights, start: int, stop: int) -> Tensor:
     """Which candidates rows ``start:stop`` do not compete with, bool ``[stop - start, N]``.
 
-    Accidental hits; in a batch also the row's own positive and the positives of padded rows.
+    Accidental hits, a row's own positive, and in a batch the positives of padded rows.
     """
     n = problem.candidates.shape[0]
     excluded = torch.zeros(stop - start, n, dtype=torch.bool, device=problem.query.device)
     if problem.positive_ids is not None and problem.candidate_ids is not None:
         excluded |= problem.positive_ids[start:stop, None] == problem.candidate_ids
-    if problem.in_batch:
-        excluded[:, start:stop].fill_diagonal_(True)
-        if weights.active is not None:
-            excluded[:, : len(weights.active)] |= ~weights.active
+    if problem.positive is None:
+        excluded.scatter_(1, problem.own_columns()[start:stop, None], True)
+    if problem.in_batch and weights.active is not None:
+        excluded[:, : len(weights.active)] |= ~weights.active
     return excluded
+
+
+def log_q_of_positives(problem: Problem) -> Tensor | None:  # [B]
+    """``log Q+_i``; that of the candidate where the positive is one."""
+    if problem.positive is None and problem.candidate_log_q is not None:
+        return problem.candidate_log_q[problem.own_columns()]
+    return problem.positive_log_q
 
 
 def refine(
@@ -145,13 +165,15 @@ def finish(
     row_loss: Tensor,  # [B] r_i l_i
     row_grad: Tensor | None,  # [B]
     query: Tensor,  # [B, D] in the accumulation dtype, padded rows zero
-    d_query: Tensor | None,  # [B, D], as the two that follow
-    d_positive: Tensor | None,
-    d_candidates: Tensor | None,  # [N, D]
+    gradients: Gradients,
 ) -> Output:
     """The wanted gradients in their dtypes; the last two follow from the others."""
-    dtype = problem.gradient
+    d_query, d_positive, d_candidates, d_log_q = gradients
     d_temperature = d_weights = None
+
+    def embedding(gradient: Tensor | None, want: bool) -> Tensor | None:
+        return gradient.to(problem.gradient) if want and gradient is not None else None
+
     if wanted.temperature:
         assert problem.temperature is not None
         assert d_query is not None
@@ -162,11 +184,10 @@ def finish(
         d_weights = domain_weights_gradient(problem, weights, row_loss, row_grad)
     return Output(
         loss=loss,
-        query=d_query.to(dtype) if wanted.query and d_query is not None else None,
-        positive=d_positive.to(dtype) if wanted.positive and d_positive is not None else None,
-        candidates=(
-            d_candidates.to(dtype) if wanted.candidates and d_candidates is not None else None
-        ),
+        query=embedding(d_query, wanted.query),
+        positive=embedding(d_positive, wanted.positive),
+        candidates=embedding(d_candidates, wanted.candidates),
+        candidate_log_q=d_log_q if wanted.candidate_log_q else None,
         temperature=d_temperature,
         domain_weights=d_weights,
     )
@@ -189,8 +210,10 @@ def domain_weights_gradient(
             # The norm is the sum of the weights and moves with them.
             row_loss = row_loss - reduce_rows(row_loss, weights, problem.reduction)
         d_weight = row_loss if weights.norm is None else divide(row_loss, weights.norm)
-    if problem.example_weights is not None and weights.active is not None:
-        d_weight = torch.where(weights.active, d_weight * problem.example_weights, 0.0)
+    if problem.example_weights is not None:
+        d_weight = d_weight * problem.example_weights
+    if weights.active is not None:
+        d_weight = torch.where(weights.active, d_weight, 0.0)
     present = (ids >= 0) & (ids < problem.domain_weights.shape[0])
     share = d_weight[:, None] * present / present.sum(1, keepdim=True).clamp(min=1)
     gradient = torch.zeros_like(problem.domain_weights)

@@ -43,20 +43,24 @@ def solve(
     query, positive, candidates = (t.contiguous() for t in eager.embeddings(problem, weights))
     row_loss, *gradients = torch.ops.dwl_kernels_native.sampled_softmax(
         query,
-        None if problem.in_batch else positive,
+        None if problem.positive is None else positive,
         candidates,
+        None if problem.target is None else problem.own_columns(),
         problem.temperatures().contiguous(),
         eager.row_coefficients(weights, row_grad),
-        *(_contiguous(t) for t in (problem.positive_log_q, problem.candidate_log_q)),
+        *(_contiguous(t) for t in (eager.log_q_of_positives(problem), problem.candidate_log_q)),
         *(_contiguous(t, torch.int64) for t in (problem.positive_ids, problem.candidate_ids)),
         weights.active,
         problem.correction == "refined",
         wanted.query or wanted.temperature,
-        wanted.positive and not problem.in_batch,
+        wanted.positive,
         wanted.candidates,
+        wanted.candidate_log_q,
     )
     loss = eager.reduce_rows(row_loss, weights, problem.reduction)
-    return eager.finish(problem, wanted, weights, loss, row_loss, row_grad, query, *gradients)
+    return eager.finish(
+        problem, wanted, weights, loss, row_loss, row_grad, query, eager.Gradients(*gradients)
+    )
 
 
 def _contiguous(tensor: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
@@ -66,10 +70,11 @@ def _contiguous(tensor: Tensor | None, dtype: torch.dtype | None = None) -> Tens
 def _register_fake() -> None:
     @torch.library.register_fake("dwl_kernels_native::sampled_softmax")
     def fake(query, positive, candidates, *rest):  # type: ignore[no-untyped-def]
-        *_, want_query, want_positive, want_candidates = rest
+        *_, want_query, want_positive, want_candidates, want_log_q = rest
         return (
             query.new_empty(query.shape[0]),
             query.new_empty(query.shape if want_query else 0),
             query.new_empty(query.shape if want_positive else 0),
             query.new_empty(candidates.shape if want_candidates else 0),
+            query.new_empty(candidates.shape[0] if want_log_q else 0),
         )
