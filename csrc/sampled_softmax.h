@@ -18,6 +18,8 @@ struct Problem {
   const int64_t* target;         // [B] own(i), or null: own(i) = i (in-batch)
   const T* tau;                  // [B] temperature
   const T* coefficient;          // [B] a_i / r_i, what row i weighs in the gradients
+  const T* score;                // [B, D], or null: the query; z_ij = <score_i, c_j> / tau_i + ...
+  const T* shift;                // [B], or null; added to the logits of all candidates of row i
   const T* positive_log_q;       // [B], nats, or null
   const T* candidate_log_q;      // [N], nats, or null
   const int64_t* positive_ids;   // [B], or null; a candidate of the same id is a hit

@@ -5,7 +5,12 @@ Start at :class:`DynamicWeightedSampledSoftmax`, or at the functions it calls.
 
 from dwl_kernels.candidates import LogUniformSampler, UniformSampler, UnigramSampler
 from dwl_kernels.domains import DomainWeights
-from dwl_kernels.functional import full_softmax_loss, in_batch_softmax_loss, sampled_softmax_loss
+from dwl_kernels.functional import (
+    dual_scale_softmax_loss,
+    full_softmax_loss,
+    in_batch_softmax_loss,
+    sampled_softmax_loss,
+)
 from dwl_kernels.modules import DynamicWeightedSampledSoftmax
 from dwl_kernels.streams import CountMinSketch, StreamingFrequency
 
@@ -19,6 +24,7 @@ __all__ = [
     "StreamingFrequency",
     "UniformSampler",
     "UnigramSampler",
+    "dual_scale_softmax_loss",
     "full_softmax_loss",
     "in_batch_softmax_loss",
     "sampled_softmax_loss",

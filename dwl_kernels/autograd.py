@@ -8,13 +8,14 @@ until their upstream gradient is known, so `backward` calls the op once more wit
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dwl_kernels import backends
-from dwl_kernels.problem import Output, Problem, Wanted
+from dwl_kernels.problem import DualScale, Output, Problem, Wanted
 
 # The fields of `Problem` in their order, then the call.
 _SCHEMA = """softmax_loss(
@@ -22,10 +23,11 @@ _SCHEMA = """softmax_loss(
     Tensor? positive_log_q, Tensor? candidate_log_q,
     Tensor? positive_ids, Tensor? candidate_ids,
     Tensor? domain_ids, Tensor? domain_weights, Tensor? example_weights,
-    Tensor? temperature, float tau, int ignore_index, str correction, str reduction,
+    Tensor? temperature, float tau, int ignore_index, str correction, str reduction, float[]? dual,
     Tensor? row_grad, bool[] wanted, str backend
 ) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"""
-_NUM_FIELDS = 16
+_NUM_FIELDS = 17
+_NUM_TENSORS = 12  # of them, first
 _SOURCES = (0, 1, 2, 5, 11, 9)  # which fields `Wanted` speaks of, in its order
 
 _library = torch.library.Library("dwl_kernels", "DEF")
@@ -46,14 +48,14 @@ class _SoftmaxLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
         *fields, wanted, backend = args
-        problem = Problem(*fields)
+        problem = _problem(fields)
         ctx.wanted, ctx.backend = wanted, backend
         ctx.reduction = problem.reduction
         ctx.set_materialize_grads(False)
         if problem.reduction == "none":
             loss, *_ = torch.ops.dwl_kernels.softmax_loss(*fields, None, (False,) * len(_SOURCES), backend)
-            ctx.save_for_backward(*(f for f in fields if f is None or isinstance(f, Tensor)))
-            ctx.constants = [f for f in fields if f is not None and not isinstance(f, Tensor)]
+            ctx.save_for_backward(*fields[:_NUM_TENSORS])
+            ctx.constants = fields[_NUM_TENSORS:]
             return loss
         sources = _sources(problem)
         loss, *gradients = torch.ops.dwl_kernels.softmax_loss(*fields, None, wanted, backend)
@@ -71,7 +73,7 @@ class _SoftmaxLoss(torch.autograd.Function):
         gradients: list[Tensor | None]
         if ctx.reduction == "none":
             fields = [*ctx.saved_tensors, *ctx.constants]
-            sources = _sources(Problem(*fields))
+            sources = _sources(_problem(fields))
             anchor = sources[ctx.wanted.index(True)]
             _, *gradients = torch.ops.dwl_kernels.softmax_loss(
                 *(f.detach() if isinstance(f, Tensor) else f for f in fields),
@@ -130,8 +132,21 @@ def _fields(problem: Problem) -> tuple[Any, ...]:
     return (
         *(p.query, p.positive, p.candidates, p.target, p.positive_log_q, p.candidate_log_q),
         *(p.positive_ids, p.candidate_ids, p.domain_ids, p.domain_weights, p.example_weights),
-        *(p.temperature, p.tau, p.ignore_index, p.correction, p.reduction),
+        *(p.temperature, p.tau, p.ignore_index, p.correction, p.reduction, _numbers(p.dual)),
     )
+
+
+def _numbers(dual: DualScale | None) -> list[float] | None:
+    return None if dual is None else [float(number) for number in dual]
+
+
+def _problem(fields: Sequence[Any]) -> Problem:
+    """The problem of what `_fields` gave."""
+    *others, dual = fields
+    if dual is not None:
+        hardness, similarity, slate_size, competition = dual
+        dual = DualScale(hardness, similarity, int(slate_size), competition)
+    return Problem(*others, dual)
 
 
 def _sources(problem: Problem) -> tuple[Tensor | None, ...]:
@@ -146,7 +161,7 @@ def _requires_grad(tensor: Tensor | None) -> bool:
 
 def _solve(*args: Any) -> tuple[Tensor, ...]:
     *fields, row_grad, wanted, backend = args
-    problem = Problem(*fields)
+    problem = _problem(fields)
     solve = backends.pick(backend, problem)
     # The problem has been cast to the autocast dtype already; the sums in between must not be.
     with torch.autocast(problem.query.device.type, enabled=False):
@@ -157,7 +172,7 @@ def _solve(*args: Any) -> tuple[Tensor, ...]:
 
 def _fake(*args: Any) -> tuple[Tensor, ...]:
     *fields, _row_grad, wanted, _backend = args
-    problem = Problem(*fields)
+    problem = _problem(fields)
     rows = (problem.query.shape[0],) if problem.reduction == "none" else ()
     loss = problem.query.new_empty(rows, dtype=problem.accumulate)
     dtypes = (*(problem.gradient,) * 3, *(problem.accumulate,) * 3)

@@ -12,6 +12,7 @@ from dwl_kernels.autograd import softmax_loss
 from dwl_kernels.backends import Backend
 from dwl_kernels.problem import (
     Correction,
+    DualScale,
     Problem,
     Reduction,
     full_problem,
@@ -237,6 +238,82 @@ def full_softmax_loss(
         example_weights=example_weights,
         temperature=temperature,
         reduction=reduction,
+    )
+    return _loss(problem, query, backend)
+
+
+def dual_scale_softmax_loss(
+    query: Tensor,  # [B, D]
+    positive: Tensor,  # [B, D]
+    negative: Tensor,  # [N, D]
+    *,
+    hardness: float = 1.0,
+    similarity: float = 1.0,
+    slate_size: int = 16,
+    competition: float = 1.0,
+    positive_log_q: Tensor | None = None,  # [B]
+    negative_log_q: Tensor | None = None,  # [N]
+    positive_ids: Tensor | None = None,  # [B]
+    negative_ids: Tensor | None = None,  # [N]
+    domain_ids: Tensor | None = None,  # [B] or [B, G]
+    domain_weights: Tensor | None = None,  # [num_domains]
+    example_weights: Tensor | None = None,  # [B]
+    temperature: float | Tensor = 1.0,  # [] or [B]
+    correction: Correction = "standard",
+    reduction: Reduction = "mean",
+    backend: Backend = "auto",
+) -> Tensor:
+    r"""Sampled softmax on two scales: candidates weighed by hardness, rows by their competition.
+
+    .. math::
+        \kappa_{ij} = n_i \, \mathrm{softmax}_j\big((h \langle q_i, c_j \rangle
+            + s \langle p_i, c_j \rangle) / \tau\big), \qquad
+        z_{ij} = \langle q_i, c_j \rangle / \tau_i + \log \kappa_{ij} - \log Q_j
+
+        \tau_i \propto \tau \, \mathrm{clip}(1 + k (g_i - \bar g), 1/2, 2), \qquad
+        g_i = \mathrm{mean}_{j \in slate_i} \, \sigma(z_{ij} - z_i^+)
+
+    The weights have mean one over the ``n_i`` candidates of a row that are no hits, the
+    temperatures have mean ``tau`` over the batch, and both are detached. With all strengths 0 it is
+    :func:`sampled_softmax_loss`, exactly.
+
+    The form is this package's own. It has every property that the abstract of the paper names, and
+    claims no reproduction of the paper's equations.
+
+    Args:
+        hardness: ``h``, how much more a candidate weighs that the query itself scores high.
+        similarity: ``s``, how much more a candidate weighs that is like the positive.
+        slate_size: candidates fall, in their order, into so many equal groups; the strongest of
+            each make the slate of a row. Candidates drawn at random make this a stochastic top-K.
+        competition: ``k``, how much warmer a row gets whose slate competes harder than others'.
+
+    The other arguments, what is returned and what is raised: see :func:`sampled_softmax_loss`; a
+    negative strength or an empty slate is a ``ValueError``.
+
+    Source: after Sahyouni et al. 2026, arXiv 2602.07206.
+
+    Example:
+        >>> import torch
+        >>> from dwl_kernels import dual_scale_softmax_loss
+        >>> query, negative = torch.eye(2), torch.tensor([[1.0, 0.0], [0.0, 0.0]])
+        >>> dual_scale_softmax_loss(query, query, negative, slate_size=1, reduction="none")
+        tensor([1.0330, 0.5514])
+    """
+    problem = sampled_problem(
+        query,
+        positive,
+        negative,
+        positive_log_q=positive_log_q,
+        negative_log_q=negative_log_q,
+        positive_ids=positive_ids,
+        negative_ids=negative_ids,
+        domain_ids=domain_ids,
+        domain_weights=domain_weights,
+        example_weights=example_weights,
+        temperature=temperature,
+        correction=correction,
+        reduction=reduction,
+        dual=DualScale(hardness, similarity, slate_size, competition),
     )
     return _loss(problem, query, backend)
 

@@ -34,6 +34,15 @@ class Wanted(NamedTuple):
     domain_weights: bool
 
 
+class DualScale(NamedTuple):
+    """Strengths of the dual-scale softmax."""
+
+    hardness: float  # weighs candidates by <q_i, c_j> / tau
+    similarity: float  # weighs candidates by <p_i, c_j> / tau
+    slate_size: int  # groups of candidates, whose strongest make the row's slate
+    competition: float  # moves tau_i by how hard the slate competes
+
+
 class RowWeights(NamedTuple):
     """What the rows weigh. ``a_i = weight_i r_i / norm``."""
 
@@ -81,6 +90,7 @@ class Problem:
     ignore_index: int = -100
     correction: Correction = "standard"
     reduction: Reduction = "mean"
+    dual: DualScale | None = None
 
     @property
     def in_batch(self) -> bool:
@@ -226,6 +236,7 @@ def sampled_problem(
     temperature: float | Tensor,
     correction: Correction,
     reduction: Reduction,
+    dual: DualScale | None = None,
 ) -> Problem:
     """The problem of ``sampled_softmax_loss``: candidates ``[N, D]`` shared by all rows."""
     query, positive, negative = _embeddings(query=query, positive=positive, negative=negative)
@@ -247,8 +258,22 @@ def sampled_problem(
         candidate_log_q=_log_q("negative_log_q", negative_log_q, negative.shape[:1], query),
         positive_ids=ids[0],
         candidate_ids=ids[1],
+        dual=None if dual is None else _dual(dual),
         **rows,
     )
+
+
+def _dual(dual: DualScale) -> DualScale | None:
+    """The strengths, checked; None where they change nothing."""
+    for name in ("hardness", "similarity", "competition"):
+        value = getattr(dual, name)
+        if isinstance(value, Tensor) or not 0 <= value < float("inf"):
+            raise ValueError(f"{name} is {value}; wanted a finite number that is not negative")
+    if isinstance(dual.slate_size, bool) or not isinstance(dual.slate_size, int):
+        raise TypeError(f"slate_size is a {type(dual.slate_size).__name__}; wanted an int")
+    if dual.slate_size < 1:
+        raise ValueError(f"slate_size is {dual.slate_size}; wanted at least 1")
+    return dual if dual.hardness or dual.similarity or dual.competition else None
 
 
 def in_batch_problem(

@@ -197,7 +197,7 @@ struct RowResult {
 
 // Turns row i's products `s` into e = exp(z - m), in place.
 template <typename T>
-RowResult<T> solve_row(const Problem<T>& p, int64_t i, T* s, const T* query, const IdIndex& index,
+RowResult<T> solve_row(const Problem<T>& p, int64_t i, T* s, const IdIndex& index,
                        int64_t excluded_everywhere, bool gradients) {
   const int64_t n = p.candidates;
   int64_t count = n - excluded_everywhere;  // n_i of the refined correction
@@ -213,14 +213,15 @@ RowResult<T> solve_row(const Problem<T>& p, int64_t i, T* s, const T* query, con
     });
   }
   const T inverse = T(1) / p.tau[i];
-  T z_positive = dot(query, p.positive_of(i), p.dim) * inverse;
+  T z_positive = dot(p.query + i * p.dim, p.positive_of(i), p.dim) * inverse;
   if (!p.refined && p.positive_log_q != nullptr) z_positive -= p.positive_log_q[i];
 
-  T m = row_max(s, n) * inverse;
+  const T shift = p.shift != nullptr ? p.shift[i] : T(0);
+  T m = row_max(s, n) * inverse + shift;
   if (!p.refined) m = std::max(m, z_positive);
   const bool infinite = std::isinf(m);
   // exp(z - m) of a row that is -inf throughout is 0, not NaN.
-  const double sum = row_exp(s, inverse, m == -kInfinity<T> ? T(0) : m, n);
+  const double sum = row_exp(s, inverse, m == -kInfinity<T> ? T(0) : m - shift, n);
 
   double a = p.coefficient[i];
   double loss, d_positive, total;
@@ -331,14 +332,13 @@ void sampled_softmax_cpu(const Problem<T>& p, const Gradients<T>& out, int threa
       const int height = static_cast<int>(b);
       for (int64_t r = 0; r < b; ++r) {
         const int64_t i = rows[start + r];
-        std::copy_n(p.query + i * d, d, q.get() + r * width);
+        std::copy_n((p.score != nullptr ? p.score : p.query) + i * d, d, q.get() + r * width);
         if (width > d) q[r * width + d] = p.tau[i];
       }
       scores(q.get(), height, s.get());
       for (int64_t r = 0; r < b; ++r) {
         const int64_t i = rows[start + r];
-        results[r] =
-            solve_row(p, i, s.get() + r * n, q.get() + r * width, index, padded, gradients);
+        results[r] = solve_row(p, i, s.get() + r * n, index, padded, gradients);
         out.row_loss[i] = results[r].loss;
       }
       if (out.query != nullptr) {

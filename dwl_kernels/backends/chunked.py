@@ -7,11 +7,13 @@ products are the three that any implementation must do, through the vendor's BLA
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from dwl_kernels.backends import eager
-from dwl_kernels.problem import Output, Problem, Wanted
+from dwl_kernels.problem import Output, Problem, RowWeights, Wanted
 
 # Logits kept at once. On a CPU a block that stays in the cache of a core beats a larger one; a GPU
 # wants products that fill it.
@@ -27,6 +29,9 @@ def solve(
     weights = problem.row_weights()
     query, positive, candidates = eager.embeddings(problem, weights)
     tau = problem.temperatures()[:, None]  # [B, 1]
+    score, shift = query, None  # z_ij = <score_i, c_j> / tau_i + shift_i - log Q_j
+    if problem.dual is not None:
+        score, shift, tau = dual_scale(problem, weights, query, positive, candidates)
     coefficients = eager.row_coefficients(weights, row_grad)[:, None]  # [B, 1]
     refined = problem.correction == "refined"
     masks = problem.positive is None or problem.positive_ids is not None
@@ -41,11 +46,10 @@ def solve(
     d_candidates = torch.zeros_like(candidates) if wanted.candidates else None
     d_log_q = query.new_zeros(len(candidates)) if wanted.candidate_log_q else None
 
-    n = max(len(candidates), 1)
-    step = max(BLOCK_ELEMENTS.get(query.device.type, 1 << 22) // n, 1)
-    for start in range(0, len(query), step):
-        rows = slice(start, min(start + step, len(query)))
-        z = (query[rows] @ candidates.T).div_(tau[rows])
+    for rows in row_blocks(query, candidates):
+        z = (score[rows] @ candidates.T).div_(tau[rows])
+        if shift is not None:
+            z += shift[rows]
         if problem.candidate_log_q is not None:
             z -= problem.candidate_log_q
         count = torch.full_like(tau[rows, 0], len(candidates))
@@ -93,3 +97,38 @@ def solve(
     loss = eager.reduce_rows(row_loss, weights, problem.reduction)
     gradients = eager.Gradients(d_query, d_positive, d_candidates, d_log_q)
     return eager.finish(problem, wanted, weights, loss, row_loss, row_grad, query, gradients)
+
+
+def row_blocks(query: Tensor, candidates: Tensor) -> Iterator[slice]:
+    """Blocks of rows whose logits are kept at once."""
+    elements = BLOCK_ELEMENTS.get(query.device.type, 1 << 22)
+    step = max(elements // max(len(candidates), 1), 1)
+    for start in range(0, len(query), step):
+        yield slice(start, min(start + step, len(query)))
+
+
+def dual_scale(
+    problem: Problem, weights: RowWeights, query: Tensor, positive: Tensor, candidates: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the dual scale makes of the rows: ``score`` [B, D], ``shift`` [B, 1], ``tau`` [B, 1].
+
+    ``log kappa_ij`` is linear in ``c_j`` but for a constant of the row, so that all logits of the
+    row are still one product, ``z_ij = <score_i, c_j> / tau_i + shift_i - log Q_j``.
+    """
+    assert problem.dual is not None
+    tau = problem.temperatures()[:, None]
+    pull = problem.dual.hardness * query + problem.dual.similarity * positive
+    z_positive = (query * positive).sum(1) / tau[:, 0]
+    g, shift = torch.empty_like(z_positive), torch.empty_like(z_positive)
+    for rows in row_blocks(query, candidates):
+        excluded = eager.excluded_candidates(problem, weights, rows.start, rows.stop)
+        x = (pull[rows] @ candidates.T).div_(tau[rows]).masked_fill_(excluded, -torch.inf)
+        shift[rows] = (~excluded).sum(1).log() - x.logsumexp(1)
+        z = (query[rows] @ candidates.T).div_(tau[rows])
+        if problem.candidate_log_q is not None:
+            z -= problem.candidate_log_q
+        z.masked_fill_(excluded, -torch.inf)
+        g[rows] = eager.competition_on_slate(problem, z, z_positive[rows], rows.start)
+    shift = shift.nan_to_num(0.0)  # a row without candidates
+    factor = eager.temperature_factor(problem.dual, g, weights)[:, None]
+    return query + factor * pull, shift[:, None], tau * factor

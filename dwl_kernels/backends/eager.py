@@ -14,6 +14,14 @@ With the refined correction (arXiv 2507.09331) the positive leaves the denominat
 corrected, ``lse_i = log sum_j exp z_ij + log(1 - Q+_i)``, and ``r_i = sigmoid(lse_i - log n_i -
 z_i+)``, detached, weighs the row by how wrong it still is; ``n_i`` counts the candidates that are
 no hits. Then ``p_ij = exp z_ij / sum_k exp z_ik`` and ``p_i+ = 0``. Otherwise ``r_i = 1``.
+
+The dual scale (after arXiv 2602.07206, in this package's form) weighs the candidates of a row and
+moves its temperature, both detached, by the strengths h, s and k::
+
+    kappa_ij = n_i softmax_j(h <q_i, c_j> / tau + s <p_i, c_j> / tau)     over the row's candidates
+    g_i      = mean over the slate of sigmoid(z_ij - z_i+)
+    tau_i    = tau f_i / mean f,  f_i = clip(1 + k (g_i - mean g), 1/2, 2)
+    z_ij     = <q_i, c_j> / tau_i - log Q_j + log kappa_ij
 """
 
 from __future__ import annotations
@@ -23,7 +31,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dwl_kernels.problem import Output, Problem, RowWeights, Wanted
+from dwl_kernels.problem import DualScale, Output, Problem, RowWeights, Wanted
 
 
 def solve(
@@ -35,11 +43,20 @@ def solve(
     weights = problem.row_weights()
     query, positive, candidates = embeddings(problem, weights)
     tau = problem.temperatures()  # [B]
-
-    z = query @ candidates.T / tau[:, None]  # [B, N]
-    if problem.candidate_log_q is not None:
-        z = z - problem.candidate_log_q
     excluded = excluded_candidates(problem, weights, 0, len(query))
+
+    bias = query.new_zeros(len(query), len(candidates))  # [B, N] b_ij - log Q_j
+    if problem.candidate_log_q is not None:
+        bias = bias - problem.candidate_log_q
+    if problem.dual is not None:
+        pull = problem.dual.hardness * query + problem.dual.similarity * positive
+        x = (pull @ candidates.T / tau[:, None]).masked_fill(excluded, -torch.inf)
+        plain = query @ candidates.T / tau[:, None] + bias
+        z_positive = (query * positive).sum(1) / tau
+        g = competition_on_slate(problem, plain.masked_fill(excluded, -torch.inf), z_positive)
+        tau = tau * temperature_factor(problem.dual, g, weights)
+        bias = bias + x.log_softmax(1) + (~excluded).sum(1, keepdim=True).log()
+    z = query @ candidates.T / tau[:, None] + bias
     z = z.masked_fill(excluded, -torch.inf)
     z_positive = (query * positive).sum(1) / tau  # [B]
     if problem.correction == "refined":
@@ -120,6 +137,36 @@ def log_q_of_positives(problem: Problem) -> Tensor | None:  # [B]
     if problem.positive is None and problem.candidate_log_q is not None:
         return problem.candidate_log_q[problem.own_columns()]
     return problem.positive_log_q
+
+
+def competition_on_slate(
+    problem: Problem,
+    z: Tensor,  # [B, N] before the dual scale, -inf where excluded
+    z_positive: Tensor,  # [B] without log-Q
+    start: int = 0,  # the first of these rows
+) -> Tensor:  # [B]
+    """``g_i``: candidates fall into ``slate_size`` equal groups, the strongest of each competes.
+
+    Candidates are drawn at random, so this is a stochastic top-K that one pass over tiles finds.
+    """
+    assert problem.dual is not None
+    log_q = log_q_of_positives(problem)
+    if log_q is not None:
+        z_positive = z_positive - log_q[start : start + len(z)]
+    n, groups = z.shape[1], problem.dual.slate_size
+    group = torch.arange(n, device=z.device) * groups // max(n, 1)
+    slate = z.new_full((len(z), groups), -torch.inf)
+    slate = slate.scatter_reduce(1, group.expand_as(z), z, "amax")
+    wins = torch.sigmoid(slate - z_positive[:, None])
+    return wins.sum(1) / (slate > -torch.inf).sum(1).clamp(min=1)
+
+
+def temperature_factor(dual: DualScale, g: Tensor, weights: RowWeights) -> Tensor:  # [B]
+    """``f_i / mean f`` over the rows that are not padding."""
+    active = torch.ones_like(g) if weights.active is None else weights.active.to(g.dtype)
+    count = active.sum().clamp(min=1)
+    f = (1 + dual.competition * (g - (g * active).sum() / count)).clamp(0.5, 2.0)
+    return torch.where(active > 0, f / ((f * active).sum() / count), 1.0)
 
 
 def refine(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dwl_kernels import _build
-from dwl_kernels.backends import eager
+from dwl_kernels.backends import chunked, eager
 from dwl_kernels.problem import Output, Problem, Wanted
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
@@ -41,14 +41,19 @@ def solve(
     """The loss and the wanted gradients, with a block of logits per thread in memory."""
     weights = problem.row_weights()
     query, positive, candidates = (t.contiguous() for t in eager.embeddings(problem, weights))
+    tau, score, shift = problem.temperatures(), None, None
+    if problem.dual is not None:
+        score, shift, tau = chunked.dual_scale(problem, weights, query, positive, candidates)
+        shift, tau = shift[:, 0], tau[:, 0]
     row_loss, *gradients = torch.ops.dwl_kernels_native.sampled_softmax(
         query,
         None if problem.positive is None else positive,
         candidates,
         None if problem.target is None else problem.own_columns(),
-        problem.temperatures().contiguous(),
+        tau.contiguous(),
         eager.row_coefficients(weights, row_grad),
         *(_contiguous(t) for t in (eager.log_q_of_positives(problem), problem.candidate_log_q)),
+        *(_contiguous(t) for t in (score, shift)),
         *(_contiguous(t, torch.int64) for t in (problem.positive_ids, problem.candidate_ids)),
         weights.active,
         problem.correction == "refined",
