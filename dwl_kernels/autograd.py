@@ -53,7 +53,9 @@ class _SoftmaxLoss(torch.autograd.Function):
         ctx.reduction = problem.reduction
         ctx.set_materialize_grads(False)
         if problem.reduction == "none":
-            loss, *_ = torch.ops.dwl_kernels.softmax_loss(*fields, None, (False,) * len(_SOURCES), backend)
+            loss, *_ = torch.ops.dwl_kernels.softmax_loss(
+                *fields, None, (False,) * len(_SOURCES), backend
+            )
             ctx.save_for_backward(*fields[:_NUM_TENSORS])
             ctx.constants = fields[_NUM_TENSORS:]
             return loss

@@ -100,7 +100,7 @@ class Problem:
         """Which candidate is the positive of each row where there is no ``positive``, ``[B]``."""
         if self.target is None:
             return torch.arange(self.query.shape[0], device=self.query.device)
-        return self.target.clamp(0, max(self.candidates.shape[0] - 1, 0))
+        return self.target.clamp(0, self.candidates.shape[0] - 1)
 
     @property
     def accumulate(self) -> torch.dtype:
@@ -342,6 +342,8 @@ def full_problem(
 ) -> Problem:
     """The problem of ``full_softmax_loss``: every row of the table is a candidate."""
     query, table = _embeddings(query=query, table=table)
+    if table.shape[0] == 0:
+        raise ValueError("table has no rows; wanted at least one item to score")
     leading = query.shape[:-1]
     (target,) = cast("list[Tensor]", _ids(query, target=(target, leading)))
     if bias is not None:

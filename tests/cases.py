@@ -24,7 +24,10 @@ MARGIN = {
     torch.float16: 1e-3,
     torch.bfloat16: 4e-3,
 }
-DIFFERENTIABLE = ("query", "positive", "negative", "temperature", "domain_weights")
+DIFFERENTIABLE = (
+    *("query", "positive", "negative", "table", "bias"),
+    *("temperature", "domain_weights"),
+)
 
 Inputs = dict[str, Any]
 
@@ -35,8 +38,7 @@ class Case:
     rows: int = 17
     candidates: int = 33  # of `negative`
     dim: int = 20
-    in_batch: bool = False
-    mixed: bool = True  # in-batch with `negative` as well
+    kind: str = "sampled"  # "in_batch", "mixed" (both candidates), "full" (log_q: a bias), "dual"
     log_q: bool = False
     ids: bool = False
     domains: int = 0  # slots per row
@@ -57,18 +59,23 @@ class Case:
             return torch.randint(low, high, shape, generator=g)
 
         inputs: Inputs = {"query": normal(b, d), "positive": normal(b, d), "temperature": 0.7}
-        with_negative = not self.in_batch or self.mixed
-        prefix = "" if self.in_batch else "positive_"
-        if with_negative:
-            inputs["negative"] = normal(n, d)
+        prefix = "" if self.kind in ("in_batch", "mixed") else "positive_"
+        inputs["negative"] = normal(n, d)
         if self.log_q:
             inputs[prefix + "log_q"] = torch.log_softmax(normal(b), 0)
             inputs["negative_log_q"] = torch.log_softmax(normal(n), 0)
         if self.ids:
             inputs[prefix + "ids"] = integers(0, 12, b)
             inputs["negative_ids"] = integers(0, 12, n)
-        if not with_negative:
-            inputs.pop("negative_log_q", None), inputs.pop("negative_ids", None)
+        if self.kind == "in_batch":
+            inputs = {k: v for k, v in inputs.items() if not k.startswith("negative")}
+        elif self.kind == "full":
+            full = {"query": inputs["query"], "table": inputs["negative"]}
+            full["target"] = integers(0, n, b)
+            full["target"][1::4] = -100
+            if self.log_q:
+                full["bias"] = inputs["negative_log_q"]
+            inputs = {**full, "temperature": 0.7}
         if self.domains:
             shape = (b,) if self.domains == 1 else (b, self.domains)
             inputs["domain_ids"] = integers(-1, 5, *shape)
@@ -85,15 +92,21 @@ class Case:
             if not isinstance(value, Tensor):
                 continue
             if value.is_floating_point():
-                embedding = name in ("query", "positive", "negative")
+                embedding = name in ("query", "positive", "negative", "table")
                 narrow = dtype if embedding or dtype == torch.float64 else torch.float32
                 value = value.to(narrow)
             inputs[name] = value.to(device).requires_grad_(name in DIFFERENTIABLE)
         return inputs | self.options
 
     def loss(self, inputs: Inputs, backend: str) -> Tensor:
-        name = "in_batch_softmax_loss" if self.in_batch else "sampled_softmax_loss"
-        return getattr(dwl_kernels, name)(**inputs, backend=backend)
+        function = {
+            "sampled": dwl_kernels.sampled_softmax_loss,
+            "in_batch": dwl_kernels.in_batch_softmax_loss,
+            "mixed": dwl_kernels.in_batch_softmax_loss,
+            "full": dwl_kernels.full_softmax_loss,
+            "dual": dwl_kernels.dual_scale_softmax_loss,
+        }[self.kind]
+        return function(**inputs, backend=backend)
 
 
 def loss_and_gradients(
@@ -208,6 +221,14 @@ def _zero_domain(inputs: Inputs) -> None:
     inputs["domain_weights"][:2] = 0.0
 
 
+def _ignore_all(inputs: Inputs) -> None:
+    inputs["target"].fill_(-100)
+
+
+def _one_target(inputs: Inputs) -> None:
+    inputs["target"].fill_(5)
+
+
 def _no_domain(inputs: Inputs) -> None:
     inputs["domain_ids"].fill_(-1)
 
@@ -216,6 +237,9 @@ def _padding_holds_nan(inputs: Inputs) -> None:
     padded = inputs["example_weights"] == 0
     padded[0] = True
     inputs["example_weights"][0] = 0.0
+    if "target" in inputs:
+        inputs["target"][0] = -100
+        padded |= inputs["target"] == -100
     for name in ("query", "positive", "log_q", "positive_log_q"):
         if name in inputs:
             inputs[name][padded] = torch.nan
@@ -282,21 +306,50 @@ CASES = [
     ),
     Case("domains of weight zero", domains=2, change=_zero_domain),
     Case("NaN in the padding", **_FULL_ROWS, change=_padding_holds_nan),
-    Case("in-batch", in_batch=True, mixed=False),
-    Case("in-batch, one row", rows=1, in_batch=True, mixed=False, log_q=True),
-    Case("in-batch past the tile", rows=129, dim=96, in_batch=True, mixed=False, **_FULL_ROWS),
-    Case("in-batch with ids", in_batch=True, mixed=False, log_q=True, ids=True),
-    Case("mixed", in_batch=True, log_q=True, ids=True),
-    Case("mixed without ids", in_batch=True, log_q=True, temperature="scalar"),
-    Case("mixed, everything", rows=65, candidates=70, in_batch=True, **_FULL_ROWS),
+    Case("in-batch", kind="in_batch"),
+    Case("in-batch, one row", rows=1, kind="in_batch", log_q=True),
+    Case("in-batch past the tile", rows=129, dim=96, kind="in_batch", **_FULL_ROWS),
+    Case("in-batch with ids", kind="in_batch", log_q=True, ids=True),
+    Case("mixed", kind="mixed", log_q=True, ids=True),
+    Case("mixed without ids", kind="mixed", log_q=True, temperature="scalar"),
+    Case("mixed, everything", rows=65, candidates=70, kind="mixed", **_FULL_ROWS),
     Case(
         "in-batch, refined",
-        in_batch=True,
-        mixed=False,
+        kind="in_batch",
         **_FULL_ROWS,
         options={"correction": "refined", "reduction": "weighted_mean"},
     ),
-    Case("in-batch, none", in_batch=True, **_FULL_ROWS, options={"reduction": "none"}),
-    Case("in-batch, NaN in the padding", in_batch=True, **_FULL_ROWS, change=_padding_holds_nan),
-    Case("in-batch, no rows", rows=0, in_batch=True, **_FULL),
+    Case("in-batch, none", kind="mixed", **_FULL_ROWS, options={"reduction": "none"}),
+    Case("in-batch, NaN in the padding", kind="mixed", **_FULL_ROWS, change=_padding_holds_nan),
+    Case("in-batch, no rows", rows=0, kind="mixed", **_FULL),
+    Case("full softmax", kind="full"),
+    Case("full softmax, bias", kind="full", log_q=True, temperature="scalar"),
+    Case("full softmax, past the tile", rows=129, candidates=127, kind="full", **_FULL_ROWS),
+    Case("full softmax, many items", rows=3, candidates=1025, dim=96, kind="full", **_FULL),
+    *(
+        Case(f"full softmax, {r}", kind="full", **_FULL_ROWS, options={"reduction": r})
+        for r in ("weighted_mean", "sum", "none")
+    ),
+    Case("full softmax, one item", candidates=1, kind="full"),
+    Case("full softmax, no rows", rows=0, kind="full", **_FULL),
+    Case("full softmax, all rows ignored", kind="full", **_FULL, change=_ignore_all),
+    Case("full softmax, one target for all", kind="full", **_FULL, change=_one_target),
+    Case("full softmax, NaN in the padding", kind="full", **_FULL_ROWS, change=_padding_holds_nan),
+    Case("dual scale", kind="dual", options={"slate_size": 4}),
+    Case("dual scale, everything", kind="dual", **_FULL_ROWS),
+    Case("dual scale, past the tile", rows=129, candidates=127, kind="dual", **_FULL_ROWS),
+    Case("dual scale, hardness alone", kind="dual", options={"similarity": 0, "competition": 0}),
+    Case("dual scale, similarity alone", kind="dual", options={"hardness": 0, "competition": 0}),
+    Case("dual scale, competition alone", kind="dual", options={"hardness": 0, "similarity": 0}),
+    Case(
+        "dual scale, none",
+        kind="dual",
+        **_FULL_ROWS,
+        options={"reduction": "none", "slate_size": 5},
+    ),
+    Case("dual scale, refined", kind="dual", **_FULL, options={"correction": "refined"}),
+    Case("dual scale, every candidate a hit", kind="dual", **_FULL, change=_all_hits),
+    Case("dual scale, some have no candidate", kind="dual", ids=True, change=_some_hits_only),
+    Case("dual scale, no candidates", kind="dual", candidates=0, **_FULL),
+    Case("dual scale, NaN in the padding", kind="dual", **_FULL_ROWS, change=_padding_holds_nan),
 ]

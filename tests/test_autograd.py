@@ -17,17 +17,32 @@ def _op_arguments(case: cases.Case, backend: str, wanted: bool, row_grad: bool) 
     inputs = {
         k: v.detach() if isinstance(v, Tensor) else v for k, v in case.inputs(torch.float32).items()
     }
+    defaults: dict[str, object] = {"correction": "standard", "reduction": "mean"}
     build = dwl_kernels.problem.sampled_problem
-    defaults = {"correction": "standard", "reduction": "mean"}
-    if case.in_batch:
+    if case.kind == "mixed":
         build = dwl_kernels.problem.in_batch_problem
+    elif case.kind == "full":
+        build = dwl_kernels.problem.full_problem
+        defaults = {"reduction": "mean", "ignore_index": -100}
+    elif case.kind == "dual":
+        defaults["dual"] = dwl_kernels.problem.DualScale(1.0, 0.5, 4, 1.0)
     problem = build(**{**defaults, **inputs})
     upstream = torch.randn(case.rows) if row_grad else None
-    masks = [wanted, wanted and not case.in_batch, wanted, wanted, wanted]
+    masks = [wanted] * 6
+    masks[1], masks[3] = wanted and problem.positive is not None, wanted and case.kind == "full"
     return (*autograd._fields(problem), upstream, masks, backend)
 
 
-@pytest.mark.parametrize("name", ["everything", "mixed, everything", "everything, none"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "everything",
+        "mixed, everything",
+        "everything, none",
+        "full softmax, past the tile",
+        "dual scale, everything",
+    ],
+)
 def test_registered_op_passes_opcheck(backend: str, name: str) -> None:
     for wanted in (True, False):
         arguments = _op_arguments(BY_NAME[name], backend, wanted, name.endswith("none"))
@@ -41,10 +56,11 @@ def test_native_op_passes_opcheck() -> None:
         pytest.skip(f"no CPU kernel: {native.why_not()}")
     query, positive, candidates = torch.randn(9, 4), torch.randn(9, 4), torch.randn(5, 4)
     ids = torch.arange(9), torch.arange(5)
-    optional = (torch.randn(9), torch.randn(5), *ids, torch.arange(9) > 2)
+    log_q, dual = (torch.randn(9), torch.randn(5)), (torch.randn(9, 4), torch.randn(9))
     rows = (torch.rand(9) + 0.1, torch.rand(9))
-    for wanted in ((True, True, True), (False, False, False)):
-        arguments = (query, positive, candidates, *rows, *optional, False, *wanted)
+    optional = (*log_q, *dual, *ids, torch.arange(9) > 2)
+    for wanted in ((True,) * 4, (False,) * 4):
+        arguments = (query, positive, candidates, None, *rows, *optional, False, *wanted)
         torch.library.opcheck(torch.ops.dwl_kernels_native.sampled_softmax.default, arguments)
 
 
@@ -123,8 +139,13 @@ def test_autocast_runs_in_its_dtype_and_returns_float32(dtype: torch.dtype) -> N
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_compiled_step_gives_the_same_loss_and_gradients(backend: str, reduction: str) -> None:
-    case = BY_NAME["mixed, everything"]
+@pytest.mark.parametrize(
+    "name", ["mixed, everything", "full softmax, past the tile", "dual scale, everything"]
+)
+def test_compiled_step_gives_the_same_loss_and_gradients(
+    backend: str, name: str, reduction: str
+) -> None:
+    case = BY_NAME[name]
     inputs = {**case.inputs(torch.float32), "reduction": reduction}
     leaves = [k for k, v in inputs.items() if isinstance(v, Tensor) and v.requires_grad]
 

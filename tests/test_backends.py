@@ -105,7 +105,7 @@ def test_eager_is_cross_entropy_differentiated_by_autograd(name: str) -> None:
     case = BY_NAME[name]
     inputs = case.inputs(torch.float64)
     leaves = [v for v in inputs.values() if isinstance(v, Tensor) and v.requires_grad]
-    expected, got = naive(inputs, case.in_batch), case.loss(inputs, "eager")
+    expected, got = naive(inputs, case.kind in ("in_batch", "mixed")), case.loss(inputs, "eager")
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
     upstream = torch.randn(got.shape, generator=torch.Generator().manual_seed(0)).double()
     for a, b in zip(
@@ -144,32 +144,34 @@ def test_refined_loss_is_the_formula_of_its_paper() -> None:
 
 @pytest.mark.parametrize("correction", ["standard", "refined"])
 @pytest.mark.parametrize("reduction", ["mean", "weighted_mean", "sum", "none"])
-@pytest.mark.parametrize("in_batch", [False, True], ids=["sampled", "in-batch"])
+@pytest.mark.parametrize("kind", ["sampled", "mixed", "full"])
 def test_gradients_agree_with_finite_differences(
-    backend: str, in_batch: bool, reduction: str, correction: str
+    backend: str, kind: str, reduction: str, correction: str
 ) -> None:
+    if kind == "full" and correction == "refined":
+        pytest.skip("the full softmax has no log-Q to refine")
     # The refined factor is detached, which finite differences cannot see: without it in the sum
     # there is nothing to check, so refined is checked where the factor saturates at 1.
     case = cases.Case(
-        f"gradcheck {in_batch} {reduction}",
+        f"gradcheck {kind} {reduction}",
         rows=5,
         candidates=7,
         dim=3,
-        in_batch=in_batch,
+        kind=kind,
         log_q=True,
         ids=True,
         domains=2,
         examples=True,
         temperature="rows",
-        options={"reduction": reduction, "correction": correction},
+        options={"reduction": reduction} | ({} if kind == "full" else {"correction": correction}),
     )
     inputs = case.inputs(torch.float64)
     if correction == "refined":
         with torch.no_grad():
-            name = "log_q" if in_batch else "positive_log_q"
+            name = "log_q" if kind == "mixed" else "positive_log_q"
             inputs["positive"].copy_(-100 * inputs["query"])
             inputs[name].fill_(-3.0)
-            if in_batch:  # the positives are candidates too: let them compete far below
+            if kind == "mixed":  # the positives are candidates too: let them compete far below
                 inputs["query"].copy_(torch.ones_like(inputs["query"]))
                 inputs["positive"].fill_(-100.0)
     leaves = [k for k, v in inputs.items() if isinstance(v, Tensor) and v.requires_grad]
@@ -182,26 +184,33 @@ def test_gradients_agree_with_finite_differences(
 
 def test_only_wanted_gradients_are_computed_and_each_is_right(backend: str) -> None:
     """All 32 subsets of what may require a gradient, scalar and per row."""
-    for name in ("everything", "everything, none", "mixed, everything"):
+    for name in (
+        "everything",
+        "everything, none",
+        "mixed, everything",
+        "full softmax, past the tile",
+        "dual scale, everything",
+    ):
         case = BY_NAME[name]
         reference = cases.loss_and_gradients(case, "eager", torch.float64)
-        for subset in itertools.product([False, True], repeat=5):
+        leaves = [k for k in cases.DIFFERENTIABLE if k in reference]
+        for subset in itertools.product([False, True], repeat=len(leaves)):
             inputs = case.inputs(torch.float64)
-            wanted = dict(zip(cases.DIFFERENTIABLE, subset, strict=True))
+            wanted = dict(zip(leaves, subset, strict=True))
             for leaf, want in wanted.items():
                 inputs[leaf].requires_grad_(want)
             loss = case.loss(inputs, backend)
             assert loss.requires_grad == any(subset)
             torch.testing.assert_close(loss.detach(), reference["loss"], rtol=1e-12, atol=1e-12)
-            leaves = [leaf for leaf, want in wanted.items() if want]
-            if not leaves:
+            chosen = [leaf for leaf, want in wanted.items() if want]
+            if not chosen:
                 continue
             upstream = torch.randn(
                 loss.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64
             )
             for leaf, gradient in zip(
-                leaves,
-                torch.autograd.grad(loss, [inputs[k] for k in leaves], upstream),
+                chosen,
+                torch.autograd.grad(loss, [inputs[k] for k in chosen], upstream),
                 strict=True,
             ):
                 torch.testing.assert_close(gradient, reference[leaf], rtol=1e-10, atol=1e-12)
@@ -215,7 +224,9 @@ def test_unwanted_gradients_are_none(backend: str) -> None:
         correction="standard",
         reduction="mean",
     )
-    output = backends.pick(backend, problem)(problem, Wanted(False, True, False, False, True), None)
+    output = backends.pick(backend, problem)(
+        problem, Wanted(False, True, False, False, False, True), None
+    )
     assert output.query is output.candidates is output.temperature is None
     assert output.positive is not None
     assert output.domain_weights is not None
@@ -303,6 +314,88 @@ def test_small_losses_keep_their_digits(backend: str) -> None:
         torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
     else:
         assert float(loss) <= 1e-6
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_full_softmax_is_cross_entropy(backend: str, reduction: str) -> None:
+    inputs = BY_NAME["full softmax, bias"].inputs(torch.float64)
+    query, table, bias, tau = (inputs[k] for k in ("query", "table", "bias", "temperature"))
+    got = BY_NAME["full softmax, bias"].loss({**inputs, "reduction": reduction}, backend)
+    expected = torch.nn.functional.cross_entropy(
+        query @ table.T / tau + bias, inputs["target"], reduction=reduction
+    )
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    leaves = [query, table, bias, tau]
+    for a, b in zip(
+        torch.autograd.grad(got.sum(), leaves),
+        torch.autograd.grad(expected.sum(), leaves),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_dual_scale_without_strength_is_the_plain_loss(backend: str) -> None:
+    case = BY_NAME["everything"]
+    inputs = case.inputs(torch.float32)
+    leaves = [v for v in inputs.values() if isinstance(v, Tensor) and v.requires_grad]
+    plain = case.loss(inputs, backend)
+    dual = dwl_kernels.dual_scale_softmax_loss(
+        **inputs, hardness=0, similarity=0, competition=0, backend=backend
+    )
+    assert torch.equal(plain, dual)
+    for a, b in zip(
+        torch.autograd.grad(plain, leaves), torch.autograd.grad(dual, leaves), strict=True
+    ):
+        assert torch.equal(a, b)
+
+
+def test_dual_scale_is_its_formula_written_out_row_by_row() -> None:
+    """Design of the dual scale with python loops; weights and temperatures are detached."""
+    h, s, k, slate_size = 0.7, 0.4, 1.5, 5
+    inputs = BY_NAME["dual scale, everything"].inputs(torch.float64)
+    inputs["temperature"] = torch.tensor(0.8, dtype=torch.float64, requires_grad=True)
+    q, p, c, tau = (inputs[n] for n in ("query", "positive", "negative", "temperature"))
+    n, rows = len(c), range(len(q))
+    log_q, positive_log_q = inputs["negative_log_q"], inputs["positive_log_q"]
+    valid = [inputs["negative_ids"] != inputs["positive_ids"][i] for i in rows]
+    active = inputs["example_weights"] != 0
+    with torch.no_grad():
+        g = []
+        for i in rows:
+            z = c @ q[i] / tau - log_q
+            z_positive = p[i] @ q[i] / tau - positive_log_q[i]
+            groups = [[j for j in range(n) if j * slate_size // n == m] for m in range(slate_size)]
+            best = [max((z[j] for j in m if valid[i][j]), default=None) for m in groups]
+            wins = [torch.sigmoid(b - z_positive) for b in best if b is not None]
+            g.append(sum(wins) / len(wins))
+        g = torch.stack(g)
+        f = (1 + k * (g - g[active].mean())).clip(0.5, 2)
+        factor = f / f[active].mean()
+        log_kappa = []
+        for i in rows:
+            x = (h * (c @ q[i]) + s * (c @ p[i])) / tau
+            log_kappa.append(valid[i].sum().log() + x - x[valid[i]].logsumexp(0))
+            torch.testing.assert_close(
+                log_kappa[i][valid[i]].exp().mean(), torch.ones((), dtype=torch.float64)
+            )
+    losses = []
+    for i in rows:
+        z = (c @ q[i] / (tau * factor[i]) + log_kappa[i] - log_q)[valid[i]]
+        z_positive = p[i] @ q[i] / (tau * factor[i]) - positive_log_q[i]
+        weight = inputs["example_weights"][i]
+        domains = [int(d) for d in inputs["domain_ids"][i] if d >= 0]
+        if domains:
+            weight = weight * inputs["domain_weights"][domains].mean()
+        losses.append(weight * (torch.cat((z, z_positive[None])).logsumexp(0) - z_positive))
+    expected = torch.stack(losses).sum() / active.sum()
+    options = {"hardness": h, "similarity": s, "competition": k, "slate_size": slate_size}
+    got = BY_NAME["dual scale, everything"].loss({**inputs, **options}, "eager")
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
+    leaves = [v for v in inputs.values() if isinstance(v, Tensor) and v.requires_grad]
+    for a, b in zip(
+        torch.autograd.grad(got, leaves), torch.autograd.grad(expected, leaves), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
 def test_hit_gets_no_probability(backend: str) -> None:

@@ -9,7 +9,12 @@ import pytest
 import torch
 
 import dwl_kernels
-from dwl_kernels import in_batch_softmax_loss, sampled_softmax_loss
+from dwl_kernels import (
+    dual_scale_softmax_loss,
+    full_softmax_loss,
+    in_batch_softmax_loss,
+    sampled_softmax_loss,
+)
 
 B, N, D = 4, 6, 3
 
@@ -128,6 +133,58 @@ def test_wrong_in_batch_arguments_are_named(change: dict, message: str) -> None:
     del inputs["negative"]
     with pytest.raises(ValueError, match=message):
         in_batch_softmax_loss(**inputs, **change)
+
+
+def full(**changes: Any) -> dict[str, Any]:
+    inputs = good()
+    return {
+        "query": inputs["query"],
+        "table": inputs["negative"],
+        "target": torch.tensor([0, 5, -100, 2]),
+        **changes,
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"table": torch.ones(0, D)}, ValueError, r"table has no rows"),
+        ({"table": torch.ones(N, D + 1)}, ValueError, r"table has shape \[6, 4\]; wanted \[V, 3\]"),
+        ({"target": ids(N)}, ValueError, r"target has shape \[6\]; wanted \[4\]"),
+        ({"target": torch.ones(B)}, TypeError, r"target has dtype .*integers"),
+        ({"bias": torch.ones(B)}, ValueError, r"bias has shape \[4\]; wanted \[6\]"),
+    ],
+    ids=lambda x: str(x)[:40],
+)
+def test_wrong_arguments_of_the_full_softmax_are_named(
+    change: dict, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        full_softmax_loss(**full(**change))
+
+
+@pytest.mark.parametrize("bad", [6, -1, 1 << 40])
+def test_target_out_of_range_is_an_index_error(backend: str, bad: int) -> None:
+    with pytest.raises(IndexError, match=rf"target holds {bad}, but table has 6 rows"):
+        full_softmax_loss(**full(target=torch.tensor([0, bad, -100, 2])), backend=backend)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"hardness": -1.0}, ValueError, r"hardness is -1\.0; wanted .*not negative"),
+        ({"similarity": float("nan")}, ValueError, r"similarity is nan"),
+        ({"competition": float("inf")}, ValueError, r"competition is inf"),
+        ({"slate_size": 0}, ValueError, r"slate_size is 0; wanted at least 1"),
+        ({"slate_size": 2.0}, TypeError, r"slate_size is a float; wanted an int"),
+    ],
+    ids=lambda x: str(x)[:40],
+)
+def test_wrong_strengths_of_the_dual_scale_are_named(
+    change: dict, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        dual_scale_softmax_loss(**good(**change))
 
 
 @pytest.mark.parametrize("bad", [5, -2, 1 << 40])
