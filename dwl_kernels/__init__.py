@@ -9,6 +9,7 @@ from dwl_kernels.functional import (
     dual_scale_softmax_loss,
     full_softmax_loss,
     in_batch_softmax_loss,
+    indexed_sampled_softmax_loss,
     sampled_softmax_loss,
 )
 from dwl_kernels.modules import DynamicWeightedSampledSoftmax
@@ -27,5 +28,6 @@ __all__ = [
     "dual_scale_softmax_loss",
     "full_softmax_loss",
     "in_batch_softmax_loss",
+    "indexed_sampled_softmax_loss",
     "sampled_softmax_loss",
 ]

@@ -4,6 +4,9 @@ One registered op, ``dwl_kernels::softmax_loss``, solves a problem on any backen
 loss and, in the same call, the gradients that are wanted. A scalar loss keeps those gradients until
 `backward` multiplies them by the upstream gradient. The rows of reduction "none" have no gradients
 until their upstream gradient is known, so `backward` calls the op once more with it.
+
+Where candidates are drawn by row from a table, the op returns the gradients of the products
+``<q_i, c_ij>``, and `backward` sums the gradient of the table from them.
 """
 
 from __future__ import annotations
@@ -15,42 +18,52 @@ import torch
 from torch import Tensor
 
 from dwl_kernels import backends
-from dwl_kernels.problem import DualScale, Output, Problem, Wanted
+from dwl_kernels.once import once
+from dwl_kernels.problem import DualScale, Problem, Wanted
+from dwl_kernels.table import table_gradient
 
 # The fields of `Problem` in their order, then the call.
 _SCHEMA = """softmax_loss(
-    Tensor query, Tensor? positive, Tensor candidates, Tensor? target,
+    Tensor query, Tensor? positive, Tensor candidates, Tensor? target, Tensor? candidate_rows,
     Tensor? positive_log_q, Tensor? candidate_log_q,
     Tensor? positive_ids, Tensor? candidate_ids,
     Tensor? domain_ids, Tensor? domain_weights, Tensor? example_weights,
     Tensor? temperature, float tau, int ignore_index, str correction, str reduction, float[]? dual,
     Tensor? row_grad, bool[] wanted, str backend
 ) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"""
-_NUM_FIELDS = 17
-_NUM_TENSORS = 12  # of them, first
-_SOURCES = (0, 1, 2, 5, 11, 9)  # which fields `Wanted` speaks of, in its order
+_NUM_FIELDS = 18
+_NUM_TENSORS = 13  # of them, first
+_SOURCES = (0, 1, 2, 6, 12, 10)  # which fields `Wanted` speaks of, in its order
 
 _library = torch.library.Library("dwl_kernels", "DEF")
 _library.define(_SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
 
 
-def softmax_loss(problem: Problem, backend: str = "auto") -> Tensor:
-    """The loss of `problem`, ``[]`` or ``[B]``, attached to the autograd graph."""
+def softmax_loss(problem: Problem, backend: str = "auto", sparse_grad: bool = False) -> Tensor:
+    """The loss of `problem`, ``[]`` or ``[B]``, attached to the autograd graph.
+
+    `sparse_grad` makes the gradient of a table from which candidates are drawn by row sparse.
+    """
     backends.check_name(backend)
     fields = _fields(problem)
     wanted = Wanted(*(torch.is_grad_enabled() and _requires_grad(t) for t in _sources(problem)))
+    if problem.by_row:
+        wanted = wanted._replace(positive=wanted.candidates)
     if any(wanted):
-        return _SoftmaxLoss.apply(*fields, wanted, backend)
+        return _SoftmaxLoss.apply(*fields, wanted, backend, sparse_grad)
     return torch.ops.dwl_kernels.softmax_loss(*fields, None, wanted, backend)[0]
 
 
 class _SoftmaxLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
-        *fields, wanted, backend = args
+        *fields, wanted, backend, sparse_grad = args
         problem = _problem(fields)
-        ctx.wanted, ctx.backend = wanted, backend
-        ctx.reduction = problem.reduction
+        ctx.wanted, ctx.backend, ctx.reduction = wanted, backend, problem.reduction
+        ctx.dtypes = _dtypes(problem)
+        ctx.table = None
+        if problem.by_row and wanted.candidates:
+            ctx.table = (len(problem.candidates), problem.candidates.dtype, sparse_grad, backend)
         ctx.set_materialize_grads(False)
         if problem.reduction == "none":
             loss, *_ = torch.ops.dwl_kernels.softmax_loss(
@@ -59,64 +72,49 @@ class _SoftmaxLoss(torch.autograd.Function):
             ctx.save_for_backward(*fields[:_NUM_TENSORS])
             ctx.constants = fields[_NUM_TENSORS:]
             return loss
-        sources = _sources(problem)
         loss, *gradients = torch.ops.dwl_kernels.softmax_loss(*fields, None, wanted, backend)
         kept = (g if w else None for g, w in zip(gradients, wanted, strict=True))
-        ctx.save_for_backward(*kept, sources[wanted.index(True)])
-        ctx.dtypes = [None if t is None else t.dtype for t in sources]
+        draws = (None, None, None) if ctx.table is None else _draws(problem)
+        ctx.save_for_backward(*kept, *draws, _anchor(problem, wanted))
         return loss
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         (grad,) = upstream
-        nothing = (None,) * (_NUM_FIELDS + 2)
+        nothing = (None,) * (_NUM_FIELDS + 3)
         if grad is None:
             return nothing
         gradients: list[Tensor | None]
         if ctx.reduction == "none":
-            fields = [*ctx.saved_tensors, *ctx.constants]
-            sources = _sources(_problem(fields))
-            anchor = sources[ctx.wanted.index(True)]
+            problem = _problem([*ctx.saved_tensors, *ctx.constants])
+            draws, anchor = _draws(problem), _anchor(problem, ctx.wanted)
             _, *gradients = torch.ops.dwl_kernels.softmax_loss(
-                *(f.detach() if isinstance(f, Tensor) else f for f in fields),
+                *(f if f is None else f.detach() for f in ctx.saved_tensors),
+                *ctx.constants,
                 grad.detach().contiguous(),
                 ctx.wanted,
                 ctx.backend,
             )
             gradients = [
-                None if g is None or t is None or not w else g.to(t.dtype)
-                for g, t, w in zip(gradients, sources, ctx.wanted, strict=True)
+                g.to(dtype) if w else None  # type: ignore[union-attr]
+                for g, dtype, w in zip(gradients, ctx.dtypes, ctx.wanted, strict=True)
             ]
         else:
-            *kept, anchor = ctx.saved_tensors
+            *gradients, query, positive_ids, candidate_ids, anchor = ctx.saved_tensors
+            draws = (query, positive_ids, candidate_ids)
             gradients = [
                 None if g is None else scaled(g, grad.detach(), dtype)
-                for g, dtype in zip(kept, ctx.dtypes, strict=True)
+                for g, dtype in zip(gradients, ctx.dtypes, strict=True)
             ]
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-            gradients = [None if g is None else _Once.apply(g, anchor) for g in gradients]
+        if ctx.table is not None:
+            query, positive_ids, candidate_ids = draws
+            products = [gradients[1][:, None], gradients[2]]  # type: ignore[index]
+            ids = [positive_ids[:, None], candidate_ids]
+            gradients[1:3] = None, table_gradient(query.detach(), ids, products, *ctx.table)
         placed: list[Tensor | None] = [*nothing]
         for place, gradient in zip(_SOURCES, gradients, strict=True):
-            placed[place] = gradient
+            placed[place] = None if gradient is None else once(gradient, anchor)
         return tuple(placed)
-
-
-class _Once(torch.autograd.Function):
-    """Ties a gradient to the graph, so that differentiating it again raises and is not just zero.
-
-    PyTorch's `once_differentiable` looks at the upstream gradient alone, which is a constant here.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, gradient: Tensor, anchor: Tensor) -> Tensor:
-        return gradient.view_as(gradient)
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[None, None]:
-        raise RuntimeError(
-            "the losses of dwl_kernels are differentiable once; for double backward write the loss "
-            "in plain PyTorch"
-        )
 
 
 def scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
@@ -132,8 +130,9 @@ def scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
 def _fields(problem: Problem) -> tuple[Any, ...]:
     p = problem
     return (
-        *(p.query, p.positive, p.candidates, p.target, p.positive_log_q, p.candidate_log_q),
-        *(p.positive_ids, p.candidate_ids, p.domain_ids, p.domain_weights, p.example_weights),
+        *(p.query, p.positive, p.candidates, p.target, p.candidate_rows),
+        *(p.positive_log_q, p.candidate_log_q, p.positive_ids, p.candidate_ids),
+        *(p.domain_ids, p.domain_weights, p.example_weights),
         *(p.temperature, p.tau, p.ignore_index, p.correction, p.reduction, _numbers(p.dual)),
     )
 
@@ -157,6 +156,25 @@ def _sources(problem: Problem) -> tuple[Tensor | None, ...]:
     return tuple(fields[place] for place in _SOURCES)
 
 
+def _anchor(problem: Problem, wanted: Wanted) -> Tensor:
+    """A tensor that takes a gradient."""
+    sources = zip(_sources(problem), wanted, strict=True)
+    return next(t for t, w in sources if w and t is not None)
+
+
+def _draws(problem: Problem) -> tuple[Any, Any, Any]:
+    """What the gradient of a table needs to know about the rows."""
+    return problem.query, problem.target, problem.candidate_rows
+
+
+def _dtypes(problem: Problem) -> list[torch.dtype | None]:
+    """The dtypes of the gradients of `Wanted`, by row those of the products in their place."""
+    dtypes = [None if t is None else t.dtype for t in _sources(problem)]
+    if problem.by_row:
+        dtypes[1:3] = [problem.candidate_gradient] * 2
+    return dtypes
+
+
 def _requires_grad(tensor: Tensor | None) -> bool:
     return tensor is not None and tensor.requires_grad
 
@@ -177,15 +195,18 @@ def _fake(*args: Any) -> tuple[Tensor, ...]:
     problem = _problem(fields)
     rows = (problem.query.shape[0],) if problem.reduction == "none" else ()
     loss = problem.query.new_empty(rows, dtype=problem.accumulate)
-    dtypes = (*(problem.gradient,) * 3, *(problem.accumulate,) * 3)
-    gradients = Output(
-        loss,
-        *(
-            source.new_empty(source.shape, dtype=dtype) if want and source is not None else None
-            for source, want, dtype in zip(_sources(problem), wanted, dtypes, strict=True)
-        ),
-    )
-    return tuple(problem.query.new_empty(0) if t is None else t for t in gradients)
+    sources = _sources(problem)
+    shapes = [None if t is None else t.shape for t in sources]
+    if problem.candidate_rows is not None:
+        shapes[1:3] = problem.query.shape[:1], problem.candidate_rows.shape
+    dtypes = (problem.gradient, *(problem.candidate_gradient,) * 2, *(problem.accumulate,) * 3)
+    gradients = [
+        problem.query.new_empty(0)
+        if shape is None or not want
+        else problem.query.new_empty(shape, dtype=dtype)
+        for shape, want, dtype in zip(shapes, wanted, dtypes, strict=True)
+    ]
+    return (loss, *gradients)
 
 
 _library.impl("softmax_loss", _solve, "CompositeExplicitAutograd")

@@ -6,10 +6,13 @@ row then carry the same leading dimensions, and ``reduction="none"`` returns the
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from dwl_kernels.autograd import softmax_loss
-from dwl_kernels.backends import Backend
+from dwl_kernels.backends import Backend, check_name
 from dwl_kernels.problem import (
     Correction,
     DualScale,
@@ -17,8 +20,11 @@ from dwl_kernels.problem import (
     Reduction,
     full_problem,
     in_batch_problem,
+    indexed_ids,
+    indexed_problem,
     sampled_problem,
 )
+from dwl_kernels.table import gather_rows
 
 
 def sampled_softmax_loss(
@@ -242,6 +248,84 @@ def full_softmax_loss(
     return _loss(problem, query, backend)
 
 
+def indexed_sampled_softmax_loss(
+    query: Tensor,  # [B, D]
+    table: Tensor,  # [V, D]
+    positive_ids: Tensor,  # [B]
+    negative_ids: Tensor,  # [N] or [B, K]
+    *,
+    sparse_grad: bool = False,
+    positive_log_q: Tensor | None = None,  # [B]
+    negative_log_q: Tensor | None = None,  # like negative_ids
+    domain_ids: Tensor | None = None,  # [B] or [B, G]
+    domain_weights: Tensor | None = None,  # [num_domains]
+    example_weights: Tensor | None = None,  # [B]
+    temperature: float | Tensor = 1.0,  # [] or [B]
+    correction: Correction = "standard",
+    reduction: Reduction = "mean",
+    backend: Backend = "auto",
+) -> Tensor:
+    r"""Sampled softmax over rows of an embedding table, shared by all rows or drawn for each.
+
+    .. math::
+        z_{ij} = \langle q_i, t_{n_{ij}} \rangle / \tau_i - \log Q_{ij}, \qquad
+        z_i^+ = \langle q_i, t_{y_i} \rangle / \tau_i - \log Q_i^+
+
+    The loss is that of :func:`sampled_softmax_loss` of ``table[positive_ids]`` and
+    ``table[negative_ids]``. Negatives per row are read where they lie: neither their ``[B, K, D]``
+    embeddings nor the gradients of those are ever in memory. The gradient of a table row is summed
+    in a fixed order over the places where it was drawn, and written once.
+
+    Args:
+        query: embeddings of the queries or time steps.
+        table: the embeddings of all items, the weight of an ``Embedding`` or ``EmbeddingBag``.
+        positive_ids: the row of the table that each query should score highest.
+        negative_ids: rows of the table that are negatives: ``[N]`` of all queries, or ``[B, K]``
+            (``[..., K]`` with leading dimensions), ``K`` of every query's own. A negative that is
+            the positive of a row (an accidental hit) is always removed from that row.
+        sparse_grad: whether the gradient of the table is a coalesced sparse COO tensor of the rows
+            that were used, as ``torch.optim.SparseAdam`` takes it, or dense. ``torch.compile`` does
+            not trace sparse gradients.
+        negative_log_q: log-probability (nats) of one draw of every negative.
+
+    The other arguments, what is returned and what is raised: see :func:`sampled_softmax_loss`. An
+    id that is no row of the table is an ``IndexError`` on a CPU, and a loss of NaN on CUDA; those
+    of padded rows are not looked at. Under autocast a table of negatives per row keeps its dtype,
+    as an embedding does.
+
+    Source: Yi et al. 2019, arXiv 2510.04375.
+
+    Example:
+        >>> import torch
+        >>> from dwl_kernels import indexed_sampled_softmax_loss
+        >>> query, table = torch.eye(2), torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
+        >>> positive_ids, negative_ids = torch.tensor([0, 1]), torch.tensor([[1, 2], [2, 1]])
+        >>> indexed_sampled_softmax_loss(query, table, positive_ids, negative_ids, reduction="none")
+        tensor([0.5514, 0.3133])
+    """
+    check_name(backend)
+    arguments: dict[str, Any] = {
+        "positive_log_q": positive_log_q,
+        "negative_log_q": negative_log_q,
+        "domain_ids": domain_ids,
+        "domain_weights": domain_weights,
+        "example_weights": example_weights,
+        "temperature": temperature,
+        "correction": correction,
+        "reduction": reduction,
+    }
+    ids = indexed_ids(query, table, positive_ids, negative_ids, example_weights)
+    if negative_ids.dim() != 1:
+        problem = indexed_problem(query, table, *ids, **arguments)
+        return _loss(problem, query, backend, sparse_grad)
+    flat = torch.cat((ids[0].reshape(-1), ids[1]))
+    rows = gather_rows(table, flat, sparse_grad, backend)
+    positive, negative = rows.split((ids[0].numel(), ids[1].numel()))
+    positive = positive.reshape(query.shape)
+    named: dict[str, Any] = {"positive_ids": ids[0], "negative_ids": ids[1]}
+    return _loss(sampled_problem(query, positive, negative, **named, **arguments), query, backend)
+
+
 def dual_scale_softmax_loss(
     query: Tensor,  # [B, D]
     positive: Tensor,  # [B, D]
@@ -318,6 +402,6 @@ def dual_scale_softmax_loss(
     return _loss(problem, query, backend)
 
 
-def _loss(problem: Problem, query: Tensor, backend: str) -> Tensor:
-    loss = softmax_loss(problem, backend)
+def _loss(problem: Problem, query: Tensor, backend: str, sparse_grad: bool = False) -> Tensor:
+    loss = softmax_loss(problem, backend, sparse_grad)
     return loss.reshape(query.shape[:-1]) if problem.reduction == "none" else loss

@@ -56,8 +56,8 @@ class Output(NamedTuple):
 
     loss: Tensor  # [] or [B] for reduction "none"
     query: Tensor | None = None  # [B, D]
-    positive: Tensor | None = None  # [B, D]
-    candidates: Tensor | None = None  # [N, D]
+    positive: Tensor | None = None  # [B, D]; dL/d<q_i, p_i> [B] where candidates are by row
+    candidates: Tensor | None = None  # [N, D]; dL/d<q_i, c_ij> [B, K] where candidates are by row
     candidate_log_q: Tensor | None = None  # [N]
     temperature: Tensor | None = None  # [] or [B]
     domain_weights: Tensor | None = None  # [num_domains]
@@ -72,14 +72,20 @@ class Problem:
     a candidate, its own: ``target[i]`` (full softmax), or without ``target`` candidate ``i``
     (in-batch). That column is then no candidate of row ``i``, and the gradient of ``candidates``
     holds both roles.
+
+    With ``candidate_rows`` the candidates are a table and every row has its own ``K`` of them,
+    drawn by id: ``c_ij`` is row ``candidate_rows[i, j]`` of the table, a hit where that is
+    ``target[i]``, and the positive is row ``target[i]``. A backend then gives the gradient of the
+    products, ``dL/d<q_i, c_ij>``, from which that of the table follows.
     """
 
     query: Tensor  # [B, D]
     positive: Tensor | None  # [B, D]
     candidates: Tensor  # [N, D], same dtype and device as query
-    target: Tensor | None = None  # [B] int64, `ignore_index` marks a padded row
+    target: Tensor | None = None  # [B] int64; without candidate_rows `ignore_index` marks padding
+    candidate_rows: Tensor | None = None  # [B, K] int64, rows of the table `candidates`
     positive_log_q: Tensor | None = None  # [B] in `accumulate` dtype, as all that follow
-    candidate_log_q: Tensor | None = None  # [N], or minus a bias, which has a gradient
+    candidate_log_q: Tensor | None = None  # [N] or [B, K]; or minus a bias, with a gradient
     positive_ids: Tensor | None = None  # [B] int32 or int64, both or none of the two
     candidate_ids: Tensor | None = None  # [N]
     domain_ids: Tensor | None = None  # [B, G] int32 or int64, -1 = no domain
@@ -95,6 +101,16 @@ class Problem:
     @property
     def in_batch(self) -> bool:
         return self.positive is None and self.target is None
+
+    @property
+    def by_row(self) -> bool:
+        """Whether every row has candidates of its own, drawn from a table."""
+        return self.candidate_rows is not None
+
+    @property
+    def positive_competes(self) -> bool:
+        """Whether the positive of a row is one of the candidates, its own column."""
+        return self.positive is None and not self.by_row
 
     def own_columns(self) -> Tensor:
         """Which candidate is the positive of each row where there is no ``positive``, ``[B]``."""
@@ -116,6 +132,11 @@ class Problem:
         """
         return torch.float32 if self.query.dtype == torch.float16 else self.query.dtype
 
+    @property
+    def candidate_gradient(self) -> torch.dtype:
+        """The dtype of the gradients of positive and candidates, by row those of their products."""
+        return self.accumulate if self.by_row else self.gradient
+
     def temperatures(self) -> Tensor:
         """``tau_i`` for every row, ``[B]``."""
         rows = self.query.shape[0]
@@ -136,19 +157,13 @@ class Problem:
             example, active = self.query.new_ones(rows, dtype=self.accumulate), None
         else:
             example, active = self.example_weights, self.example_weights != 0
-        if self.target is not None:
+        if self.target is not None and not self.by_row:
             kept = self.target != self.ignore_index
             active = kept if active is None else active & kept
         weight = example
         if self.domain_ids is not None:
             weight = example * mean_domain_weight(self.domain_ids, self._weights(), active)
-        if self.target is not None:
-            outside = (self.target < 0) | (self.target >= self.candidates.shape[0])
-            if active is not None:
-                outside = outside & active
-            if checks_values(weight.device):
-                _check_target(self.target, outside, self.candidates.shape[0])
-            weight = weight.masked_fill(outside, torch.nan)
+        weight = self._weight_inside(weight, active)
         if active is not None:
             weight = torch.where(active, weight, 0.0)
         negative = weight < 0
@@ -168,17 +183,50 @@ class Problem:
             norm = weight.new_full((), rows) if active is None else active.sum().to(weight.dtype)
         return RowWeights(weight, active, norm)
 
+    def _weight_inside(self, weight: Tensor, active: Tensor | None) -> Tensor:
+        """`weight`, NaN in rows whose target or candidates lie outside the table."""
+        named = {"target": self.target}
+        if self.by_row:
+            named = {"positive_ids": self.target, "negative_ids": self.candidate_rows}
+        for name, ids in named.items():
+            if ids is not None:
+                outside = ids_outside(name, ids, self.candidates.shape[0], active)
+                weight = weight if outside is None else weight.masked_fill(outside, torch.nan)
+        return weight
+
     def _weights(self) -> Tensor:
         assert self.domain_weights is not None  # checked by _row_arguments
         return self.domain_weights
 
 
-def _check_target(target: Tensor, outside: Tensor, rows: int) -> None:
-    if bool(outside.any()):
-        raise IndexError(
-            f"target holds {int(target[outside][0])}, but table has {rows} rows: targets must be "
-            f"in [0, {rows}), or ignore_index"
-        )
+def ids_outside(
+    name: str,
+    ids: Tensor,  # [B] or [B, K]
+    table_rows: int,
+    active: Tensor | None = None,  # [B] bool, ids of other rows are not looked at
+) -> Tensor | None:  # [B] bool
+    """Which rows hold an id that is no row of the table; None where none can.
+
+    Raises:
+        IndexError: there is one, where values are looked at.
+    """
+    checks = checks_values(ids.device)
+    if checks and ids.numel():
+        low, high = ids.aminmax()
+        if int(low) >= 0 and int(high) < table_rows:
+            return None
+    outside = (ids < 0) | (ids >= table_rows)
+    if active is not None:
+        outside &= active.view(-1, *(1,) * (ids.dim() - 1))
+    if checks:
+        if bool(outside.any()):
+            otherwise = ", or ignore_index" if name == "target" else ""
+            raise IndexError(
+                f"{name} holds {int(ids[outside][0])}, but table has {table_rows} rows: ids must "
+                f"be in [0, {table_rows}){otherwise}"
+            )
+        return None
+    return outside if ids.dim() == 1 else outside.any(1)
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -363,6 +411,86 @@ def full_problem(
     )
 
 
+def indexed_problem(
+    query: Tensor,
+    table: Tensor,
+    positive_ids: Tensor,
+    negative_ids: Tensor,
+    *,
+    positive_log_q: Tensor | None,
+    negative_log_q: Tensor | None,
+    domain_ids: Tensor | None,
+    domain_weights: Tensor | None,
+    example_weights: Tensor | None,
+    temperature: float | Tensor,
+    correction: Correction,
+    reduction: Reduction,
+) -> Problem:
+    """The problem of ``indexed_sampled_softmax_loss`` where every row has negatives of its own.
+
+    The ids have been through :func:`indexed_ids`.
+    """
+    if _autocast_dtype(query) is not None:
+        # As an embedding under autocast: casting the table would read and write all of it.
+        query = query.to(table.dtype)
+    with torch.autocast(query.device.type, enabled=False):
+        query, table = _embeddings(query=query, table=table)
+    leading, width = query.shape[:-1], negative_ids.shape[-1]
+    candidate_log_q = _log_q("negative_log_q", negative_log_q, (*leading, width), query)
+    rows = _row_arguments(
+        query, domain_ids, domain_weights, example_weights, temperature, correction, reduction
+    )
+    shape = (leading.numel(), width)
+    return Problem(
+        query=query.reshape(-1, query.shape[-1]),
+        positive=None,
+        candidates=table,
+        target=positive_ids.reshape(-1),
+        candidate_rows=negative_ids.reshape(shape),
+        positive_log_q=_log_q("positive_log_q", positive_log_q, leading, query),
+        candidate_log_q=None if candidate_log_q is None else candidate_log_q.reshape(shape),
+        **rows,
+    )
+
+
+def indexed_ids(
+    query: Tensor,
+    table: Tensor,
+    positive_ids: Tensor,
+    negative_ids: Tensor,
+    example_weights: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The ids of ``indexed_sampled_softmax_loss``, checked, as int64 in their shapes.
+
+    Raises:
+        IndexError: shared negatives, or their positives, outside the table, where values are looked
+            at. Those of negatives by row are left to :meth:`Problem.row_weights`.
+    """
+    for name, value in (("query", query), ("table", table)):
+        _dense(name, value)
+    if table.dim() == 2 and table.shape[0] == 0:
+        raise ValueError("table has no rows; wanted at least one item to draw")
+    leading = query.shape[:-1]
+    _row_argument("positive_ids", positive_ids, leading, query)
+    _dense("negative_ids", negative_ids)
+    shared = negative_ids.dim() == 1
+    if not shared and (negative_ids.dim() == 0 or negative_ids.shape[:-1] != leading):
+        raise ValueError(
+            f"negative_ids has shape {list(negative_ids.shape)}; wanted [N], the same for all "
+            f"rows, or {[*leading, 'K']}, those of each row, for query {list(query.shape)}"
+        )
+    _row_argument("negative_ids", negative_ids, negative_ids.shape, query)
+    _integer("positive_ids", positive_ids)
+    _integer("negative_ids", negative_ids)
+    if shared and checks_values(query.device):
+        active = None
+        if example_weights is not None and example_weights.shape == leading:
+            active = example_weights.reshape(-1) != 0
+        ids_outside("positive_ids", positive_ids.reshape(-1), table.shape[0], active)
+        ids_outside("negative_ids", negative_ids, table.shape[0])
+    return positive_ids.long(), negative_ids.long()
+
+
 def _joined(first: Tensor | None, second: Tensor | None) -> Tensor | None:
     if first is None:
         return None
@@ -405,10 +533,8 @@ def _embeddings(**named: Tensor) -> list[Tensor]:
                 f"{name} has shape {list(value.shape)}; wanted {wanted[name]} to match query "
                 f"{list(query.shape)}"
             )
-    device = query.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    if autocast and query.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
+    dtype = _autocast_dtype(query)
+    if dtype is not None:
         return [value.to(dtype) for value in named.values()]
     for name, value in named.items():
         if value.dtype != query.dtype:
@@ -417,6 +543,12 @@ def _embeddings(**named: Tensor) -> list[Tensor]:
                 "run under torch.autocast"
             )
     return list(named.values())
+
+
+def _autocast_dtype(query: Tensor) -> torch.dtype | None:
+    device = query.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if autocast and query.dtype != torch.float64 else None
 
 
 def _dense(name: str, value: object) -> None:

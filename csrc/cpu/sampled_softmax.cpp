@@ -14,12 +14,12 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
-#include <limits>
 #include <memory>
 #include <type_traits>
 #include <utility>
 #include <vector>
+
+#include "row.h"
 
 extern "C" {
 void sgemm_(const char*, const char*, const int*, const int*, const int*, const float*,
@@ -40,9 +40,6 @@ void dgemm_(const char*, const char*, const int*, const int*, const int*, const 
 
 namespace dwl {
 namespace {
-
-template <typename T>
-constexpr T kInfinity = std::numeric_limits<T>::infinity();
 
 // C = op(A) op(B) + beta C in the column-major order of BLAS.
 void gemm(char ta, char tb, int m, int n, int k, const float* a, int lda, const float* b, int ldb,
@@ -112,61 +109,6 @@ class Scores {
   std::unique_ptr<T[]> extended_, packed_;
 };
 
-// exp(x) for x <= 0 to one unit in the last place, in a form that compilers vectorise:
-// x = n ln 2 + r, a polynomial for exp(r), and n added to the exponent bits.
-inline float exp_nonpositive(float x) {
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  const float t = x * 1.44269504f + kRound;
-  const float n = t - kRound;
-  float r = x - n * 0.693359375f;
-  r = r + n * 2.12194440e-4f;
-  float p = 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  int32_t power, bits;
-  std::memcpy(&power, &t, sizeof power);
-  std::memcpy(&bits, &p, sizeof bits);
-  bits += static_cast<int32_t>(static_cast<uint32_t>(power) << 23);
-  float result;
-  std::memcpy(&result, &bits, sizeof result);
-  return x < -87.0f ? 0.0f : result;  // also exp(-inf); NaN stays NaN
-}
-inline double exp_nonpositive(double x) {
-  return std::exp(x);
-}
-
-template <typename T>
-T row_max(const T* s, int64_t n) {
-  T top = -kInfinity<T>;
-#pragma omp simd reduction(max : top)
-  for (int64_t j = 0; j < n; ++j) top = s[j] > top ? s[j] : top;
-  return top;
-}
-
-// s <- exp(s scale - m); returns the sum.
-template <typename T>
-T row_exp(T* s, T scale, T m, int64_t n) {
-  T sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t j = 0; j < n; ++j) {
-    const T e = exp_nonpositive(s[j] * scale - m);
-    s[j] = e;
-    sum += e;
-  }
-  return sum;
-}
-
-template <typename T>
-T dot(const T* a, const T* b, int64_t n) {
-  T sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t k = 0; k < n; ++k) sum += a[k] * b[k];
-  return sum;
-}
-
 // Candidates by id, sorted once per call.
 class IdIndex {
  public:
@@ -185,14 +127,6 @@ class IdIndex {
 
  private:
   std::vector<std::pair<int64_t, int64_t>> entries_;
-};
-
-// What a row's logits say: the loss and the factors of its gradients.
-template <typename T>
-struct RowResult {
-  T loss;      // r_i l_i
-  T scale;     // a_i / (tau_i sum_i): times e_ij it is dL/ds_ij
-  T positive;  // dL/dz_i+ / tau_i
 };
 
 // Turns row i's products `s` into e = exp(z - m), in place.
@@ -216,44 +150,15 @@ RowResult<T> solve_row(const Problem<T>& p, int64_t i, T* s, const IdIndex& inde
   T z_positive = dot(p.query + i * p.dim, p.positive_of(i), p.dim) * inverse;
   if (!p.refined && p.positive_log_q != nullptr) z_positive -= p.positive_log_q[i];
 
-  const T shift = p.shift != nullptr ? p.shift[i] : T(0);
-  T m = row_max(s, n) * inverse + shift;
-  if (!p.refined) m = std::max(m, z_positive);
-  const bool infinite = std::isinf(m);
-  // exp(z - m) of a row that is -inf throughout is 0, not NaN.
-  const double sum = row_exp(s, inverse, m == -kInfinity<T> ? T(0) : m - shift, n);
-
-  double a = p.coefficient[i];
-  double loss, d_positive, total;
-  if (p.refined) {
-    double lse = infinite ? m : m + std::log(sum);
-    if (p.positive_log_q != nullptr) lse += std::log1p(-std::exp(double(p.positive_log_q[i])));
-    double r = 1 / (1 + std::exp(double(z_positive) - (lse - std::log(double(count)))));
-    if (lse == -kInfinity<double>) r = 0;
-    loss = r == 0 ? 0 : r * (lse - z_positive);
-    a *= r;
-    d_positive = -a;
-    total = sum;
-  } else {
-    // Where the positive leads, log1p keeps the digits of a small loss.
-    const double e_positive = std::exp(double(z_positive) - m);
-    total = sum + e_positive;
-    if (infinite) {
-      loss = double(m) - z_positive;
-      d_positive = a * std::expm1(-loss);
-    } else {
-      loss = z_positive >= m ? std::log1p(sum) : std::log(total) + (double(m) - double(z_positive));
-      d_positive = -a * (sum / total);
-    }
-  }
-  RowResult<T> result{static_cast<T>(loss), 0, 0};
-  if (a == 0) {  // exact zeros, also where e overflowed
-    if (gradients) std::fill(s, s + n, T(0));
-  } else {
-    result.scale = static_cast<T>(a / (p.tau[i] * (infinite ? 1.0 : total)));
-    result.positive = static_cast<T>(d_positive / p.tau[i]);
-  }
-  return result;
+  Row<T> row{};
+  row.tau = p.tau[i];
+  row.shift = p.shift != nullptr ? p.shift[i] : T(0);
+  row.coefficient = p.coefficient[i];
+  row.z_positive = z_positive;
+  row.positive_log_q = p.positive_log_q != nullptr ? p.positive_log_q + i : nullptr;
+  row.count = count;
+  row.refined = p.refined;
+  return softmax_row(row, s, n, gradients);
 }
 
 // Rows of a block: enough that adding to dc costs little beside the product, few enough that S

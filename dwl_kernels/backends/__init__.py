@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
 from dwl_kernels.backends import chunked, eager, native
@@ -19,6 +20,9 @@ Backend = Literal["auto", "eager", "chunked", "cpu"]
 NAMES = tuple(name for name in get_args(Backend) if name != "auto")
 
 Solve = Callable[[Problem, Wanted, Tensor | None], Output]
+TableGradient = Callable[
+    [Tensor, list[Tensor], list[Tensor], int, torch.dtype, bool], tuple[Tensor, Tensor]
+]
 _SOLVE: dict[str, Solve] = {"eager": eager.solve, "chunked": chunked.solve, "cpu": native.solve}
 _AUTO = {"cpu": ("cpu", "chunked")}
 
@@ -39,25 +43,37 @@ def why_not(name: str, device_type: str) -> str | None:
     return None
 
 
+def refuses(name: str, problem: Problem) -> str | None:
+    """What about `problem` backend `name` does not take; None where it takes it."""
+    return native.refuses(problem) if name == "cpu" else None
+
+
+def chosen(name: str) -> str:
+    """`name`, or for "auto" what ``DWL_KERNELS_BACKEND`` says."""
+    if name == "auto":
+        name = os.environ.get("DWL_KERNELS_BACKEND", "auto")
+        check_name(name)
+    return name
+
+
 def pick(name: str, problem: Problem) -> Solve:
     """The backend that a call runs on.
 
     Raises:
         RuntimeError: the backend asked for by name cannot run; the message says why and the mend.
     """
-    if name == "auto":
-        name = os.environ.get("DWL_KERNELS_BACKEND", "auto")
-        check_name(name)
+    name = chosen(name)
     device = problem.query.device.type
     if name != "auto":
         reason = why_not(name, device)
         if reason is not None:
             raise RuntimeError(f"backend {name!r} cannot run: {reason}")
-        if name == "cpu" and not native.takes(problem):
-            raise RuntimeError(f"backend {name!r} does not take {problem.query.dtype}")
+        reason = refuses(name, problem)
+        if reason is not None:
+            raise RuntimeError(f"backend {name!r} does not take {reason}")
         return _SOLVE[name]
     for candidate in _AUTO.get(device, ("chunked",)):
-        if candidate == "cpu" and not native.takes(problem):
+        if refuses(candidate, problem) is not None:
             continue
         reason = why_not(candidate, device)
         if reason is None:
@@ -69,3 +85,11 @@ def pick(name: str, problem: Problem) -> Solve:
                 stacklevel=2,
             )
     return chunked.solve
+
+
+def pick_table_gradient(name: str, source: Tensor, dtype: torch.dtype) -> TableGradient:
+    """What sums the gradient of a table in a call of backend `name`."""
+    compiled = source.device.type == "cpu" and dtype in native.DTYPES
+    if compiled and chosen(name) in ("auto", "cpu") and native.why_not() is None:
+        return native.table_gradient
+    return chunked.table_gradient

@@ -11,9 +11,10 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
 from dwl_kernels.backends import eager
-from dwl_kernels.problem import Output, Problem, RowWeights, Wanted
+from dwl_kernels.problem import Output, Problem, RowWeights, Wanted, accumulate_dtype
 
 # Logits kept at once. On a CPU a block that stays in the cache of a core beats a larger one; a GPU
 # wants products that fill it.
@@ -35,24 +36,29 @@ def solve(
     coefficients = eager.row_coefficients(weights, row_grad)[:, None]  # [B, 1]
     refined = problem.correction == "refined"
     masks = problem.positive is None or problem.positive_ids is not None
+    by_row = problem.by_row
 
     want_query = wanted.query or wanted.temperature
-    own = problem.own_columns() if problem.positive is None else None
+    own = problem.own_columns() if problem.positive_competes else None
     want_positive = wanted.positive or (wanted.candidates and own is not None)
     positive_log_q = eager.log_q_of_positives(problem)
     row_loss = query.new_empty(len(query))
     d_query = torch.empty_like(query) if want_query else None
-    d_positive = torch.empty_like(positive) if want_positive else None
-    d_candidates = torch.zeros_like(candidates) if wanted.candidates else None
+    d_positive = torch.empty_like(row_loss if by_row else positive) if want_positive else None
+    d_candidates = None
+    if wanted.candidates:
+        shape = candidates.shape if problem.candidate_rows is None else problem.candidate_rows.shape
+        d_candidates = query.new_zeros(shape)
     d_log_q = query.new_zeros(len(candidates)) if wanted.candidate_log_q else None
 
-    for rows in row_blocks(query, candidates):
-        z = (score[rows] @ candidates.T).div_(tau[rows])
+    for rows in row_blocks(problem):
+        c = eager.candidates_of(problem, weights, candidates, rows.start, rows.stop)
+        z = eager.scores(score[rows], c).div_(tau[rows])
         if shift is not None:
             z += shift[rows]
         if problem.candidate_log_q is not None:
-            z -= problem.candidate_log_q
-        count = torch.full_like(tau[rows, 0], len(candidates))
+            z -= problem.candidate_log_q[rows] if by_row else problem.candidate_log_q
+        count = torch.full_like(tau[rows, 0], z.shape[1])
         if masks:
             excluded = eager.excluded_candidates(problem, weights, rows.start, rows.stop)
             z.masked_fill_(excluded, -torch.inf)
@@ -79,13 +85,17 @@ def solve(
         # A row of weight zero gives exact zeros, also where its p overflowed.
         dz_positive = torch.where(a == 0, 0.0, a * p_positive_minus_1)
         if d_positive is not None:
-            d_positive[rows] = dz_positive * query[rows] / tau[rows]
+            one = dz_positive / tau[rows]  # dL/d<q_i, p_i>
+            d_positive[rows] = one[:, 0] if by_row else one * query[rows]
         if d_query is None and d_candidates is None and d_log_q is None:
             continue
         dz = z.sub_(z_candidates[:, None]).exp_().mul_(a).masked_fill_(a == 0, 0)
         if d_query is not None:
-            d_query[rows] = (dz @ candidates).addcmul_(dz_positive, positive[rows]).div_(tau[rows])
-        if d_candidates is not None:
+            d_query[rows] = eager.weighted_sum(dz, c).addcmul_(dz_positive, positive[rows])
+            d_query[rows] /= tau[rows]
+        if d_candidates is not None and by_row:
+            d_candidates[rows] = dz / tau[rows]
+        elif d_candidates is not None:
             d_candidates.addmm_(dz.T, query[rows] / tau[rows])
         if d_log_q is not None:
             d_log_q -= dz.sum(0)
@@ -99,12 +109,55 @@ def solve(
     return eager.finish(problem, wanted, weights, loss, row_loss, row_grad, query, gradients)
 
 
-def row_blocks(query: Tensor, candidates: Tensor) -> Iterator[slice]:
-    """Blocks of rows whose logits are kept at once."""
-    elements = BLOCK_ELEMENTS.get(query.device.type, 1 << 22)
-    step = max(elements // max(len(candidates), 1), 1)
-    for start in range(0, len(query), step):
-        yield slice(start, min(start + step, len(query)))
+def table_gradient(
+    source: Tensor,  # [R, D]
+    ids: list[Tensor],  # each [R, J]
+    coefficients: list[Tensor],  # each [R, J], or none at all for 1
+    table_rows: int,
+    dtype: torch.dtype,
+    compact: bool,
+) -> tuple[Tensor, Tensor]:
+    """For every id, the sum over its places of ``coefficient * source``, in a fixed order.
+
+    Places whose id is outside the table or whose coefficient is 0 go nowhere: padding may hold NaN.
+
+    Returns:
+        The sums, ``[V, D]``, and nothing; or ``compact`` those of the different ids, and the ids.
+    """
+    source = source.to(accumulate_dtype(dtype))
+    rows = torch.arange(len(source), device=source.device)[:, None]
+    row = torch.cat([rows.expand_as(one).flatten() for one in ids])
+    if coefficients:
+        coefficient = torch.cat([one.flatten() for one in coefficients])
+    else:
+        coefficient = source.new_ones(len(row))
+    id = torch.cat([one.flatten() for one in ids])
+    nowhere = (id < 0) | (id >= table_rows) | (coefficient == 0)
+    id, order = id.masked_fill(nowhere, table_rows).sort(stable=True)  # these come last
+    if compact:
+        distinct, counts = id.unique_consecutive(return_counts=True)
+        offsets = counts.cumsum(0) - counts
+        distinct = distinct[: int((distinct < table_rows).sum())]
+    else:
+        offsets = torch.searchsorted(id, torch.arange(table_rows + 1, device=id.device))
+        distinct = id.new_empty(0)
+    # A bag reads its rows one after the other: no matrix of all products, and no atomics.
+    sums = embedding_bag(
+        row[order], source, offsets, mode="sum", per_sample_weights=coefficient[order]
+    )
+    return sums[: len(distinct) if compact else table_rows].to(dtype), distinct
+
+
+def row_blocks(problem: Problem) -> Iterator[slice]:
+    """Blocks of rows whose logits, and candidates where they are by row, are kept at once."""
+    elements = BLOCK_ELEMENTS.get(problem.query.device.type, 1 << 22)
+    per_row = len(problem.candidates)
+    if problem.candidate_rows is not None:
+        per_row = problem.candidate_rows.shape[1] * problem.query.shape[1]
+    step = max(elements // max(per_row, 1), 1)
+    rows = len(problem.query)
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
 
 
 def dual_scale(
@@ -120,7 +173,7 @@ def dual_scale(
     pull = problem.dual.hardness * query + problem.dual.similarity * positive
     z_positive = (query * positive).sum(1) / tau[:, 0]
     g, shift = torch.empty_like(z_positive), torch.empty_like(z_positive)
-    for rows in row_blocks(query, candidates):
+    for rows in row_blocks(problem):
         excluded = eager.excluded_candidates(problem, weights, rows.start, rows.stop)
         x = (pull[rows] @ candidates.T).div_(tau[rows]).masked_fill_(excluded, -torch.inf)
         shift[rows] = (~excluded).sum(1).log() - x.logsumexp(1)

@@ -10,6 +10,8 @@ For row ``i`` of ``B`` queries ``q``, its positive ``p_i`` and candidate ``j`` o
 
     dL/dz_ij = a_i p_ij     dL/dz_i+ = a_i (p_i+ - 1)     p = exp(z - lse)
 
+Where every row has candidates of its own, drawn from a table, ``c_j`` is ``c_ij``, ``[B, K, D]``.
+
 With the refined correction (arXiv 2507.09331) the positive leaves the denominator and is not
 corrected, ``lse_i = log sum_j exp z_ij + log(1 - Q+_i)``, and ``r_i = sigmoid(lse_i - log n_i -
 z_i+)``, detached, weighs the row by how wrong it still is; ``n_i`` counts the candidates that are
@@ -42,10 +44,11 @@ def solve(
     """The loss and the wanted gradients, with a ``[B, N]`` matrix of logits in memory."""
     weights = problem.row_weights()
     query, positive, candidates = embeddings(problem, weights)
+    candidates = candidates_of(problem, weights, candidates, 0, len(query))
     tau = problem.temperatures()  # [B]
     excluded = excluded_candidates(problem, weights, 0, len(query))
 
-    bias = query.new_zeros(len(query), len(candidates))  # [B, N] b_ij - log Q_j
+    bias = query.new_zeros(excluded.shape)  # [B, N] b_ij - log Q_j
     if problem.candidate_log_q is not None:
         bias = bias - problem.candidate_log_q
     if problem.dual is not None:
@@ -56,7 +59,7 @@ def solve(
         g = competition_on_slate(problem, plain.masked_fill(excluded, -torch.inf), z_positive)
         tau = tau * temperature_factor(problem.dual, g, weights)
         bias = bias + x.log_softmax(1) + (~excluded).sum(1, keepdim=True).log()
-    z = query @ candidates.T / tau[:, None] + bias
+    z = scores(query, candidates) / tau[:, None] + bias
     z = z.masked_fill(excluded, -torch.inf)
     z_positive = (query * positive).sum(1) / tau  # [B]
     if problem.correction == "refined":
@@ -79,11 +82,14 @@ def solve(
     dz = torch.where(a[:, None] == 0, 0.0, a[:, None] * p)
     dz_positive = torch.where(a == 0, 0.0, a * p_positive_minus_1)[:, None]
 
-    d_query = (dz @ candidates + dz_positive * positive) / tau[:, None]
-    d_candidates = dz.T @ (query / tau[:, None])
-    d_positive = dz_positive * query / tau[:, None]
+    d_query = (weighted_sum(dz, candidates) + dz_positive * positive) / tau[:, None]
+    if problem.by_row:
+        d_candidates, d_positive = dz / tau[:, None], dz_positive[:, 0] / tau
+    else:
+        d_candidates = dz.T @ (query / tau[:, None])
+        d_positive = dz_positive * query / tau[:, None]
     d_log_q = -dz.sum(0)
-    if problem.positive is None:
+    if problem.positive_competes:
         d_candidates.index_add_(0, problem.own_columns(), d_positive)
         d_log_q.index_add_(0, problem.own_columns(), -dz_positive[:, 0])
     gradients = Gradients(d_query, d_positive, d_candidates, d_log_q)
@@ -94,18 +100,23 @@ class Gradients(NamedTuple):
     """In the accumulation dtype; None where not wanted."""
 
     query: Tensor | None  # [B, D]
-    positive: Tensor | None  # [B, D]
-    candidates: Tensor | None  # [N, D]
+    positive: Tensor | None  # [B, D]; dL/d<q_i, p_i> [B] where candidates are by row
+    candidates: Tensor | None  # [N, D]; dL/d<q_i, c_ij> [B, K] where candidates are by row
     candidate_log_q: Tensor | None  # [N]
 
 
 def embeddings(problem: Problem, weights: RowWeights) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, positive and candidates in the accumulation dtype, padded rows set to zero."""
+    """Query, positive and candidates in the accumulation dtype, padded rows set to zero.
+
+    A table stays as it is, to be read by `candidates_of`.
+    """
     rows = problem.query.shape[0]
     query = problem.query.to(problem.accumulate)
-    candidates = problem.candidates.to(problem.accumulate)
+    candidates = problem.candidates
+    if not problem.by_row:
+        candidates = candidates.to(problem.accumulate)
     if problem.positive is None:
-        positive = candidates[problem.own_columns()]
+        positive = candidates[problem.own_columns()].to(problem.accumulate)
     else:
         positive = problem.positive.to(problem.accumulate)
     if weights.active is not None:
@@ -116,11 +127,40 @@ def embeddings(problem: Problem, weights: RowWeights) -> tuple[Tensor, Tensor, T
     return query, positive, candidates
 
 
+def candidates_of(
+    problem: Problem, weights: RowWeights, candidates: Tensor, start: int, stop: int
+) -> Tensor:
+    """The candidates of rows ``start:stop``, ``[N, D]`` or, each row its own, ``[rows, K, D]``."""
+    if problem.candidate_rows is None:
+        return candidates
+    ids = problem.candidate_rows[start:stop].clamp(0, len(candidates) - 1)
+    own = candidates[ids].to(problem.accumulate)
+    if weights.active is not None:
+        own.masked_fill_(~weights.active[start:stop, None, None], 0)
+    return own
+
+
+def scores(query: Tensor, candidates: Tensor) -> Tensor:  # [B, N]
+    """``<q_i, c_j>`` of candidates ``[N, D]``, ``<q_i, c_ij>`` of candidates ``[B, K, D]``."""
+    if candidates.dim() == 3:
+        return (candidates @ query[:, :, None])[:, :, 0]
+    return query @ candidates.T
+
+
+def weighted_sum(weight: Tensor, candidates: Tensor) -> Tensor:  # [B, D]
+    """``sum_j weight_ij c_j``, weight ``[B, N]``, of candidates ``[N, D]`` or ``[B, K, D]``."""
+    if candidates.dim() == 3:
+        return (weight[:, None] @ candidates)[:, 0]
+    return weight @ candidates
+
+
 def excluded_candidates(problem: Problem, weights: RowWeights, start: int, stop: int) -> Tensor:
     """Which candidates rows ``start:stop`` do not compete with, bool ``[stop - start, N]``.
 
     Accidental hits, a row's own positive, and in a batch the positives of padded rows.
     """
+    if problem.candidate_rows is not None and problem.target is not None:
+        return problem.candidate_rows[start:stop] == problem.target[start:stop, None]
     n = problem.candidates.shape[0]
     excluded = torch.zeros(stop - start, n, dtype=torch.bool, device=problem.query.device)
     if problem.positive_ids is not None and problem.candidate_ids is not None:
@@ -134,7 +174,7 @@ def excluded_candidates(problem: Problem, weights: RowWeights, start: int, stop:
 
 def log_q_of_positives(problem: Problem) -> Tensor | None:  # [B]
     """``log Q+_i``; that of the candidate where the positive is one."""
-    if problem.positive is None and problem.candidate_log_q is not None:
+    if problem.positive_competes and problem.candidate_log_q is not None:
         return problem.candidate_log_q[problem.own_columns()]
     return problem.positive_log_q
 
@@ -218,8 +258,8 @@ def finish(
     d_query, d_positive, d_candidates, d_log_q = gradients
     d_temperature = d_weights = None
 
-    def embedding(gradient: Tensor | None, want: bool) -> Tensor | None:
-        return gradient.to(problem.gradient) if want and gradient is not None else None
+    def to(dtype: torch.dtype, gradient: Tensor | None, want: bool) -> Tensor | None:
+        return gradient.to(dtype) if want and gradient is not None else None
 
     if wanted.temperature:
         assert problem.temperature is not None
@@ -231,9 +271,9 @@ def finish(
         d_weights = domain_weights_gradient(problem, weights, row_loss, row_grad)
     return Output(
         loss=loss,
-        query=embedding(d_query, wanted.query),
-        positive=embedding(d_positive, wanted.positive),
-        candidates=embedding(d_candidates, wanted.candidates),
+        query=to(problem.gradient, d_query, wanted.query),
+        positive=to(problem.candidate_gradient, d_positive, wanted.positive),
+        candidates=to(problem.candidate_gradient, d_candidates, wanted.candidates),
         candidate_log_q=d_log_q if wanted.candidate_log_q else None,
         temperature=d_temperature,
         domain_weights=d_weights,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dwl_kernels import _build
 from dwl_kernels.backends import chunked, eager
-from dwl_kernels.problem import Output, Problem, Wanted
+from dwl_kernels.problem import Output, Problem, RowWeights, Wanted, accumulate_dtype
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
@@ -29,8 +29,9 @@ def why_not() -> str | None:
     return None
 
 
-def takes(problem: Problem) -> bool:
-    return problem.query.dtype in DTYPES
+def refuses(problem: Problem) -> str | None:
+    """What about such a problem the kernel does not take; None where it takes it."""
+    return None if problem.query.dtype in DTYPES else str(problem.query.dtype)
 
 
 def solve(
@@ -41,11 +42,26 @@ def solve(
     """The loss and the wanted gradients, with a block of logits per thread in memory."""
     weights = problem.row_weights()
     query, positive, candidates = (t.contiguous() for t in eager.embeddings(problem, weights))
+    if problem.candidate_rows is not None:
+        output = torch.ops.dwl_kernels_native.indexed_softmax(
+            query,
+            candidates,
+            _contiguous(problem.target),
+            _contiguous(problem.candidate_rows),
+            problem.temperatures().contiguous(),
+            eager.row_coefficients(weights, row_grad).contiguous(),
+            *(_contiguous(t) for t in (problem.positive_log_q, problem.candidate_log_q)),
+            weights.active,
+            problem.correction == "refined",
+            wanted.query or wanted.temperature,
+            wanted.candidates,
+        )
+        return _output(problem, wanted, weights, row_grad, query, *output)
     tau, score, shift = problem.temperatures(), None, None
     if problem.dual is not None:
         score, shift, tau = chunked.dual_scale(problem, weights, query, positive, candidates)
         shift, tau = shift[:, 0], tau[:, 0]
-    row_loss, *gradients = torch.ops.dwl_kernels_native.sampled_softmax(
+    output = torch.ops.dwl_kernels_native.sampled_softmax(
         query,
         None if problem.positive is None else positive,
         candidates,
@@ -62,10 +78,44 @@ def solve(
         wanted.candidates,
         wanted.candidate_log_q,
     )
-    loss = eager.reduce_rows(row_loss, weights, problem.reduction)
-    return eager.finish(
-        problem, wanted, weights, loss, row_loss, row_grad, query, eager.Gradients(*gradients)
+    return _output(problem, wanted, weights, row_grad, query, *output)
+
+
+def table_gradient(
+    source: Tensor,  # [R, D]
+    ids: list[Tensor],  # each [R, J]
+    coefficients: list[Tensor],  # each [R, J], or empty
+    table_rows: int,
+    dtype: torch.dtype,
+    compact: bool,
+) -> tuple[Tensor, Tensor]:
+    """As :func:`dwl_kernels.backends.chunked.table_gradient`."""
+    values, distinct = torch.ops.dwl_kernels_native.table_gradient(
+        source.to(accumulate_dtype(dtype)).contiguous(),
+        [one.contiguous() for one in ids],
+        [one.contiguous() for one in coefficients],
+        table_rows,
+        dtype,
+        compact,
     )
+    return values, distinct
+
+
+def _output(
+    problem: Problem,
+    wanted: Wanted,
+    weights: RowWeights,
+    row_grad: Tensor | None,  # [B]
+    query: Tensor,  # [B, D] padded rows zero
+    row_loss: Tensor,  # [B] r_i l_i
+    d_query: Tensor,
+    d_positive: Tensor,
+    d_candidates: Tensor,
+    d_log_q: Tensor | None = None,
+) -> Output:
+    loss = eager.reduce_rows(row_loss, weights, problem.reduction)
+    gradients = eager.Gradients(d_query, d_positive, d_candidates, d_log_q)
+    return eager.finish(problem, wanted, weights, loss, row_loss, row_grad, query, gradients)
 
 
 def _contiguous(tensor: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
@@ -83,3 +133,19 @@ def _register_fake() -> None:
             query.new_empty(candidates.shape if want_candidates else 0),
             query.new_empty(candidates.shape[0] if want_log_q else 0),
         )
+
+    @torch.library.register_fake("dwl_kernels_native::indexed_softmax")
+    def fake_indexed(query, table, positive_ids, candidate_ids, *rest):  # type: ignore[no-untyped-def]
+        *_, want_query, want_table = rest
+        return (
+            query.new_empty(query.shape[0]),
+            query.new_empty(query.shape if want_query else 0),
+            query.new_empty(query.shape[0] if want_table else 0),
+            query.new_empty(candidate_ids.shape if want_table else 0),
+        )
+
+    @torch.library.register_fake("dwl_kernels_native::table_gradient")
+    def fake_gradient(source, ids, coefficients, table_rows, dtype, compact):  # type: ignore[no-untyped-def]
+        rows = torch.library.get_ctx().new_dynamic_size() if compact else table_rows
+        values = source.new_empty((rows, source.shape[1]), dtype=dtype)
+        return values, ids[0].new_empty(rows if compact else 0)

@@ -1,0 +1,143 @@
+// The CPU kernel for candidates drawn by row. A thread owns a range of rows. For each it reads the
+// K rows of the table once from memory, fetched ahead of use, and has them in its cache when it
+// comes back to them for the gradient:
+//
+//   s_j = <q, c_j> - tau log Q_j
+//   e_j = exp(s_j / tau - m)              in place; the shared code of row.h
+//   dq  = a / (tau sum) sum_j e_j c_j
+//   dL/d<q, c_j> = a / (tau sum) e_j      all that the gradient of the table needs of this row
+//
+// Nothing of the size [B, K, D] exists, and no thread writes to the table.
+
+#include "../indexed_softmax.h"
+
+#include <algorithm>
+#include <cmath>
+#include <memory>
+#include <vector>
+
+#include "row.h"
+
+namespace dwl {
+namespace {
+
+template <typename T, typename S>
+T dot_stored(const T* q, const S* c, int64_t n) {
+  T sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t k = 0; k < n; ++k) sum += q[k] * static_cast<T>(c[k]);
+  return sum;
+}
+
+// sum [D] = sum_j e_j c_j, four candidates at a time so that the sum is read and written less.
+template <typename T, typename S>
+void weighted_sum(const T* e, const S* table, const int64_t* ids, int64_t n, int64_t dim, T* sum) {
+  std::fill(sum, sum + dim, T(0));
+  int64_t j = 0;
+  for (; j + 4 <= n; j += 4) {
+    const S *c0 = table + ids[j] * dim, *c1 = table + ids[j + 1] * dim;
+    const S *c2 = table + ids[j + 2] * dim, *c3 = table + ids[j + 3] * dim;
+    const T e0 = e[j], e1 = e[j + 1], e2 = e[j + 2], e3 = e[j + 3];
+#pragma omp simd
+    for (int64_t k = 0; k < dim; ++k) {
+      sum[k] += (e0 * static_cast<T>(c0[k]) + e1 * static_cast<T>(c1[k])) +
+                (e2 * static_cast<T>(c2[k]) + e3 * static_cast<T>(c3[k]));
+    }
+  }
+  for (; j < n; ++j) {
+    const S* c = table + ids[j] * dim;
+#pragma omp simd
+    for (int64_t k = 0; k < dim; ++k) sum[k] += e[j] * static_cast<T>(c[k]);
+  }
+}
+
+constexpr int64_t kAhead = 8;  // candidates between the fetch of a row and its use
+
+template <typename S>
+void fetch(const S* row, int64_t dim) {
+  const char* bytes = reinterpret_cast<const char*>(row);
+  for (int64_t offset = 0; offset < dim * int64_t(sizeof(S)); offset += 64) {
+    __builtin_prefetch(bytes + offset);
+  }
+}
+
+}  // namespace
+
+template <typename T, typename S>
+void indexed_softmax_cpu(const IndexedProblem<T, S>& p, const IndexedGradients<T>& out,
+                         int threads) {
+  const int64_t n = p.candidates, dim = p.dim;
+  const bool gradients = out.query != nullptr || out.candidate != nullptr;
+  std::vector<int64_t> rows;  // the active ones
+  rows.reserve(p.rows);
+  for (int64_t i = 0; i < p.rows; ++i) {
+    if (p.active == nullptr || p.active[i]) rows.push_back(i);
+  }
+  const int64_t num_rows = static_cast<int64_t>(rows.size());
+  const int team = static_cast<int>(std::clamp<int64_t>(num_rows / 16, 1, threads));
+  std::unique_ptr<T[]> scratch;  // [team, K], where the gradient has no place for a row's logits
+  if (out.candidate == nullptr) scratch.reset(new T[size_t(team) * n]);
+
+  const auto solve_row = [&](int64_t i, const int64_t* next, T* s) {
+    const T* query = p.query + i * dim;
+    const int64_t* ids = p.candidate_ids + i * n;
+    const T* log_q = p.candidate_log_q != nullptr ? p.candidate_log_q + i * n : nullptr;
+    Row<T> row{};
+    row.tau = p.tau[i];
+    row.coefficient = p.coefficient[i];
+    row.count = n;
+    row.refined = p.refined;
+    for (int64_t j = 0; j < n; ++j) {
+      if (j + kAhead < n) {
+        fetch(p.table + ids[j + kAhead] * dim, dim);
+      } else if (next != nullptr && j + kAhead - n < n) {
+        fetch(p.table + next[j + kAhead - n] * dim, dim);
+      }
+      if (ids[j] == p.positive_ids[i]) {
+        s[j] = -kInfinity<T>;
+        --row.count;
+        continue;
+      }
+      s[j] = dot_stored(query, p.table + ids[j] * dim, dim);
+      if (log_q != nullptr) s[j] -= row.tau * log_q[j];
+    }
+    const S* positive = p.table + p.positive_ids[i] * dim;
+    row.z_positive = dot_stored(query, positive, dim) / row.tau;
+    if (p.positive_log_q != nullptr) {
+      row.positive_log_q = p.positive_log_q + i;
+      if (!p.refined) row.z_positive -= p.positive_log_q[i];
+    }
+    const RowResult<T> result = softmax_row(row, s, n, gradients);
+    out.row_loss[i] = result.loss;
+    if (out.query != nullptr) {
+      T* d_query = out.query + i * dim;
+      weighted_sum(s, p.table, ids, n, dim, d_query);
+      for (int64_t k = 0; k < dim; ++k) {
+        d_query[k] = result.scale * d_query[k] + result.positive * static_cast<T>(positive[k]);
+      }
+    }
+    if (out.candidate != nullptr) {
+      for (int64_t j = 0; j < n; ++j) s[j] *= result.scale;
+      out.positive[i] = result.positive;
+    }
+  };
+
+#pragma omp parallel for num_threads(team) schedule(static, 1)
+  for (int part = 0; part < team; ++part) {
+    const int64_t last = num_rows * (part + 1) / team;
+    for (int64_t r = num_rows * part / team; r < last; ++r) {
+      const int64_t i = rows[r];
+      const int64_t* next = r + 1 < last ? p.candidate_ids + rows[r + 1] * n : nullptr;
+      solve_row(i, next, out.candidate != nullptr ? out.candidate + i * n : &scratch[part * n]);
+    }
+  }
+}
+
+template void indexed_softmax_cpu(const IndexedProblem<float, float>&,
+                                  const IndexedGradients<float>&, int);
+template void indexed_softmax_cpu(const IndexedProblem<float, BFloat16>&,
+                                  const IndexedGradients<float>&, int);
+template void indexed_softmax_cpu(const IndexedProblem<double, double>&,
+                                  const IndexedGradients<double>&, int);
+
+}  // namespace dwl

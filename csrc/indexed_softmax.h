@@ -1,0 +1,86 @@
+// The problem whose candidates are rows of a table, drawn for every query by itself, and the
+// gradient of that table. Plain structs as in sampled_softmax.h; the letters are the same.
+#pragma once
+
+#include <bit>
+#include <cstdint>
+#include <functional>
+
+namespace dwl {
+
+// bfloat16 is the upper half of a float32, and free of PyTorch that is all to know about it.
+struct BFloat16 {
+  uint16_t bits;
+  BFloat16() = default;
+  explicit BFloat16(float value) {  // rounds to nearest, ties to even
+    const uint32_t b = std::bit_cast<uint32_t>(value);
+    bits = value != value ? 0x7fc0 : static_cast<uint16_t>((b + 0x7fff + ((b >> 16) & 1)) >> 16);
+  }
+  explicit operator float() const { return std::bit_cast<float>(uint32_t(bits) << 16); }
+};
+
+// T computes, S is how the table is stored. Ids of active rows must be in [0, table_rows).
+template <typename T, typename S>
+struct IndexedProblem {
+  int64_t rows;                  // B
+  int64_t candidates;            // K
+  int64_t dim;                   // D
+  const T* query;                // [B, D]
+  const S* table;                // [V, D]
+  const int64_t* positive_ids;   // [B] the row of the table that is the positive
+  const int64_t* candidate_ids;  // [B, K]; where it is the positive, it is a hit
+  const T* tau;                  // [B] temperature
+  const T* coefficient;          // [B] a_i / r_i
+  const T* positive_log_q;       // [B], nats, or null
+  const T* candidate_log_q;      // [B, K], nats, or null
+  const bool* active;            // [B], or null: false marks padding, never read or written
+  bool refined;                  // correction of arXiv 2507.09331 instead of the standard one
+};
+
+// What is not wanted is null; positive and candidate are wanted together or not at all.
+template <typename T>
+struct IndexedGradients {
+  T* row_loss;   // [B] r_i l_i, 0 for padding
+  T* query;      // [B, D], or null
+  T* positive;   // [B] dL/d<q_i, p_i>, or null
+  T* candidate;  // [B, K] dL/d<q_i, c_ij>, or null
+};
+
+// Solves the problem on `threads` threads of a CPU; the result does not depend on `threads`.
+template <typename T, typename S>
+void indexed_softmax_cpu(const IndexedProblem<T, S>& problem, const IndexedGradients<T>& gradients,
+                         int threads);
+
+// Places of a table: row r of the source goes, times its coefficient, to each of its J ids.
+template <typename T>
+struct Places {
+  int64_t width;         // J
+  const int64_t* ids;    // [R, J]; an id outside the table goes nowhere
+  const T* coefficient;  // [R, J], or null for 1; a coefficient of 0 goes nowhere
+};
+
+template <typename T>
+struct TableGradient {
+  int64_t rows;             // R
+  int64_t dim;              // D
+  int64_t table_rows;       // V
+  const T* source;          // [R, D]
+  const Places<T>* pieces;  // several, taken one after the other
+  int num_pieces;
+};
+
+// Where the sums go: to all V rows of `values`, or with `ids` to as many rows as there are
+// different ids, which are listed in rising order.
+template <typename S>
+struct TableRows {
+  S* values;     // [V, D] or [number of different ids, D]
+  int64_t* ids;  // [number of different ids], or null
+};
+
+// Sums by id in a fixed order; every row is written once, and rows without a place get zeros.
+// `allocate` is called once with the number of different ids.
+template <typename T, typename S>
+void table_gradient_cpu(const TableGradient<T>& problem, int threads,
+                        const std::function<TableRows<S>(int64_t)>& allocate);
+
+}  // namespace dwl

@@ -1,0 +1,96 @@
+"""Reading rows of a table by id, and the gradient of the table.
+
+The gradient of a table row is the sum, over the places where its id was drawn, of a coefficient
+times a row of the source. It is made by one registered op, ``dwl_kernels::table_gradient``, which
+sorts the places by id: deterministic, and each touched row is written once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dwl_kernels import backends
+from dwl_kernels.once import once
+
+_library = torch.library.Library("dwl_kernels", "FRAGMENT")
+_library.define(
+    "table_gradient(Tensor source, Tensor[] ids, Tensor[] coefficients, int table_rows, "
+    "ScalarType dtype, bool compact, str backend) -> (Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def gather_rows(table: Tensor, ids: Tensor, sparse_grad: bool, backend: str) -> Tensor:  # [M, D]
+    """``table[ids]`` for ids ``[M]``; a row of NaN for an id outside the table."""
+    return _GatherRows.apply(table, ids, sparse_grad, backend)
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, ids: Tensor, sparse: bool, backend: str) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.call = (table.shape[0], table.dtype, sparse, backend)
+        rows = table[ids.clamp(0, table.shape[0] - 1)]
+        return rows.masked_fill_(((ids < 0) | (ids >= table.shape[0]))[:, None], torch.nan)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = upstream
+        (ids,) = ctx.saved_tensors
+        gradient = table_gradient(grad.detach(), [ids[:, None]], [], *ctx.call)
+        return once(gradient, grad), None, None, None
+
+
+def table_gradient(
+    source: Tensor,  # [R, D]
+    ids: list[Tensor],  # each [R, J]
+    coefficients: list[Tensor],  # each [R, J], or none at all for 1
+    table_rows: int,
+    dtype: torch.dtype,
+    sparse: bool,
+    backend: str,
+) -> Tensor:  # [V, D], dense or a coalesced COO tensor
+    """The sum over all places of an id of ``coefficient * source``, for every row of a table."""
+    values, distinct = torch.ops.dwl_kernels.table_gradient(
+        source, ids, coefficients, table_rows, dtype, sparse, backend
+    )
+    if not sparse:
+        return values
+    return torch.sparse_coo_tensor(
+        distinct[None], values, (table_rows, values.shape[1]), is_coalesced=True, check_invariants=False
+    )
+
+
+def _solve(
+    source: Tensor,
+    ids: list[Tensor],
+    coefficients: list[Tensor],
+    table_rows: int,
+    dtype: torch.dtype,
+    compact: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    solve = backends.pick_table_gradient(backend, source, dtype)
+    with torch.autocast(source.device.type, enabled=False):
+        return solve(source, ids, coefficients, table_rows, dtype, compact)
+
+
+def _fake(
+    source: Tensor,
+    ids: list[Tensor],
+    coefficients: list[Tensor],
+    table_rows: int,
+    dtype: torch.dtype,
+    compact: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    rows = torch.library.get_ctx().new_dynamic_size() if compact else table_rows
+    values = source.new_empty((rows, source.shape[1]), dtype=dtype)
+    return values, ids[0].new_empty(rows if compact else 0)
+
+
+_library.impl("table_gradient", _solve, "CompositeExplicitAutograd")
+torch.library.register_fake("dwl_kernels::table_gradient", _fake)
