@@ -60,7 +60,11 @@ def table_gradient(
     if not sparse:
         return values
     return torch.sparse_coo_tensor(
-        distinct[None], values, (table_rows, values.shape[1]), is_coalesced=True, check_invariants=False
+        distinct[None],
+        values,
+        (table_rows, values.shape[1]),
+        is_coalesced=True,
+        check_invariants=False,
     )
 
 

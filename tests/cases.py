@@ -29,6 +29,8 @@ DIFFERENTIABLE = (
     *("temperature", "domain_weights"),
 )
 
+TABLE_ROWS = 41  # of the table from which indexed candidates are drawn
+
 Inputs = dict[str, Any]
 
 
@@ -38,7 +40,9 @@ class Case:
     rows: int = 17
     candidates: int = 33  # of `negative`
     dim: int = 20
-    kind: str = "sampled"  # "in_batch", "mixed" (both candidates), "full" (log_q: a bias), "dual"
+    # "in_batch", "mixed" (both candidates), "full" (log_q: a bias), "dual", "indexed" (ids in place of
+    # the embeddings of positives and negatives), "indexed_rows" (negatives of every row's own)
+    kind: str = "sampled"
     log_q: bool = False
     ids: bool = False
     domains: int = 0  # slots per row
@@ -76,6 +80,19 @@ class Case:
             if self.log_q:
                 full["bias"] = inputs["negative_log_q"]
             inputs = {**full, "temperature": 0.7}
+        elif self.kind.startswith("indexed"):
+            per_row = self.kind == "indexed_rows"
+            shape = (b, n) if per_row else (n,)
+            indexed = {"query": inputs["query"], "table": normal(TABLE_ROWS, d)}
+            # Few different ids: duplicates inside a row, across rows, and of the positives.
+            indexed["positive_ids"] = integers(0, 12, b)
+            indexed["negative_ids"] = integers(0, TABLE_ROWS, *shape)
+            if self.log_q:
+                indexed["positive_log_q"] = inputs["positive_log_q"]
+                indexed["negative_log_q"] = inputs["negative_log_q"]
+                if per_row:
+                    indexed["negative_log_q"] = torch.log_softmax(normal(b, n), 1)
+            inputs = {**indexed, "temperature": 0.7}
         if self.domains:
             shape = (b,) if self.domains == 1 else (b, self.domains)
             inputs["domain_ids"] = integers(-1, 5, *shape)
@@ -104,6 +121,8 @@ class Case:
             "in_batch": dwl_kernels.in_batch_softmax_loss,
             "mixed": dwl_kernels.in_batch_softmax_loss,
             "full": dwl_kernels.full_softmax_loss,
+            "indexed": dwl_kernels.indexed_sampled_softmax_loss,
+            "indexed_rows": dwl_kernels.indexed_sampled_softmax_loss,
             "dual": dwl_kernels.dual_scale_softmax_loss,
         }[self.kind]
         return function(**inputs, backend=backend)
@@ -229,6 +248,34 @@ def _one_target(inputs: Inputs) -> None:
     inputs["target"].fill_(5)
 
 
+def _own_ids(inputs: Inputs) -> None:
+    """Every negative of every second row is its positive."""
+    inputs["negative_ids"][::2] = inputs["positive_ids"][::2, None]
+
+
+def _one_id(inputs: Inputs) -> None:
+    inputs["negative_ids"].fill_(40)
+
+
+def _int32_rows(inputs: Inputs) -> None:
+    for name in ("positive_ids", "negative_ids"):
+        inputs[name] = inputs[name].int()
+
+
+def _candidate_log_q_per_row(inputs: Inputs) -> None:
+    inputs["negative_log_q"][3, 5] = torch.inf
+    inputs["negative_log_q"][4] = torch.inf
+
+
+def _ids_of_padding_are_anything(inputs: Inputs) -> None:
+    _padding_holds_nan(inputs)
+    padded = inputs["example_weights"] == 0
+    inputs["positive_ids"][padded] = 1 << 40
+    if inputs["negative_ids"].dim() == 2:
+        inputs["negative_ids"][padded] = -5
+        inputs["negative_log_q"][padded] = torch.nan
+
+
 def _no_domain(inputs: Inputs) -> None:
     inputs["domain_ids"].fill_(-1)
 
@@ -352,4 +399,52 @@ CASES = [
     Case("dual scale, some have no candidate", kind="dual", ids=True, change=_some_hits_only),
     Case("dual scale, no candidates", kind="dual", candidates=0, **_FULL),
     Case("dual scale, NaN in the padding", kind="dual", **_FULL_ROWS, change=_padding_holds_nan),
+    Case("indexed", kind="indexed"),
+    Case("indexed, everything", rows=65, candidates=70, kind="indexed", **_FULL_ROWS),
+    Case("indexed, none", kind="indexed", **_FULL_ROWS, options={"reduction": "none"}),
+    Case("indexed, no candidates", candidates=0, kind="indexed", **_FULL),
+    Case("indexed, no rows", rows=0, kind="indexed", **_FULL),
+    Case(
+        "indexed, NaN in the padding",
+        kind="indexed",
+        **_FULL_ROWS,
+        change=_ids_of_padding_are_anything,
+    ),
+    Case("by row", kind="indexed_rows"),
+    Case("by row, one of everything", rows=1, candidates=1, dim=1, kind="indexed_rows"),
+    Case("by row, everything", rows=129, candidates=31, kind="indexed_rows", **_FULL_ROWS),
+    Case("by row, many candidates", rows=3, candidates=257, dim=96, kind="indexed_rows", **_FULL),
+    Case("by row, many rows", rows=515, candidates=3, dim=1, kind="indexed_rows", **_FULL),
+    *(
+        Case(f"by row, {r}", kind="indexed_rows", **_FULL_ROWS, options={"reduction": r})
+        for r in ("weighted_mean", "sum", "none")
+    ),
+    Case("by row, scalar temperature", kind="indexed_rows", temperature="scalar"),
+    Case("by row, int32 ids", kind="indexed_rows", change=_int32_rows),
+    Case("by row, refined", kind="indexed_rows", **_FULL_ROWS, options={"correction": "refined"}),
+    Case("by row, every candidate a hit", kind="indexed_rows", **_FULL, change=_own_ids),
+    Case(
+        "by row, refined, every candidate a hit",
+        kind="indexed_rows",
+        change=_own_ids,
+        options={"correction": "refined"},
+    ),
+    Case("by row, one id for all", kind="indexed_rows", **_FULL, change=_one_id),
+    Case(
+        "by row, candidates of log-Q +inf",
+        kind="indexed_rows",
+        log_q=True,
+        change=_candidate_log_q_per_row,
+    ),
+    Case("by row, large logits", kind="indexed_rows", log_q=True, change=_large_logits),
+    Case("by row, huge weights", kind="indexed_rows", **_FULL, change=_weights(1e30)),
+    Case("by row, all weights zero", kind="indexed_rows", **_FULL, change=_weights(0.0)),
+    Case("by row, no candidates", candidates=0, kind="indexed_rows", **_FULL),
+    Case("by row, no rows", rows=0, kind="indexed_rows", **_FULL),
+    Case(
+        "by row, NaN in the padding",
+        kind="indexed_rows",
+        **_FULL_ROWS,
+        change=_ids_of_padding_are_anything,
+    ),
 ]

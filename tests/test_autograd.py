@@ -24,12 +24,15 @@ def _op_arguments(case: cases.Case, backend: str, wanted: bool, row_grad: bool) 
     elif case.kind == "full":
         build = dwl_kernels.problem.full_problem
         defaults = {"reduction": "mean", "ignore_index": -100}
+    elif case.kind == "indexed_rows":
+        build = dwl_kernels.problem.indexed_problem
     elif case.kind == "dual":
         defaults["dual"] = dwl_kernels.problem.DualScale(1.0, 0.5, 4, 1.0)
     problem = build(**{**defaults, **inputs})
     upstream = torch.randn(case.rows) if row_grad else None
     masks = [wanted] * 6
     masks[1], masks[3] = wanted and problem.positive is not None, wanted and case.kind == "full"
+    masks[1] |= wanted and problem.by_row
     return (*autograd._fields(problem), upstream, masks, backend)
 
 
@@ -41,6 +44,8 @@ def _op_arguments(case: cases.Case, backend: str, wanted: bool, row_grad: bool) 
         "everything, none",
         "full softmax, past the tile",
         "dual scale, everything",
+        "by row, everything",
+        "by row, none",
     ],
 )
 def test_registered_op_passes_opcheck(backend: str, name: str) -> None:
@@ -64,7 +69,22 @@ def test_native_op_passes_opcheck() -> None:
         torch.library.opcheck(torch.ops.dwl_kernels_native.sampled_softmax.default, arguments)
 
 
-@pytest.mark.parametrize("name", ["everything", "everything, none"])
+def test_native_op_of_candidates_by_row_passes_opcheck() -> None:
+    from dwl_kernels.backends import native
+
+    if native.why_not() is not None:
+        pytest.skip(f"no CPU kernel: {native.why_not()}")
+    ids = torch.arange(9) % 7, torch.arange(45).reshape(9, 5) % 7
+    rows = (torch.rand(9) + 0.1, torch.rand(9), torch.randn(9), torch.randn(9, 5))
+    for wanted in (True, False):
+        arguments = (torch.randn(9, 4), torch.randn(7, 4), *ids, *rows, torch.arange(9) > 2)
+        arguments = (*arguments, False, wanted, wanted)
+        torch.library.opcheck(torch.ops.dwl_kernels_native.indexed_softmax.default, arguments)
+
+
+@pytest.mark.parametrize(
+    "name", ["everything", "everything, none", "by row, everything", "by row, none"]
+)
 def test_backward_may_run_twice(backend: str, name: str) -> None:
     inputs = BY_NAME[name].inputs(torch.float32)
     loss = BY_NAME[name].loss(inputs, backend).sum()
@@ -74,7 +94,9 @@ def test_backward_may_run_twice(backend: str, name: str) -> None:
     torch.testing.assert_close(inputs["query"].grad, 2 * first)
 
 
-@pytest.mark.parametrize("name", ["everything", "everything, none"])
+@pytest.mark.parametrize(
+    "name", ["everything", "everything, none", "by row, everything", "by row, none"]
+)
 def test_double_backward_raises(backend: str, name: str) -> None:
     inputs = BY_NAME[name].inputs(torch.float32)
     loss = BY_NAME[name].loss(inputs, backend).sum()
@@ -140,7 +162,14 @@ def test_autocast_runs_in_its_dtype_and_returns_float32(dtype: torch.dtype) -> N
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize(
-    "name", ["mixed, everything", "full softmax, past the tile", "dual scale, everything"]
+    "name",
+    [
+        "mixed, everything",
+        "full softmax, past the tile",
+        "dual scale, everything",
+        "indexed, everything",
+        "by row, everything",
+    ],
 )
 def test_compiled_step_gives_the_same_loss_and_gradients(
     backend: str, name: str, reduction: str
@@ -170,10 +199,15 @@ def test_no_grad_and_frozen_inputs_build_no_graph(backend: str) -> None:
 
 
 def test_padded_rows_get_exact_zeros(backend: str) -> None:
-    for name in ("NaN in the padding", "in-batch, NaN in the padding"):
+    for name in (
+        "NaN in the padding",
+        "in-batch, NaN in the padding",
+        "indexed, NaN in the padding",
+        "by row, NaN in the padding",
+    ):
         inputs = BY_NAME[name].inputs(torch.float32)
         padded = inputs["example_weights"] == 0
         BY_NAME[name].loss(inputs, backend).backward()
-        for key in ("query", "positive", "temperature"):
+        for key in {"query", "positive", "temperature"} & inputs.keys():
             assert (inputs[key].grad[padded] == 0).all(), key
             assert inputs[key].grad.isfinite().all(), key

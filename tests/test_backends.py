@@ -144,7 +144,7 @@ def test_refined_loss_is_the_formula_of_its_paper() -> None:
 
 @pytest.mark.parametrize("correction", ["standard", "refined"])
 @pytest.mark.parametrize("reduction", ["mean", "weighted_mean", "sum", "none"])
-@pytest.mark.parametrize("kind", ["sampled", "mixed", "full"])
+@pytest.mark.parametrize("kind", ["sampled", "mixed", "full", "indexed", "indexed_rows"])
 def test_gradients_agree_with_finite_differences(
     backend: str, kind: str, reduction: str, correction: str
 ) -> None:
@@ -169,8 +169,13 @@ def test_gradients_agree_with_finite_differences(
     if correction == "refined":
         with torch.no_grad():
             name = "log_q" if kind == "mixed" else "positive_log_q"
-            inputs["positive"].copy_(-100 * inputs["query"])
             inputs[name].fill_(-3.0)
+            if "table" in inputs:  # positives far below: the factor needs one of every row's own
+                inputs["positive_ids"].copy_(torch.arange(5))
+                inputs["negative_ids"].clamp_(min=5)
+                inputs["table"][:5] = -100 * inputs["query"]
+            else:
+                inputs["positive"].copy_(-100 * inputs["query"])
             if kind == "mixed":  # the positives are candidates too: let them compete far below
                 inputs["query"].copy_(torch.ones_like(inputs["query"]))
                 inputs["positive"].fill_(-100.0)
@@ -190,6 +195,9 @@ def test_only_wanted_gradients_are_computed_and_each_is_right(backend: str) -> N
         "mixed, everything",
         "full softmax, past the tile",
         "dual scale, everything",
+        "indexed, everything",
+        "by row, everything",
+        "by row, none",
     ):
         case = BY_NAME[name]
         reference = cases.loss_and_gradients(case, "eager", torch.float64)
@@ -262,8 +270,9 @@ def test_strided_transposed_and_expanded_inputs(
         torch.testing.assert_close(x, y)
 
 
-def test_the_same_call_gives_bitwise_the_same_result(backend: str) -> None:
-    case = BY_NAME["short of the tile"]
+@pytest.mark.parametrize("name", ["short of the tile", "indexed, everything", "by row, everything"])
+def test_the_same_call_gives_bitwise_the_same_result(backend: str, name: str) -> None:
+    case = BY_NAME[name]
     first = cases.loss_and_gradients(case, backend, torch.float32)
     for _ in range(5):
         again = cases.loss_and_gradients(case, backend, torch.float32)
@@ -271,7 +280,7 @@ def test_the_same_call_gives_bitwise_the_same_result(backend: str) -> None:
 
 
 def test_calls_from_several_threads_do_not_disturb_each_other(backend: str) -> None:
-    chosen = [BY_NAME[n] for n in ("past the tile", "mixed, everything", "many candidates")]
+    chosen = [BY_NAME[n] for n in ("past the tile", "mixed, everything", "by row, everything")]
     expected = [cases.loss_and_gradients(case, backend, torch.float32) for case in chosen]
     results: list[dict[str, Tensor] | None] = [None] * len(chosen)
 
