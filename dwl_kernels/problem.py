@@ -430,11 +430,7 @@ def indexed_problem(
 
     The ids have been through :func:`indexed_ids`.
     """
-    if _autocast_dtype(query) is not None:
-        # As an embedding under autocast: casting the table would read and write all of it.
-        query = query.to(table.dtype)
-    with torch.autocast(query.device.type, enabled=False):
-        query, table = _embeddings(query=query, table=table)
+    query, table = _query_and_table(query, table)
     leading, width = query.shape[:-1], negative_ids.shape[-1]
     candidate_log_q = _log_q("negative_log_q", negative_log_q, (*leading, width), query)
     rows = _row_arguments(
@@ -466,9 +462,8 @@ def indexed_ids(
         IndexError: shared negatives, or their positives, outside the table, where values are looked
             at. Those of negatives by row are left to :meth:`Problem.row_weights`.
     """
-    for name, value in (("query", query), ("table", table)):
-        _dense(name, value)
-    if table.dim() == 2 and table.shape[0] == 0:
+    _query_and_table(query, table)
+    if table.shape[0] == 0:
         raise ValueError("table has no rows; wanted at least one item to draw")
     leading = query.shape[:-1]
     _row_argument("positive_ids", positive_ids, leading, query)
@@ -489,6 +484,16 @@ def indexed_ids(
         ids_outside("positive_ids", positive_ids.reshape(-1), table.shape[0], active)
         ids_outside("negative_ids", negative_ids, table.shape[0])
     return positive_ids.long(), negative_ids.long()
+
+
+def _query_and_table(query: Tensor, table: Tensor) -> list[Tensor]:
+    """Both, checked. Autocast leaves a table in its dtype: a cast would read and write all of it."""
+    for name, value in (("query", query), ("table", table)):
+        _dense(name, value)
+    if _autocast_dtype(query) is None:
+        return _embeddings(query=query, table=table)
+    with torch.autocast(query.device.type, enabled=False):
+        return _embeddings(query=query.to(table.dtype), table=table)
 
 
 def _joined(first: Tensor | None, second: Tensor | None) -> Tensor | None:

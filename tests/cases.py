@@ -40,8 +40,8 @@ class Case:
     rows: int = 17
     candidates: int = 33  # of `negative`
     dim: int = 20
-    # "in_batch", "mixed" (both candidates), "full" (log_q: a bias), "dual", "indexed" (ids in place of
-    # the embeddings of positives and negatives), "indexed_rows" (negatives of every row's own)
+    # "in_batch", "mixed" (both candidates), "full" (log_q: a bias), "dual", "indexed" (ids in the
+    # place of positives and negatives), "indexed_rows" (every row has negatives of its own)
     kind: str = "sampled"
     log_q: bool = False
     ids: bool = False

@@ -13,6 +13,7 @@ from dwl_kernels import (
     dual_scale_softmax_loss,
     full_softmax_loss,
     in_batch_softmax_loss,
+    indexed_sampled_softmax_loss,
     sampled_softmax_loss,
 )
 
@@ -167,6 +168,97 @@ def test_wrong_arguments_of_the_full_softmax_are_named(
 def test_target_out_of_range_is_an_index_error(backend: str, bad: int) -> None:
     with pytest.raises(IndexError, match=rf"target holds {bad}, but table has 6 rows"):
         full_softmax_loss(**full(target=torch.tensor([0, bad, -100, 2])), backend=backend)
+
+
+def indexed(**changes: Any) -> dict[str, Any]:
+    inputs = good()
+    return {
+        "query": inputs["query"],
+        "table": inputs["negative"],
+        "positive_ids": torch.tensor([0, 5, 1, 2]),
+        "negative_ids": torch.tensor([[0, 5], [3, 3], [1, 2], [4, 4]]),
+        **changes,
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"table": torch.ones(0, D)}, ValueError, r"table has no rows"),
+        ({"table": torch.ones(N, D + 1)}, ValueError, r"table has shape \[6, 4\]; wanted \[V, 3\]"),
+        ({"table": torch.ones(N, D).double()}, TypeError, r"table has dtype .*float64 but query"),
+        ({"positive_ids": ids(N)}, ValueError, r"positive_ids has shape \[6\]; wanted \[4\]"),
+        ({"positive_ids": torch.ones(B)}, TypeError, r"positive_ids has dtype .*integers"),
+        ({"negative_ids": torch.ones(B)}, TypeError, r"negative_ids has dtype .*integers"),
+        (
+            {"negative_ids": ids(N)[None]},
+            ValueError,
+            r"negative_ids has shape \[1, 6\]; wanted \[N\].* or \[4, 'K'\]",
+        ),
+        ({"negative_ids": torch.tensor(3)}, ValueError, r"negative_ids has shape \[\]; wanted"),
+        ({"negative_ids": [1, 2]}, TypeError, r"negative_ids is a list"),
+        (
+            {"negative_log_q": torch.ones(2)},
+            ValueError,
+            r"negative_log_q has shape \[2\]; wanted \[4, 2\]",
+        ),
+        (
+            {"negative_ids": ids(N), "negative_log_q": torch.ones(2)},
+            ValueError,
+            r"negative_log_q has shape \[2\]; wanted \[6\]",
+        ),
+        ({"correction": "best"}, ValueError, r"correction is 'best'"),
+        ({"backend": "best"}, ValueError, r"backend is 'best'"),
+    ],
+    ids=lambda x: str(x)[:40],
+)
+@pytest.mark.parametrize("shared", [False, True])
+def test_wrong_arguments_of_the_indexed_loss_are_named(
+    change: dict, error: type[Exception], message: str, shared: bool
+) -> None:
+    inputs = indexed(**change)
+    if shared and not {"negative_ids", "negative_log_q"} & change.keys():
+        inputs["negative_ids"] = ids(N)
+    with pytest.raises(error, match=message):
+        indexed_sampled_softmax_loss(**inputs)
+
+
+@pytest.mark.parametrize("bad", [6, -1, -100, 1 << 40])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("name", ["positive_ids", "negative_ids"])
+def test_id_outside_the_table_is_an_index_error(
+    backend: str, name: str, shared: bool, bad: int
+) -> None:
+    inputs = indexed(backend=backend)
+    if shared:
+        inputs["negative_ids"] = ids(N)
+    inputs[name].view(-1)[2] = bad
+    message = rf"{name} holds {bad}, but table has 6 rows: ids must be in \[0, 6\)"
+    with pytest.raises(IndexError, match=message):
+        indexed_sampled_softmax_loss(**inputs)
+    if not (shared and name == "negative_ids"):  # in a padded row nobody looks
+        row = 2 if name == "positive_ids" else 1
+        weights = (torch.arange(B) != row).float()
+        assert indexed_sampled_softmax_loss(**inputs, example_weights=weights).isfinite()
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("name", ["positive_ids", "negative_ids"])
+def test_id_outside_the_table_is_nan_where_values_are_not_looked_at(
+    monkeypatch: pytest.MonkeyPatch, name: str, shared: bool
+) -> None:
+    """As on CUDA: no read out of bounds, and a loss that cannot pass unnoticed."""
+    monkeypatch.setattr(dwl_kernels.problem, "checks_values", lambda device: False)
+    for backend in ("eager", "chunked"):
+        inputs = indexed(backend=backend, reduction="none")
+        inputs["table"].requires_grad_()
+        if shared:
+            inputs["negative_ids"] = ids(N)
+        inputs[name].view(-1)[2] = 1 << 40
+        loss = indexed_sampled_softmax_loss(**inputs)
+        rows = [2] if name == "positive_ids" else [0, 1, 2, 3] if shared else [1]
+        assert loss.isnan().nonzero()[:, 0].tolist() == rows
+        loss.sum().backward()
 
 
 @pytest.mark.parametrize(

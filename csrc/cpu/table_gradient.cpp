@@ -102,23 +102,27 @@ class Entries {
     std::vector<int64_t> to(size_t(team_) * buckets);
     std::unique_ptr<Entry<T, I>[]> sorted(new Entry<T, I>[size_]);
     for (int pass = 0; pass < passes; ++pass) {
-      const int shift = pass * width;
-      const auto digit = [&](const Entry<T, I>& entry) {
-        return static_cast<int64_t>(entry.id >> shift) & (buckets - 1);
-      };
       std::fill(to.begin(), to.end(), 0);
+      // Everything the inner loops use is their own: they write, and the compiler must not suspect
+      // that they write to what they read.
+      const auto visit = [this, shift = pass * width, mask = buckets - 1](int part, auto take) {
+        const Entry<T, I>* entry = entries_.get() + size_ * part / team_;
+        const Entry<T, I>* end = entries_.get() + size_ * (part + 1) / team_;
+        const int by = shift;
+        const int64_t digits = mask;
+        for (; entry != end; ++entry) take(static_cast<int64_t>(entry->id >> by) & digits, *entry);
+      };
       in_parallel(team_, [&](int part) {
         int64_t* count = to.data() + part * buckets;
-        for (int64_t k = size_ * part / team_; k < size_ * (part + 1) / team_; ++k) {
-          ++count[digit(entries_[k])];
-        }
+        visit(part, [count](int64_t digit, const Entry<T, I>&) { ++count[digit]; });
       });
       to_offsets(to, team_, buckets);
       in_parallel(team_, [&](int part) {
         int64_t* place = to.data() + part * buckets;
-        for (int64_t k = size_ * part / team_; k < size_ * (part + 1) / team_; ++k) {
-          sorted[place[digit(entries_[k])]++] = entries_[k];
-        }
+        Entry<T, I>* target = sorted.get();
+        visit(part, [place, target](int64_t digit, const Entry<T, I>& entry) {
+          target[place[digit]++] = entry;
+        });
       });
       std::swap(sorted, entries_);
     }

@@ -1,0 +1,266 @@
+"""Candidates by id: the same as gathering them first, and the gradient of the table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import cases
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dwl_kernels import indexed_sampled_softmax_loss, sampled_softmax_loss, table
+from dwl_kernels.backends import chunked
+from dwl_kernels.problem import Problem, Wanted
+
+BY_NAME = {case.name: case for case in cases.CASES}
+NAMES = ("indexed, everything", "indexed, none", "by row, everything", "by row, none")
+
+
+def gathered(inputs: cases.Inputs) -> Tensor:
+    """The loss of embeddings gathered by autograd, one row at a time where they differ by row."""
+    inputs = dict(inputs)
+    items, positive_ids, negative_ids = (
+        inputs.pop(k) for k in ("table", "positive_ids", "negative_ids")
+    )
+    if negative_ids.dim() == 1:
+        ids = {"positive_ids": positive_ids, "negative_ids": negative_ids}
+        return sampled_softmax_loss(
+            inputs.pop("query"), items[positive_ids], items[negative_ids], **ids, **inputs
+        )
+    reduction = inputs.pop("reduction", "mean")
+    rows = []
+    for i in range(len(inputs["query"])):
+        row = {
+            k: v if k == "domain_weights" else v[i] if k == "negative_log_q" else v[i : i + 1]
+            for k, v in inputs.items()
+        }
+        own = {"positive_ids": positive_ids[i : i + 1], "negative_ids": negative_ids[i]}
+        own |= {"positive": items[own["positive_ids"]], "negative": items[own["negative_ids"]]}
+        rows.append(sampled_softmax_loss(**row, **own, reduction="none", backend="eager"))
+    loss = torch.cat(rows)
+    return loss if reduction == "none" else loss.sum() / (inputs["example_weights"] != 0).sum()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_indexed_is_gather_then_dense(backend: str, name: str) -> None:
+    case = BY_NAME[name]
+    inputs = case.inputs(torch.float64)
+    ids = inputs["negative_ids"]
+    if ids.dim() == 2:  # the case has every kind of duplicate
+        ids[1, :4] = ids[1, 0]
+        ids[2:4, 0] = inputs["positive_ids"][2:4]
+        ids[5, :2] = inputs["positive_ids"][6]
+    leaves = [v for v in inputs.values() if isinstance(v, Tensor) and v.requires_grad]
+    got, expected = case.loss(inputs, backend), gathered(inputs)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-13)
+    upstream = torch.randn(got.shape, generator=torch.Generator().manual_seed(0)).double()
+    for a, b in zip(
+        torch.autograd.grad(got, leaves, upstream),
+        torch.autograd.grad(expected, leaves, upstream),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_sparse_gradient_is_coalesced_and_equals_the_dense_one(
+    backend: str, name: str, dtype: torch.dtype
+) -> None:
+    case = BY_NAME[name]
+    inputs = case.inputs(dtype)
+    gradients = {}
+    for sparse in (False, True):
+        loss = case.loss({**inputs, "sparse_grad": sparse}, backend)
+        (gradients[sparse],) = torch.autograd.grad(loss.sum() * 3, [inputs["table"]])
+    sparse_gradient = gradients[True]
+    assert sparse_gradient.is_sparse
+    assert sparse_gradient.is_coalesced()
+    assert sparse_gradient.dtype == dtype
+    ids = sparse_gradient.indices()[0]
+    assert (ids.diff() > 0).all()
+    assert torch.equal(sparse_gradient.to_dense(), gradients[False])
+
+
+def test_sparse_gradient_of_a_row_nobody_drew_is_not_stored(backend: str) -> None:
+    items = torch.randn(1000, 4, requires_grad=True)
+    positive_ids, negative_ids = torch.tensor([7, 9]), torch.tensor([[998, 7, 5], [998, 9, 998]])
+    loss = indexed_sampled_softmax_loss(
+        torch.randn(2, 4), items, positive_ids, negative_ids, sparse_grad=True, backend=backend
+    )
+    # 7 and 9 as candidates are hits; as positives they have a gradient.
+    assert torch.autograd.grad(loss, [items])[0].indices()[0].tolist() == [5, 7, 9, 998]
+
+
+@pytest.mark.parametrize("by_row", [False, True])
+def test_sparse_adam_steps_as_adam_on_the_rows_that_were_drawn(backend: str, by_row: bool) -> None:
+    g = torch.Generator().manual_seed(0)
+    query, start = torch.randn(6, 3, generator=g), torch.randn(20, 3, generator=g)
+    positive_ids = torch.randint(0, 10, (6,), generator=g)
+    negative_ids = torch.randint(0, 10, (6, 4) if by_row else (4,), generator=g)
+    results = []
+    for sparse, optimiser in ((True, torch.optim.SparseAdam), (False, torch.optim.Adam)):
+        items = start.clone().requires_grad_()
+        step = optimiser([items], lr=0.1)
+        for _ in range(2):
+            step.zero_grad()
+            indexed_sampled_softmax_loss(
+                *(query, items, positive_ids, negative_ids), sparse_grad=sparse, backend=backend
+            ).backward()
+            step.step()
+        results.append(items.detach())
+    assert not torch.equal(results[0], start)
+    assert torch.equal(results[0][10:], start[10:])
+    torch.testing.assert_close(*results)
+
+
+def test_shared_and_per_row_ids_of_the_same_negatives_agree(backend: str) -> None:
+    inputs = BY_NAME["indexed, everything"].inputs(torch.float64)
+    rows = len(inputs["query"])
+    spread = {k: inputs[k].expand(rows, -1) for k in ("negative_ids", "negative_log_q")}
+    a = indexed_sampled_softmax_loss(**inputs, backend=backend)
+    b = indexed_sampled_softmax_loss(**{**inputs, **spread}, backend=backend)
+    torch.testing.assert_close(a, b, rtol=1e-12, atol=0)
+
+
+def test_leading_dimensions_of_the_ids_are_those_of_the_query(backend: str) -> None:
+    g = torch.Generator().manual_seed(0)
+    query, items = torch.randn(2, 3, 4, generator=g), torch.randn(9, 4, generator=g)
+    positive_ids = torch.randint(0, 9, (2, 3), generator=g)
+    for shape in ((5,), (2, 3, 5)):
+        negative_ids = torch.randint(0, 9, shape, generator=g)
+        loss = indexed_sampled_softmax_loss(
+            query, items, positive_ids, negative_ids, reduction="none", backend=backend
+        )
+        flat = indexed_sampled_softmax_loss(
+            query.reshape(6, 4),
+            items,
+            positive_ids.reshape(6),
+            negative_ids if len(shape) == 1 else negative_ids.reshape(6, 5),
+            reduction="none",
+            backend=backend,
+        )
+        assert torch.equal(loss, flat.reshape(2, 3))
+
+
+def test_autocast_leaves_a_table_of_negatives_per_row_in_its_dtype() -> None:
+    inputs = BY_NAME["by row, everything"].inputs(torch.float32)
+    expected = indexed_sampled_softmax_loss(**inputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = indexed_sampled_softmax_loss(**inputs)
+        half = {**inputs, "query": inputs["query"].detach().bfloat16()}
+        near = indexed_sampled_softmax_loss(**half)
+    assert torch.equal(loss, expected)
+    torch.testing.assert_close(near, expected, rtol=2e-2, atol=0)
+
+
+@pytest.mark.parametrize("where", ["cpu", "chunked"])
+@pytest.mark.parametrize("compact", [False, True])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_sum_by_id_is_index_add(where: str, compact: bool, weighted: bool) -> None:
+    """Past 4,096 entries the compiled sum takes several threads; 3,000 ids take two passes."""
+    g = torch.Generator().manual_seed(0)
+    source = torch.randn(700, 3, generator=g, dtype=torch.float64)
+    source[5] = torch.nan  # nothing of it is used
+    ids = [torch.randint(0, 3000, (700, k), generator=g) for k in (1, 30)]
+    for one in ids:
+        one[5] = -1
+        one[7] = 3000
+    weights = [torch.randn(one.shape, generator=g, dtype=torch.float64) for one in ids]
+    for one in weights:
+        one[9] = 0.0
+    if not weighted:
+        weights = []
+        ids[0][9] = ids[1][9] = -1
+    expected = torch.zeros(3000, 3, dtype=torch.float64)
+    used = torch.zeros(3000, dtype=torch.bool)
+    for k, one in enumerate(ids):
+        for r, j in ((r, j) for r in range(700) for j in range(one.shape[1])):
+            if r not in (5, 7, 9):
+                expected[one[r, j]] += source[r] * (weights[k][r, j] if weights else 1)
+                used[one[r, j]] = True
+    got = table.table_gradient(source, ids, weights, 3000, torch.float64, compact, where)
+    if compact:
+        assert torch.equal(got.indices()[0], used.nonzero()[:, 0])
+        got = got.to_dense()
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("where", ["cpu", "chunked"])
+def test_ids_past_32_bits_are_sorted_and_summed(where: str) -> None:
+    big = 1 << 40
+    ids = torch.tensor([[big - 1], [3], [big - 1], [1 << 33], [big]])
+    source = torch.tensor([[1.0], [2.0], [4.0], [8.0], [16.0]])
+    got = table.table_gradient(source, [ids], [], big, torch.float32, True, where)
+    assert got.shape == (big, 1)
+    assert got.indices()[0].tolist() == [3, 1 << 33, big - 1]
+    assert got.values()[:, 0].tolist() == [2.0, 8.0, 5.0]
+
+
+@pytest.mark.parametrize("compact", [False, True])
+@pytest.mark.parametrize("where", ["cpu", "chunked"])
+def test_table_gradient_passes_opcheck(where: str, compact: bool) -> None:
+    ids = [torch.arange(9)[:, None] % 7, torch.arange(45).reshape(9, 5) % 7]
+    weights = [torch.rand(9, 1), torch.rand(9, 5)]
+    arguments = (torch.randn(9, 4), ids, weights, 7, torch.float32, compact, where)
+    torch.library.opcheck(torch.ops.dwl_kernels.table_gradient.default, arguments)
+
+
+def test_rows_past_two_to_the_31_elements_are_the_right_ones(backend: str, tmp_path: Path) -> None:
+    """A sparse file of 8.6 GB stands for a table that no test could hold; three pages are used."""
+    rows, dim = (1 << 25) + 3, 64
+    try:
+        items = torch.from_file(str(tmp_path / "table"), shared=True, size=rows * dim)
+    except RuntimeError as error:
+        pytest.skip(f"no sparse file of that size here: {error}")
+    items = items.reshape(rows, dim)
+    used = torch.tensor([0, 1, 2, rows - 3, rows - 2, rows - 1])
+    items[used] = torch.randn(6, dim, generator=torch.Generator().manual_seed(0))
+    query = torch.randn(2, dim, generator=torch.Generator().manual_seed(1))
+    small = items[used].clone().requires_grad_()
+    items.requires_grad_()
+    for negative in ([4, 0, 3], [[4, 0, 3], [1, 2, 5]]):
+        near, far = torch.tensor([5, 0]), torch.tensor(negative)
+        a = indexed_sampled_softmax_loss(query, small, near, far, backend=backend)
+        b = indexed_sampled_softmax_loss(
+            query, items, used[near], used[far], sparse_grad=True, backend=backend
+        )
+        assert torch.equal(a, b)
+        (expected,), (got,) = torch.autograd.grad(a, [small]), torch.autograd.grad(b, [items])
+        touched = expected.abs().sum(1) > 0
+        assert got.indices()[0].tolist() == used[touched].tolist()
+        assert torch.equal(got.values(), expected[touched])
+
+
+def test_no_tensor_of_all_gathered_embeddings_is_made() -> None:
+    """The largest tensor that `chunked` makes has an eighth of the elements of all embeddings."""
+    g = torch.Generator().manual_seed(0)
+    rows, k, dim = 4096, 16, 64  # 8 blocks
+    problem = Problem(
+        query=torch.randn(rows, dim, generator=g),
+        positive=None,
+        candidates=torch.randn(100, dim, generator=g),
+        target=torch.randint(0, 100, (rows,), generator=g),
+        candidate_rows=torch.randint(0, 100, (rows, k), generator=g),
+    )
+    with Largest() as largest:
+        chunked.solve(problem, Wanted(True, True, True, False, False, False))
+    assert largest.elements <= rows * k * dim // 8
+
+
+class Largest(TorchDispatchMode):
+    """Counts the elements of the largest tensor made."""
+
+    elements = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for one in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(one, Tensor):
+                self.elements = max(self.elements, one.numel())
+        return out
