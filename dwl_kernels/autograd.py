@@ -108,7 +108,7 @@ class _SoftmaxLoss(torch.autograd.Function):
             ]
         if ctx.table is not None:
             query, positive_ids, candidate_ids = draws
-            products = [gradients[1][:, None], gradients[2]]  # type: ignore[index]
+            products: list[Any] = [gradients[1][:, None], gradients[2]]  # type: ignore[index]
             ids = [positive_ids[:, None], candidate_ids]
             gradients[1:3] = None, table_gradient(query.detach(), ids, products, *ctx.table)
         placed: list[Tensor | None] = [*nothing]
@@ -147,7 +147,7 @@ def _problem(fields: Sequence[Any]) -> Problem:
     if dual is not None:
         hardness, similarity, slate_size, competition = dual
         dual = DualScale(hardness, similarity, int(slate_size), competition)
-    return Problem(*others, dual)
+    return Problem(*[*others, dual])
 
 
 def _sources(problem: Problem) -> tuple[Tensor | None, ...]:

@@ -487,7 +487,7 @@ def indexed_ids(
 
 
 def _query_and_table(query: Tensor, table: Tensor) -> list[Tensor]:
-    """Both, checked. Autocast leaves a table in its dtype: a cast would read and write all of it."""
+    """Both, checked. Autocast leaves a table as it is: a cast would read and write all of it."""
     for name, value in (("query", query), ("table", table)):
         _dense(name, value)
     if _autocast_dtype(query) is None:
