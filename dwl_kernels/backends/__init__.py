@@ -12,15 +12,20 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from dwl_kernels.backends import chunked, eager, native
+from dwl_kernels.backends import chunked, eager, native, triton
 from dwl_kernels.problem import Output, Problem, Wanted
 
-Backend = Literal["auto", "eager", "chunked", "cpu"]
+Backend = Literal["auto", "eager", "chunked", "cpu", "triton"]
 NAMES = tuple(name for name in get_args(Backend) if name != "auto")
 
 Solve = Callable[[Problem, Wanted, Tensor | None], Output]
-_SOLVE: dict[str, Solve] = {"eager": eager.solve, "chunked": chunked.solve, "cpu": native.solve}
-_AUTO = {"cpu": ("cpu", "chunked")}
+_SOLVE: dict[str, Solve] = {
+    "eager": eager.solve,
+    "chunked": chunked.solve,
+    "cpu": native.solve,
+    "triton": triton.solve,
+}
+_AUTO = {"cpu": ("cpu", "chunked"), "cuda": ("triton", "chunked")}
 
 _warned: set[str] = set()
 
@@ -36,6 +41,17 @@ def why_not(name: str, device_type: str) -> str | None:
         if device_type != "cpu":
             return f"it runs on CPU tensors, and these are on {device_type}"
         return native.why_not()
+    if name == "triton":
+        return triton.why_not(device_type)
+    return None
+
+
+def _refuses(name: str, problem: Problem) -> str | None:
+    """Why a backend that can run here does not take this problem; None where it does."""
+    if name == "cpu":
+        return native.refuses(problem)
+    if name == "triton":
+        return triton.refuses(problem)
     return None
 
 
@@ -50,14 +66,12 @@ def pick(name: str, problem: Problem) -> Solve:
         check_name(name)
     device = problem.query.device.type
     if name != "auto":
-        reason = why_not(name, device)
+        reason = why_not(name, device) or _refuses(name, problem)
         if reason is not None:
             raise RuntimeError(f"backend {name!r} cannot run: {reason}")
-        if name == "cpu" and not native.takes(problem):
-            raise RuntimeError(f"backend {name!r} does not take {problem.query.dtype}")
         return _SOLVE[name]
     for candidate in _AUTO.get(device, ("chunked",)):
-        if candidate == "cpu" and not native.takes(problem):
+        if _refuses(candidate, problem) is not None:
             continue
         reason = why_not(candidate, device)
         if reason is None:

@@ -29,8 +29,11 @@ def why_not() -> str | None:
     return None
 
 
-def takes(problem: Problem) -> bool:
-    return problem.query.dtype in DTYPES
+def refuses(problem: Problem) -> str | None:
+    """Why the kernel does not take this problem; None where it does."""
+    if problem.query.dtype in DTYPES:
+        return None
+    return f"it does not take {problem.query.dtype}; backend='chunked' does"
 
 
 def solve(
