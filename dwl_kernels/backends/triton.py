@@ -197,6 +197,7 @@ def _form(
         torch.get_float32_matmul_precision(),
         tiles,
         workers,
+        inputs[11] is not None,
         interpreting(),
     )
 
@@ -213,6 +214,7 @@ def _form_of(
     precision: str,
     tiles: Tiles,
     workers: int,
+    row_grad: bool,
     interpreted: bool,
 ) -> Any:
     import triton.language as tl
@@ -236,6 +238,7 @@ def _form_of(
         REFINED=correction == "refined",
         TEMPERATURE=temperature,
         PRECISION="ieee" if exact else "tf32",
+        FOLD=dtype in (torch.bfloat16, torch.float16) and not row_grad,
         HALF=dtype == torch.float16,
         UPCAST=interpreted and dtype == torch.bfloat16,
     )

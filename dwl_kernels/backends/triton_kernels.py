@@ -121,8 +121,9 @@ class Form(NamedTuple):
     REFINED: Any
     TEMPERATURE: Any  # "float", "scalar" or "row"
     PRECISION: Any  # of a float32 product
+    FOLD: Any  # the coefficient goes into the statistic, at the price of its low digits
     HALF: Any  # float16 embeddings: 5 bits of exponent
-    UPCAST: Any  # the interpreter has no bfloat16 products
+    UPCAST: Any  # bfloat16 in the interpreter, which cannot multiply it
 
 
 class Sizes(NamedTuple):
@@ -164,6 +165,16 @@ def product(a, b, total, form):
 
 
 @triton.jit
+def narrow(x, dtype: tl.constexpr, form):
+    """`x` rounded to the nearest of an embedding dtype."""
+    if form.UPCAST and dtype == tl.bfloat16:  # the interpreter cuts bits off instead
+        bits = x.to(tl.int32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        x = (bits & -65536).to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
 def embeddings(base, index, form):
     """Rows `index` of a ``[*, D]`` matrix, ``[len(index), BLOCK_D]``."""
     column = tl.arange(0, form.BLOCK_D)
@@ -180,7 +191,7 @@ def store_embeddings(base, index, value, mask, form):
     keep = mask[:, None]
     if form.D != form.BLOCK_D:
         keep = keep & (column[None, :] < form.D)
-    tl.store(pointer, value.to(base.dtype.element_ty), mask=keep)
+    tl.store(pointer, narrow(value, base.dtype.element_ty, form), mask=keep)
 
 
 @triton.jit
@@ -388,7 +399,7 @@ def stream_candidates(
         total += tl.sum(e, 1)
         compete += more
         if (outputs.query is not None) or (outputs.temperature is not None):
-            weighted = product(e.to(c.dtype), c, weighted, form)
+            weighted = product(narrow(e, c.dtype, form), c, weighted, form)
     return total, compete, weighted
 
 
@@ -553,11 +564,11 @@ def finish_rows(
         tl.store(arrays + ROW_LOSS * sizes.rows, row_loss, mask=inside)
     if outputs.candidates is not None:
         statistic = lse_2
-        if inputs.row_grad is None:
+        if form.FOLD:
             statistic = lse_2 - tl.log2(coefficient)
         statistic = tl.where(nothing, float("inf"), statistic)
         tl.store(arrays + STATISTIC * sizes.rows, statistic, mask=inside)
-        if (inputs.row_grad is not None) or form.HALF:
+        if form.HALF or not form.FOLD:
             tl.store(arrays + COEFFICIENT * sizes.rows, coefficient, mask=inside)
         if form.TEMPERATURE == "row":
             tl.store(arrays + SCALE * sizes.rows, scale, mask=inside)
@@ -566,9 +577,10 @@ def finish_rows(
     if outputs.positive is not None:
         store_embeddings(outputs.positive, row, d_positive[:, None] * q, inside, form)
     if (outputs.query is not None) or (outputs.temperature is not None):
-        factor = (coefficient / all_terms)[:, None]
         p = positives(row, inputs, form).to(dtype)
-        d_query = tl.where(nothing[:, None], 0.0, factor * weighted + d_positive[:, None] * p)
+        mean = weighted * (1 / all_terms)[:, None]  # sum_j p_ij c_j
+        d_query = coefficient[:, None] * mean + d_positive[:, None] * p
+        d_query = tl.where(nothing[:, None], 0.0, d_query)
         if outputs.query is not None:
             store_embeddings(outputs.query, row, d_query, inside, form)
         if outputs.temperature is not None:
@@ -632,9 +644,9 @@ def candidate_tile(tile, first, stop, part, shift, inputs, outputs, sizes, space
         if form.HALF:
             statistic -= shift
         p = tl.exp2(z - statistic[None, :])
-        if inputs.row_grad is not None:
+        if not form.FOLD:
             p *= tl.load(arrays + COEFFICIENT * sizes.rows, mask=inside, other=0.0)[None, :]
-        gradient = product(p.to(q.dtype), q, gradient, form)
+        gradient = product(narrow(p, q.dtype, form), q, gradient, form)
     if form.HALF:
         gradient *= tl.exp2(-shift)
     if part < 0:
