@@ -189,6 +189,8 @@ def _form(
     return _form_of(
         problem.query.shape[1],
         problem.query.dtype,
+        problem.candidates.shape[0] < tiles.BN,
+        problem.query.shape[0] < tiles.CN,
         1 if problem.domain_ids is None else problem.domain_ids.shape[1],
         0 if problem.domain_weights is None else problem.domain_weights.shape[0],
         problem.reduction,
@@ -206,6 +208,8 @@ def _form(
 def _form_of(
     d: int,
     dtype: torch.dtype,
+    few_candidates: bool,
+    few_rows: bool,
     slots: int,
     domains: int,
     reduction: str,
@@ -240,6 +244,8 @@ def _form_of(
         PRECISION="ieee" if exact else "tf32",
         FOLD=dtype in (torch.bfloat16, torch.float16) and not row_grad,
         HALF=dtype == torch.float16,
+        FEW_CANDIDATES=few_candidates,
+        FEW_ROWS=few_rows,
         UPCAST=interpreted and dtype == torch.bfloat16,
     )
     return Form(*(tl.constexpr(value) for value in values))
@@ -250,7 +256,7 @@ def _workspace(
 ) -> tuple[Tensor, Tensor]:
     """Two buffers, as `workspace` in the kernels cuts them up; the allocator caches them."""
     rows, d = problem.query.shape
-    floats = 7 * rows + 3 * workers
+    floats = 7 * -(-rows // tiles.BM) * tiles.BM + 3 * workers
     if outputs[5] is not None:
         floats += 2 * workers * outputs[5].shape[0]
     floats += 64 + workers * max(tiles.BM, tiles.CM) * (_power_of_two(d, 16) + 3)

@@ -44,9 +44,9 @@ FINITE = tl.constexpr(1e30)  # a reference must not be infinite: inf - inf is Na
 HEADROOM = tl.constexpr(14)  # float16 ends at 2^16: terms start at 2^14 there
 BLOCK = tl.constexpr(256)  # rows at a time where a row is a few numbers
 CHUNK = tl.constexpr(16)  # rows or candidates of a split tile that one worker merges
-MIN_STEPS = tl.constexpr(2)  # a part of a split tile streams at least so many blocks
+MIN_STEPS = tl.constexpr(1)  # a part of a split tile streams at least so many blocks
 
-# Rows of the workspace, [B] each, in packed order.
+# Row arrays of the workspace, in packed order.
 STATISTIC = tl.constexpr(0)
 COEFFICIENT = tl.constexpr(1)  # a / tau
 SCALE = tl.constexpr(2)  # log2 e / tau
@@ -94,7 +94,7 @@ class Outputs(NamedTuple):
 class Space(NamedTuple):
     """The workspace."""
 
-    rows: Any  # [NUM_ROW_ARRAYS, B] accumulation dtype, as the three that follow
+    rows: Any  # [NUM_ROW_ARRAYS, stride] accumulation dtype, as the three that follow
     sums: Any  # [NUM_WORKER_ARRAYS, workers]
     domains: Any  # [2, workers, num_domains]
     parts: Any  # [workers, max(BM, CM) * (BLOCK_D + 3)]
@@ -123,6 +123,8 @@ class Form(NamedTuple):
     PRECISION: Any  # of a float32 product
     FOLD: Any  # the coefficient goes into the statistic, at the price of its low digits
     HALF: Any  # float16 embeddings: 5 bits of exponent
+    FEW_CANDIDATES: Any  # less than BN
+    FEW_ROWS: Any  # less than CN
     UPCAST: Any  # bfloat16 in the interpreter, which cannot multiply it
 
 
@@ -130,6 +132,7 @@ class Sizes(NamedTuple):
     """Run-time numbers; `count` and `norm` are known after phase 0."""
 
     rows: Any  # B
+    stride: Any  # B rounded up to whole tiles: the length of a row array in the workspace
     candidates: Any  # N
     domains: Any
     workers: Any
@@ -178,10 +181,22 @@ def narrow(x, dtype: tl.constexpr, form):
 def embeddings(base, index, form):
     """Rows `index` of a ``[*, D]`` matrix, ``[len(index), BLOCK_D]``."""
     column = tl.arange(0, form.BLOCK_D)
-    pointer = base + index.to(tl.int64)[:, None] * form.D + column[None, :]
+    pointer = base + tl.cast(index, tl.int64)[:, None] * form.D + column[None, :]
     if form.D == form.BLOCK_D:
         return tl.load(pointer)
     return tl.load(pointer, mask=column[None, :] < form.D, other=0.0)
+
+
+@triton.jit
+def block(base, start, length, SIZE: tl.constexpr, form):
+    """The indices and embeddings of a block of a matrix with at least SIZE rows.
+
+    The last block begins early enough to end with the matrix, so its first rows came before. With
+    one address for the whole block, a load costs no arithmetic.
+    """
+    first = tl.minimum(start, length - SIZE)
+    row = tl.arange(0, SIZE)
+    return first + row, embeddings(base + tl.cast(first, tl.int64) * form.D, row, form)
 
 
 @triton.jit
@@ -346,13 +361,19 @@ def unit(number, whole, splits, steps):
 
 
 @triton.jit
-def row_logits(q, scale, row_id, place, start, inputs, sizes, space, form):
-    """``z_ij log2 e`` of a row tile, the candidates ``c_j`` behind it, and how many compete."""
-    at = start + tl.arange(0, form.BN)
-    j = candidate_at(tl.minimum(at, sizes.places - 1), inputs, space, sizes)
-    c = embeddings(inputs.candidates, j, form)
+def row_logits(q, scale, reference, row_id, place, start, inputs, sizes, space, form):
+    """``z_ij log2 e - reference`` of a row tile, its candidates ``c_j``, and how many compete."""
+    packed: tl.constexpr = (inputs.positive is None) and (inputs.example_weights is not None)
+    if packed or form.FEW_CANDIDATES:
+        at = start + tl.arange(0, form.BN)
+        j = candidate_at(tl.minimum(at, sizes.places - 1), inputs, space, sizes)
+        c = embeddings(inputs.candidates, j, form)
+    else:
+        at, c = block(inputs.candidates, start, sizes.candidates, form.BN, form)
+        j = at
     dtype = space.rows.dtype.element_ty
-    z = product(q, tl.trans(c), tl.zeros([form.BM, form.BN], dtype), form) * scale[:, None]
+    z = product(q, tl.trans(c), tl.zeros([form.BM, form.BN], dtype), form)
+    z = z * scale[:, None] - reference
     compete = tl.zeros([form.BM], dtype)
     if inputs.candidate_log_q is not None:
         z -= (tl.load(inputs.candidate_log_q + j) * LOG2E)[None, :]
@@ -361,14 +382,14 @@ def row_logits(q, scale, row_id, place, start, inputs, sizes, space, form):
         hit = row_id[:, None] == tl.load(inputs.candidate_ids + j)[None, :]
         z = tl.where(hit, float("-inf"), z)
         if form.REFINED:
-            counts = (at < sizes.places)[None, :] & (row_id[:, None] == row_id[:, None]) & ~hit
+            counts = ((at >= start) & (at < sizes.places))[None, :] & ~hit
             compete = tl.sum(tl.where(counts, 1.0, 0.0).to(dtype), 1)
     edge = start + form.BN > sizes.places
     if (inputs.positive is None) and (inputs.candidate_ids is None):
         first = tl.min(place, 0)
         edge = edge | ((start < first + form.BM) & (start + form.BN > first))
     if edge:
-        z = tl.where((at < sizes.places)[None, :], z, float("-inf"))
+        z = tl.where(((at >= start) & (at < sizes.places))[None, :], z, float("-inf"))
         if (inputs.positive is None) and (inputs.candidate_ids is None):
             z = tl.where(at[None, :] == place[:, None], float("-inf"), z)
     return z, c, compete
@@ -379,7 +400,7 @@ def row_maxima(q, scale, row_id, place, first, stop, inputs, sizes, space, form)
     """The largest ``z_ij log2 e`` of each row."""
     largest = tl.full([form.BM], -FINITE, space.rows.dtype.element_ty)
     for start in tl.range(first * form.BN, stop * form.BN, form.BN, num_stages=form.STAGES_1):
-        z, _, _ = row_logits(q, scale, row_id, place, start, inputs, sizes, space, form)
+        z, _, _ = row_logits(q, scale, 0.0, row_id, place, start, inputs, sizes, space, form)
         largest = tl.maximum(largest, tl.max(z, 1))
     return tl.minimum(largest, FINITE)
 
@@ -394,8 +415,10 @@ def stream_candidates(
     compete = tl.zeros([form.BM], dtype)
     weighted = tl.zeros([form.BM, form.BLOCK_D], dtype)
     for start in tl.range(first * form.BN, stop * form.BN, form.BN, num_stages=form.STAGES_1):
-        z, c, more = row_logits(q, scale, row_id, place, start, inputs, sizes, space, form)
-        e = tl.exp2(z - reference[:, None])
+        z, c, more = row_logits(
+            q, scale, reference[:, None], row_id, place, start, inputs, sizes, space, form
+        )
+        e = tl.exp2(z)
         total += tl.sum(e, 1)
         compete += more
         if (outputs.query is not None) or (outputs.temperature is not None):
@@ -438,9 +461,8 @@ def row_tile(tile, first, stop, part, inputs, outputs, sizes, space, form):
                 reference = tl.maximum(reference, largest)
         attempt += 1
     if part < 0:
-        finish_rows(
-            place, reference, total, compete, weighted, inputs, outputs, sizes, space, form
-        )
+        sums = Sums(z_positive, reference, total, compete)
+        finish_rows(place, sums, weighted, inputs, outputs, sizes, space, form)
     else:
         base = part_of(part, space, form)
         r = tl.arange(0, form.BM)
@@ -482,7 +504,12 @@ def merge_rows(chunk, whole, splits, inputs, outputs, sizes, space, form):
             part = tl.load(base + 3 * form.BM + r[:, None] * form.BLOCK_D + d[None, :])
             weighted += part * factor[:, None]
     place = (whole + of_tile) * form.BM + r
-    finish_rows(place, reference, total, compete, weighted, inputs, outputs, sizes, space, form)
+    row = row_at(tl.minimum(place, sizes.count - 1), inputs, space)
+    q = embeddings(inputs.query, row, form).to(dtype)
+    scale = LOG2E / (tl.zeros_like(total) + temperature_of(row, inputs, sizes, form))
+    z_positive = positive_logits(q, row, scale, inputs, form)
+    sums = Sums(z_positive, reference, total, compete)
+    finish_rows(place, sums, weighted, inputs, outputs, sizes, space, form)
 
 
 @triton.jit
@@ -501,18 +528,23 @@ def positive_logits(q, row, scale, inputs, form):
     return z
 
 
+class Sums(NamedTuple):
+    """What phase 1 knows of each row when all candidates have passed, ``[BM]`` each."""
+
+    z_positive: Any  # z_i+ log2 e
+    reference: Any
+    total: Any  # sum_j exp2(z_ij log2 e - reference)
+    compete: Any  # n_i, where it is counted
+
+
 @triton.jit
-def finish_rows(
-    place, reference, total, compete, weighted, inputs, outputs, sizes, space, form
-):
+def finish_rows(place, sums, weighted, inputs, outputs, sizes, space, form):
     """From the sums over all candidates to the losses, gradients and statistics of some rows."""
     dtype = space.rows.dtype.element_ty
+    z_positive, reference, total, compete = sums
     inside = place < sizes.count
     row = row_at(tl.minimum(place, sizes.count - 1), inputs, space)
-    q = embeddings(inputs.query, row, form).to(dtype)
     tau = tl.zeros_like(total) + temperature_of(row, inputs, sizes, form)
-    scale = LOG2E / tau
-    z_positive = positive_logits(q, row, scale, inputs, form)
     weight = row_weight(row, inputs, sizes, space, form)
 
     if form.REFINED:
@@ -557,38 +589,41 @@ def finish_rows(
     term = tl.where(weight == 0, 0.0, weight * row_loss)
     arrays = space.rows + place
     if form.REDUCTION != "none":
-        tl.store(arrays + TERM * sizes.rows, term, mask=inside)
+        tl.store(arrays + TERM * sizes.stride, term, mask=inside)
     elif outputs.loss is not None:
         tl.store(outputs.loss + row, term, mask=inside)
     if outputs.domain_weights is not None:
-        tl.store(arrays + ROW_LOSS * sizes.rows, row_loss, mask=inside)
+        tl.store(arrays + ROW_LOSS * sizes.stride, row_loss, mask=inside)
     if outputs.candidates is not None:
         statistic = lse_2
         if form.FOLD:
             statistic = lse_2 - tl.log2(coefficient)
-        statistic = tl.where(nothing, float("inf"), statistic)
-        tl.store(arrays + STATISTIC * sizes.rows, statistic, mask=inside)
+        # Places after the last row are written too: phase 2 reads whole blocks, without a mask.
+        statistic = tl.where(nothing | ~inside, float("inf"), statistic)
+        tl.store(arrays + STATISTIC * sizes.stride, statistic)
         if form.HALF or not form.FOLD:
-            tl.store(arrays + COEFFICIENT * sizes.rows, coefficient, mask=inside)
+            tl.store(arrays + COEFFICIENT * sizes.stride, tl.where(inside, coefficient, 0.0))
         if form.TEMPERATURE == "row":
-            tl.store(arrays + SCALE * sizes.rows, scale, mask=inside)
+            tl.store(arrays + SCALE * sizes.stride, 1 / tau * LOG2E)
         if inputs.positive is None:
-            tl.store(arrays + POSITIVE * sizes.rows, d_positive, mask=inside)
-    if outputs.positive is not None:
-        store_embeddings(outputs.positive, row, d_positive[:, None] * q, inside, form)
+            tl.store(arrays + POSITIVE * sizes.stride, d_positive, mask=inside)
     if (outputs.query is not None) or (outputs.temperature is not None):
-        p = positives(row, inputs, form).to(dtype)
         mean = weighted * (1 / all_terms)[:, None]  # sum_j p_ij c_j
+        p = positives(row, inputs, form).to(dtype)
         d_query = coefficient[:, None] * mean + d_positive[:, None] * p
         d_query = tl.where(nothing[:, None], 0.0, d_query)
         if outputs.query is not None:
             store_embeddings(outputs.query, row, d_query, inside, form)
         if outputs.temperature is not None:
+            q = embeddings(inputs.query, row, form).to(dtype)
             d_tau = -tl.sum(q * d_query, 1) / tau
             if form.TEMPERATURE == "row":
                 tl.store(outputs.temperature + row, d_tau, mask=inside)
             else:
-                tl.store(arrays + D_TAU * sizes.rows, d_tau, mask=inside)
+                tl.store(arrays + D_TAU * sizes.stride, d_tau, mask=inside)
+    if outputs.positive is not None:
+        q = embeddings(inputs.query, row, form).to(dtype)
+        store_embeddings(outputs.positive, row, d_positive[:, None] * q, inside, form)
 
 
 # Phase 2 -----------------------------------------------------------------------------------------
@@ -601,7 +636,7 @@ def half_shift(sizes, space):
     for start in range(0, sizes.count, BLOCK):
         place = start + tl.arange(0, BLOCK)
         value = tl.load(
-            space.rows + COEFFICIENT * sizes.rows + place, mask=place < sizes.count, other=0.0
+            space.rows + COEFFICIENT * sizes.stride + place, mask=place < sizes.count, other=0.0
         )
         largest = tl.maximum(largest, tl.abs(value))
     top = tl.maximum(tl.max(largest, 0), 1e-30)
@@ -622,17 +657,22 @@ def candidate_tile(tile, first, stop, part, shift, inputs, outputs, sizes, space
         scale = LOG2E / temperature_of(j, inputs, sizes, form)
     gradient = tl.zeros([form.CM, form.BLOCK_D], dtype)
     for start in tl.range(first * form.CN, stop * form.CN, form.CN, num_stages=form.STAGES_2):
-        place = start + tl.arange(0, form.CN)
-        inside = place < sizes.count
-        row = row_at(tl.minimum(place, sizes.count - 1), inputs, space)
-        q = embeddings(inputs.query, row, form)
-        arrays = space.rows + place
-        statistic = tl.load(arrays + STATISTIC * sizes.rows, mask=inside, other=float("inf"))
-        z = product(c, tl.trans(q), tl.zeros([form.CM, form.CN], dtype), form)
-        if form.TEMPERATURE == "row":
-            z *= tl.load(arrays + SCALE * sizes.rows, mask=inside, other=0.0)[None, :]
+        if (inputs.example_weights is not None) or form.FEW_ROWS:
+            place = start + tl.arange(0, form.CN)
+            row = row_at(tl.minimum(place, sizes.count - 1), inputs, space)
+            q = embeddings(inputs.query, row, form)
         else:
-            z *= scale
+            place, q = block(inputs.query, start, sizes.rows, form.CN, form)
+            row = place
+        arrays = space.rows + place
+        statistic = tl.load(arrays + STATISTIC * sizes.stride)
+        z = product(c, tl.trans(q), tl.zeros([form.CM, form.CN], dtype), form)
+        if form.HALF:
+            statistic -= shift
+        if form.TEMPERATURE == "row":
+            z = z * tl.load(arrays + SCALE * sizes.stride)[None, :] - statistic[None, :]
+        else:
+            z = z * scale - statistic[None, :]
         if inputs.candidate_log_q is not None:
             z -= bias[:, None]
         if inputs.candidate_ids is not None:
@@ -641,11 +681,11 @@ def candidate_tile(tile, first, stop, part, shift, inputs, outputs, sizes, space
         elif inputs.positive is None:
             if (start < tile * form.CM + form.CM) & (start + form.CN > tile * form.CM):
                 z = tl.where(at[:, None] == place[None, :], float("-inf"), z)
-        if form.HALF:
-            statistic -= shift
-        p = tl.exp2(z - statistic[None, :])
+        if start + form.CN > sizes.count:
+            z = tl.where((place >= start)[None, :], z, float("-inf"))
+        p = tl.exp2(z)
         if not form.FOLD:
-            p *= tl.load(arrays + COEFFICIENT * sizes.rows, mask=inside, other=0.0)[None, :]
+            p *= tl.load(arrays + COEFFICIENT * sizes.stride)[None, :]
         gradient = product(narrow(p, q.dtype, form), q, gradient, form)
     if form.HALF:
         gradient *= tl.exp2(-shift)
@@ -681,7 +721,7 @@ def finish_candidates(at, gradient, inputs, outputs, sizes, space, form):
         own = at < sizes.count
         row = row_at(tl.minimum(at, sizes.count - 1), inputs, space)
         q = embeddings(inputs.query, row, form).to(gradient.dtype)
-        d_positive = tl.load(space.rows + POSITIVE * sizes.rows + at, mask=own, other=0.0)
+        d_positive = tl.load(space.rows + POSITIVE * sizes.stride + at, mask=own, other=0.0)
         gradient += tl.where(own[:, None], d_positive[:, None] * q, 0.0)
     store_embeddings(outputs.candidates, j, gradient, at < sizes.places, form)
 
@@ -700,9 +740,9 @@ def sum_rows(worker, inputs, outputs, sizes, space, form):
         place = start + tl.arange(0, BLOCK)
         arrays = space.rows + place
         if form.REDUCTION != "none":
-            loss += tl.load(arrays + TERM * sizes.rows, mask=place < stop, other=0.0)
+            loss += tl.load(arrays + TERM * sizes.stride, mask=place < stop, other=0.0)
         if (outputs.temperature is not None) and (form.TEMPERATURE == "scalar"):
-            d_tau += tl.load(arrays + D_TAU * sizes.rows, mask=place < stop, other=0.0)
+            d_tau += tl.load(arrays + D_TAU * sizes.stride, mask=place < stop, other=0.0)
     tl.store(space.sums + LOSS_SUM * sizes.workers + worker, tl.sum(loss, 0))
     tl.store(space.sums + TAU_SUM * sizes.workers + worker, tl.sum(d_tau, 0))
     if outputs.domain_weights is not None:
@@ -736,7 +776,7 @@ def sum_domains(domain, first, stop, inputs, sizes, space, form):
             given = tl.load(slots + slot)
             present += tl.where((given >= 0) & (given < sizes.domains), 1.0, 0.0)
         share /= tl.maximum(present, 1.0)
-        loss = share * tl.load(space.rows + ROW_LOSS * sizes.rows + place, mask=inside, other=0.0)
+        loss = share * tl.load(space.rows + ROW_LOSS * sizes.stride + place, mask=inside, other=0.0)
         for slot in range(form.SLOTS):
             here = (tl.load(slots + slot)[:, None] == domain[None, :]) & inside[:, None]
             losses += tl.sum(tl.where(here, loss[:, None], 0.0), 0)
@@ -775,9 +815,9 @@ def finish_sums(worker, inputs, outputs, sizes, space, form):
 
 
 @triton.jit
-def workspace(floats, integers, barrier, num_rows, num_domains, workers, outputs):
-    """The tensors in two flat buffers; `workspace_sizes` on the host has their lengths."""
-    sums = NUM_ROW_ARRAYS * num_rows
+def workspace(floats, integers, barrier, stride, num_domains, workers, outputs):
+    """The tensors in two flat buffers; `_workspace` on the host has their lengths."""
+    sums = NUM_ROW_ARRAYS * stride
     domains = sums + NUM_WORKER_ARRAYS * workers
     parts = domains
     if outputs.domain_weights is not None:
@@ -805,11 +845,12 @@ def softmax_loss_kernel(
     """All phases; see the head of the file."""
     program = tl.program_id(0)
     programs = tl.num_programs(0)
-    space = workspace(floats, integers, barrier, num_rows, num_domains, workers, outputs)
+    stride = tl.cdiv(num_rows, form.BM) * form.BM
+    space = workspace(floats, integers, barrier, stride, num_domains, workers, outputs)
     count = num_rows
     places = num_candidates
     norm = num_rows.to(floats.dtype.element_ty)
-    sizes = Sizes(num_rows, num_candidates, num_domains, workers, tau, count, places, norm)
+    sizes = Sizes(num_rows, stride, num_candidates, num_domains, workers, tau, count, places, norm)
 
     if (inputs.example_weights is not None) or (form.REDUCTION == "weighted_mean"):
         for worker in range(program, workers, programs):
@@ -823,7 +864,7 @@ def softmax_loss_kernel(
             norm = count.to(norm.dtype)
         if form.REDUCTION == "weighted_mean":
             norm = worker_sum(WEIGHT_SUM, sizes, space, form)
-        sizes = Sizes(num_rows, num_candidates, num_domains, workers, tau, count, places, norm)
+        sizes = Sizes(num_rows, stride, num_candidates, num_domains, workers, tau, count, places, norm)
         if inputs.example_weights is not None:
             for worker in range(program, workers, programs):
                 pack_rows(worker, inputs, outputs, sizes, space, form)
