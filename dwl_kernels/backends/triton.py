@@ -8,30 +8,18 @@ from __future__ import annotations
 
 import functools
 import os
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dwl_kernels.backends import eager
+from dwl_kernels.backends.triton_tiles import Tiles, choose
 from dwl_kernels.problem import Output, Problem, Wanted, checks_values
 
 MAX_D = 256  # a row tile keeps [BM, D] sums in registers; above, the product dominates anyway
+MAX_WORKERS = 1024  # more than any device has multiprocessors, three programs on each
 MAX_DOMAINS = 1 << 16  # the workspace holds two sums for every worker and domain
-
-
-class Tiles(NamedTuple):
-    """Tile shapes; `Form` in the kernels says what each is."""
-
-    BM: int
-    BN: int
-    CM: int
-    CN: int
-    stages_1: int
-    stages_2: int
-    warps: int
-    programs: int  # at once on a multiprocessor, which registers and shared memory must allow
 
 
 class Interpreter(NamedTuple):
@@ -83,6 +71,8 @@ def why_not(device_type: str) -> str | None:
 
 def refuses(problem: Problem) -> str | None:
     """Why the kernel does not take this problem; None where it does."""
+    if problem.query.dtype == torch.float64 and not interpreting():
+        return "it takes float64 in the interpreter only; backend='chunked' takes it"
     if problem.query.shape[1] > MAX_D:
         return (
             f"it takes embeddings of at most {MAX_D} elements, and these have "
@@ -102,43 +92,122 @@ def solve(
     row_grad: Tensor | None = None,  # [B], gradient of the row losses of reduction "none"
 ) -> Output:
     """The loss and the wanted gradients in one launch, with no logits in memory."""
-    rows, candidates = problem.query.shape[0], problem.candidates.shape[0]
-    if rows == 0 or candidates == 0:
+    if 0 in (problem.query.shape[0], problem.candidates.shape[0]):
         return eager.solve(problem, wanted, row_grad)
     device = problem.query.device
     if checks_values(device):
         problem.row_weights()
-    from dwl_kernels.backends import triton_kernels as kernels
+    if interpreting():
+        return _launch(problem, wanted, row_grad, *INTERPRETER)
+    with torch.cuda.device(device):
+        return _launch(problem, wanted, row_grad, *_plan(problem, wanted, row_grad))
 
-    tiles, workers = _plan(problem)
+
+def _launch(
+    problem: Problem,
+    wanted: Wanted,
+    row_grad: Tensor | None,
+    tiles: Tiles,
+    workers: int,
+    warm_up: bool = False,
+) -> Any:
+    """Launch the kernel, or (`warm_up`) compile it and return the compiled kernel."""
+    from dwl_kernels.backends.triton_common import Call, Inputs, Outputs
+    from dwl_kernels.backends.triton_kernels import softmax_loss_kernel as kernel
+
     inputs = _inputs(problem, row_grad)
-    outputs = _outputs(problem, wanted, row_grad)
-    form = _form(problem, inputs, tiles, workers)
+    outputs = _outputs(problem, wanted)
     floats, integers = _workspace(problem, outputs, tiles, workers)
-    domains = 0 if problem.domain_weights is None else problem.domain_weights.shape[0]
-    kernels.softmax_loss_kernel[(1 if interpreting() else workers,)](
-        kernels.Inputs(*inputs),
-        kernels.Outputs(*outputs),
+    arguments = (
+        Call(Inputs(*inputs), Outputs(*outputs), form_of(problem, inputs, tiles)),
         floats,
         integers,
-        _barrier(device),
-        rows,
-        candidates,
-        domains,
+        _barrier(problem.query.device),
+        problem.query.shape[0],
+        problem.candidates.shape[0],
+        0 if problem.domain_weights is None else problem.domain_weights.shape[0],
         workers,
         problem.tau,
-        form,
-        num_warps=tiles.warps,
-        launch_cooperative_grid=True,
-        enable_fp_fusion=True,
     )
+    options = launch_options(tiles)
+    if warm_up:
+        return kernel.warmup(*arguments, grid=(1,), **options)
+    kernel[(1 if interpreting() else workers,)](*arguments, **options)
     return Output(*outputs)
 
 
-def _plan(problem: Problem) -> tuple[Tiles, int]:
-    if interpreting():
-        return INTERPRETER
-    raise NotImplementedError
+def launch_options(tiles: Tiles) -> dict[str, Any]:
+    options = {
+        "num_warps": tiles.warps,
+        "launch_cooperative_grid": True,
+        "enable_fp_fusion": True,  # Triton 3.10 changes the default
+    }
+    if tiles.registers is not None:
+        options["maxnreg"] = tiles.registers
+    return options
+
+
+_plans: dict[tuple[Any, ...], tuple[Tiles, int]] = {}
+
+
+def _plan(problem: Problem, wanted: Wanted, row_grad: Tensor | None) -> tuple[Tiles, int]:
+    """Tiles, and how many programs the device runs at once with them."""
+    p = problem
+    absent = tuple(getattr(p, field) is None for field in _OPTIONAL)
+    exact = torch.get_float32_matmul_precision() == "highest"
+    searching = os.environ.get("DWL_KERNELS_AUTOTUNE") == "1"
+    shape = (p.query.shape[0], p.candidates.shape[0])
+    key = (
+        *(p.query.device, p.query.shape[1], p.query.dtype, p.reduction, p.correction, exact),
+        *(wanted, row_grad is None, absent, shape if searching else None),
+    )
+    if key not in _plans:
+
+        def seconds(tiles: Tiles) -> float:
+            return _seconds(problem, wanted, row_grad, tiles)
+
+        tiles = choose(
+            _power_of_two(p.query.shape[1], 16),
+            p.query.dtype,
+            torch.cuda.get_device_capability()[0],
+            exact,
+            shape,
+            seconds,
+        )
+        _plans[key] = tiles, _workers(problem, wanted, row_grad, tiles)
+    return _plans[key]
+
+
+_OPTIONAL = (
+    *("positive", "positive_log_q", "candidate_log_q", "positive_ids", "domain_ids"),
+    *("example_weights", "temperature"),
+)
+
+
+def _workers(problem: Problem, wanted: Wanted, row_grad: Tensor | None, tiles: Tiles) -> int:
+    """What the registers and the shared memory of the compiled kernel leave room for."""
+    device = torch.cuda.get_device_properties(problem.query.device)
+    most = device.multi_processor_count * tiles.programs
+    compiled = _launch(problem, wanted, row_grad, tiles, most, warm_up=True)
+    compiled._init_handles()
+    registers = -(-compiled.n_regs // 8) * 8 * tiles.warps * 32
+    shared = compiled.metadata.shared + 1024  # of which the driver takes one for itself
+    fit = min(65536 // registers, device.shared_memory_per_multiprocessor // shared)
+    return device.multi_processor_count * max(1, min(tiles.programs, fit))
+
+
+def _seconds(problem: Problem, wanted: Wanted, row_grad: Tensor | None, tiles: Tiles) -> float:
+    """The median time of a call with these tiles; infinite where they do not fit the device."""
+    from triton.runtime.errors import OutOfResources
+    from triton.testing import do_bench
+
+    try:
+        workers = _workers(problem, wanted, row_grad, tiles)
+        return do_bench(
+            lambda: _launch(problem, wanted, row_grad, tiles, workers), return_mode="median"
+        )
+    except OutOfResources:
+        return float("inf")
 
 
 def _inputs(problem: Problem, row_grad: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -155,9 +224,7 @@ def _inputs(problem: Problem, row_grad: Tensor | None) -> tuple[Tensor | None, .
     return tuple(None if t is None else t.contiguous() for t in tensors)
 
 
-def _outputs(
-    problem: Problem, wanted: Wanted, row_grad: Tensor | None
-) -> tuple[Tensor | None, ...]:
+def _outputs(problem: Problem, wanted: Wanted) -> tuple[Tensor | None, ...]:
     p = problem
 
     def like(tensor: Tensor | None, want: bool, dtype: torch.dtype) -> Tensor | None:
@@ -165,9 +232,7 @@ def _outputs(
             return None
         return torch.empty(tensor.shape, dtype=dtype, device=tensor.device)
 
-    loss = p.query.new_empty(
-        p.query.shape[:1] if p.reduction == "none" else (), dtype=p.accumulate
-    )
+    loss = p.query.new_empty(p.query.shape[:1] if p.reduction == "none" else (), dtype=p.accumulate)
     return (
         loss,
         like(p.query, wanted.query, p.gradient),
@@ -182,11 +247,10 @@ def _power_of_two(n: int, least: int) -> int:
     return max(1 << (n - 1).bit_length(), least)
 
 
-def _form(
-    problem: Problem, inputs: tuple[Tensor | None, ...], tiles: Tiles, workers: int
-) -> Any:
+def form_of(problem: Problem, inputs: tuple[Tensor | None, ...], tiles: Tiles) -> Any:
+    """What the kernel is compiled for."""
     temperature = inputs[10]
-    return _form_of(
+    return _form(
         problem.query.shape[1],
         problem.query.dtype,
         problem.candidates.shape[0] < tiles.BN,
@@ -198,14 +262,13 @@ def _form(
         "float" if temperature is None else "row" if temperature.dim() else "scalar",
         torch.get_float32_matmul_precision(),
         tiles,
-        workers,
         inputs[11] is not None,
         interpreting(),
     )
 
 
 @functools.cache
-def _form_of(
+def _form(
     d: int,
     dtype: torch.dtype,
     few_candidates: bool,
@@ -217,15 +280,15 @@ def _form_of(
     temperature: str,
     precision: str,
     tiles: Tiles,
-    workers: int,
     row_grad: bool,
     interpreted: bool,
 ) -> Any:
     import triton.language as tl
 
-    from dwl_kernels.backends.triton_kernels import Form
+    from dwl_kernels.backends.triton_common import Form
 
     exact = dtype == torch.float64 or (dtype == torch.float32 and precision == "highest")
+    narrow = dtype in (torch.bfloat16, torch.float16)
     values = Form(
         D=d,
         BLOCK_D=_power_of_two(d, 16),
@@ -236,14 +299,17 @@ def _form_of(
         STAGES_1=tiles.stages_1,
         STAGES_2=tiles.stages_2,
         SLOTS=slots,
-        WORKERS=_power_of_two(workers, 2),
+        WORKERS=MAX_WORKERS,
         DOMAINS=min(_power_of_two(max(domains, 1), 2), 64),
         REDUCTION=reduction,
         REFINED=correction == "refined",
         TEMPERATURE=temperature,
+        DTYPE=tl.float64 if dtype == torch.float64 else tl.float32,
         PRECISION="ieee" if exact else "tf32",
-        FOLD=dtype in (torch.bfloat16, torch.float16) and not row_grad,
+        EXACT=exact,
+        FOLD=narrow and not row_grad,
         HALF=dtype == torch.float16,
+        MAXIMA=exact or dtype == torch.float16,
         FEW_CANDIDATES=few_candidates,
         FEW_ROWS=few_rows,
         UPCAST=interpreted and dtype == torch.bfloat16,
@@ -256,7 +322,7 @@ def _workspace(
 ) -> tuple[Tensor, Tensor]:
     """Two buffers, as `workspace` in the kernels cuts them up; the allocator caches them."""
     rows, d = problem.query.shape
-    floats = 7 * -(-rows // tiles.BM) * tiles.BM + 3 * workers
+    floats = 7 * -(-rows // 64) * 64 + 3 * workers
     if outputs[5] is not None:
         floats += 2 * workers * outputs[5].shape[0]
     floats += 64 + workers * max(tiles.BM, tiles.CM) * (_power_of_two(d, 16) + 3)
@@ -282,10 +348,3 @@ def _barrier(device: torch.device) -> Tensor:
     if key not in _barriers:
         _barriers[key] = torch.zeros(1, dtype=torch.int32, device=device)
     return _barriers[key]
-
-
-def module() -> ModuleType:
-    """The kernels, for tools that compile or count them."""
-    from dwl_kernels.backends import triton_kernels
-
-    return triton_kernels
