@@ -173,12 +173,11 @@ def narrow(x, dtype: tl.constexpr, call, work):
 @triton.jit
 def embeddings(base, index, call, work):
     """Rows `index` of a ``[*, D]`` matrix, ``[len(index), BLOCK_D]``."""
-    form = call.form
-    column = tl.arange(0, form.BLOCK_D)
-    pointer = base + tl.cast(index, tl.int64)[:, None] * form.D + column[None, :]
-    if form.D == form.BLOCK_D:
+    column = tl.arange(0, call.form.BLOCK_D)
+    pointer = base + tl.cast(index, tl.int64)[:, None] * call.form.D + column[None, :]
+    if call.form.D == call.form.BLOCK_D:
         return tl.load(pointer)
-    return tl.load(pointer, mask=column[None, :] < form.D, other=0.0)
+    return tl.load(pointer, mask=column[None, :] < call.form.D, other=0.0)
 
 
 @triton.jit
@@ -195,12 +194,11 @@ def block(base, start, length, SIZE: tl.constexpr, call, work):
 
 @triton.jit
 def store_embeddings(base, index, value, mask, call, work):
-    form = call.form
-    column = tl.arange(0, form.BLOCK_D)
-    pointer = base + index.to(tl.int64)[:, None] * form.D + column[None, :]
+    column = tl.arange(0, call.form.BLOCK_D)
+    pointer = base + index.to(tl.int64)[:, None] * call.form.D + column[None, :]
     keep = mask[:, None]
-    if form.D != form.BLOCK_D:
-        keep = keep & (column[None, :] < form.D)
+    if call.form.D != call.form.BLOCK_D:
+        keep = keep & (column[None, :] < call.form.D)
     tl.store(pointer, narrow(value, base.dtype.element_ty, call, work), mask=keep)
 
 
@@ -226,10 +224,9 @@ def candidate_at(place, call, work):
 @triton.jit
 def temperature_of(row, call, work):
     """``tau_i``, a scalar or one per row."""
-    form = call.form
-    if form.TEMPERATURE == "row":
+    if call.form.TEMPERATURE == "row":
         return tl.load(call.inputs.temperature + row)
-    if form.TEMPERATURE == "scalar":
+    if call.form.TEMPERATURE == "scalar":
         return tl.load(call.inputs.temperature)
     return work.sizes.tau
 
@@ -280,17 +277,16 @@ def logarithm(x, call, work):
 @triton.jit
 def row_weight(row, call, work):
     """``w_i``; NaN for a negative weight or a domain id out of range."""
-    inputs, form = call.inputs, call.form
-    weight = tl.full(row.shape, 1.0, form.DTYPE)
-    if inputs.example_weights is not None:
-        weight = tl.load(inputs.example_weights + row)
-    if inputs.domain_ids is not None:
+    weight = tl.full(row.shape, 1.0, call.form.DTYPE)
+    if call.inputs.example_weights is not None:
+        weight = tl.load(call.inputs.example_weights + row)
+    if call.inputs.domain_ids is not None:
         total = tl.zeros_like(weight)
         present = tl.zeros_like(weight)
-        for slot in range(form.SLOTS):
-            domain = tl.load(inputs.domain_ids + row.to(tl.int64) * form.SLOTS + slot)
+        for slot in range(call.form.SLOTS):
+            domain = tl.load(call.inputs.domain_ids + row.to(tl.int64) * call.form.SLOTS + slot)
             inside = (domain >= 0) & (domain < work.sizes.domains)
-            value = tl.load(inputs.domain_weights + domain, mask=inside, other=float("nan"))
+            value = tl.load(call.inputs.domain_weights + domain, mask=inside, other=float("nan"))
             given = domain != -1
             total += tl.where(given, value, 0.0)
             present += tl.where(given, 1.0, 0.0)
@@ -328,6 +324,5 @@ def unit(number, whole, splits, steps):
 @triton.jit
 def part_of(part, call, work):
     """Where a worker leaves its part of a split tile."""
-    form = call.form
-    size: tl.constexpr = max(form.BM, form.CM) * (form.BLOCK_D + 3)
+    size: tl.constexpr = max(call.form.BM, call.form.CM) * (call.form.BLOCK_D + 3)
     return work.space.parts + part * size

@@ -66,56 +66,55 @@ from dwl_kernels.backends.triton_rows import merge_rows, row_tile
 @triton.jit
 def count_rows(worker, call, work):
     """How many rows of the slice are not padding, and the sum of their weights."""
-    inputs, sizes, form = call.inputs, work.sizes, call.form
+    sizes = work.sizes
     first, stop = slice_of(worker, sizes.rows, sizes.workers)
     count = tl.zeros([BLOCK], tl.int32)
-    total = tl.zeros([BLOCK], form.DTYPE)
+    total = tl.zeros([BLOCK], call.form.DTYPE)
     for start in range(first, stop, BLOCK):
         row = start + tl.arange(0, BLOCK)
         active = row < stop
         row = tl.minimum(row, stop - 1)
-        if inputs.example_weights is not None:
-            active = active & (tl.load(inputs.example_weights + row) != 0)
+        if call.inputs.example_weights is not None:
+            active = active & (tl.load(call.inputs.example_weights + row) != 0)
             count += active.to(tl.int32)
-        if form.REDUCTION == "weighted_mean":
+        if call.form.REDUCTION == "weighted_mean":
             total += tl.where(active, row_weight(row, call, work), 0.0)
-    if inputs.example_weights is not None:
+    if call.inputs.example_weights is not None:
         tl.store(work.space.counts + worker, tl.sum(count, 0))
-    if form.REDUCTION == "weighted_mean":
+    if call.form.REDUCTION == "weighted_mean":
         tl.store(work.space.sums + WEIGHT_SUM * sizes.workers + worker, tl.sum(total, 0))
 
 
 @triton.jit
 def pack_rows(worker, call, work):
     """Write the active rows of the slice after those of earlier slices; zeros for others."""
-    inputs, outputs, form = call.inputs, call.outputs, call.form
     first, stop = slice_of(worker, work.sizes.rows, work.sizes.workers)
-    other = tl.arange(0, form.WORKERS)
+    other = tl.arange(0, call.form.WORKERS)
     place = tl.sum(tl.load(work.space.counts + other, mask=other < worker, other=0), 0)
     for start in range(first, stop, BLOCK):
         row = start + tl.arange(0, BLOCK)
-        weight = tl.load(inputs.example_weights + row, mask=row < stop, other=0.0)
+        weight = tl.load(call.inputs.example_weights + row, mask=row < stop, other=0.0)
         active = weight != 0
         rank = tl.cumsum(active.to(tl.int32), 0)
         tl.store(work.space.order + place + rank - 1, row, mask=active)
         place += tl.sum(active.to(tl.int32), 0)
         padded = (row < stop) & (weight == 0)
-        if (form.REDUCTION == "none") and (outputs.loss is not None):
-            tl.store(outputs.loss + row, tl.zeros_like(weight), mask=padded)
-        if (form.TEMPERATURE == "row") and (outputs.temperature is not None):
-            tl.store(outputs.temperature + row, tl.zeros_like(weight), mask=padded)
+        if (call.form.REDUCTION == "none") and (call.outputs.loss is not None):
+            tl.store(call.outputs.loss + row, tl.zeros_like(weight), mask=padded)
+        if (call.form.TEMPERATURE == "row") and (call.outputs.temperature is not None):
+            tl.store(call.outputs.temperature + row, tl.zeros_like(weight), mask=padded)
     for start in range(first, stop, CHUNK):
         row = start + tl.arange(0, CHUNK)
         inside = row < stop
-        weight = tl.load(inputs.example_weights + row, mask=inside, other=0.0)
+        weight = tl.load(call.inputs.example_weights + row, mask=inside, other=0.0)
         padded = inside & (weight == 0)
-        zero = tl.zeros([CHUNK, form.BLOCK_D], form.DTYPE)
-        if outputs.query is not None:
-            store_embeddings(outputs.query, row, zero, padded, call, work)
-        if outputs.positive is not None:
-            store_embeddings(outputs.positive, row, zero, padded, call, work)
-        if (inputs.positive is None) and (outputs.candidates is not None):
-            store_embeddings(outputs.candidates, row, zero, padded, call, work)
+        zero = tl.zeros([CHUNK, call.form.BLOCK_D], call.form.DTYPE)
+        if call.outputs.query is not None:
+            store_embeddings(call.outputs.query, row, zero, padded, call, work)
+        if call.outputs.positive is not None:
+            store_embeddings(call.outputs.positive, row, zero, padded, call, work)
+        if (call.inputs.positive is None) and (call.outputs.candidates is not None):
+            store_embeddings(call.outputs.candidates, row, zero, padded, call, work)
 
 
 # Sums over rows ----------------------------------------------------------------------------------
@@ -136,23 +135,24 @@ def worker_sum(which, call, work):
 @triton.jit
 def sum_rows(worker, call, work):
     """The sums over the worker's slice: loss, dL/dtau, and for every domain."""
-    sizes, space, form = work.sizes, work.space, call.form
+    sizes = work.sizes
+    space = work.space
     first, stop = slice_of(worker, sizes.count, sizes.workers)
-    dtype: tl.constexpr = form.DTYPE
+    dtype: tl.constexpr = call.form.DTYPE
     loss = tl.zeros([BLOCK], dtype)
     d_tau = tl.zeros([BLOCK], dtype)
     for start in range(first, stop, BLOCK):
         place = start + tl.arange(0, BLOCK)
         arrays = space.rows + place
-        if form.REDUCTION != "none":
+        if call.form.REDUCTION != "none":
             loss += tl.load(arrays + TERM * sizes.stride, mask=place < stop, other=0.0)
-        if (call.outputs.temperature is not None) and (form.TEMPERATURE == "scalar"):
+        if (call.outputs.temperature is not None) and (call.form.TEMPERATURE == "scalar"):
             d_tau += tl.load(arrays + D_TAU * sizes.stride, mask=place < stop, other=0.0)
     tl.store(space.sums + LOSS_SUM * sizes.workers + worker, tl.sum(loss, 0))
     tl.store(space.sums + TAU_SUM * sizes.workers + worker, tl.sum(d_tau, 0))
     if call.outputs.domain_weights is not None:
-        for start in range(0, sizes.domains, form.DOMAINS):
-            domain = start + tl.arange(0, form.DOMAINS)
+        for start in range(0, sizes.domains, call.form.DOMAINS):
+            domain = start + tl.arange(0, call.form.DOMAINS)
             losses, rows = sum_domains(domain, first, stop, call, work)
             pointer = space.domains + worker * sizes.domains + domain
             tl.store(pointer, losses, mask=domain < sizes.domains)
@@ -163,29 +163,28 @@ def sum_rows(worker, call, work):
 @triton.jit
 def sum_domains(domain, first, stop, call, work):
     """For some domains: the sum of ``share l`` and of ``share`` over the rows of a slice."""
-    inputs, form = call.inputs, call.form
-    dtype: tl.constexpr = form.DTYPE
-    losses = tl.zeros([form.DOMAINS], dtype)
-    rows = tl.zeros([form.DOMAINS], dtype)
+    dtype: tl.constexpr = call.form.DTYPE
+    losses = tl.zeros([call.form.DOMAINS], dtype)
+    rows = tl.zeros([call.form.DOMAINS], dtype)
     for start in range(first, stop, CHUNK):
         place = start + tl.arange(0, CHUNK)
         inside = place < stop
         row = row_at(tl.minimum(place, stop - 1), call, work)
         share = tl.where(inside, 1.0, 0.0).to(dtype)
-        if inputs.example_weights is not None:
-            share *= tl.load(inputs.example_weights + row)
-        if inputs.row_grad is not None:
-            share *= tl.load(inputs.row_grad + row)
+        if call.inputs.example_weights is not None:
+            share *= tl.load(call.inputs.example_weights + row)
+        if call.inputs.row_grad is not None:
+            share *= tl.load(call.inputs.row_grad + row)
         present = tl.zeros([CHUNK], dtype)
-        slots = inputs.domain_ids + row.to(tl.int64) * form.SLOTS
-        for slot in range(form.SLOTS):
+        slots = call.inputs.domain_ids + row.to(tl.int64) * call.form.SLOTS
+        for slot in range(call.form.SLOTS):
             given = tl.load(slots + slot)
             present += tl.where((given >= 0) & (given < work.sizes.domains), 1.0, 0.0)
         share /= tl.maximum(present, 1.0)
         loss = share * tl.load(
             work.space.rows + ROW_LOSS * work.sizes.stride + place, mask=inside, other=0.0
         )
-        for slot in range(form.SLOTS):
+        for slot in range(call.form.SLOTS):
             here = (tl.load(slots + slot)[:, None] == domain[None, :]) & inside[:, None]
             losses += tl.sum(tl.where(here, loss[:, None], 0.0), 0)
             rows += tl.sum(tl.where(here, share[:, None], 0.0), 0)
@@ -195,43 +194,43 @@ def sum_domains(domain, first, stop, call, work):
 @triton.jit
 def finish_sums(worker, call, work):
     """Worker 0 writes the loss and dL/dtau; the domains are shared out."""
-    outputs, sizes, form = call.outputs, work.sizes, call.form
+    sizes = work.sizes
     loss = worker_sum(LOSS_SUM, call, work)
-    if (form.REDUCTION == "mean") or (form.REDUCTION == "weighted_mean"):
+    if (call.form.REDUCTION == "mean") or (call.form.REDUCTION == "weighted_mean"):
         loss = tl.where(sizes.norm == 0, 0.0, loss / sizes.norm)
     if worker == 0:
-        if form.REDUCTION != "none":
-            tl.store(outputs.loss, loss)
-        if (outputs.temperature is not None) and (form.TEMPERATURE == "scalar"):
-            tl.store(outputs.temperature, worker_sum(TAU_SUM, call, work))
-    if outputs.domain_weights is not None:
-        for number in range(worker, tl.cdiv(sizes.domains, form.DOMAINS), sizes.workers):
-            domain = number * form.DOMAINS + tl.arange(0, form.DOMAINS)
+        if call.form.REDUCTION != "none":
+            tl.store(call.outputs.loss, loss)
+        if (call.outputs.temperature is not None) and (call.form.TEMPERATURE == "scalar"):
+            tl.store(call.outputs.temperature, worker_sum(TAU_SUM, call, work))
+    if call.outputs.domain_weights is not None:
+        for number in range(worker, tl.cdiv(sizes.domains, call.form.DOMAINS), sizes.workers):
+            domain = number * call.form.DOMAINS + tl.arange(0, call.form.DOMAINS)
             inside = domain < sizes.domains
-            losses = tl.zeros([form.DOMAINS], loss.dtype)
-            rows = tl.zeros([form.DOMAINS], loss.dtype)
+            losses = tl.zeros([call.form.DOMAINS], loss.dtype)
+            rows = tl.zeros([call.form.DOMAINS], loss.dtype)
             for start in range(0, sizes.workers, CHUNK):
                 other = start + tl.arange(0, CHUNK)
                 keep = (other < sizes.workers)[:, None] & inside[None, :]
                 pointer = work.space.domains + other[:, None] * sizes.domains + domain[None, :]
                 losses += tl.sum(tl.load(pointer, mask=keep, other=0.0), 0)
-                if form.REDUCTION == "weighted_mean":
+                if call.form.REDUCTION == "weighted_mean":
                     pointer += sizes.workers * sizes.domains
                     rows += tl.sum(tl.load(pointer, mask=keep, other=0.0), 0)
-            if form.REDUCTION == "weighted_mean":
+            if call.form.REDUCTION == "weighted_mean":
                 losses -= loss * rows  # the norm moves with the weights
-            if (form.REDUCTION == "mean") or (form.REDUCTION == "weighted_mean"):
+            if (call.form.REDUCTION == "mean") or (call.form.REDUCTION == "weighted_mean"):
                 losses = tl.where(sizes.norm == 0, 0.0, losses / sizes.norm)
-            tl.store(outputs.domain_weights + domain, losses, mask=inside)
+            tl.store(call.outputs.domain_weights + domain, losses, mask=inside)
 
 
 @triton.jit
-def workspace(floats, integers, barrier, stride, num_domains, workers, outputs):
+def workspace(floats, integers, barrier, stride, num_domains, workers, call):
     """The tensors in two flat buffers; `_workspace` on the host has their lengths."""
     sums = NUM_ROW_ARRAYS * stride
     domains = sums + NUM_WORKER_ARRAYS * workers
     parts = domains
-    if outputs.domain_weights is not None:
+    if call.outputs.domain_weights is not None:
         parts += 2 * workers * num_domains
     parts = tl.cdiv(parts, ALIGN) * ALIGN
     return Space(
@@ -258,40 +257,39 @@ def softmax_loss_kernel(
     tau,
 ):
     """All phases; see the head of the file."""
-    inputs, outputs, form = call.inputs, call.outputs, call.form
     program = tl.program_id(0)
     programs = tl.num_programs(0)
     stride = tl.cdiv(num_rows, ALIGN) * ALIGN
-    space = workspace(floats, integers, barrier, stride, num_domains, workers, outputs)
+    space = workspace(floats, integers, barrier, stride, num_domains, workers, call)
     count = num_rows
     places = num_candidates
-    norm = tl.cast(num_rows, form.DTYPE)
+    norm = tl.cast(num_rows, call.form.DTYPE)
     sizes = Sizes(num_rows, stride, num_candidates, num_domains, workers, tau, count, places, norm)
     work = Work(sizes, space)
 
-    if (inputs.example_weights is not None) or (form.REDUCTION == "weighted_mean"):
+    if (call.inputs.example_weights is not None) or (call.form.REDUCTION == "weighted_mean"):
         for worker in range(program, workers, programs):
             count_rows(worker, call, work)
         grid_barrier(barrier)
-        if inputs.example_weights is not None:
-            other = tl.arange(0, form.WORKERS)
+        if call.inputs.example_weights is not None:
+            other = tl.arange(0, call.form.WORKERS)
             count = tl.sum(tl.load(space.counts + other, mask=other < workers, other=0), 0)
-            if inputs.positive is None:
+            if call.inputs.positive is None:
                 places = num_candidates - num_rows + count
             norm = count.to(norm.dtype)
-        if form.REDUCTION == "weighted_mean":
+        if call.form.REDUCTION == "weighted_mean":
             norm = worker_sum(WEIGHT_SUM, call, work)
         sizes = Sizes(
             num_rows, stride, num_candidates, num_domains, workers, tau, count, places, norm
         )
         work = Work(sizes, space)
-        if inputs.example_weights is not None:
+        if call.inputs.example_weights is not None:
             for worker in range(program, workers, programs):
                 pack_rows(worker, call, work)
             grid_barrier(barrier)
 
-    tiles = tl.cdiv(count, form.BM)
-    steps = tl.cdiv(places, form.BN)
+    tiles = tl.cdiv(count, call.form.BM)
+    steps = tl.cdiv(places, call.form.BN)
     whole, splits = shares(tiles, steps, workers)
     for worker in range(program, workers, programs):
         for number in range(worker, whole + (tiles - whole) * splits, workers):
@@ -300,27 +298,27 @@ def softmax_loss_kernel(
     if splits > 1:
         grid_barrier(barrier)
         for worker in range(program, workers, programs):
-            for chunk in range(worker, (tiles - whole) * (form.BM // CHUNK), workers):
+            for chunk in range(worker, (tiles - whole) * (call.form.BM // CHUNK), workers):
                 merge_rows(chunk, whole, splits, call, work)
 
     sum_needed: tl.constexpr = (
-        (form.REDUCTION != "none")
-        or (outputs.domain_weights is not None)
-        or ((outputs.temperature is not None) and (form.TEMPERATURE == "scalar"))
+        (call.form.REDUCTION != "none")
+        or (call.outputs.domain_weights is not None)
+        or ((call.outputs.temperature is not None) and (call.form.TEMPERATURE == "scalar"))
     )
-    if sum_needed or (outputs.candidates is not None):
+    if sum_needed or (call.outputs.candidates is not None):
         grid_barrier(barrier)
     if sum_needed:
         for worker in range(program, workers, programs):
             sum_rows(worker, call, work)
 
     splits = 1
-    if outputs.candidates is not None:
-        tiles = tl.cdiv(places, form.CM)
-        steps = tl.cdiv(count, form.CN)
+    if call.outputs.candidates is not None:
+        tiles = tl.cdiv(places, call.form.CM)
+        steps = tl.cdiv(count, call.form.CN)
         whole, splits = shares(tiles, steps, workers)
         shift = 0.0
-        if form.HALF:
+        if call.form.HALF:
             shift = half_shift(call, work)
         for worker in range(program, workers, programs):
             for number in range(worker, whole + (tiles - whole) * splits, workers):
@@ -328,9 +326,9 @@ def softmax_loss_kernel(
                 candidate_tile(tile, first, stop, part, shift, call, work)
     if sum_needed or (splits > 1):
         grid_barrier(barrier)
-    if (outputs.candidates is not None) and (splits > 1):
+    if (call.outputs.candidates is not None) and (splits > 1):
         for worker in range(program, workers, programs):
-            for chunk in range(worker, (tiles - whole) * (form.CM // CHUNK), workers):
+            for chunk in range(worker, (tiles - whole) * (call.form.CM // CHUNK), workers):
                 merge_candidates(chunk, whole, splits, call, work)
     if sum_needed:
         for worker in range(program, workers, programs):
