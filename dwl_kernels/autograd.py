@@ -29,6 +29,10 @@ _NUM_FIELDS = 14
 
 _library = torch.library.Library("dwl_kernels", "DEF")
 _library.define(_SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
+_library.define(
+    "scale(Tensor[] gradients, Tensor upstream, ScalarType[] dtypes) -> Tensor[]",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
 
 
 def softmax_loss(problem: Problem, backend: str = "auto") -> Tensor:
@@ -83,11 +87,13 @@ class _SoftmaxLoss(torch.autograd.Function):
                 for g, t, w in zip(gradients, sources, ctx.wanted, strict=True)
             ]
         else:
-            *kept, anchor = ctx.saved_tensors
-            gradients = [
-                None if g is None else scaled(g, grad.detach(), dtype)
-                for g, dtype in zip(kept, ctx.dtypes, strict=True)
-            ]
+            *gradients, anchor = ctx.saved_tensors
+            present = [k for k, g in enumerate(gradients) if g is not None]
+            products = torch.ops.dwl_kernels.scale(
+                [gradients[k] for k in present], grad.detach(), [ctx.dtypes[k] for k in present]
+            )
+            for k, product in zip(present, products, strict=True):
+                gradients[k] = product
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
             gradients = [None if g is None else _Once.apply(g, anchor) for g in gradients]
         query, positive, candidates, temperature, domain_weights = gradients
@@ -116,14 +122,24 @@ class _Once(torch.autograd.Function):
         )
 
 
-def scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+def _scale(gradients: list[Tensor], upstream: Tensor, dtypes: list[torch.dtype]) -> list[Tensor]:
     """``gradient * upstream``, out of place so that backward may run twice.
 
     The product is made in float32: a loss scaler's 65536 is infinite in float16.
     """
-    if gradient.dtype in (torch.float32, torch.float64):
-        return (gradient * upstream).to(dtype)
-    return (gradient.float() * upstream).to(dtype)
+    if upstream.is_cuda and backends.why_not("triton", "cuda") is None:
+        return backends.triton.scaled(gradients, upstream, dtypes)
+    products = []
+    for gradient, dtype in zip(gradients, dtypes, strict=True):
+        wide = gradient if gradient.dtype == torch.float64 else gradient.float()
+        products.append((wide * upstream).to(dtype))
+    return products
+
+
+def _fake_scale(
+    gradients: list[Tensor], upstream: Tensor, dtypes: list[torch.dtype]
+) -> list[Tensor]:
+    return [g.new_empty(g.shape, dtype=d) for g, d in zip(gradients, dtypes, strict=True)]
 
 
 def _fields(problem: Problem) -> tuple[Any, ...]:
@@ -173,3 +189,5 @@ def _fake(*args: Any) -> tuple[Tensor, ...]:
 
 _library.impl("softmax_loss", _solve, "CompositeExplicitAutograd")
 torch.library.register_fake("dwl_kernels::softmax_loss", _fake)
+_library.impl("scale", _scale, "CompositeExplicitAutograd")
+torch.library.register_fake("dwl_kernels::scale", _fake_scale)

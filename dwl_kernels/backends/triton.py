@@ -348,3 +348,13 @@ def _barrier(device: torch.device) -> Tensor:
     if key not in _barriers:
         _barriers[key] = torch.zeros(1, dtype=torch.int32, device=device)
     return _barriers[key]
+
+
+def scaled(gradients: list[Tensor], upstream: Tensor, dtypes: list[torch.dtype]) -> list[Tensor]:
+    """All gradients times the upstream gradient of the loss, in one launch."""
+    from dwl_kernels.backends import triton_scale
+
+    if not gradients or interpreting():
+        return triton_scale.scaled(gradients, upstream, dtypes)
+    with torch.cuda.device(upstream.device):
+        return triton_scale.scaled(gradients, upstream, dtypes)

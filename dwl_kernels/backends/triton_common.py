@@ -177,7 +177,8 @@ def embeddings(base, index, call, work):
     pointer = base + tl.cast(index, tl.int64)[:, None] * call.form.D + column[None, :]
     if call.form.D == call.form.BLOCK_D:
         return tl.load(pointer)
-    return tl.load(pointer, mask=column[None, :] < call.form.D, other=0.0)
+    else:
+        return tl.load(pointer, mask=column[None, :] < call.form.D, other=0.0)
 
 
 @triton.jit
@@ -207,7 +208,8 @@ def row_at(place, call, work):
     """The row at `place` of the rows that are not padding."""
     if call.inputs.example_weights is not None:
         return tl.load(work.space.order + place)
-    return place
+    else:
+        return place
 
 
 @triton.jit
@@ -218,7 +220,8 @@ def candidate_at(place, call, work):
         packed = place < sizes.count
         row = tl.load(work.space.order + place, mask=packed, other=0)
         return tl.where(packed, row, place - sizes.count + sizes.rows)
-    return place
+    else:
+        return place
 
 
 @triton.jit
@@ -226,9 +229,10 @@ def temperature_of(row, call, work):
     """``tau_i``, a scalar or one per row."""
     if call.form.TEMPERATURE == "row":
         return tl.load(call.inputs.temperature + row)
-    if call.form.TEMPERATURE == "scalar":
+    elif call.form.TEMPERATURE == "scalar":
         return tl.load(call.inputs.temperature)
-    return work.sizes.tau
+    else:
+        return work.sizes.tau
 
 
 @triton.jit
@@ -241,7 +245,8 @@ def unit_of(call, work):
     """Logits are in units of ``1 / log2 e``, so that `exp2` is one instruction, or plain."""
     if call.form.EXACT:
         return 1.0
-    return LOG2E
+    else:
+        return LOG2E
 
 
 @triton.jit
@@ -249,7 +254,8 @@ def scale_of(tau, call, work):
     """What `scaled` takes for a temperature."""
     if call.form.EXACT:
         return tau
-    return 1 / tau * LOG2E
+    else:
+        return 1 / tau * LOG2E
 
 
 @triton.jit
@@ -257,21 +263,24 @@ def scaled(products, scale, call, work):
     """``<q, c> / tau`` in the unit of logits."""
     if call.form.EXACT:
         return products / scale
-    return products * scale
+    else:
+        return products * scale
 
 
 @triton.jit
 def power(z, call, work):
     if call.form.EXACT:
         return tl.exp(z)
-    return tl.exp2(z)
+    else:
+        return tl.exp2(z)
 
 
 @triton.jit
 def logarithm(x, call, work):
     if call.form.EXACT:
         return tl.log(x)
-    return tl.log2(x)
+    else:
+        return tl.log2(x)
 
 
 @triton.jit

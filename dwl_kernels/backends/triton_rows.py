@@ -192,7 +192,8 @@ def merge_rows(chunk, whole, splits, call, work):
 def positives(row, call, work):
     if call.inputs.positive is None:
         return embeddings(call.inputs.candidates, row, call, work)
-    return embeddings(call.inputs.positive, row, call, work)
+    else:
+        return embeddings(call.inputs.positive, row, call, work)
 
 
 @triton.jit
