@@ -31,8 +31,6 @@ from dwl_kernels.problem import Problem, Wanted, in_batch_problem, sampled_probl
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 CAPABILITIES = (80, 90, 100)
-# Shared memory of a multiprocessor and the most that one program may have, in bytes.
-SHARED = {80: (167936, 166912), 90: (233472, 232448), 100: (233472, 232448)}
 
 
 def example(
