@@ -1,7 +1,7 @@
 """Compile the Triton kernel ahead of time and count what the machine code does.
 
-``python -m benchmarks.aot OUT`` needs no GPU. It compiles the default tiles for capabilities 8.0, 9.0
-and 10.0 and writes ``OUT/aot.json`` and ``OUT/aot.md``: registers, stack, shared memory, and for
+``python -m benchmarks.aot OUT`` needs no GPU. It compiles the default tiles for capabilities 8.0,
+9.0 and 10.0 and writes ``OUT/aot.json`` and ``OUT/aot.md``: registers, stack, shared memory, and for
 every main loop the instructions per element of the logits and the spills in it.
 """
 
@@ -206,9 +206,9 @@ def rows(quick: bool) -> list[tuple[str, int, torch.dtype, bool, int, str]]:
 def markdown(table: list[dict[str, Any]]) -> str:
     """The table, one line per kernel; loops in their order: phase 1, its maxima, phase 2."""
     lines = [
-        f"Triton {triton.__version__}, torch {torch.__version__}. Instructions per element are those",
-        "that one turn of a main loop executes, over the elements of the logits that a thread holds:",
-        "phase 1, the search for the maxima (rarely run), phase 2.",
+        f"Triton {triton.__version__}, torch {torch.__version__}. Instructions per element: what one",
+        "turn of a main loop executes, over the elements of the logits that a thread holds. Loops:",
+        "phase 1, the search for the maxima (float16 has it first, else rarely run), phase 2.",
         "",
         "| capability | problem | D | dtype | BM BN CM CN stages warps programs | registers | stack |"
         " shared KB | wgmma | instructions per element | spills in loops |",

@@ -37,7 +37,7 @@ def test_tile_shapes_and_splits_do_not_change_the_result(
 @interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_a_candidate_far_above_the_positive_starts_the_tile_again(dtype: torch.dtype) -> None:
-    """Logits from -300 to 300: a total overflows float32 by far if the positive is its reference."""
+    """Logits from -300 to 300: with the positive as reference a total overflows float32."""
     query = torch.linspace(-1, 1, 33)[:, None].to(dtype).requires_grad_()
     positive = -10 * query.detach()
     negative = torch.linspace(-300, 300, 40)[:, None].to(dtype).requires_grad_()
@@ -131,7 +131,7 @@ def test_bad_values_give_nan_where_nothing_checks(monkeypatch: pytest.MonkeyPatc
 def test_wide_embeddings_are_refused_with_the_mend() -> None:
     if backends.why_not("triton", "cpu") is not None:
         pytest.skip("the interpreter is off")
-    with pytest.raises(RuntimeError, match="at most 256.*chunked"):
+    with pytest.raises(RuntimeError, match=r"at most 256.*chunked"):
         dwl_kernels.sampled_softmax_loss(
             torch.ones(2, 257), torch.ones(2, 257), torch.ones(4, 257), backend="triton"
         )

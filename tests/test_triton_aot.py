@@ -17,14 +17,18 @@ SHARED = {80: (167936, 166912), 90: (233472, 232448), 100: (233472, 232448)}
 
 
 def check(row: dict) -> None:
-    """Programs fit side by side, and nothing spills where the time is spent."""
+    """Programs fit side by side; nothing spills where the time is spent.
+
+    Forms with everything switched on may reload a few of the addresses that they keep.
+    """
     tiles, capability = row["tiles"], row["capability"]
     every, one = SHARED[capability]
     assert row["shared"] <= one
     assert tiles["programs"] * (row["shared"] + 1024) <= every
     registers = -(-row["registers"] // 8) * 8 * tiles["warps"] * 32
     assert tiles["programs"] * registers <= 65536
-    assert all(loop["spills"] <= 2 for loop in row["loops"])
+    plain = row["problem"].endswith("plain")
+    assert all(loop["spills"] <= (0 if plain else 6) for loop in row["loops"])
     if capability == 90:
         assert row["wgmma"] > 0
 

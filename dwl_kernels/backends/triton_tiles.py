@@ -60,6 +60,8 @@ TABLE: dict[tuple[int, int, int], Tiles] = {
     (64, 2, 9): Tiles(128, 64, 128, 64, 3, 3, 8, 2),
     (128, 2, 9): Tiles(64, 128, 64, 128, 2, 2, 4, 2),
     (256, 2, 9): Tiles(64, 64, 64, 64, 2, 2, 4, 2),
+    # 10.0: as 9.0; the operands of D = 256 take 128 KB, so one program at a time.
+    (256, 2, 10): Tiles(64, 64, 64, 64, 2, 2, 4, 1),
     # float32: tf32 products, or plain FMA at the `highest` precision, where a block of 32 by 32
     # keeps both operands of the product in registers.
     (16, 4, 8): Tiles(32, 32, 32, 32, 2, 2, 4, 2),
