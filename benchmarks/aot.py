@@ -1,8 +1,8 @@
 """Compile the Triton kernel ahead of time and count what the machine code does.
 
 ``python -m benchmarks.aot OUT`` needs no GPU. It compiles the default tiles for capabilities 8.0,
-9.0 and 10.0 and writes ``OUT/aot.json`` and ``OUT/aot.md``: registers, stack, shared memory, and for
-every main loop the instructions per element of the logits and the spills in it.
+9.0 and 10.0 and writes ``OUT/aot.json`` and ``OUT/aot.md``: registers, stack, shared memory, and
+for every main loop the instructions per element of the logits and the spills in it.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def example(
     wanted = Wanted(True, kind == "sampled", True, options, options)
     if kind == "sampled":
         names = ("positive_log_q", "negative_log_q", "positive_ids", "negative_ids")
-        more = dict(zip(names, (log_q, log_q, ids, ids), strict=True))
+        more: dict[str, Any] = dict(zip(names, (log_q, log_q, ids, ids), strict=True))
         return sampled_problem(query, positive, negative, **more, **common), wanted
     more = {"negative_log_q": None, "negative_ids": None, "negative": None}
     del candidates
@@ -121,9 +121,10 @@ def main_loops(sass: str) -> list[dict[str, Any]]:
             labels[label[1]] = len(code)
         elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
             code.append(instruction[1])
-    back, ahead = [], []
-    for at, instruction in enumerate(code):
-        if branch := re.search(r"\bBRA\b.*?(\.L_x_\d+)", instruction):
+    back: list[tuple[int, int]] = []
+    ahead: list[tuple[int, int]] = []
+    for at, text in enumerate(code):
+        if branch := re.search(r"\bBRA\b.*?(\.L_x_\d+)", text):
             to = labels[branch[1]]
             (back if to <= at else ahead).append((to, at) if to <= at else (at, to))
     loops = []
@@ -206,12 +207,12 @@ def rows(quick: bool) -> list[tuple[str, int, torch.dtype, bool, int, str]]:
 def markdown(table: list[dict[str, Any]]) -> str:
     """The table, one line per kernel; loops in their order: phase 1, its maxima, phase 2."""
     lines = [
-        f"Triton {triton.__version__}, torch {torch.__version__}. Instructions per element: what one",
-        "turn of a main loop executes, over the elements of the logits that a thread holds. Loops:",
+        f"Triton {triton.__version__}, torch {torch.__version__}. Per element: what one turn of a",
+        "main loop executes, over the elements of the logits that a thread holds. Loops:",
         "phase 1, the search for the maxima (float16 has it first, else rarely run), phase 2.",
         "",
-        "| capability | problem | D | dtype | BM BN CM CN stages warps programs | registers | stack |"
-        " shared KB | wgmma | instructions per element | spills in loops |",
+        "| capability | problem | D | dtype | BM BN CM CN stages warps programs | registers |"
+        " stack | shared KB | wgmma | instructions per element | spills in loops |",
         "|" + "---|" * 11,
     ]
     for row in table:

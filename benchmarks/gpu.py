@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 import dwl_kernels
+from dwl_kernels import backends
 
 # rows, candidates (0: in-batch), D, ids given
 SHAPES = {
@@ -66,7 +67,7 @@ def inputs_of(shape: tuple[int, int, int, bool], level: str, device: str, seed: 
     return inputs
 
 
-def package(backend: str) -> Callable[[Inputs], torch.Tensor]:
+def package(backend: backends.Backend) -> Callable[[Inputs], torch.Tensor]:
     def loss(inputs: Inputs) -> torch.Tensor:
         shared = "negative" in inputs
         function = dwl_kernels.sampled_softmax_loss if shared else dwl_kernels.in_batch_softmax_loss
@@ -114,7 +115,7 @@ def bound(shape: tuple[int, int, int, bool], device: str) -> Callable[[Inputs], 
 
     def run(inputs: Inputs) -> None:
         query = inputs["query"].detach()
-        c = inputs.get("negative", inputs["positive"]).detach()
+        c = inputs["negative" if "negative" in inputs else "positive"].detach()
         torch.mm(query, c.T, out=out)
         torch.mm(z, c, out=d_query)
         torch.mm(z.T, query, out=d_candidates)
@@ -187,10 +188,10 @@ def measure(device: str, runs: int, dry: bool) -> list[dict[str, Any]]:
             row = {"shape": name, "version": "triton", "level": level}
             table.append({**row, **milliseconds(versions["triton"], inputs, runs), "peak": None})
         if name == "sequence":
-            for inputs in top:
-                weights = torch.ones(shape[0], device=device)
-                weights[::2] = 0
-                inputs["example_weights"] = weights
+            weights = torch.ones(shape[0], device=device)
+            weights[::2] = 0
+            for padded in top:
+                padded["example_weights"] = weights
             row = {"shape": name, "version": "triton", "level": "half padded"}
             table.append({**row, **milliseconds(versions["triton"], top, runs), "peak": None})
         for row in table:

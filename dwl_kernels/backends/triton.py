@@ -133,7 +133,9 @@ def _launch(
     if warm_up:
         return kernel.warmup(*arguments, grid=(1,), **options)
     kernel[(1 if interpreting() else workers,)](*arguments, **options)
-    return Output(*outputs)
+    loss, *gradients = outputs
+    assert loss is not None
+    return Output(loss, *gradients)
 
 
 def launch_options(tiles: Tiles) -> dict[str, Any]:
