@@ -177,7 +177,9 @@ def test_gradients_agree_with_finite_differences(
     def loss(*values: Tensor) -> Tensor:
         return case.loss({**inputs, **dict(zip(leaves, values, strict=True))}, backend)
 
-    assert torch.autograd.gradcheck(loss, [inputs[k] for k in leaves], fast_mode=False)
+    # Entry by entry, but along random directions where a call takes the interpreter 0.3 s.
+    values = [inputs[k] for k in leaves]
+    assert torch.autograd.gradcheck(loss, values, fast_mode=backend == "triton")
 
 
 def test_only_wanted_gradients_are_computed_and_each_is_right(backend: str) -> None:
