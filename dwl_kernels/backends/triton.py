@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +30,7 @@ class Interpreter(NamedTuple):
     workers: int
 
 
+_one_at_a_time = threading.Lock()  # the interpreter patches `triton.language` while it runs
 INTERPRETER = Interpreter(Tiles(16, 16, 16, 16, 1, 1, 4, 1), workers=5)
 
 
@@ -98,7 +100,8 @@ def solve(
     if checks_values(device):
         problem.row_weights()
     if interpreting():
-        return _launch(problem, wanted, row_grad, *INTERPRETER)
+        with _one_at_a_time:
+            return _launch(problem, wanted, row_grad, *INTERPRETER)
     with torch.cuda.device(device):
         return _launch(problem, wanted, row_grad, *_plan(problem, wanted, row_grad))
 
