@@ -18,17 +18,9 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 BY_NAME = {case.name: case for case in cases.CASES}
 
 
-def takes(backend: str, dtype: torch.dtype) -> bool:
-    return not (backend == "cpu" and dtype == torch.float16)
-
-
 @pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.name)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_backend_is_as_exact_as_eager(backend: str, case: cases.Case, dtype: torch.dtype) -> None:
-    if not takes(backend, dtype):
-        pytest.skip("the CPU kernel has no float16; `auto` takes chunked there")
-    if backend == "eager" and dtype == torch.float64:
-        pytest.skip("this is the reference")
     cases.check(case, backend, dtype)
 
 
@@ -184,7 +176,8 @@ def test_gradients_agree_with_finite_differences(
 
 def test_only_wanted_gradients_are_computed_and_each_is_right(backend: str) -> None:
     """All 32 subsets of what may require a gradient, scalar and per row."""
-    for name in ("everything", "everything, none", "mixed, everything"):
+    names = ("everything", "everything, none", "mixed, everything")
+    for name in names[:1] if backend == "triton" else names:  # interpreted, a call takes 0.5 s
         case = BY_NAME[name]
         reference = cases.loss_and_gradients(case, "eager", torch.float64)
         for subset in itertools.product([False, True], repeat=5):
@@ -256,12 +249,14 @@ def test_strided_transposed_and_expanded_inputs(
 def test_the_same_call_gives_bitwise_the_same_result(backend: str) -> None:
     case = BY_NAME["short of the tile"]
     first = cases.loss_and_gradients(case, backend, torch.float32)
-    for _ in range(5):
+    for _ in range(1 if backend == "triton" else 5):
         again = cases.loss_and_gradients(case, backend, torch.float32)
         assert all(torch.equal(first[k], again[k]) for k in first)
 
 
 def test_calls_from_several_threads_do_not_disturb_each_other(backend: str) -> None:
+    if backend == "triton":
+        pytest.skip("the interpreter runs one launch at a time; test_gpu.py has streams")
     chosen = [BY_NAME[n] for n in ("past the tile", "mixed, everything", "many candidates")]
     expected = [cases.loss_and_gradients(case, backend, torch.float32) for case in chosen]
     results: list[dict[str, Tensor] | None] = [None] * len(chosen)
