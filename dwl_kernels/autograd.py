@@ -37,6 +37,10 @@ _SOURCES = (0, 1, 2, 6, 12, 10)  # which fields `Wanted` speaks of, in its order
 
 _library = torch.library.Library("dwl_kernels", "DEF")
 _library.define(_SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
+_library.define(
+    "scale(Tensor[] gradients, Tensor upstream, ScalarType[] dtypes) -> Tensor[]",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
 
 
 def softmax_loss(problem: Problem, backend: str = "auto", sparse_grad: bool = False) -> Tensor:
@@ -102,29 +106,41 @@ class _SoftmaxLoss(torch.autograd.Function):
         else:
             *gradients, query, positive_ids, candidate_ids, anchor = ctx.saved_tensors
             draws = (query, positive_ids, candidate_ids)
-            gradients = [
-                None if g is None else scaled(g, grad.detach(), dtype)
-                for g, dtype in zip(gradients, ctx.dtypes, strict=True)
-            ]
+            present = [k for k, g in enumerate(gradients) if g is not None]
+            products = torch.ops.dwl_kernels.scale(
+                [gradients[k] for k in present], grad.detach(), [ctx.dtypes[k] for k in present]
+            )
+            for k, product in zip(present, products, strict=True):
+                gradients[k] = product
         if ctx.table is not None:
             query, positive_ids, candidate_ids = draws
-            products: list[Any] = [gradients[1][:, None], gradients[2]]  # type: ignore[index]
+            by_row: list[Any] = [gradients[1][:, None], gradients[2]]  # type: ignore[index]
             ids = [positive_ids[:, None], candidate_ids]
-            gradients[1:3] = None, table_gradient(query.detach(), ids, products, *ctx.table)
+            gradients[1:3] = None, table_gradient(query.detach(), ids, by_row, *ctx.table)
         placed: list[Tensor | None] = [*nothing]
         for place, gradient in zip(_SOURCES, gradients, strict=True):
             placed[place] = None if gradient is None else once(gradient, anchor)
         return tuple(placed)
 
 
-def scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+def _scale(gradients: list[Tensor], upstream: Tensor, dtypes: list[torch.dtype]) -> list[Tensor]:
     """``gradient * upstream``, out of place so that backward may run twice.
 
     The product is made in float32: a loss scaler's 65536 is infinite in float16.
     """
-    if gradient.dtype in (torch.float32, torch.float64):
-        return (gradient * upstream).to(dtype)
-    return (gradient.float() * upstream).to(dtype)
+    if upstream.is_cuda and backends.why_not("triton", "cuda") is None:
+        return backends.triton.scaled(gradients, upstream, dtypes)
+    products = []
+    for gradient, dtype in zip(gradients, dtypes, strict=True):
+        wide = gradient if gradient.dtype == torch.float64 else gradient.float()
+        products.append((wide * upstream).to(dtype))
+    return products
+
+
+def _fake_scale(
+    gradients: list[Tensor], upstream: Tensor, dtypes: list[torch.dtype]
+) -> list[Tensor]:
+    return [g.new_empty(g.shape, dtype=d) for g, d in zip(gradients, dtypes, strict=True)]
 
 
 def _fields(problem: Problem) -> tuple[Any, ...]:
@@ -211,3 +227,5 @@ def _fake(*args: Any) -> tuple[Tensor, ...]:
 
 _library.impl("softmax_loss", _solve, "CompositeExplicitAutograd")
 torch.library.register_fake("dwl_kernels::softmax_loss", _fake)
+_library.impl("scale", _scale, "CompositeExplicitAutograd")
+torch.library.register_fake("dwl_kernels::scale", _fake_scale)

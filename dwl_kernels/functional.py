@@ -381,7 +381,7 @@ def dual_scale_softmax_loss(
         >>> from dwl_kernels import dual_scale_softmax_loss
         >>> query, negative = torch.eye(2), torch.tensor([[1.0, 0.0], [0.0, 0.0]])
         >>> dual_scale_softmax_loss(query, query, negative, slate_size=1, reduction="none")
-        tensor([1.0330, 0.5514])
+        tensor([1.0504, 0.4981])
     """
     problem = sampled_problem(
         query,

@@ -18,17 +18,9 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 BY_NAME = {case.name: case for case in cases.CASES}
 
 
-def takes(backend: str, dtype: torch.dtype) -> bool:
-    return not (backend == "cpu" and dtype == torch.float16)
-
-
 @pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.name)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_backend_is_as_exact_as_eager(backend: str, case: cases.Case, dtype: torch.dtype) -> None:
-    if not takes(backend, dtype):
-        pytest.skip("the CPU kernel has no float16; `auto` takes chunked there")
-    if backend == "eager" and dtype == torch.float64:
-        pytest.skip("this is the reference")
     cases.check(case, backend, dtype)
 
 
@@ -184,12 +176,14 @@ def test_gradients_agree_with_finite_differences(
     def loss(*values: Tensor) -> Tensor:
         return case.loss({**inputs, **dict(zip(leaves, values, strict=True))}, backend)
 
-    assert torch.autograd.gradcheck(loss, [inputs[k] for k in leaves], fast_mode=False)
+    # Entry by entry, but along random directions where a call takes the interpreter 0.3 s.
+    values = [inputs[k] for k in leaves]
+    assert torch.autograd.gradcheck(loss, values, fast_mode=backend == "triton")
 
 
 def test_only_wanted_gradients_are_computed_and_each_is_right(backend: str) -> None:
     """All 32 subsets of what may require a gradient, scalar and per row."""
-    for name in (
+    names = (
         "everything",
         "everything, none",
         "mixed, everything",
@@ -198,7 +192,8 @@ def test_only_wanted_gradients_are_computed_and_each_is_right(backend: str) -> N
         "indexed, everything",
         "by row, everything",
         "by row, none",
-    ):
+    )
+    for name in names[:1] if backend == "triton" else names:  # interpreted, a call takes 0.5 s
         case = BY_NAME[name]
         reference = cases.loss_and_gradients(case, "eager", torch.float64)
         leaves = [k for k in cases.DIFFERENTIABLE if k in reference]
@@ -274,12 +269,14 @@ def test_strided_transposed_and_expanded_inputs(
 def test_the_same_call_gives_bitwise_the_same_result(backend: str, name: str) -> None:
     case = BY_NAME[name]
     first = cases.loss_and_gradients(case, backend, torch.float32)
-    for _ in range(5):
+    for _ in range(1 if backend == "triton" else 5):
         again = cases.loss_and_gradients(case, backend, torch.float32)
         assert all(torch.equal(first[k], again[k]) for k in first)
 
 
 def test_calls_from_several_threads_do_not_disturb_each_other(backend: str) -> None:
+    if backend == "triton":
+        pytest.skip("the interpreter runs one launch at a time; test_gpu.py has streams")
     chosen = [BY_NAME[n] for n in ("past the tile", "mixed, everything", "by row, everything")]
     expected = [cases.loss_and_gradients(case, backend, torch.float32) for case in chosen]
     results: list[dict[str, Tensor] | None] = [None] * len(chosen)

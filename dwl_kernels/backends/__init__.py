@@ -13,18 +13,23 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from dwl_kernels.backends import chunked, eager, native
+from dwl_kernels.backends import chunked, eager, native, triton
 from dwl_kernels.problem import Output, Problem, Wanted
 
-Backend = Literal["auto", "eager", "chunked", "cpu"]
+Backend = Literal["auto", "eager", "chunked", "cpu", "triton"]
 NAMES = tuple(name for name in get_args(Backend) if name != "auto")
 
 Solve = Callable[[Problem, Wanted, Tensor | None], Output]
 TableGradient = Callable[
     [Tensor, list[Tensor], list[Tensor], int, torch.dtype, bool], tuple[Tensor, Tensor]
 ]
-_SOLVE: dict[str, Solve] = {"eager": eager.solve, "chunked": chunked.solve, "cpu": native.solve}
-_AUTO = {"cpu": ("cpu", "chunked")}
+_SOLVE: dict[str, Solve] = {
+    "eager": eager.solve,
+    "chunked": chunked.solve,
+    "cpu": native.solve,
+    "triton": triton.solve,
+}
+_AUTO = {"cpu": ("cpu", "chunked"), "cuda": ("triton", "chunked")}
 
 _warned: set[str] = set()
 
@@ -40,12 +45,18 @@ def why_not(name: str, device_type: str) -> str | None:
         if device_type != "cpu":
             return f"it runs on CPU tensors, and these are on {device_type}"
         return native.why_not()
+    if name == "triton":
+        return triton.why_not(device_type)
     return None
 
 
 def refuses(name: str, problem: Problem) -> str | None:
-    """What about `problem` backend `name` does not take; None where it takes it."""
-    return native.refuses(problem) if name == "cpu" else None
+    """Why a backend that can run here does not take this problem; None where it does."""
+    if name == "cpu":
+        return native.refuses(problem)
+    if name == "triton":
+        return triton.refuses(problem)
+    return None
 
 
 def chosen(name: str) -> str:
@@ -65,12 +76,9 @@ def pick(name: str, problem: Problem) -> Solve:
     name = chosen(name)
     device = problem.query.device.type
     if name != "auto":
-        reason = why_not(name, device)
+        reason = why_not(name, device) or refuses(name, problem)
         if reason is not None:
             raise RuntimeError(f"backend {name!r} cannot run: {reason}")
-        reason = refuses(name, problem)
-        if reason is not None:
-            raise RuntimeError(f"backend {name!r} does not take {reason}")
         return _SOLVE[name]
     for candidate in _AUTO.get(device, ("chunked",)):
         if refuses(candidate, problem) is not None:

@@ -30,8 +30,10 @@ def why_not() -> str | None:
 
 
 def refuses(problem: Problem) -> str | None:
-    """What about such a problem the kernel does not take; None where it takes it."""
-    return None if problem.query.dtype in DTYPES else str(problem.query.dtype)
+    """Why the kernel does not take this problem; None where it does."""
+    if problem.query.dtype in DTYPES:
+        return None
+    return f"it does not take {problem.query.dtype}; backend='chunked' does"
 
 
 def solve(

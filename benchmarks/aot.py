@@ -1,0 +1,246 @@
+"""Compile the Triton kernel ahead of time and count what the machine code does.
+
+``python -m benchmarks.aot OUT`` needs no GPU. It compiles the default tiles for capabilities 8.0,
+9.0 and 10.0 and writes ``OUT/aot.json`` and ``OUT/aot.md``: registers, stack, shared memory, and
+for every main loop the instructions per element of the logits and the spills in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
+
+from dwl_kernels.backends import triton as host
+from dwl_kernels.backends.triton_common import Call, Inputs, Outputs
+from dwl_kernels.backends.triton_kernels import softmax_loss_kernel
+from dwl_kernels.backends.triton_tiles import Tiles, default
+from dwl_kernels.problem import Problem, Wanted, in_batch_problem, sampled_problem
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+CAPABILITIES = (80, 90, 100)
+
+
+def example(
+    kind: str, d: int, dtype: torch.dtype, options: bool, reduction: str = "mean"
+) -> tuple[Problem, Wanted]:
+    """A problem of the wanted form; only its shapes, dtypes and absences matter here."""
+    rows, candidates = 1024, 1024
+    common: dict[str, Any] = {
+        "domain_ids": None,
+        "domain_weights": None,
+        "example_weights": None,
+        "temperature": 0.05,
+        "correction": "standard",
+        "reduction": reduction,
+    }
+    query, positive, negative = (torch.zeros(rows, d, dtype=dtype) for _ in range(3))
+    log_q, ids = (
+        (torch.zeros(rows), torch.zeros(rows, dtype=torch.int64)) if options else (None,) * 2
+    )
+    if options:
+        common["domain_ids"] = torch.zeros(rows, 2, dtype=torch.int64)
+        common["domain_weights"] = torch.ones(32)
+        common["example_weights"] = torch.ones(rows)
+        common["temperature"] = torch.tensor(0.05)
+    wanted = Wanted(True, kind == "sampled", True, False, options, options)
+    if kind == "sampled":
+        names = ("positive_log_q", "negative_log_q", "positive_ids", "negative_ids")
+        more: dict[str, Any] = dict(zip(names, (log_q, log_q, ids, ids), strict=True))
+        return sampled_problem(query, positive, negative, **more, **common), wanted
+    more = {"negative_log_q": None, "negative_ids": None, "negative": None}
+    del candidates
+    return in_batch_problem(query, positive, log_q=log_q, ids=ids, **more, **common), wanted
+
+
+def compiled(
+    problem: Problem,
+    wanted: Wanted,
+    tiles: Tiles,
+    capability: int,
+    row_grad: Tensor | None = None,
+) -> Any:
+    """The kernel as `host.solve` would launch it on a device of this capability."""
+    target = GPUTarget("cuda", capability, 32)
+    backend = make_backend(target)
+    kernel = softmax_loss_kernel
+    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    options = {**host.launch_options(tiles), "debug": False}
+    inputs = host._inputs(problem, row_grad)
+    form = host.form_of(problem, inputs, tiles)
+    call = Call(Inputs(*inputs), Outputs(*host._outputs(problem, wanted)), form)
+    buffers = torch.empty(64), *(torch.empty(64, dtype=torch.int32) for _ in range(2))
+    domains = 0 if problem.domain_weights is None else len(problem.domain_weights)
+    sizes = len(problem.query), len(problem.candidates), domains, 264
+    bound, specialization, extra = binder(call, *buffers, *sizes, problem.tau, **options)
+    packed = kernel._pack_args(backend, options, bound, specialization, extra)
+    parsed, signature, constants, attributes = packed
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=target, options=parsed.__dict__)
+
+
+def machine_code(binary: bytes) -> tuple[str, dict[str, int]]:
+    """The disassembly, and registers and stack as `cuobjdump -res-usage` reports them."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        dump = [str(TOOLS / "cuobjdump")]
+        usage = subprocess.run(
+            [*dump, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+        nvdisasm = TOOLS / "nvdisasm"
+        code = [str(nvdisasm), "-c"] if nvdisasm.exists() else [*dump, "-sass"]
+        sass = subprocess.run([*code, file.name], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found is not None
+    return sass, {"registers": int(found[1]), "stack": int(found[2])}
+
+
+def main_loops(sass: str) -> list[dict[str, Any]]:
+    """Innermost loops with tensor instructions: what one turn executes, and its loads and stores
+    of spilled registers.
+
+    Blocks that a branch inside the loop skips, masks at the edges, do not count.
+    """
+    labels: dict[str, int] = {}
+    code: list[str] = []
+    for line in sass.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = len(code)
+        elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            code.append(instruction[1])
+    back: list[tuple[int, int]] = []
+    ahead: list[tuple[int, int]] = []
+    for at, text in enumerate(code):
+        if branch := re.search(r"\bBRA\b.*?(\.L_x_\d+)", text):
+            to = labels[branch[1]]
+            (back if to <= at else ahead).append((to, at) if to <= at else (at, to))
+    loops = []
+    for first, last in back:
+        if any((a, b) != (first, last) and first <= a and b <= last for a, b in back):
+            continue
+        skipped = {
+            at
+            for start, stop in ahead
+            if first <= start and stop <= last + 1
+            for at in range(start + 1, stop)
+        }
+        kinds = collections.Counter(
+            re.sub(r"^@!?U?P\w+\s+", "", code[at]).split()[0].split(".")[0]
+            for at in range(first, last + 1)
+            if at not in skipped
+        )
+        if kinds.keys() & {"HGMMA", "HMMA", "UTCHMMA"}:
+            spills = kinds["LDL"] + kinds["STL"]
+            loops.append(
+                {
+                    "instructions": kinds.total(),
+                    "spills": spills,
+                    "kinds": dict(kinds.most_common()),
+                }
+            )
+    return loops
+
+
+def count(
+    kind: str, d: int, dtype: torch.dtype, options: bool, capability: int, reduction: str
+) -> dict[str, Any]:
+    """One row of the table."""
+    exact = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    tiles = default(host._power_of_two(d, 16), dtype, capability // 10, exact)
+    problem, wanted = example(kind, d, dtype, options, reduction)
+    row_grad = torch.zeros(len(problem.query)) if reduction == "none" else None
+    kernel = compiled(problem, wanted, tiles, capability, row_grad)
+    sass, usage = machine_code(kernel.asm["cubin"])
+    elements = tiles.BM * tiles.BN / tiles.warps / 32
+    return {
+        "capability": capability,
+        "problem": kind + (", everything" if options else ", plain"),
+        "reduction": reduction,
+        "D": d,
+        "dtype": str(dtype).removeprefix("torch.") + (" exact" if exact else ""),
+        "tiles": tiles._asdict(),
+        **usage,
+        "shared": kernel.metadata.shared,
+        "wgmma": kernel.asm["ptx"].count("wgmma.mma_async"),
+        "loops": [
+            {"per_element": round(loop["instructions"] / elements, 2), **loop}
+            for loop in main_loops(sass)
+        ],
+    }
+
+
+def rows(quick: bool) -> list[tuple[str, int, torch.dtype, bool, int, str]]:
+    """What is compiled: the plain problem everywhere, the rest on 9.0."""
+    if quick:
+        return [("sampled", 64, torch.bfloat16, False, 90, "mean")]
+    found = [
+        ("sampled", d, torch.bfloat16, False, capability, "mean")
+        for capability in CAPABILITIES
+        for d in (64, 128, 256)
+    ]
+    found += [
+        (kind, 128, torch.bfloat16, True, 90, reduction)
+        for kind in ("sampled", "in-batch")
+        for reduction in ("weighted_mean", "none")
+    ]
+    found += [("in-batch", 128, torch.bfloat16, False, 90, "mean")]
+    found += [
+        ("sampled", 128, dtype, False, 90, "mean") for dtype in (torch.float16, torch.float32)
+    ]
+    found += [("sampled", 96, torch.bfloat16, True, 80, "mean")]
+    return found
+
+
+def markdown(table: list[dict[str, Any]]) -> str:
+    """The table, one line per kernel; loops in their order: phase 1, its maxima, phase 2."""
+    lines = [
+        f"Triton {triton.__version__}, torch {torch.__version__}. Per element: what one turn of a",
+        "main loop executes, over the elements of the logits that a thread holds. Loops:",
+        "phase 1, the search for the maxima (float16 has it first, else rarely run), phase 2.",
+        "",
+        "| capability | problem | D | dtype | BM BN CM CN stages warps programs | registers |"
+        " stack | shared KB | wgmma | instructions per element | spills in loops |",
+        "|" + "---|" * 11,
+    ]
+    for row in table:
+        tiles = " ".join(str(v) for v in row["tiles"].values())
+        counts = ", ".join(f"{loop['per_element']:.2f}" for loop in row["loops"])
+        spills = ", ".join(str(loop["spills"]) for loop in row["loops"])
+        lines.append(
+            f"| {row['capability']} | {row['problem']}, {row['reduction']} | {row['D']} |"
+            f" {row['dtype']} | {tiles} | {row['registers']} | {row['stack']} |"
+            f" {row['shared'] / 1024:.0f} | {row['wgmma']} | {counts} | {spills} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--quick", action="store_true", help="one kernel, to try the tool")
+    arguments = parser.parse_args()
+    torch.set_float32_matmul_precision("high")
+    table = []
+    for row in rows(arguments.quick):
+        table.append(count(*row))
+        print(table[-1]["capability"], table[-1]["problem"], table[-1]["D"], table[-1]["dtype"])
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "aot.json").write_text(json.dumps(table, indent=1) + "\n")
+    (arguments.out / "aot.md").write_text(markdown(table))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""Leave-one-out split and full-ranking metrics, overall and per domain."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from .data import Interactions
+from .model import SequenceModel
+
+K = 10
+USERS_PER_BATCH = 256
+
+
+@dataclass(frozen=True)
+class LeaveOneOut:
+    """The last item of a user is the test item, the one before validates, the rest trains.
+
+    A user with fewer than three items only trains.
+    """
+
+    data: Interactions
+
+    @cached_property
+    def users(self) -> np.ndarray:  # [E] int64, who is evaluated
+        return np.flatnonzero(self.data.lengths >= 3)
+
+    @cached_property
+    def train_stops(self) -> np.ndarray:  # [U] int64, user u trains on items[offsets[u]:stops[u]]
+        return np.where(self.data.lengths >= 3, self.data.offsets[1:] - 2, self.data.offsets[1:])
+
+    @cached_property
+    def train_mask(self) -> np.ndarray:  # [n] bool, which interactions train
+        return np.arange(len(self.data.items)) < np.repeat(self.train_stops, self.data.lengths)
+
+    def target(self, part: str) -> np.ndarray:  # [E] int64
+        """The item to be ranked for each evaluated user, `part` is "validation" or "test"."""
+        ends = self.data.offsets[1:][self.users]
+        return self.data.items[ends - _from_end(part)]
+
+    def history(self, user: int, part: str) -> np.ndarray:
+        """What the user had seen before that item."""
+        return self.data.sequence(user)[: -_from_end(part)]
+
+
+def _from_end(part: str) -> int:
+    return {"validation": 2, "test": 1}[part]
+
+
+@torch.no_grad()
+def rank_targets(
+    model: SequenceModel,
+    split: LeaveOneOut,
+    part: str,
+    bonus: Tensor | None = None,  # [V], added to the scores
+) -> np.ndarray:  # [E] int64
+    """Rank every user's target among all items that the user has not seen; 0 is the best rank.
+
+    Equal scores rank before the target and NaN ranks it last, so a broken model cannot look good.
+    """
+    model.eval()
+    max_length = len(model.positions)
+    targets = torch.from_numpy(split.target(part))
+    lengths = split.data.lengths[split.users]
+    ranks = torch.empty(len(targets), dtype=torch.int64)
+    for batch in np.array_split(np.argsort(lengths), -(-len(lengths) // USERS_PER_BATCH)):
+        histories = [torch.from_numpy(split.history(u, part)) for u in split.users[batch]]
+        recent = [history[-max_length:] for history in histories]
+        last = torch.tensor([len(history) - 1 for history in recent])
+        query = model(pad_sequence(recent, batch_first=True))[torch.arange(len(batch)), last]
+        scores = model.scores(query)  # [b, V]
+        if bonus is not None:
+            scores += bonus
+        rows = torch.arange(len(batch)).repeat_interleave(torch.tensor([*map(len, histories)]))
+        ranks[batch] = ranks_of(scores, targets[batch], rows, torch.cat(histories))
+    return ranks.numpy()
+
+
+def ranks_of(
+    scores: Tensor,  # [b, V]
+    target: Tensor,  # [b]
+    seen_rows: Tensor,  # [s]
+    seen_items: Tensor,  # [s]
+) -> Tensor:  # [b]
+    """Count the unseen items, other than the target, whose score is not below the target's."""
+    target_score = scores.gather(1, target[:, None])
+    ahead = ~(scores < target_score)
+    ahead[seen_rows, seen_items] = False
+    ahead.scatter_(1, target[:, None], False)
+    return ahead.sum(1)
+
+
+def recall(ranks: np.ndarray, k: int = K) -> np.ndarray:
+    """1 where the only relevant item is among the first k, else 0."""
+    return (ranks < k).astype(np.float64)
+
+
+def ndcg(ranks: np.ndarray, k: int = K) -> np.ndarray:
+    """`1 / log2(rank + 2)` where the only relevant item is among the first k, else 0."""
+    return np.where(ranks < k, 1 / np.log2(ranks + 2.0), 0.0)

@@ -1,0 +1,372 @@
+"""The Triton kernel, from the host: what it takes, its tiles, its workspace, its launch.
+
+The device side is `triton_kernels`. This module imports Triton on first use, so that the package
+works without it.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dwl_kernels.backends import eager
+from dwl_kernels.backends.triton_tiles import Tiles, choose
+from dwl_kernels.problem import Output, Problem, Wanted, checks_values
+
+MAX_D = 256  # a row tile keeps [BM, D] sums in registers; above, the product dominates anyway
+MAX_WORKERS = 1024  # more than any device has multiprocessors, three programs on each
+MAX_DOMAINS = 1 << 16  # the workspace holds two sums for every worker and domain
+
+
+class Interpreter(NamedTuple):
+    """What stands in for a device where TRITON_INTERPRET=1: one program plays `workers`."""
+
+    tiles: Tiles
+    workers: int
+
+
+_one_at_a_time = threading.Lock()  # the interpreter patches `triton.language` while it runs
+INTERPRETER = Interpreter(Tiles(16, 16, 16, 16, 1, 1, 4, 1), workers=5)
+
+
+def interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def _missing() -> str | None:
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return f"Triton cannot be imported ({error}); pip install 'triton>=3.6'"
+    return None
+
+
+def why_not(device_type: str) -> str | None:
+    """Why the kernel cannot run on such a device here and the mend; None where it can."""
+    if _missing() is not None:
+        return _missing()
+    if interpreting():
+        if device_type != "cpu":
+            return "TRITON_INTERPRET=1 is set, which takes CPU tensors; unset it before the start"
+        return None
+    if device_type != "cuda":
+        return (
+            f"it runs on CUDA tensors, and these are on {device_type}; with TRITON_INTERPRET=1 in "
+            "the environment it takes CPU tensors, slowly"
+        )
+    if torch.version.hip is not None:
+        return "it needs an NVIDIA GPU; backend='chunked' runs on this one"
+    capability = torch.cuda.get_device_capability()
+    if capability < (8, 0):
+        return (
+            f"it needs compute capability 8.0, and this device has {capability[0]}.{capability[1]};"
+            " backend='chunked' runs here"
+        )
+    return None
+
+
+def refuses(problem: Problem) -> str | None:
+    """Why the kernel does not take this problem; None where it does."""
+    for what, there in (
+        ("a positive among the candidates (full softmax)", problem.target is not None),
+        ("candidates by row", problem.candidate_rows is not None),
+        ("the dual scale", problem.dual is not None),
+    ):
+        if there:
+            return f"it does not take {what} yet; backend='chunked' does"
+    if problem.query.dtype == torch.float64 and not interpreting():
+        return "it takes float64 in the interpreter only; backend='chunked' takes it"
+    if problem.query.shape[1] > MAX_D:
+        return (
+            f"it takes embeddings of at most {MAX_D} elements, and these have "
+            f"{problem.query.shape[1]}; backend='chunked' takes them"
+        )
+    if problem.domain_weights is not None and problem.domain_weights.shape[0] > MAX_DOMAINS:
+        return (
+            f"it takes at most {MAX_DOMAINS} domains, and these are "
+            f"{problem.domain_weights.shape[0]}; backend='chunked' takes them"
+        )
+    return None
+
+
+def solve(
+    problem: Problem,
+    wanted: Wanted,
+    row_grad: Tensor | None = None,  # [B], gradient of the row losses of reduction "none"
+) -> Output:
+    """The loss and the wanted gradients in one launch, with no logits in memory."""
+    if 0 in (problem.query.shape[0], problem.candidates.shape[0]):
+        return eager.solve(problem, wanted, row_grad)
+    device = problem.query.device
+    if checks_values(device):
+        problem.row_weights()
+    if interpreting():
+        with _one_at_a_time:
+            return _launch(problem, wanted, row_grad, *INTERPRETER)
+    with torch.cuda.device(device):
+        return _launch(problem, wanted, row_grad, *_plan(problem, wanted, row_grad))
+
+
+def _launch(
+    problem: Problem,
+    wanted: Wanted,
+    row_grad: Tensor | None,
+    tiles: Tiles,
+    workers: int,
+    warm_up: bool = False,
+) -> Any:
+    """Launch the kernel, or (`warm_up`) compile it and return the compiled kernel."""
+    from dwl_kernels.backends.triton_common import Call, Inputs, Outputs
+    from dwl_kernels.backends.triton_kernels import softmax_loss_kernel as kernel
+
+    inputs = _inputs(problem, row_grad)
+    outputs = _outputs(problem, wanted)
+    floats, integers = _workspace(problem, outputs, tiles, workers)
+    arguments = (
+        Call(Inputs(*inputs), Outputs(*outputs), form_of(problem, inputs, tiles)),
+        floats,
+        integers,
+        _barrier(problem.query.device),
+        problem.query.shape[0],
+        problem.candidates.shape[0],
+        0 if problem.domain_weights is None else problem.domain_weights.shape[0],
+        workers,
+        problem.tau,
+    )
+    options = launch_options(tiles)
+    if warm_up:
+        return kernel.warmup(*arguments, grid=(1,), **options)
+    kernel[(1 if interpreting() else workers,)](*arguments, **options)
+    loss, *gradients = outputs
+    assert loss is not None
+    return Output(loss, *gradients)
+
+
+def launch_options(tiles: Tiles) -> dict[str, Any]:
+    options = {
+        "num_warps": tiles.warps,
+        "launch_cooperative_grid": True,
+        "enable_fp_fusion": True,  # Triton 3.10 changes the default
+    }
+    if tiles.registers is not None:
+        options["maxnreg"] = tiles.registers
+    return options
+
+
+_plans: dict[tuple[Any, ...], tuple[Tiles, int]] = {}
+
+
+def _plan(problem: Problem, wanted: Wanted, row_grad: Tensor | None) -> tuple[Tiles, int]:
+    """Tiles, and how many programs the device runs at once with them."""
+    p = problem
+    absent = tuple(getattr(p, field) is None for field in _OPTIONAL)
+    exact = torch.get_float32_matmul_precision() == "highest"
+    searching = os.environ.get("DWL_KERNELS_AUTOTUNE") == "1"
+    shape = (p.query.shape[0], p.candidates.shape[0])
+    key = (
+        *(p.query.device, p.query.shape[1], p.query.dtype, p.reduction, p.correction, exact),
+        *(wanted, row_grad is None, absent, shape if searching else None),
+    )
+    if key not in _plans:
+
+        def seconds(tiles: Tiles) -> float:
+            return _seconds(problem, wanted, row_grad, tiles)
+
+        tiles = choose(
+            _power_of_two(p.query.shape[1], 16),
+            p.query.dtype,
+            torch.cuda.get_device_capability()[0],
+            exact,
+            shape,
+            seconds,
+        )
+        _plans[key] = tiles, _workers(problem, wanted, row_grad, tiles)
+    return _plans[key]
+
+
+_OPTIONAL = (
+    *("positive", "positive_log_q", "candidate_log_q", "positive_ids", "domain_ids"),
+    *("example_weights", "temperature"),
+)
+
+
+def _workers(problem: Problem, wanted: Wanted, row_grad: Tensor | None, tiles: Tiles) -> int:
+    """What the registers and the shared memory of the compiled kernel leave room for."""
+    device = torch.cuda.get_device_properties(problem.query.device)
+    most = device.multi_processor_count * tiles.programs
+    compiled = _launch(problem, wanted, row_grad, tiles, most, warm_up=True)
+    compiled._init_handles()
+    registers = -(-compiled.n_regs // 8) * 8 * tiles.warps * 32
+    shared = compiled.metadata.shared + 1024  # of which the driver takes one for itself
+    fit = min(65536 // registers, device.shared_memory_per_multiprocessor // shared)
+    return device.multi_processor_count * max(1, min(tiles.programs, fit))
+
+
+def _seconds(problem: Problem, wanted: Wanted, row_grad: Tensor | None, tiles: Tiles) -> float:
+    """The median time of a call with these tiles; infinite where they do not fit the device."""
+    from triton.runtime.errors import OutOfResources
+    from triton.testing import do_bench
+
+    try:
+        workers = _workers(problem, wanted, row_grad, tiles)
+        return do_bench(
+            lambda: _launch(problem, wanted, row_grad, tiles, workers), return_mode="median"
+        )
+    except OutOfResources:
+        return float("inf")
+
+
+def _inputs(problem: Problem, row_grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    p = problem
+    temperature = p.temperature
+    if temperature is None and p.accumulate == torch.float64:
+        # A float argument of a kernel is float32.
+        temperature = torch.full((), p.tau, dtype=torch.float64, device=p.query.device)
+    tensors = (
+        *(p.query, p.positive, p.candidates, p.positive_log_q, p.candidate_log_q),
+        *(p.positive_ids, p.candidate_ids, p.domain_ids, p.domain_weights, p.example_weights),
+        *(temperature, row_grad),
+    )
+    return tuple(None if t is None else t.contiguous() for t in tensors)
+
+
+def _outputs(problem: Problem, wanted: Wanted) -> tuple[Tensor | None, ...]:
+    p = problem
+
+    def like(tensor: Tensor | None, want: bool, dtype: torch.dtype) -> Tensor | None:
+        if not want or tensor is None:
+            return None
+        return torch.empty(tensor.shape, dtype=dtype, device=tensor.device)
+
+    loss = p.query.new_empty(p.query.shape[:1] if p.reduction == "none" else (), dtype=p.accumulate)
+    return (
+        loss,
+        like(p.query, wanted.query, p.gradient),
+        like(p.positive, wanted.positive, p.gradient),
+        like(p.candidates, wanted.candidates, p.gradient),
+        like(p.temperature, wanted.temperature, p.accumulate),
+        like(p.domain_weights, wanted.domain_weights, p.accumulate),
+    )
+
+
+def _power_of_two(n: int, least: int) -> int:
+    return max(1 << (n - 1).bit_length(), least)
+
+
+def form_of(problem: Problem, inputs: tuple[Tensor | None, ...], tiles: Tiles) -> Any:
+    """What the kernel is compiled for."""
+    temperature = inputs[10]
+    return _form(
+        problem.query.shape[1],
+        problem.query.dtype,
+        problem.candidates.shape[0] < tiles.BN,
+        problem.query.shape[0] < tiles.CN,
+        1 if problem.domain_ids is None else problem.domain_ids.shape[1],
+        0 if problem.domain_weights is None else problem.domain_weights.shape[0],
+        problem.reduction,
+        problem.correction,
+        "float" if temperature is None else "row" if temperature.dim() else "scalar",
+        torch.get_float32_matmul_precision(),
+        tiles,
+        inputs[11] is not None,
+        interpreting(),
+    )
+
+
+@functools.cache
+def _form(
+    d: int,
+    dtype: torch.dtype,
+    few_candidates: bool,
+    few_rows: bool,
+    slots: int,
+    domains: int,
+    reduction: str,
+    correction: str,
+    temperature: str,
+    precision: str,
+    tiles: Tiles,
+    row_grad: bool,
+    interpreted: bool,
+) -> Any:
+    import triton.language as tl
+
+    from dwl_kernels.backends.triton_common import Form
+
+    exact = dtype == torch.float64 or (dtype == torch.float32 and precision == "highest")
+    narrow = dtype in (torch.bfloat16, torch.float16)
+    values = Form(
+        D=d,
+        BLOCK_D=_power_of_two(d, 16),
+        BM=tiles.BM,
+        BN=tiles.BN,
+        CM=tiles.CM,
+        CN=tiles.CN,
+        STAGES_1=tiles.stages_1,
+        STAGES_2=tiles.stages_2,
+        SLOTS=slots,
+        WORKERS=MAX_WORKERS,
+        DOMAINS=min(_power_of_two(max(domains, 1), 2), 64),
+        REDUCTION=reduction,
+        REFINED=correction == "refined",
+        TEMPERATURE=temperature,
+        DTYPE=tl.float64 if dtype == torch.float64 else tl.float32,
+        PRECISION="ieee" if exact else "tf32",
+        EXACT=exact,
+        FOLD=narrow and not row_grad,
+        HALF=dtype == torch.float16,
+        MAXIMA=exact or dtype == torch.float16,
+        FEW_CANDIDATES=few_candidates,
+        FEW_ROWS=few_rows,
+        UPCAST=interpreted and dtype == torch.bfloat16,
+    )
+    return Form(*(tl.constexpr(value) for value in values))
+
+
+def _workspace(
+    problem: Problem, outputs: tuple[Tensor | None, ...], tiles: Tiles, workers: int
+) -> tuple[Tensor, Tensor]:
+    """Two buffers, as `workspace` in the kernels cuts them up; the allocator caches them."""
+    rows, d = problem.query.shape
+    floats = 7 * -(-rows // 64) * 64 + 3 * workers
+    if outputs[5] is not None:
+        floats += 2 * workers * outputs[5].shape[0]
+    floats += 64 + workers * max(tiles.BM, tiles.CM) * (_power_of_two(d, 16) + 3)
+    device = problem.query.device
+    return (
+        torch.empty(floats, dtype=problem.accumulate, device=device),
+        torch.empty(workers + rows, dtype=torch.int32, device=device),
+    )
+
+
+_barriers: dict[tuple[int, int], Tensor] = {}
+
+
+def _barrier(device: torch.device) -> Tensor:
+    """The counter of `grid_barrier`, one per device and stream: launches in order share it."""
+    if device.type == "cpu":
+        return torch.zeros(1, dtype=torch.int32)
+    if torch.cuda.is_current_stream_capturing():
+        # A graph may be replayed on another stream than this one, beside calls that use it.
+        return torch.zeros(1, dtype=torch.int32, device=device)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    key = (index, torch.cuda.current_stream(device).cuda_stream)
+    if key not in _barriers:
+        _barriers[key] = torch.zeros(1, dtype=torch.int32, device=device)
+    return _barriers[key]
+
+
+def scaled(gradients: list[Tensor], upstream: Tensor, dtypes: list[torch.dtype]) -> list[Tensor]:
+    """All gradients times the upstream gradient of the loss, in one launch."""
+    from dwl_kernels.backends import triton_scale
+
+    if not gradients or interpreting():
+        return triton_scale.scaled(gradients, upstream, dtypes)
+    with torch.cuda.device(upstream.device):
+        return triton_scale.scaled(gradients, upstream, dtypes)

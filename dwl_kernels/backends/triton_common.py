@@ -1,0 +1,337 @@
+"""What the phases of the Triton kernel share: the call, the workspace, memory, numbers.
+
+A row tile, a slice or a block holds *places*: positions in the order in which rows or candidates
+stream, padding left out. `row_at` and `candidate_at` say what stands there.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+SIGN = tl.constexpr(-(2**31))
+LIMIT = tl.constexpr(2.0**100)  # of a row's total: above, its reference was too low
+FINITE = tl.constexpr(1e30)  # a reference must not be infinite: inf - inf is NaN
+HEADROOM = tl.constexpr(14)  # float16 ends at 2^16: terms start at 2^14 there
+BLOCK = tl.constexpr(256)  # rows at a time where a row is a few numbers
+MANY = tl.constexpr(4096)  # and where it is one
+CHUNK = tl.constexpr(16)  # rows or candidates of a split tile that one worker merges
+MIN_STEPS = tl.constexpr(1)  # a part of a split tile streams at least so many blocks
+
+# Row arrays of the workspace, in packed order.
+STATISTIC = tl.constexpr(0)
+COEFFICIENT = tl.constexpr(1)  # a / tau
+SCALE = tl.constexpr(2)  # log2 e / tau
+POSITIVE = tl.constexpr(3)  # what q is multiplied by in the gradient of its positive
+ROW_LOSS = tl.constexpr(4)  # r l
+TERM = tl.constexpr(5)  # w r l
+D_TAU = tl.constexpr(6)
+NUM_ROW_ARRAYS = tl.constexpr(7)
+# Then what the workers leave, [workers] each, the domains, and the parts of split tiles.
+WEIGHT_SUM = tl.constexpr(0)
+LOSS_SUM = tl.constexpr(1)
+TAU_SUM = tl.constexpr(2)
+NUM_WORKER_ARRAYS = tl.constexpr(3)
+ALIGN = tl.constexpr(64)
+
+
+class Inputs(NamedTuple):
+    """Pointers to the tensors of `Problem`; None where absent, and no code is made for it."""
+
+    query: Any  # [B, D]
+    positive: Any  # [B, D], None = in-batch
+    candidates: Any  # [N, D]
+    positive_log_q: Any  # [B]
+    candidate_log_q: Any  # [N]
+    positive_ids: Any  # [B]
+    candidate_ids: Any  # [N]
+    domain_ids: Any  # [B, SLOTS]
+    domain_weights: Any  # [num_domains]
+    example_weights: Any  # [B]
+    temperature: Any  # [] or [B]
+    row_grad: Any  # [B]
+
+
+class Outputs(NamedTuple):
+    """Pointers to the results; None where not wanted, and what only they need is left out."""
+
+    loss: Any  # [] or [B]
+    query: Any  # [B, D]
+    positive: Any  # [B, D]
+    candidates: Any  # [N, D]
+    temperature: Any  # [] or [B]
+    domain_weights: Any  # [num_domains]
+
+
+class Space(NamedTuple):
+    """The workspace."""
+
+    rows: Any  # [NUM_ROW_ARRAYS, stride] accumulation dtype, as the three that follow
+    sums: Any  # [NUM_WORKER_ARRAYS, workers]
+    domains: Any  # [2, workers, num_domains]
+    parts: Any  # [workers, max(BM, CM) * (BLOCK_D + 3)]
+    counts: Any  # [workers] int32
+    order: Any  # [B] int32, the active rows
+    barrier: Any  # [1] int32
+
+
+class Form(NamedTuple):
+    """What a kernel is compiled for; every field a `tl.constexpr`."""
+
+    D: Any
+    BLOCK_D: Any  # the power of two that holds D
+    BM: Any  # rows of a row tile
+    BN: Any  # candidates that pass at a time
+    CM: Any  # candidates of a candidate tile
+    CN: Any  # rows that pass at a time
+    STAGES_1: Any  # loads in flight in phase 1
+    STAGES_2: Any
+    SLOTS: Any  # domains per row
+    WORKERS: Any  # the power of two that holds the workers
+    DOMAINS: Any  # domains summed at a time
+    REDUCTION: Any
+    REFINED: Any
+    TEMPERATURE: Any  # "float", "scalar" or "row"
+    DTYPE: Any  # of logits, sums and the workspace
+    PRECISION: Any  # of a float32 product
+    EXACT: Any  # float32 or float64 with nothing rounded: logits as eager computes them, base e
+    FOLD: Any  # the coefficient goes into the statistic, at the price of its low digits
+    HALF: Any  # float16 embeddings: 5 bits of exponent
+    MAXIMA: Any  # the reference is the largest logit, at the price of a pass for it
+    FEW_CANDIDATES: Any  # less than BN
+    FEW_ROWS: Any  # less than CN
+    UPCAST: Any  # bfloat16 in the interpreter, which cannot multiply it
+
+
+class Call(NamedTuple):
+    """What the host passes."""
+
+    inputs: Any
+    outputs: Any
+    form: Any
+
+
+class Sizes(NamedTuple):
+    """Run-time numbers; `count` and `norm` are known after phase 0."""
+
+    rows: Any  # B
+    stride: Any  # B rounded up: the length of a row array in the workspace
+    candidates: Any  # N
+    domains: Any
+    workers: Any
+    tau: Any  # temperature as a float
+    count: Any  # rows that are not padding
+    places: Any  # candidates that stream: N, less the positives of padded rows
+    norm: Any  # divisor of the reduction
+
+
+class Work(NamedTuple):
+    """What a program knows beside: sizes and where the workspace lies."""
+
+    sizes: Any
+    space: Any
+
+
+@triton.jit
+def grid_barrier(counter):
+    """Wait until every program is here, and see what all of them wrote.
+
+    Arrivals add up to 2^31: the last one flips the sign bit and leaves the other bits zero, so the
+    counter needs no reset, whatever grid comes next.
+    """
+    tl.debug_barrier()
+    others = tl.num_programs(0) - 1
+    arrival = tl.where(tl.program_id(0) == 0, SIGN - others, 1)
+    before = tl.atomic_add(counter, arrival, sem="release")
+    while (tl.atomic_add(counter, 0, sem="acquire") ^ before) >= 0:
+        pass
+    tl.debug_barrier()
+
+
+@triton.jit
+def product(a, b, total, call, work):
+    """``total + a b``, accumulated in the dtype of `total`."""
+    if call.form.UPCAST:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, total, input_precision=call.form.PRECISION, out_dtype=total.dtype)
+
+
+@triton.jit
+def narrow(x, dtype: tl.constexpr, call, work):
+    """`x` rounded to the nearest of an embedding dtype."""
+    if call.form.UPCAST and dtype == tl.bfloat16:  # the interpreter cuts bits off instead
+        bits = x.to(tl.int32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        x = (bits & -65536).to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
+def embeddings(base, index, call, work):
+    """Rows `index` of a ``[*, D]`` matrix, ``[len(index), BLOCK_D]``."""
+    column = tl.arange(0, call.form.BLOCK_D)
+    pointer = base + tl.cast(index, tl.int64)[:, None] * call.form.D + column[None, :]
+    if call.form.D == call.form.BLOCK_D:
+        return tl.load(pointer)
+    else:
+        return tl.load(pointer, mask=column[None, :] < call.form.D, other=0.0)
+
+
+@triton.jit
+def block(base, start, length, SIZE: tl.constexpr, call, work):
+    """The indices and embeddings of a block of a matrix with at least SIZE rows.
+
+    The last block begins early enough to end with the matrix, so its first rows came before. With
+    one address for the whole block, a load costs no arithmetic.
+    """
+    first = tl.minimum(start, length - SIZE)
+    row = tl.arange(0, SIZE)
+    return first + row, embeddings(base + tl.cast(first, tl.int64) * call.form.D, row, call, work)
+
+
+@triton.jit
+def store_embeddings(base, index, value, mask, call, work):
+    column = tl.arange(0, call.form.BLOCK_D)
+    pointer = base + index.to(tl.int64)[:, None] * call.form.D + column[None, :]
+    keep = mask[:, None]
+    if call.form.D != call.form.BLOCK_D:
+        keep = keep & (column[None, :] < call.form.D)
+    tl.store(pointer, narrow(value, base.dtype.element_ty, call, work), mask=keep)
+
+
+@triton.jit
+def row_at(place, call, work):
+    """The row at `place` of the rows that are not padding."""
+    if call.inputs.example_weights is not None:
+        return tl.load(work.space.order + place)
+    else:
+        return place
+
+
+@triton.jit
+def candidate_at(place, call, work):
+    """The candidate at `place` of the stream; in a batch those of padded rows are left out."""
+    sizes = work.sizes
+    if (call.inputs.positive is None) and (call.inputs.example_weights is not None):
+        packed = place < sizes.count
+        row = tl.load(work.space.order + place, mask=packed, other=0)
+        return tl.where(packed, row, place - sizes.count + sizes.rows)
+    else:
+        return place
+
+
+@triton.jit
+def temperature_of(row, call, work):
+    """``tau_i``, a scalar or one per row."""
+    if call.form.TEMPERATURE == "row":
+        return tl.load(call.inputs.temperature + row)
+    elif call.form.TEMPERATURE == "scalar":
+        return tl.load(call.inputs.temperature)
+    else:
+        return work.sizes.tau
+
+
+@triton.jit
+def temperatures_of(row, call, work):
+    return tl.zeros(row.shape, call.form.DTYPE) + temperature_of(row, call, work)
+
+
+@triton.jit
+def unit_of(call, work):
+    """Logits are in units of ``1 / log2 e``, so that `exp2` is one instruction, or plain."""
+    if call.form.EXACT:
+        return 1.0
+    else:
+        return LOG2E
+
+
+@triton.jit
+def scale_of(tau, call, work):
+    """What `scaled` takes for a temperature."""
+    if call.form.EXACT:
+        return tau
+    else:
+        return 1 / tau * LOG2E
+
+
+@triton.jit
+def scaled(products, scale, call, work):
+    """``<q, c> / tau`` in the unit of logits."""
+    if call.form.EXACT:
+        return products / scale
+    else:
+        return products * scale
+
+
+@triton.jit
+def power(z, call, work):
+    if call.form.EXACT:
+        return tl.exp(z)
+    else:
+        return tl.exp2(z)
+
+
+@triton.jit
+def logarithm(x, call, work):
+    if call.form.EXACT:
+        return tl.log(x)
+    else:
+        return tl.log2(x)
+
+
+@triton.jit
+def row_weight(row, call, work):
+    """``w_i``; NaN for a negative weight or a domain id out of range."""
+    weight = tl.full(row.shape, 1.0, call.form.DTYPE)
+    if call.inputs.example_weights is not None:
+        weight = tl.load(call.inputs.example_weights + row)
+    if call.inputs.domain_ids is not None:
+        total = tl.zeros_like(weight)
+        present = tl.zeros_like(weight)
+        for slot in range(call.form.SLOTS):
+            domain = tl.load(call.inputs.domain_ids + row.to(tl.int64) * call.form.SLOTS + slot)
+            inside = (domain >= 0) & (domain < work.sizes.domains)
+            value = tl.load(call.inputs.domain_weights + domain, mask=inside, other=float("nan"))
+            given = domain != -1
+            total += tl.where(given, value, 0.0)
+            present += tl.where(given, 1.0, 0.0)
+        weight *= tl.where(present > 0, total / tl.maximum(present, 1.0), 1.0)
+    return tl.where(weight < 0, float("nan"), weight)
+
+
+@triton.jit
+def slice_of(worker, length, workers):
+    """The part of `length` rows that a worker owns."""
+    size = tl.cdiv(length, workers)
+    first = tl.minimum(worker * size, length)
+    return first, tl.minimum(first + size, length)
+
+
+@triton.jit
+def shares(tiles, steps, workers):
+    """Tiles that are taken whole, and into how many parts each of the others is split."""
+    rest = tiles % workers
+    splits = tl.minimum(workers // tl.maximum(rest, 1), tl.maximum(steps // MIN_STEPS, 1))
+    return tiles - rest, splits
+
+
+@triton.jit
+def unit(number, whole, splits, steps):
+    """The tile, its first and last step, and its part (-1: all of it) of work unit `number`."""
+    split = (number >= whole) & (splits > 1)
+    part = number - whole
+    tile = tl.where(split, whole + part // splits, number)
+    turn = tl.where(split, part % splits, 0)
+    of = tl.where(split, splits, 1)
+    return tile, steps * turn // of, steps * (turn + 1) // of, tl.where(split, part, -1)
+
+
+@triton.jit
+def part_of(part, call, work):
+    """Where a worker leaves its part of a split tile."""
+    size: tl.constexpr = max(call.form.BM, call.form.CM) * (call.form.BLOCK_D + 3)
+    return work.space.parts + part * size

@@ -1,0 +1,304 @@
+"""Phase 1 of the Triton kernel: a tile of rows, past which the candidates stream."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from dwl_kernels.backends.triton_common import (
+    CHUNK,
+    COEFFICIENT,
+    D_TAU,
+    FINITE,
+    HEADROOM,
+    LIMIT,
+    POSITIVE,
+    ROW_LOSS,
+    SCALE,
+    STATISTIC,
+    TERM,
+    block,
+    candidate_at,
+    embeddings,
+    logarithm,
+    narrow,
+    part_of,
+    power,
+    product,
+    row_at,
+    row_weight,
+    scale_of,
+    scaled,
+    store_embeddings,
+    temperatures_of,
+    unit_of,
+)
+
+
+@triton.jit
+def row_tile(tile, first, stop, part, call, work):
+    """Phase 1 of BM rows with the candidates of the blocks ``first : stop``."""
+    place = tile * call.form.BM + tl.arange(0, call.form.BM)
+    row = row_at(tl.minimum(place, work.sizes.count - 1), call, work)
+    q = embeddings(call.inputs.query, row, call, work)
+    scale = scale_of(temperatures_of(row, call, work), call, work)
+    row_id = row
+    if call.inputs.candidate_ids is not None:
+        row_id = tl.load(call.inputs.positive_ids + row)
+    dtype: tl.constexpr = call.form.DTYPE
+    z_positive = positive_logits(q.to(dtype), row, scale, call, work)
+    reference = tl.minimum(tl.maximum(z_positive, -FINITE), FINITE)
+    if call.form.MAXIMA:
+        largest = row_maxima(q, scale, row_id, place, first, stop, call, work)
+        if call.form.HALF:
+            reference = tl.maximum(largest - HEADROOM, reference - 100)
+        else:
+            reference = tl.maximum(largest, reference)
+    total = tl.zeros([call.form.BM], dtype)
+    compete = tl.zeros([call.form.BM], dtype)
+    weighted = tl.zeros([call.form.BM, call.form.BLOCK_D], dtype)
+    attempt = 0
+    again = True
+    while again:
+        total, compete, weighted = stream_candidates(
+            q, scale, reference, row_id, place, first, stop, call, work
+        )
+        again = False
+        if not call.form.MAXIMA:
+            again = (attempt == 0) & (tl.max((total > LIMIT).to(tl.int32), 0) > 0)
+            if again:
+                largest = row_maxima(q, scale, row_id, place, first, stop, call, work)
+                reference = tl.maximum(reference, largest)
+        attempt += 1
+    if part < 0:
+        sums = Sums(z_positive, reference, total, compete)
+        finish_rows(place, sums, weighted, call, work)
+    else:
+        base = part_of(part, call, work)
+        r = tl.arange(0, call.form.BM)
+        tl.store(base + r, reference)
+        tl.store(base + call.form.BM + r, total)
+        tl.store(base + 2 * call.form.BM + r, compete)
+        if (call.outputs.query is not None) or (call.outputs.temperature is not None):
+            d = tl.arange(0, call.form.BLOCK_D)
+            tl.store(
+                base + 3 * call.form.BM + r[:, None] * call.form.BLOCK_D + d[None, :], weighted
+            )
+
+
+@triton.jit
+def row_logits(q, scale, reference, row_id, place, start, call, work):
+    """``z_ij - reference`` of a row tile, its candidates ``c_j``, and how many compete."""
+    sizes = work.sizes
+    in_batch: tl.constexpr = call.inputs.positive is None
+    if (in_batch and (call.inputs.example_weights is not None)) or call.form.FEW_CANDIDATES:
+        at = start + tl.arange(0, call.form.BN)
+        j = candidate_at(tl.minimum(at, sizes.places - 1), call, work)
+        c = embeddings(call.inputs.candidates, j, call, work)
+    else:
+        at, c = block(call.inputs.candidates, start, sizes.candidates, call.form.BN, call, work)
+        j = at
+    dtype: tl.constexpr = call.form.DTYPE
+    z = product(q, tl.trans(c), tl.zeros([call.form.BM, call.form.BN], dtype), call, work)
+    z = scaled(z, scale[:, None], call, work)
+    compete = tl.zeros([call.form.BM], dtype)
+    if call.inputs.candidate_log_q is not None:
+        z -= (tl.load(call.inputs.candidate_log_q + j) * unit_of(call, work))[None, :]
+    z -= reference
+    if call.inputs.candidate_ids is not None:
+        # A row's own column is a hit as well.
+        hit = row_id[:, None] == tl.load(call.inputs.candidate_ids + j)[None, :]
+        z = tl.where(hit, float("-inf"), z)
+        if call.form.REFINED:
+            counts = ((at >= start) & (at < sizes.places))[None, :] & ~hit
+            compete = tl.sum(tl.where(counts, 1.0, 0.0).to(dtype), 1)
+    edge = start + call.form.BN > sizes.places
+    if in_batch and (call.inputs.candidate_ids is None):
+        first = tl.min(place, 0)
+        edge = edge | ((start < first + call.form.BM) & (start + call.form.BN > first))
+    if edge:
+        z = tl.where(((at >= start) & (at < sizes.places))[None, :], z, float("-inf"))
+        if in_batch and (call.inputs.candidate_ids is None):
+            z = tl.where(at[None, :] == place[:, None], float("-inf"), z)
+    return z, c, compete
+
+
+@triton.jit
+def row_maxima(q, scale, row_id, place, first, stop, call, work):
+    """The largest ``z_ij`` of each row."""
+    largest = tl.full([call.form.BM], -FINITE, call.form.DTYPE)
+    for start in tl.range(
+        first * call.form.BN, stop * call.form.BN, call.form.BN, num_stages=call.form.STAGES_1
+    ):
+        z, _, _ = row_logits(q, scale, 0.0, row_id, place, start, call, work)
+        largest = tl.maximum(largest, tl.max(z, 1))
+    return tl.minimum(largest, FINITE)
+
+
+@triton.jit
+def stream_candidates(q, scale, reference, row_id, place, first, stop, call, work):
+    """``sum_j e_ij``, ``sum_j e_ij c_j`` and the number of j, for ``e = exp(z - reference)``."""
+    dtype: tl.constexpr = call.form.DTYPE
+    total = tl.zeros([call.form.BM], dtype)
+    compete = tl.zeros([call.form.BM], dtype)
+    weighted = tl.zeros([call.form.BM, call.form.BLOCK_D], dtype)
+    for start in tl.range(
+        first * call.form.BN, stop * call.form.BN, call.form.BN, num_stages=call.form.STAGES_1
+    ):
+        z, c, more = row_logits(q, scale, reference[:, None], row_id, place, start, call, work)
+        e = power(z, call, work)
+        total += tl.sum(e, 1)
+        compete += more
+        if (call.outputs.query is not None) or (call.outputs.temperature is not None):
+            weighted = product(narrow(e, c.dtype, call, work), c, weighted, call, work)
+    return total, compete, weighted
+
+
+@triton.jit
+def merge_rows(chunk, whole, splits, call, work):
+    """Join the parts of `CHUNK` rows of a split tile."""
+    chunk = tl.cast(chunk, tl.int32)  # a plain number in the interpreter
+    of_tile = chunk // (call.form.BM // CHUNK)
+    r = (chunk % (call.form.BM // CHUNK)) * CHUNK + tl.arange(0, CHUNK)
+    d = tl.arange(0, call.form.BLOCK_D)
+    dtype: tl.constexpr = call.form.DTYPE
+    reference = tl.full([CHUNK], -FINITE, dtype)
+    for s in range(splits):
+        base = part_of(of_tile * splits + s, call, work)
+        reference = tl.maximum(reference, tl.load(base + r))
+    total = tl.zeros([CHUNK], dtype)
+    compete = tl.zeros([CHUNK], dtype)
+    weighted = tl.zeros([CHUNK, call.form.BLOCK_D], dtype)
+    for s in range(splits):
+        base = part_of(of_tile * splits + s, call, work)
+        factor = power(tl.load(base + r) - reference, call, work)
+        total += tl.load(base + call.form.BM + r) * factor
+        compete += tl.load(base + 2 * call.form.BM + r)
+        if (call.outputs.query is not None) or (call.outputs.temperature is not None):
+            part = tl.load(base + 3 * call.form.BM + r[:, None] * call.form.BLOCK_D + d[None, :])
+            weighted += part * factor[:, None]
+    place = (whole + of_tile) * call.form.BM + r
+    row = row_at(tl.minimum(place, work.sizes.count - 1), call, work)
+    q = embeddings(call.inputs.query, row, call, work).to(dtype)
+    scale = scale_of(temperatures_of(row, call, work), call, work)
+    z_positive = positive_logits(q, row, scale, call, work)
+    sums = Sums(z_positive, reference, total, compete)
+    finish_rows(place, sums, weighted, call, work)
+
+
+@triton.jit
+def positives(row, call, work):
+    if call.inputs.positive is None:
+        return embeddings(call.inputs.candidates, row, call, work)
+    else:
+        return embeddings(call.inputs.positive, row, call, work)
+
+
+@triton.jit
+def positive_logits(q, row, scale, call, work):
+    """``z_i+``; the refined correction leaves log-Q out of it."""
+    z = scaled(tl.sum(q * positives(row, call, work).to(q.dtype), 1), scale, call, work)
+    if (call.inputs.positive_log_q is not None) and (not call.form.REFINED):
+        z -= tl.load(call.inputs.positive_log_q + row) * unit_of(call, work)
+    return z
+
+
+class Sums(NamedTuple):
+    """What phase 1 knows of each row when all candidates have passed, ``[BM]`` each."""
+
+    z_positive: Any  # in the unit of logits, as `reference`
+    reference: Any
+    total: Any  # sum_j exp(z_ij - reference)
+    compete: Any  # n_i, where it is counted
+
+
+@triton.jit
+def finish_rows(place, sums, weighted, call, work):
+    """From the sums over all candidates to the losses, gradients and statistics of some rows."""
+    sizes = work.sizes
+    dtype: tl.constexpr = call.form.DTYPE
+    z_positive, reference, total, compete = sums
+    inside = place < sizes.count
+    row = row_at(tl.minimum(place, sizes.count - 1), call, work)
+    tau = temperatures_of(row, call, work)
+    unit = unit_of(call, work)
+    weight = row_weight(row, call, work)
+
+    if call.form.REFINED:
+        all_terms = total
+        lse = reference + logarithm(total, call, work)
+        statistic = lse
+        lse = lse / unit
+        if call.inputs.positive_log_q is not None:
+            probability = tl.exp(tl.load(call.inputs.positive_log_q + row))
+            # log(1 - Q), also where 1 - Q would round Q away
+            series = -probability * (1 + probability * (0.5 + probability / 3))
+            lse += tl.where(probability < 1e-4, series, tl.log(1 - probability))
+        if call.inputs.candidate_ids is None:
+            compete = tl.zeros_like(total) + sizes.places
+            if call.inputs.positive is None:
+                compete -= 1
+        r = 1 / (1 + tl.exp(z_positive / unit + tl.log(compete) - lse))
+        r = tl.where(lse == float("-inf"), 0.0, r)
+        row_loss = tl.where(r == 0, 0.0, r * (lse - z_positive / unit))
+        p_positive_minus_1 = tl.full(total.shape, -1.0, dtype)
+    else:
+        r = tl.full(total.shape, 1.0, dtype)
+        all_terms = total + power(z_positive - reference, call, work)
+        statistic = reference + logarithm(all_terms, call, work)
+        # Where the positive leads, log(1 + odds) keeps the digits that lse - z+ would round away.
+        odds = total * power(reference - z_positive, call, work)
+        one_and_odds = 1 + odds
+        small = tl.log(one_and_odds) * (odds / tl.where(odds == 0, 1.0, one_and_odds - 1))
+        small = tl.where(one_and_odds == 1, odds, small)
+        large = ((reference - z_positive) + logarithm(all_terms, call, work)) / unit
+        row_loss = tl.where(odds < 1, small, large)
+        p_positive_minus_1 = tl.where(total == float("inf"), -1.0, -total / all_terms)
+
+    a = weight * r
+    if call.inputs.row_grad is not None:
+        a *= tl.load(call.inputs.row_grad + row)
+    elif (call.form.REDUCTION == "mean") or (call.form.REDUCTION == "weighted_mean"):
+        a = tl.where(sizes.norm == 0, 0.0, a / sizes.norm)
+    coefficient = a / tau
+    nothing = a == 0
+    d_positive = tl.where(nothing, 0.0, coefficient * p_positive_minus_1)
+
+    term = tl.where(weight == 0, 0.0, weight * row_loss)
+    arrays = work.space.rows + place
+    if call.form.REDUCTION != "none":
+        tl.store(arrays + TERM * sizes.stride, term, mask=inside)
+    elif call.outputs.loss is not None:
+        tl.store(call.outputs.loss + row, term, mask=inside)
+    if call.outputs.domain_weights is not None:
+        tl.store(arrays + ROW_LOSS * sizes.stride, row_loss, mask=inside)
+    if call.outputs.candidates is not None:
+        if call.form.FOLD:
+            statistic -= logarithm(coefficient, call, work)
+        statistic = tl.where(nothing, float("inf"), statistic)
+        tl.store(arrays + STATISTIC * sizes.stride, statistic, mask=inside)
+        if call.form.HALF or not call.form.FOLD:
+            tl.store(arrays + COEFFICIENT * sizes.stride, coefficient, mask=inside)
+        if call.form.TEMPERATURE == "row":
+            tl.store(arrays + SCALE * sizes.stride, scale_of(tau, call, work), mask=inside)
+        if call.inputs.positive is None:
+            tl.store(arrays + POSITIVE * sizes.stride, d_positive, mask=inside)
+    if (call.outputs.query is not None) or (call.outputs.temperature is not None):
+        mean = weighted * (1 / all_terms)[:, None]  # sum_j p_ij c_j
+        p = positives(row, call, work).to(dtype)
+        d_query = coefficient[:, None] * mean + d_positive[:, None] * p
+        d_query = tl.where(nothing[:, None], 0.0, d_query)
+        if call.outputs.query is not None:
+            store_embeddings(call.outputs.query, row, d_query, inside, call, work)
+        if call.outputs.temperature is not None:
+            q = embeddings(call.inputs.query, row, call, work).to(dtype)
+            d_tau = -tl.sum(q * d_query, 1) / tau
+            if call.form.TEMPERATURE == "row":
+                tl.store(call.outputs.temperature + row, d_tau, mask=inside)
+            else:
+                tl.store(arrays + D_TAU * sizes.stride, d_tau, mask=inside)
+    if call.outputs.positive is not None:
+        q = embeddings(call.inputs.query, row, call, work).to(dtype)
+        store_embeddings(call.outputs.positive, row, d_positive[:, None] * q, inside, call, work)

@@ -1,0 +1,137 @@
+"""Tile shapes of the Triton kernel, and the search for better ones.
+
+What decides, per multiprocessor of capability 9.0 (the arithmetic is in `benchmarks/results`):
+
+- Two programs at once: one computes exponentials while the tensor cores work for the other. That
+  leaves 255 registers for each of 4 warps, or 128 for each of 8.
+- A row tile keeps ``[BM, D]`` sums and a ``[BM, BN]`` block of logits in registers; where those do
+  not fit, the main loop spills or its tensor instructions wait for one another.
+- The streamed side is read from L2 once per tile: ``2135 / BM`` bytes per clock and multiprocessor
+  at the full rate of the tensor cores, of about 28 that L2 gives. BM = 128 where registers allow.
+- Wider blocks (BN) share the fixed cost of a step, about 100 instructions, among more elements.
+
+None of the rows is measured yet; they were chosen by these rules and by the instructions, registers
+and spills that `python -m benchmarks.aot` counts in the machine code.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+
+class Tiles(NamedTuple):
+    """Tile shapes; `Form` in the kernels says what each is."""
+
+    BM: int
+    BN: int
+    CM: int
+    CN: int
+    stages_1: int
+    stages_2: int
+    warps: int
+    programs: int  # at once on a multiprocessor; fewer where a device has less room
+
+    @property
+    def registers(self) -> int | None:
+        """The limit per thread that lets `programs` run at once; None where there is none."""
+        limit = 65536 // (self.programs * self.warps * 32) // 8 * 8
+        return None if limit >= 255 else limit
+
+
+# (D rounded up to a power of two, bytes per element, major capability) -> tiles
+TABLE: dict[tuple[int, int, int], Tiles] = {
+    # 8.0: mma.sync with both operands in registers, 164 KB of shared memory; 8.6 and 8.9 have 100.
+    (16, 2, 8): Tiles(64, 64, 64, 64, 2, 2, 4, 2),
+    (32, 2, 8): Tiles(64, 64, 64, 64, 2, 2, 4, 2),
+    (64, 2, 8): Tiles(64, 64, 64, 64, 2, 2, 4, 2),
+    (128, 2, 8): Tiles(64, 64, 64, 64, 2, 2, 4, 2),
+    (256, 2, 8): Tiles(64, 32, 64, 32, 2, 2, 4, 2),
+    # 9.0: wgmma, 228 KB. At D = 128 rows of 128 would serialise wgmma for want of registers.
+    (16, 2, 9): Tiles(128, 64, 128, 64, 3, 3, 8, 2),
+    (32, 2, 9): Tiles(128, 64, 128, 64, 3, 3, 8, 2),
+    (64, 2, 9): Tiles(128, 64, 128, 64, 3, 3, 8, 2),
+    (128, 2, 9): Tiles(64, 128, 64, 128, 2, 2, 4, 2),
+    (256, 2, 9): Tiles(64, 64, 64, 64, 2, 2, 4, 2),
+    # 10.0: as 9.0; the operands of D = 256 take 128 KB, so one program at a time.
+    (256, 2, 10): Tiles(64, 64, 64, 64, 2, 2, 4, 1),
+    # float32: tf32 products, or plain FMA at the `highest` precision, where a block of 32 by 32
+    # keeps both operands of the product in registers.
+    (16, 4, 8): Tiles(32, 32, 32, 32, 2, 2, 4, 2),
+    (32, 4, 8): Tiles(32, 32, 32, 32, 2, 2, 4, 2),
+    (64, 4, 8): Tiles(32, 32, 32, 32, 2, 2, 4, 2),
+    (128, 4, 8): Tiles(32, 32, 32, 32, 2, 2, 4, 2),
+    (256, 4, 8): Tiles(32, 32, 32, 32, 2, 2, 4, 1),
+}
+# Capability 9.0 needs 64 rows for wgmma; the rows apply with tf32 products only.
+TF32: dict[tuple[int, int, int], Tiles] = {
+    (64, 4, 9): Tiles(64, 64, 64, 64, 2, 2, 4, 2),
+    (128, 4, 9): Tiles(64, 32, 64, 32, 2, 2, 4, 2),
+}
+
+
+def default(block_d: int, dtype: torch.dtype, capability: int, exact: bool) -> Tiles:
+    """The row of the table, or of the nearest older capability.
+
+    `exact` says that a float32 product is not rounded to tf32.
+    """
+    table = TABLE if exact else {**TABLE, **TF32}
+    for major in range(capability, 7, -1):
+        if (block_d, dtype.itemsize, major) in table:
+            return table[block_d, dtype.itemsize, major]
+    raise KeyError((block_d, dtype, capability))
+
+
+def choose(
+    block_d: int,
+    dtype: torch.dtype,
+    capability: int,
+    exact: bool,
+    shape: tuple[int, int],  # B, N
+    seconds: Callable[[Tiles], float],
+) -> Tiles:
+    """The default; with ``DWL_KERNELS_AUTOTUNE=1`` the fastest of `around` the default.
+
+    The search runs once per shape and process. ``DWL_KERNELS_TILES`` names a JSON file that is read
+    first and gets what a search finds.
+    """
+    key = f"{block_d} {str(dtype).removeprefix('torch.')} {capability} {shape[0]} {shape[1]}"
+    known = _file(os.environ.get("DWL_KERNELS_TILES"))
+    if key in known:
+        return known[key]
+    best = default(block_d, dtype, capability, exact)
+    if os.environ.get("DWL_KERNELS_AUTOTUNE") != "1":
+        return best
+    best = min(around(best), key=seconds)
+    known[key] = best
+    path = os.environ.get("DWL_KERNELS_TILES")
+    if path is not None:
+        Path(path).write_text(json.dumps({k: list(v) for k, v in known.items()}, indent=1) + "\n")
+    return best
+
+
+@functools.cache
+def _file(path: str | None) -> dict[str, Tiles]:
+    if path is None or not Path(path).exists():
+        return {}
+    return {key: Tiles(*row) for key, row in json.loads(Path(path).read_text()).items()}
+
+
+def around(tiles: Tiles) -> list[Tiles]:
+    """What the search tries: rows and blocks of other sizes, more or fewer stages and programs."""
+    found = [tiles]
+    for rows, block, stages, programs in itertools.product(
+        (64, 128), (32, 64, 128), (2, 3, 4), (1, 2, 3)
+    ):
+        warps = 8 if rows == 128 else 4
+        other = Tiles(rows, block, rows, block, stages, stages, warps, programs)
+        if other != tiles:
+            found.append(other)
+    return found

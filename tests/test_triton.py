@@ -1,0 +1,160 @@
+"""What only the Triton kernel has: tiles, splits, references, packed rows. Runs interpreted."""
+
+from __future__ import annotations
+
+import cases
+import pytest
+import torch
+
+import dwl_kernels
+from dwl_kernels import backends
+from dwl_kernels.backends import triton as host
+from dwl_kernels.backends.triton_tiles import TABLE, Tiles, around, choose, default
+
+interpreted = pytest.mark.skipif(
+    backends.why_not("triton", "cpu") is not None, reason="the interpreter is off"
+)
+BY_NAME = {case.name: case for case in cases.CASES}
+
+
+def use(monkeypatch: pytest.MonkeyPatch, tiles: tuple[int, ...], workers: int) -> None:
+    chosen = host.Interpreter(Tiles(*tiles, 1, 1, 4, 1), workers)
+    monkeypatch.setattr(host, "INTERPRETER", chosen)
+
+
+@interpreted
+@pytest.mark.parametrize("workers", [1, 2, 7, 40])
+@pytest.mark.parametrize("tiles", [(16, 32, 32, 16), (32, 16, 16, 64)], ids=str)
+@pytest.mark.parametrize("name", ["mixed, everything", "refined, everything"])
+def test_tile_shapes_and_splits_do_not_change_the_result(
+    monkeypatch: pytest.MonkeyPatch, name: str, tiles: tuple[int, ...], workers: int
+) -> None:
+    """1 worker splits nothing, 40 split every tile; blocks of 64 are wider than some inputs."""
+    use(monkeypatch, tiles, workers)
+    cases.check(BY_NAME[name], "triton", torch.float64)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_candidate_far_above_the_positive_starts_the_tile_again(dtype: torch.dtype) -> None:
+    """Logits from -300 to 300: with the positive as reference a total overflows float32."""
+    query = torch.linspace(-1, 1, 33)[:, None].to(dtype).requires_grad_()
+    positive = -10 * query.detach()
+    negative = torch.linspace(-300, 300, 40)[:, None].to(dtype).requires_grad_()
+    losses = {}
+    for backend in ("triton", "eager"):
+        loss = dwl_kernels.sampled_softmax_loss(query, positive, negative, backend=backend)
+        losses[backend] = (loss, *torch.autograd.grad(loss, (query, negative)))
+    for ours, theirs in zip(losses["triton"], losses["eager"], strict=True):
+        assert ours.isfinite().all()
+        torch.testing.assert_close(ours.float(), theirs.float(), rtol=0.01, atol=0.01)
+
+
+@interpreted
+def test_tf32_products_pass_at_lower_matmul_precision() -> None:
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        cases.check(BY_NAME["log-Q"], "triton", torch.float32)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@interpreted
+def test_padding_reaches_neither_the_tiles_nor_the_losses(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every second row is padding: the result is that of the other rows alone."""
+    use(monkeypatch, (16, 16, 16, 16), 3)
+    generator = torch.Generator().manual_seed(5)
+    query, positive = (torch.randn(70, 8, generator=generator) for _ in range(2))
+    weights = torch.arange(70) % 2
+    query[weights == 0] = torch.nan
+    loss = dwl_kernels.in_batch_softmax_loss(
+        query, positive, example_weights=weights, backend="triton"
+    )
+    expected = dwl_kernels.in_batch_softmax_loss(query[1::2], positive[1::2], backend="eager")
+    torch.testing.assert_close(loss, expected)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_one_launch_scales_all_gradients(dtype: torch.dtype) -> None:
+    """Lengths around the block of 4096; a factor that float16 cannot hold."""
+    generator = torch.Generator().manual_seed(3)
+    gradients = [
+        torch.randn(n, generator=generator).mul(1e-3).to(torch.float32 if n == 1 else dtype)
+        for n in (1, 4095, 4097, 0, 9000)
+    ]
+    dtypes = [g.dtype for g in gradients]
+    products = host.scaled(gradients, torch.tensor(70000.0), dtypes)
+    for gradient, product in zip(gradients, products, strict=True):
+        assert product.dtype == gradient.dtype
+        torch.testing.assert_close(product, (gradient.float() * 70000.0).to(gradient.dtype))
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [({"domain_ids": torch.tensor([0, 9])}, IndexError),
+     ({"domain_weights": torch.tensor([1.0, -1.0])}, ValueError)],
+    ids=["domain id", "negative weight"],
+)  # fmt: skip
+def test_bad_values_raise_on_a_cpu(change: dict, error: type[Exception]) -> None:
+    arguments = {
+        "domain_ids": torch.tensor([0, 1]),
+        "domain_weights": torch.tensor([1.0, 2.0]),
+    }
+    with pytest.raises(error):
+        dwl_kernels.sampled_softmax_loss(
+            torch.ones(2, 3), torch.ones(2, 3), torch.ones(4, 3),
+            backend="triton", **{**arguments, **change},
+        )  # fmt: skip
+
+
+@interpreted
+def test_bad_values_give_nan_where_nothing_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: the row's loss is NaN, no other row's is."""
+    monkeypatch.setattr(host, "checks_values", lambda device: False)
+    loss = dwl_kernels.sampled_softmax_loss(
+        torch.ones(4, 3),
+        torch.ones(4, 3),
+        torch.ones(5, 3),
+        domain_ids=torch.tensor([0, 7, 1, -9]),
+        domain_weights=torch.tensor([1.0, -1.0]),
+        reduction="none",
+        backend="triton",
+    )
+    assert loss.isnan().tolist() == [False, True, True, True]
+
+
+def test_wide_embeddings_are_refused_with_the_mend() -> None:
+    if backends.why_not("triton", "cpu") is not None:
+        pytest.skip("the interpreter is off")
+    with pytest.raises(RuntimeError, match=r"at most 256.*chunked"):
+        dwl_kernels.sampled_softmax_loss(
+            torch.ones(2, 257), torch.ones(2, 257), torch.ones(4, 257), backend="triton"
+        )
+
+
+def test_every_default_has_tiles() -> None:
+    for capability in (8, 9, 10, 12):
+        for block_d in (16, 32, 64, 128, 256):
+            for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                for exact in (False, True):
+                    tiles = default(block_d, dtype, capability, exact)
+                    assert tiles.BM % 16 == tiles.CM % 16 == 0
+    assert all(t.programs * t.warps * 32 * (t.registers or 255) <= 65536 for t in TABLE.values())
+
+
+def test_search_takes_the_fastest_and_remembers_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: object
+) -> None:
+    path = f"{tmp_path}/tiles.json"
+    monkeypatch.setenv("DWL_KERNELS_AUTOTUNE", "1")
+    monkeypatch.setenv("DWL_KERNELS_TILES", path)
+    key = (64, torch.bfloat16, 9, False, (512, 512))
+    target = around(default(64, torch.bfloat16, 9, False))[7]
+    assert choose(*key, seconds=lambda tiles: 0.0 if tiles == target else 1.0) == target
+    monkeypatch.delenv("DWL_KERNELS_AUTOTUNE")
+    assert choose(*key, seconds=lambda tiles: 1.0) == target

@@ -1,0 +1,55 @@
+"""The machine code of the Triton kernel, compiled without a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).parent.parent
+TABLE = ROOT / "benchmarks" / "results" / "aot" / "aot.json"
+SHARED = {80: (167936, 166912), 90: (233472, 232448), 100: (233472, 232448)}
+
+
+def check(row: dict) -> None:
+    """Programs fit side by side; nothing spills where the time is spent.
+
+    Forms with everything switched on may reload a few of the addresses that they keep.
+    """
+    tiles, capability = row["tiles"], row["capability"]
+    every, one = SHARED[capability]
+    assert row["shared"] <= one
+    assert tiles["programs"] * (row["shared"] + 1024) <= every
+    registers = -(-row["registers"] // 8) * 8 * tiles["warps"] * 32
+    assert tiles["programs"] * registers <= 65536
+    plain = row["problem"].endswith("plain")
+    assert all(loop["spills"] <= (0 if plain else 6) for loop in row["loops"])
+    if capability == 90:
+        assert row["wgmma"] > 0
+
+
+def test_kernel_compiles_for_hopper_with_wgmma_and_without_spills(tmp_path: Path) -> None:
+    """In a process of its own: this one may have Triton's interpreter on."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    subprocess.run(
+        [sys.executable, "-m", "benchmarks.aot", str(tmp_path), "--quick"],
+        check=True,
+        cwd=ROOT,
+        env=environment,
+    )
+    for row in json.loads((tmp_path / "aot.json").read_text()):
+        check(row)
+        assert row["loops"], "no main loop found"
+
+
+def test_committed_table_fits_every_capability() -> None:
+    rows = json.loads(TABLE.read_text())
+    plain = {(r["capability"], r["D"]) for r in rows if r["problem"].endswith("plain")}
+    assert plain >= {(c, d) for c in (80, 90, 100) for d in (64, 128, 256)}
+    for row in rows:
+        check(row)
