@@ -27,7 +27,8 @@ from dwl_kernels.backends import triton as host
 from dwl_kernels.backends.triton_common import Call, Inputs, Outputs
 from dwl_kernels.backends.triton_kernels import softmax_loss_kernel
 from dwl_kernels.backends.triton_tiles import Tiles, default
-from dwl_kernels.problem import Problem, Wanted, in_batch_problem, sampled_problem
+from dwl_kernels.problem import Problem, Wanted
+from dwl_kernels.validation import in_batch_problem, sampled_problem
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 CAPABILITIES = (80, 90, 100)

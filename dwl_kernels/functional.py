@@ -13,18 +13,15 @@ from torch import Tensor
 
 from dwl_kernels.autograd import softmax_loss
 from dwl_kernels.backends import Backend, check_name
-from dwl_kernels.problem import (
-    Correction,
-    DualScale,
-    Problem,
-    Reduction,
+from dwl_kernels.problem import Correction, DualScale, Problem, Reduction
+from dwl_kernels.table import gather_rows
+from dwl_kernels.validation import (
     full_problem,
     in_batch_problem,
     indexed_ids,
     indexed_problem,
     sampled_problem,
 )
-from dwl_kernels.table import gather_rows
 
 
 def sampled_softmax_loss(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import dwl_kernels
-from dwl_kernels import autograd
+from dwl_kernels import autograd, validation
 
 BY_NAME = {case.name: case for case in cases.CASES}
 
@@ -18,14 +18,14 @@ def _op_arguments(case: cases.Case, backend: str, wanted: bool, row_grad: bool) 
         k: v.detach() if isinstance(v, Tensor) else v for k, v in case.inputs(torch.float32).items()
     }
     defaults: dict[str, object] = {"correction": "standard", "reduction": "mean"}
-    build = dwl_kernels.problem.sampled_problem
+    build = validation.sampled_problem
     if case.kind == "mixed":
-        build = dwl_kernels.problem.in_batch_problem
+        build = validation.in_batch_problem
     elif case.kind == "full":
-        build = dwl_kernels.problem.full_problem
+        build = validation.full_problem
         defaults = {"reduction": "mean", "ignore_index": -100}
     elif case.kind == "indexed_rows":
-        build = dwl_kernels.problem.indexed_problem
+        build = validation.indexed_problem
     elif case.kind == "dual":
         defaults["dual"] = dwl_kernels.problem.DualScale(1.0, 0.5, 4, 1.0)
     problem = build(**{**defaults, **inputs})

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import dwl_kernels
-from dwl_kernels import backends
+from dwl_kernels import backends, validation
 from dwl_kernels.problem import Wanted
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -222,7 +222,7 @@ def test_only_wanted_gradients_are_computed_and_each_is_right(backend: str) -> N
 def test_unwanted_gradients_are_none(backend: str) -> None:
     case = BY_NAME["everything"]
     inputs = case.inputs(torch.float32)
-    problem = dwl_kernels.problem.sampled_problem(
+    problem = validation.sampled_problem(
         **{k: v.detach() if isinstance(v, Tensor) else v for k, v in inputs.items()},
         correction="standard",
         reduction="mean",
