@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 from typing import Any
 
+# Read once, when torch is imported: threads that spin while they wait slow a busy machine down.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import pytest
 import torch
 

@@ -59,8 +59,9 @@ class SequenceModel(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.Sequential(*(Block(dim, heads, dropout) for _ in range(blocks)))
         self.norm = nn.LayerNorm(dim)
-        # Small vectors give even scores at first, and scaled up they do not drown in the blocks. On
-        # the synthetic catalogue, NDCG@10 after two epochs is 0.20 with both and 0.05 with either.
+        # Small vectors, scaled up at the input as in SASRec. NDCG@10 on the validation items of the
+        # synthetic catalogue after two of three epochs: 0.20; not scaled 0.06, not small 0.16,
+        # neither 0.07.
         nn.init.normal_(self.items.weight, std=0.02)
         nn.init.normal_(self.positions, std=0.02)
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from .data import Interactions
 
-FOLLOW, STAY = 0.5, 0.3  # probability of a successor, of an item of the same domain; else a jump
+FOLLOW, STAY = 0.35, 0.25  # probability of a successor, of an item of the same domain; else a jump
 SUCCESSORS, CLUSTER = 4, 12  # successors of an item, items of a cluster
 TASTE = 2.0  # concentration of the Dirichlet distribution of tastes: few domains per user
 PROPOSALS = 8

@@ -13,9 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dwl_kernels.candidates import UnigramSampler
-from dwl_kernels.domains import DomainWeights
-from dwl_kernels.modules import DynamicWeightedSampledSoftmax
+from dwl_kernels import DomainWeights, DynamicWeightedSampledSoftmax, UnigramSampler
 
 from .metrics import LeaveOneOut, ndcg, rank_targets
 from .model import SequenceModel
