@@ -200,7 +200,7 @@ def measure(device: str, runs: int, dry: bool) -> list[dict[str, Any]]:
     return table
 
 
-def plot(table: list[dict[str, Any]], path: Path) -> None:
+def plot(table: list[dict[str, Any]], machine: str, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -216,6 +216,7 @@ def plot(table: list[dict[str, Any]], path: Path) -> None:
         axis.set_title(shape)
         axis.set_ylabel("ms, forward and backward")
         axis.tick_params(axis="x", rotation=60)
+    figure.suptitle(f"{machine}, bfloat16, log-Q, hits and domain weights on")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 
@@ -243,7 +244,7 @@ def main() -> None:
         "rows": table,
     }
     (arguments.out / "speed-gpu.json").write_text(json.dumps(record, indent=1) + "\n")
-    plot(table, arguments.out / "speed-gpu.png")
+    plot(table, machine, arguments.out / "speed-gpu.png")
 
 
 if __name__ == "__main__":

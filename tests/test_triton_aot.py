@@ -29,7 +29,7 @@ def check(row: dict) -> None:
     assert tiles["programs"] * registers <= 65536
     plain = row["problem"].endswith("plain")
     assert all(loop["spills"] <= (0 if plain else 6) for loop in row["loops"])
-    if capability == 90:
+    if capability == 90 and tiles["BM"] >= 64:  # fewer rows go to mma.sync
         assert row["wgmma"] > 0
 
 
@@ -50,6 +50,6 @@ def test_kernel_compiles_for_hopper_with_wgmma_and_without_spills(tmp_path: Path
 def test_committed_table_fits_every_capability() -> None:
     rows = json.loads(TABLE.read_text())
     plain = {(r["capability"], r["D"]) for r in rows if r["problem"].endswith("plain")}
-    assert plain >= {(c, d) for c in (80, 90, 100) for d in (64, 128, 256)}
+    assert plain >= {(c, d) for c in (80, 90, 100) for d in (16, 32, 64, 128, 256)}
     for row in rows:
         check(row)

@@ -145,7 +145,15 @@ def _launch(
     kernel[(1 if interpreting() else workers,)](*arguments, **options)
     loss, *gradients = outputs
     assert loss is not None
-    return Output(loss, *gradients)
+    query, positive, candidates, temperature, domain_weights = gradients
+    return Output(
+        loss,
+        query=query,
+        positive=positive,
+        candidates=candidates,
+        temperature=temperature,
+        domain_weights=domain_weights,
+    )
 
 
 def launch_options(tiles: Tiles) -> dict[str, Any]:
