@@ -52,7 +52,7 @@ class StreamingFrequency(Tables):
     recommendations", algorithms 2 and 3.
 
     Example:
-        >>> from dwl_kernels.candidates import StreamingFrequency
+        >>> from dwl_kernels.streams import StreamingFrequency
         >>> frequency = StreamingFrequency(1024)
         >>> for step in range(12):  # id 7 is in every batch, id 5 in every fourth
         ...     frequency.update(torch.tensor([7, 5 if step % 4 == 3 else 7]))
@@ -169,7 +169,7 @@ class CountMinSketch(Tables):
     and its applications".
 
     Example:
-        >>> from dwl_kernels.candidates import CountMinSketch
+        >>> from dwl_kernels.streams import CountMinSketch
         >>> sketch = CountMinSketch(width=1024)
         >>> sketch.update(torch.tensor([3, -8, 3, 3]))
         >>> sketch.count(torch.tensor([3, -8, 5]))

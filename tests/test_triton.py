@@ -9,6 +9,7 @@ import torch
 import dwl_kernels
 from dwl_kernels import backends
 from dwl_kernels.backends import triton as host
+from dwl_kernels.backends import triton_tiles
 from dwl_kernels.backends.triton_tiles import TABLE, Tiles, around, choose, default
 
 interpreted = pytest.mark.skipif(
@@ -135,6 +136,17 @@ def test_wide_embeddings_are_refused_with_the_mend() -> None:
         dwl_kernels.sampled_softmax_loss(
             torch.ones(2, 257), torch.ones(2, 257), torch.ones(4, 257), backend="triton"
         )
+
+
+def test_old_triton_has_rows_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = {}
+    for old in (False, True):
+        monkeypatch.setattr(triton_tiles, "before_3_7", lambda old=old: old)
+        rows[old] = [default(d, torch.bfloat16, 9, exact=True) for d in (16, 32, 64, 128, 256)]
+    assert [a != b for a, b in zip(rows[False], rows[True], strict=True)] == [True] * 3 + [
+        False,
+        True,
+    ]
 
 
 def test_every_default_has_tiles() -> None:
