@@ -18,6 +18,7 @@ from benchmarks.quality.train import (
     by_hand,
     make_loss,
     measure_domains,
+    one_cycle,
     steps_per_epoch,
     train,
     with_bonus,
@@ -142,3 +143,20 @@ def test_bonus_ranks_with_the_plain_model(split: LeaveOneOut) -> None:
 def test_loss_that_is_not_finite_stops_the_run(split: LeaveOneOut) -> None:
     with pytest.raises(FloatingPointError, match=r"loss (nan|inf) in step"):
         train("plain", split, replace(CONFIG, epochs=3, learning_rate=1e30), seed=0)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 10, 11, 20, 3040])
+def test_learning_rate_rises_and_falls_in_runs_of_any_length(steps: int) -> None:
+    """Ten steps are one epoch of a small data set, and a tenth of them is a single one."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    schedule = one_cycle(optimizer, 0.5, steps)
+    rates = []
+    for _ in range(steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        if len(rates) < steps:
+            schedule.step()
+    assert all(0 <= rate <= 0.5 + 1e-9 for rate in rates)
+    if steps >= 10:
+        assert max(rates) > 0.45
+        assert rates[-1] < 0.01

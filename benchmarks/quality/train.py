@@ -90,6 +90,16 @@ def steps_per_epoch(split: LeaveOneOut, batch_size: int) -> int:
     return -(-int((split.train_stops - split.data.offsets[:-1] > 1).sum()) // batch_size)
 
 
+def one_cycle(
+    optimizer: torch.optim.Optimizer, learning_rate: float, steps: int
+) -> torch.optim.lr_scheduler.OneCycleLR:
+    """A tenth of the run warms up, two steps at least: PyTorch divides by their number less 1."""
+    share = min(max(0.1, 2 / steps), 0.9)
+    return torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, learning_rate, steps, pct_start=share, cycle_momentum=False
+    )
+
+
 def measure_domains(split: LeaveOneOut, config: Config) -> DomainWeights:
     """Domain weights from the training part alone."""
     data, mask = split.data, split.train_mask
@@ -164,9 +174,7 @@ def train(
     sampler = UnigramSampler(torch.from_numpy(counts + 1), power=config.sampling_power)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.0)
     steps = steps_per_epoch(split, config.batch_size)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, config.learning_rate, config.epochs * steps, pct_start=0.1, cycle_momentum=False
-    )
+    schedule = one_cycle(optimizer, config.learning_rate, config.epochs * steps)
     table = model.items.weight
     validation: list[float] = []
     best_epoch, best_state = 0, model.state_dict()
