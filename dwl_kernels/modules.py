@@ -194,6 +194,15 @@ class DynamicWeightedSampledSoftmax(nn.Module):
         if not self.remove_accidental_hits:
             positive_ids = negative_ids = None
 
+        rows_arguments: dict[str, Any] = {
+            "domain_ids": domain_ids,
+            "domain_weights": weights,
+            "example_weights": example_weights,
+            "temperature": self.temperature,
+            "correction": self.correction,
+            "reduction": self.reduction,
+            "backend": self.backend,
+        }
         if negative is None:
             return in_batch_softmax_loss(
                 query,
@@ -202,13 +211,7 @@ class DynamicWeightedSampledSoftmax(nn.Module):
                 ids=positive_ids,
                 negative_log_q=negative_log_q,
                 negative_ids=negative_ids,
-                domain_ids=domain_ids,
-                domain_weights=weights,
-                example_weights=example_weights,
-                temperature=self.temperature,
-                correction=self.correction,
-                reduction=self.reduction,
-                backend=self.backend,
+                **rows_arguments,
             )
         return sampled_softmax_loss(
             query,
@@ -218,13 +221,7 @@ class DynamicWeightedSampledSoftmax(nn.Module):
             negative_log_q=negative_log_q,
             positive_ids=positive_ids,
             negative_ids=negative_ids,
-            domain_ids=domain_ids,
-            domain_weights=weights,
-            example_weights=example_weights,
-            temperature=self.temperature,
-            correction=self.correction,
-            reduction=self.reduction,
-            backend=self.backend,
+            **rows_arguments,
         )
 
     def _domains(
