@@ -316,7 +316,7 @@ def test_small_losses_keep_their_digits(backend: str) -> None:
     positive, negative = 40 * torch.ones(4, 1), 10 * torch.ones(2, 1)
     loss = dwl_kernels.sampled_softmax_loss(query, positive, negative, backend=backend)
     expected = 2 * torch.exp(torch.tensor(-30.0))
-    if backend == "cpu":
+    if backend in ("cpu", "triton"):
         torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
     else:
         assert float(loss) <= 1e-6
