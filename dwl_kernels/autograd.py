@@ -28,10 +28,11 @@ _SCHEMA = """softmax_loss(
     Tensor? positive_log_q, Tensor? candidate_log_q,
     Tensor? positive_ids, Tensor? candidate_ids,
     Tensor? domain_ids, Tensor? domain_weights, Tensor? example_weights,
-    Tensor? temperature, float tau, int ignore_index, str correction, str reduction, float[]? dual,
+    Tensor? temperature, float tau, int ignore_index, str correction, str reduction,
+    float skip_threshold, float[]? dual,
     Tensor? row_grad, bool[] wanted, str backend
 ) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"""
-_NUM_FIELDS = 18
+_NUM_FIELDS = 19
 _NUM_TENSORS = 13  # of them, first
 _SOURCES = (0, 1, 2, 6, 12, 10)  # which fields `Wanted` speaks of, in its order
 
@@ -149,7 +150,8 @@ def _fields(problem: Problem) -> tuple[Any, ...]:
         *(p.query, p.positive, p.candidates, p.target, p.candidate_rows),
         *(p.positive_log_q, p.candidate_log_q, p.positive_ids, p.candidate_ids),
         *(p.domain_ids, p.domain_weights, p.example_weights),
-        *(p.temperature, p.tau, p.ignore_index, p.correction, p.reduction, _numbers(p.dual)),
+        *(p.temperature, p.tau, p.ignore_index, p.correction, p.reduction),
+        *(p.skip_threshold, _numbers(p.dual)),
     )
 
 

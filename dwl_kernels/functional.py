@@ -199,6 +199,7 @@ def full_softmax_loss(
     example_weights: Tensor | None = None,  # [T]
     temperature: float | Tensor = 1.0,  # [] or [T]
     reduction: Reduction = "mean",
+    skip_threshold: float = 0.0,
     backend: Backend = "auto",
 ) -> Tensor:
     r"""Softmax cross-entropy over a whole table of items, without its logits in memory.
@@ -218,11 +219,30 @@ def full_softmax_loss(
         bias: added to the logit of every item, with a gradient.
         ignore_index: the target that marks a padded row: it gives exact zeros, does not count in
             any norm, and NaN in its embedding does not leak.
+        skip_threshold: faster, less exact gradients: a block of (rows x items) may be left out of
+            them when ``w_i p_iv < skip_threshold`` for every pair in it, with ``p_iv`` the
+            probability of item ``v`` and ``w_i`` the weight of the row before the norm divides it.
+            The loss is exact, and the target's own entry always counts. 0 leaves nothing out.
+
+    With ``epsilon = skip_threshold``, what is left out of ``dL/dz_iv`` is less than
+    ``epsilon / norm`` per pair, hence
+
+    .. math::
+        |\delta_{q_i}| \le \frac{\epsilon}{norm \; \tau_i} \sum_v |c_v|, \qquad
+        |\delta_{c_v}| \le \frac{\epsilon}{norm} \sum_i \frac{|q_i|}{\tau_i}, \qquad
+        |\delta_{b_v}| \le \frac{\epsilon \, T}{norm}, \qquad
+        |\delta_{\tau_i}| \le \frac{|q_i| |\delta_{q_i}|}{\tau_i}
+
+    with sums over the rows that are not padding, times the upstream gradient (``"none"``: that of
+    each row, inside the sums). Which blocks are left out depends on the backend, so the gradients
+    of two backends differ within these bounds; ``"eager"`` and ``"chunked"`` leave nothing out.
 
     The other arguments, what is returned and what is raised: see :func:`sampled_softmax_loss`; a
-    target out of range is an ``IndexError`` on a CPU, and a loss of NaN on CUDA.
+    target out of range is an ``IndexError`` on a CPU, and a loss of NaN on CUDA; a negative or
+    infinite ``skip_threshold`` is a ``ValueError``.
 
-    Source: Li et al. 2023, arXiv 2301.00979.
+    Source: Li et al. 2023, arXiv 2301.00979; leaving out small probabilities: Wijmans et al. 2024,
+    arXiv 2411.09009 (by absolute probability, without weights).
 
     Example:
         >>> import torch
@@ -242,6 +262,7 @@ def full_softmax_loss(
         example_weights=example_weights,
         temperature=temperature,
         reduction=reduction,
+        skip_threshold=skip_threshold,
     )
     return _loss(problem, query, backend)
 

@@ -95,6 +95,7 @@ class Problem:
     ignore_index: int = -100
     correction: Correction = "standard"
     reduction: Reduction = "mean"
+    skip_threshold: float = 0.0  # see skippable_below
     dual: DualScale | None = None
 
     @property
@@ -142,6 +143,15 @@ class Problem:
         if self.temperature is None:
             return self.query.new_full((rows,), self.tau, dtype=self.accumulate)
         return (self.temperature * self.tau).expand(rows)
+
+    def skippable_below(self, weights: RowWeights) -> Tensor | None:
+        """The probability ``p_ij`` under which the gradient of a pair may be left out, ``[B]``.
+
+        ``w_i r_i p_ij < skip_threshold``, with ``r_i = 1``: only the full softmax has a threshold.
+        A backend leaves out blocks of (rows x candidates) in which every pair is below, or nothing,
+        never the row's positive. None where everything counts.
+        """
+        return self.skip_threshold / weights.weight if self.skip_threshold > 0 else None
 
     def row_weights(self) -> RowWeights:
         """``w_i``, which rows are padding, and the norm.

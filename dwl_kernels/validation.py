@@ -142,8 +142,14 @@ def full_problem(
     example_weights: Tensor | None,
     temperature: float | Tensor,
     reduction: Reduction,
+    skip_threshold: float,
 ) -> Problem:
     """The problem of ``full_softmax_loss``: every row of the table is a candidate."""
+    if not 0 <= skip_threshold < float("inf"):
+        raise ValueError(
+            f"skip_threshold is {skip_threshold}; wanted a finite number that is not negative, 0 "
+            "to leave nothing out"
+        )
     query, table = _embeddings(query=query, table=table)
     if table.shape[0] == 0:
         raise ValueError("table has no rows; wanted at least one item to score")
@@ -162,6 +168,7 @@ def full_problem(
         target=target.long(),
         candidate_log_q=bias,
         ignore_index=ignore_index,
+        skip_threshold=float(skip_threshold),
         **rows,
     )
 

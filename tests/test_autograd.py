@@ -23,7 +23,7 @@ def _op_arguments(case: cases.Case, backend: str, wanted: bool, row_grad: bool) 
         build = validation.in_batch_problem
     elif case.kind == "full":
         build = validation.full_problem
-        defaults = {"reduction": "mean", "ignore_index": -100}
+        defaults = {"reduction": "mean", "ignore_index": -100, "skip_threshold": 1e-3}
     elif case.kind == "indexed_rows":
         build = validation.indexed_problem
     elif case.kind == "dual":

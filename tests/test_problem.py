@@ -154,6 +154,9 @@ def full(**changes: Any) -> dict[str, Any]:
         ({"target": ids(N)}, ValueError, r"target has shape \[6\]; wanted \[4\]"),
         ({"target": torch.ones(B)}, TypeError, r"target has dtype .*integers"),
         ({"bias": torch.ones(B)}, ValueError, r"bias has shape \[4\]; wanted \[6\]"),
+        ({"skip_threshold": -1e-3}, ValueError, r"skip_threshold is -0\.001; wanted a finite"),
+        ({"skip_threshold": float("inf")}, ValueError, r"skip_threshold is inf; wanted a finite"),
+        ({"skip_threshold": float("nan")}, ValueError, r"skip_threshold is nan; wanted a finite"),
     ],
     ids=lambda x: str(x)[:40],
 )

@@ -1,0 +1,95 @@
+"""The option to leave small probabilities out of the gradients of the full softmax."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dwl_kernels import full_softmax_loss
+
+LEAVES = ("query", "table", "bias", "temperature")
+REDUCTIONS = ("mean", "weighted_mean", "sum", "none")
+TAU = 0.6
+
+
+def problem(dtype: torch.dtype = torch.float64, rows: int = 130, items: int = 3000) -> dict:
+    """Rows of unequal weight, a few of them padding; half of the items are unlikely everywhere."""
+    g = torch.Generator().manual_seed(5)
+    inputs: dict[str, Any] = {
+        "query": torch.randn(rows, 12, generator=g, dtype=torch.float64),
+        "table": torch.randn(items, 12, generator=g, dtype=torch.float64),
+        "bias": torch.randn(items, generator=g, dtype=torch.float64),
+        "temperature": torch.full((), TAU, dtype=torch.float64),
+        "example_weights": torch.rand(rows, generator=g, dtype=torch.float64) * 10,
+    }
+    inputs["bias"][items // 2 :] -= 12
+    inputs = {k: v.to(dtype) for k, v in inputs.items()}
+    for name in LEAVES:
+        inputs[name].requires_grad_()
+    inputs["target"] = torch.randint(0, items, (rows,), generator=g)
+    inputs["target"][7] = -100
+    inputs["example_weights"][3] = 0
+    return inputs
+
+
+def solve(
+    inputs: dict, backend: str, reduction: str, skip_threshold: float, upstream: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    loss = full_softmax_loss(
+        **inputs, reduction=reduction, skip_threshold=skip_threshold, backend=backend
+    )
+    upstream = upstream[: loss.numel()].reshape(loss.shape).to(loss)
+    gradients = torch.autograd.grad(loss, [inputs[k] for k in LEAVES], upstream)
+    return loss.detach(), dict(zip(LEAVES, gradients, strict=True))
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("threshold", [1e-7, 1e-4, 0.1])
+def test_gradients_stay_within_the_documented_bound(
+    backend: str, reduction: str, threshold: float
+) -> None:
+    inputs = problem()
+    q, c, weight = (inputs[k].detach() for k in ("query", "table", "example_weights"))
+    upstream = torch.randn(len(q), generator=torch.Generator().manual_seed(1)).double()
+    exact, expected = solve(inputs, "eager", reduction, 0.0, upstream)
+    loss, got = solve(inputs, backend, reduction, threshold, upstream)
+    torch.testing.assert_close(loss, exact, rtol=1e-12, atol=0)  # the loss leaves nothing out
+
+    active = ((weight > 0) & (inputs["target"] != -100)).double()
+    norm = {"mean": active.sum(), "weighted_mean": (active * weight).sum()}.get(reduction, 1.0)
+    # What is left out of dL/dz is less than this, for every item of the row.
+    row = active * threshold / norm * (upstream if reduction == "none" else upstream[0]).abs()
+    query_bound = row / TAU * c.norm(dim=1).sum()
+    bounds = {
+        "query": query_bound[:, None],
+        "table": (row / TAU * q.norm(dim=1)).sum(),
+        "bias": row.sum(),
+        "temperature": (query_bound * q.norm(dim=1)).sum() / TAU,
+    }
+    for name, bound in bounds.items():
+        error = (got[name] - expected[name]).abs()
+        if name in ("query", "table"):
+            error = error.norm(dim=1, keepdim=True)
+        assert bool((error <= bound + 1e-12).all()), name
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_threshold_below_every_probability_changes_nothing(backend: str, reduction: str) -> None:
+    inputs = problem(torch.float32)
+    upstream = torch.randn(len(inputs["query"]), generator=torch.Generator().manual_seed(1))
+    exact, expected = solve(inputs, backend, reduction, 0.0, upstream)
+    loss, got = solve(inputs, backend, reduction, 1e-44, upstream)
+    assert torch.equal(loss, exact)
+    assert all(torch.equal(got[name], expected[name]) for name in LEAVES)
+
+
+def test_nan_is_never_below_the_threshold(backend: str) -> None:
+    inputs = problem()
+    with torch.no_grad():
+        inputs["query"][5, 0] = torch.nan
+    _, got = solve(inputs, backend, "mean", 1e6, torch.ones(1))
+    assert bool(got["query"][5].isnan().all())
+    assert bool(got["table"].isnan().all())
