@@ -6,7 +6,7 @@ row then carry the same leading dimensions, and ``reduction="none"`` returns the
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from dwl_kernels.validation import (
     indexed_ids,
     indexed_problem,
     sampled_problem,
+    takes_batch,
 )
 
 
@@ -348,12 +349,13 @@ def indexed_sampled_softmax_loss(
 def dual_scale_softmax_loss(
     query: Tensor,  # [B, D]
     positive: Tensor,  # [B, D]
-    negative: Tensor,  # [N, D]
+    negative: Tensor | None = None,  # [N, D]
     *,
     hardness: float = 1.0,
     similarity: float = 1.0,
     slate_size: int = 16,
     competition: float = 1.0,
+    in_batch: bool | None = None,
     positive_log_q: Tensor | None = None,  # [B]
     negative_log_q: Tensor | None = None,  # [N]
     positive_ids: Tensor | None = None,  # [B]
@@ -384,11 +386,15 @@ def dual_scale_softmax_loss(
     claims no reproduction of the paper's equations.
 
     Args:
+        negative: embeddings of the sampled negatives; without, the positives of the other rows are
+            the candidates, as for :func:`in_batch_softmax_loss`.
         hardness: ``h``, how much more a candidate weighs that the query itself scores high.
         similarity: ``s``, how much more a candidate weighs that is like the positive.
         slate_size: candidates fall, in their order, into so many equal groups; the strongest of
             each make the slate of a row. Candidates drawn at random make this a stochastic top-K.
         competition: ``k``, how much warmer a row gets whose slate competes harder than others'.
+        in_batch: True takes the positives of the other rows as candidates next to ``negative``.
+            ``positive_log_q`` and ``positive_ids`` then describe their two roles.
 
     The other arguments, what is returned and what is raised: see :func:`sampled_softmax_loss`; a
     negative strength or an empty slate is a ``ValueError``.
@@ -402,22 +408,30 @@ def dual_scale_softmax_loss(
         >>> dual_scale_softmax_loss(query, query, negative, slate_size=1, reduction="none")
         tensor([1.0504, 0.4981])
     """
-    problem = sampled_problem(
-        query,
-        positive,
-        negative,
-        positive_log_q=positive_log_q,
-        negative_log_q=negative_log_q,
-        positive_ids=positive_ids,
-        negative_ids=negative_ids,
-        domain_ids=domain_ids,
-        domain_weights=domain_weights,
-        example_weights=example_weights,
-        temperature=temperature,
-        correction=correction,
-        reduction=reduction,
-        dual=DualScale(hardness, similarity, slate_size, competition),
-    )
+    arguments: dict[str, Any] = {
+        "negative_log_q": negative_log_q,
+        "negative_ids": negative_ids,
+        "domain_ids": domain_ids,
+        "domain_weights": domain_weights,
+        "example_weights": example_weights,
+        "temperature": temperature,
+        "correction": correction,
+        "reduction": reduction,
+        "dual": DualScale(hardness, similarity, slate_size, competition),
+    }
+    if takes_batch(in_batch, negative is not None):
+        problem = in_batch_problem(
+            query, positive, log_q=positive_log_q, ids=positive_ids, negative=negative, **arguments
+        )
+    else:
+        problem = sampled_problem(
+            query,
+            positive,
+            cast("Tensor", negative),
+            positive_log_q=positive_log_q,
+            positive_ids=positive_ids,
+            **arguments,
+        )
     return _loss(problem, query, backend)
 
 

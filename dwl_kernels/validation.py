@@ -94,6 +94,7 @@ def in_batch_problem(
     temperature: float | Tensor,
     correction: Correction,
     reduction: Reduction,
+    dual: DualScale | None = None,
 ) -> Problem:
     """The problem of ``in_batch_softmax_loss``: the positives of the batch, then ``negative``."""
     named = {"query": query, "positive": positive}
@@ -126,8 +127,19 @@ def in_batch_problem(
         ),
         positive_ids=both[0],
         candidate_ids=_joined(both[0], both[1]),
+        dual=None if dual is None else _dual(dual),
         **rows,
     )
+
+
+def takes_batch(in_batch: bool | None, negatives: bool) -> bool:
+    """Whether the positives of the other rows are candidates; None leaves it to the negatives."""
+    if in_batch is False and not negatives:
+        raise ValueError(
+            "there are no candidates: in_batch is False, and no negatives are given; pass them, or "
+            "leave in_batch out"
+        )
+    return not negatives if in_batch is None else in_batch
 
 
 def full_problem(

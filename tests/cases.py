@@ -282,6 +282,11 @@ def _no_domain(inputs: Inputs) -> None:
     inputs["domain_ids"].fill_(-1)
 
 
+def _without_negatives(inputs: Inputs) -> None:
+    for name in [name for name in inputs if name.startswith("negative")]:
+        del inputs[name]
+
+
 def _padding_holds_nan(inputs: Inputs) -> None:
     padded = inputs["example_weights"] == 0
     padded[0] = True
@@ -401,6 +406,16 @@ CASES = [
     Case("dual scale, some have no candidate", kind="dual", ids=True, change=_some_hits_only),
     Case("dual scale, no candidates", kind="dual", candidates=0, **_FULL),
     Case("dual scale, NaN in the padding", kind="dual", **_FULL_ROWS, change=_padding_holds_nan),
+    Case("dual scale, in-batch", kind="dual", change=_without_negatives),
+    Case("dual scale, in-batch, everything", kind="dual", **_FULL_ROWS, change=_without_negatives),
+    Case("dual scale, mixed", kind="dual", log_q=True, options={"in_batch": True}),
+    Case(
+        "dual scale, mixed, NaN in the padding",
+        kind="dual",
+        **_FULL_ROWS,
+        options={"in_batch": True, "slate_size": 5},
+        change=_padding_holds_nan,
+    ),
     Case("indexed", kind="indexed"),
     Case("indexed, everything", rows=65, candidates=70, kind="indexed", **_FULL_ROWS),
     Case("indexed, none", kind="indexed", **_FULL_ROWS, options={"reduction": "none"}),

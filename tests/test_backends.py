@@ -404,6 +404,32 @@ def test_dual_scale_is_its_formula_written_out_row_by_row() -> None:
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
+def test_dual_scale_takes_the_other_rows_as_any_candidates(backend: str) -> None:
+    """In a batch it is the loss of candidates by id, where a row's own positive is a hit."""
+    inputs = BY_NAME["dual scale, everything"].inputs(torch.float64)
+    del inputs["example_weights"]  # padded rows are nobody's candidates; the cases have them
+    query, positive, negative = (inputs.pop(k) for k in ("query", "positive", "negative"))
+    for others in (False, True):
+        both = [torch.cat((positive, negative)) if others else positive]
+        for name in ("log_q", "ids"):
+            own, more = inputs["positive_" + name], inputs["negative_" + name]
+            both.append(torch.cat((own, more)) if others else own)
+        arguments = {**inputs, "negative": negative if others else None, "in_batch": True}
+        if not others:
+            arguments |= {"negative_log_q": None, "negative_ids": None}
+        got = dwl_kernels.dual_scale_softmax_loss(query, positive, **arguments, backend=backend)
+        wanted = dwl_kernels.dual_scale_softmax_loss(
+            *(query, positive, both[0]),
+            **{**inputs, "negative_log_q": both[1], "negative_ids": both[2], "backend": "eager"},
+        )
+        torch.testing.assert_close(got, wanted, rtol=1e-12, atol=0)
+        leaves = [query, positive, negative, inputs["temperature"]][: 4 if others else 2]
+        for a, b in zip(
+            torch.autograd.grad(got, leaves), torch.autograd.grad(wanted, leaves), strict=True
+        ):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
 def test_hit_gets_no_probability(backend: str) -> None:
     query = torch.tensor([[1.0]], requires_grad=True)
     negative = torch.tensor([[50.0], [0.5]], requires_grad=True)

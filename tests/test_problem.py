@@ -272,10 +272,11 @@ def test_id_outside_the_table_is_nan_where_values_are_not_looked_at(
         ({"competition": float("inf")}, ValueError, r"competition is inf"),
         ({"slate_size": 0}, ValueError, r"slate_size is 0; wanted at least 1"),
         ({"slate_size": 2.0}, TypeError, r"slate_size is a float; wanted an int"),
+        ({"negative": None, "in_batch": False}, ValueError, "no candidates: in_batch is False"),
     ],
     ids=lambda x: str(x)[:40],
 )
-def test_wrong_strengths_of_the_dual_scale_are_named(
+def test_wrong_choices_of_the_dual_scale_are_named(
     change: dict, error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
