@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dwl_kernels import backends
 from dwl_kernels.once import once
-from dwl_kernels.problem import DualScale, Problem, Wanted
+from dwl_kernels.problem import DualScale, Problem, Wanted, no_autocast
 from dwl_kernels.table import table_gradient
 
 # The fields of `Problem` in their order, then the call.
@@ -35,6 +35,7 @@ _SCHEMA = """softmax_loss(
 _NUM_FIELDS = 19
 _NUM_TENSORS = 13  # of them, first
 _SOURCES = (0, 1, 2, 6, 12, 10)  # which fields `Wanted` speaks of, in its order
+_NOTHING = Wanted(*(False,) * len(_SOURCES))
 
 _library = torch.library.Library("dwl_kernels", "DEF")
 _library.define(_SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
@@ -51,12 +52,13 @@ def softmax_loss(problem: Problem, backend: str = "auto", sparse_grad: bool = Fa
     """
     backends.check_name(backend)
     fields = _fields(problem)
-    wanted = Wanted(*(torch.is_grad_enabled() and _requires_grad(t) for t in _sources(problem)))
-    if problem.by_row:
-        wanted = wanted._replace(positive=wanted.candidates)
-    if any(wanted):
-        return _SoftmaxLoss.apply(*fields, wanted, backend, sparse_grad)
-    return torch.ops.dwl_kernels.softmax_loss(*fields, None, wanted, backend)[0]
+    if torch.is_grad_enabled():
+        wanted = Wanted(*[t is not None and t.requires_grad for t in _sources(fields)])
+        if problem.by_row:
+            wanted = wanted._replace(positive=wanted.candidates)
+        if any(wanted):
+            return _SoftmaxLoss.apply(*fields, wanted, backend, sparse_grad)
+    return torch.ops.dwl_kernels.softmax_loss(*fields, None, _NOTHING, backend)[0]
 
 
 class _SoftmaxLoss(torch.autograd.Function):
@@ -65,22 +67,21 @@ class _SoftmaxLoss(torch.autograd.Function):
         *fields, wanted, backend, sparse_grad = args
         problem = _problem(fields)
         ctx.wanted, ctx.backend, ctx.reduction = wanted, backend, problem.reduction
-        ctx.dtypes = _dtypes(problem)
+        sources = _sources(fields)
+        ctx.dtypes = _dtypes(problem, sources)
         ctx.table = None
         if problem.by_row and wanted.candidates:
             ctx.table = (len(problem.candidates), problem.candidates.dtype, sparse_grad, backend)
         ctx.set_materialize_grads(False)
         if problem.reduction == "none":
-            loss, *_ = torch.ops.dwl_kernels.softmax_loss(
-                *fields, None, (False,) * len(_SOURCES), backend
-            )
+            loss, *_ = torch.ops.dwl_kernels.softmax_loss(*fields, None, _NOTHING, backend)
             ctx.save_for_backward(*fields[:_NUM_TENSORS])
             ctx.constants = fields[_NUM_TENSORS:]
             return loss
         loss, *gradients = torch.ops.dwl_kernels.softmax_loss(*fields, None, wanted, backend)
-        kept = (g if w else None for g, w in zip(gradients, wanted, strict=True))
+        kept = [g if w else None for g, w in zip(gradients, wanted, strict=True)]
         draws = (None, None, None) if ctx.table is None else _draws(problem)
-        ctx.save_for_backward(*kept, *draws, _anchor(problem, wanted))
+        ctx.save_for_backward(*kept, *draws, _anchor(sources, wanted))
         return loss
 
     @staticmethod
@@ -91,8 +92,8 @@ class _SoftmaxLoss(torch.autograd.Function):
             return nothing
         gradients: list[Tensor | None]
         if ctx.reduction == "none":
-            problem = _problem([*ctx.saved_tensors, *ctx.constants])
-            draws, anchor = _draws(problem), _anchor(problem, ctx.wanted)
+            fields = [*ctx.saved_tensors, *ctx.constants]
+            draws, anchor = _draws(_problem(fields)), _anchor(_sources(fields), ctx.wanted)
             _, *gradients = torch.ops.dwl_kernels.softmax_loss(
                 *(f if f is None else f.detach() for f in ctx.saved_tensors),
                 *ctx.constants,
@@ -168,16 +169,14 @@ def _problem(fields: Sequence[Any]) -> Problem:
     return Problem(*[*others, dual])
 
 
-def _sources(problem: Problem) -> tuple[Tensor | None, ...]:
+def _sources(fields: Sequence[Any]) -> list[Tensor | None]:
     """The tensors of `Wanted`, in its order."""
-    fields = _fields(problem)
-    return tuple(fields[place] for place in _SOURCES)
+    return [fields[place] for place in _SOURCES]
 
 
-def _anchor(problem: Problem, wanted: Wanted) -> Tensor:
+def _anchor(sources: list[Tensor | None], wanted: Wanted) -> Tensor | None:
     """A tensor that takes a gradient."""
-    sources = zip(_sources(problem), wanted, strict=True)
-    return next(t for t, w in sources if w and t is not None)
+    return sources[wanted.index(True)]
 
 
 def _draws(problem: Problem) -> tuple[Any, Any, Any]:
@@ -185,16 +184,12 @@ def _draws(problem: Problem) -> tuple[Any, Any, Any]:
     return problem.query, problem.target, problem.candidate_rows
 
 
-def _dtypes(problem: Problem) -> list[torch.dtype | None]:
+def _dtypes(problem: Problem, sources: list[Tensor | None]) -> list[torch.dtype | None]:
     """The dtypes of the gradients of `Wanted`, by row those of the products in their place."""
-    dtypes = [None if t is None else t.dtype for t in _sources(problem)]
+    dtypes = [None if t is None else t.dtype for t in sources]
     if problem.by_row:
         dtypes[1:3] = [problem.candidate_gradient] * 2
     return dtypes
-
-
-def _requires_grad(tensor: Tensor | None) -> bool:
-    return tensor is not None and tensor.requires_grad
 
 
 def _solve(*args: Any) -> tuple[Tensor, ...]:
@@ -202,10 +197,10 @@ def _solve(*args: Any) -> tuple[Tensor, ...]:
     problem = _problem(fields)
     solve = backends.pick(backend, problem)
     # The problem has been cast to the autocast dtype already; the sums in between must not be.
-    with torch.autocast(problem.query.device.type, enabled=False):
+    with no_autocast(problem.query.device.type):
         output = solve(problem, Wanted(*wanted), row_grad)
     # An op cannot return None; a gradient that is not wanted is an empty tensor.
-    return tuple(problem.query.new_empty(0) if t is None else t for t in output)
+    return tuple([problem.query.new_empty(0) if t is None else t for t in output])
 
 
 def _fake(*args: Any) -> tuple[Tensor, ...]:
@@ -213,7 +208,7 @@ def _fake(*args: Any) -> tuple[Tensor, ...]:
     problem = _problem(fields)
     rows = (problem.query.shape[0],) if problem.reduction == "none" else ()
     loss = problem.query.new_empty(rows, dtype=problem.accumulate)
-    sources = _sources(problem)
+    sources = _sources(fields)
     shapes = [None if t is None else t.shape for t in sources]
     if problem.candidate_rows is not None:
         shapes[1:3] = problem.query.shape[:1], problem.candidate_rows.shape

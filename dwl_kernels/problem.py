@@ -9,8 +9,9 @@ call, and cost a CUDA device nothing.
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -248,6 +249,18 @@ def checks_values(device: torch.device) -> bool:
     if torch.compiler.is_compiling():  # a graph has no values
         return False
     return device.type == "cpu" or os.environ.get("DWL_KERNELS_CHECK") == "1"
+
+
+def autocasting(device_type: str) -> bool:
+    """Whether autocast is on for such devices."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def no_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """A context without autocast. Entering one takes 3 us, so it is nothing where it is off."""
+    if autocasting(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
 
 
 def mean_domain_weight(

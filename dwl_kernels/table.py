@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dwl_kernels import backends
 from dwl_kernels.once import once
+from dwl_kernels.problem import no_autocast
 
 _library = torch.library.Library("dwl_kernels", "FRAGMENT")
 _library.define(
@@ -78,7 +79,7 @@ def _solve(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     solve = backends.pick_table_gradient(backend, source, dtype)
-    with torch.autocast(source.device.type, enabled=False):
+    with no_autocast(source.device.type):
         return solve(source, ids, coefficients, table_rows, dtype, compact)
 
 

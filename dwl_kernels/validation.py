@@ -10,6 +10,7 @@ from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from dwl_kernels.problem import (
     FLOATS,
@@ -19,8 +20,10 @@ from dwl_kernels.problem import (
     Problem,
     Reduction,
     accumulate_dtype,
+    autocasting,
     checks_values,
     ids_outside,
+    no_autocast,
 )
 
 
@@ -266,7 +269,7 @@ def _query_and_table(query: Tensor, table: Tensor) -> list[Tensor]:
         _dense(name, value)
     if _autocast_dtype(query) is None:
         return _embeddings(query=query, table=table)
-    with torch.autocast(query.device.type, enabled=False):
+    with no_autocast(query.device.type):
         return _embeddings(query=query.to(table.dtype), table=table)
 
 
@@ -325,9 +328,9 @@ def _embeddings(**named: Tensor) -> list[Tensor]:
 
 
 def _autocast_dtype(query: Tensor) -> torch.dtype | None:
-    device = query.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if autocast and query.dtype != torch.float64 else None
+    if query.dtype == torch.float64 or not autocasting(query.device.type):
+        return None
+    return torch.get_autocast_dtype(query.device.type)
 
 
 def _dense(name: str, value: object) -> None:
@@ -340,7 +343,7 @@ def _dense(name: str, value: object) -> None:
     if value.is_quantized:
         raise TypeError(f"{name} is quantised; call .dequantize() first")
     # By name, so that importing the package does not import torch.distributed.
-    if any(kind.__name__ == "DTensor" for kind in type(value).__mro__):
+    if type(value) not in (Tensor, Parameter) and any(kind.__name__ == "DTensor" for kind in type(value).__mro__):
         raise TypeError(f"{name} is a DTensor; pass the local part, {name}.to_local()")
 
 
