@@ -214,14 +214,23 @@ class Sums(NamedTuple):
     compete: Any  # n_i, where it is counted
 
 
+class Results(NamedTuple):
+    """What the sums say of each row, ``[BM]`` each."""
+
+    tau: Any
+    loss: Any  # r l
+    term: Any  # w r l
+    all_terms: Any  # what the probabilities are divided by
+    statistic: Any  # reference + log all_terms
+    coefficient: Any  # a / tau
+    d_positive: Any  # dL/d<q_i, p_i>
+
+
 @triton.jit
-def finish_rows(place, sums, weighted, call, work):
-    """From the sums over all candidates to the losses, gradients and statistics of some rows."""
-    sizes = work.sizes
+def row_results(row, sums, call, work):
+    """From the sums over all candidates to losses and coefficients."""
     dtype: tl.constexpr = call.form.DTYPE
     z_positive, reference, total, compete = sums
-    inside = place < sizes.count
-    row = row_at(tl.minimum(place, sizes.count - 1), call, work)
     tau = temperatures_of(row, call, work)
     unit = unit_of(call, work)
     weight = row_weight(row, call, work)
@@ -236,10 +245,6 @@ def finish_rows(place, sums, weighted, call, work):
             # log(1 - Q), also where 1 - Q would round Q away
             series = -probability * (1 + probability * (0.5 + probability / 3))
             lse += tl.where(probability < 1e-4, series, tl.log(1 - probability))
-        if call.inputs.candidate_ids is None:
-            compete = tl.zeros_like(total) + sizes.places
-            if call.inputs.positive is None:
-                compete -= 1
         r = 1 / (1 + tl.exp(z_positive / unit + tl.log(compete) - lse))
         r = tl.where(lse == float("-inf"), 0.0, r)
         row_loss = tl.where(r == 0, 0.0, r * (lse - z_positive / unit))
@@ -261,12 +266,29 @@ def finish_rows(place, sums, weighted, call, work):
     if call.inputs.row_grad is not None:
         a *= tl.load(call.inputs.row_grad + row)
     elif (call.form.REDUCTION == "mean") or (call.form.REDUCTION == "weighted_mean"):
-        a = tl.where(sizes.norm == 0, 0.0, a / sizes.norm)
+        a = tl.where(work.sizes.norm == 0, 0.0, a / work.sizes.norm)
     coefficient = a / tau
-    nothing = a == 0
-    d_positive = tl.where(nothing, 0.0, coefficient * p_positive_minus_1)
-
     term = tl.where(weight == 0, 0.0, weight * row_loss)
+    d_positive = tl.where(coefficient == 0, 0.0, coefficient * p_positive_minus_1)
+    return Results(tau, row_loss, term, all_terms, statistic, coefficient, d_positive)
+
+
+@triton.jit
+def finish_rows(place, sums, weighted, call, work):
+    """From the sums over all candidates to the losses, gradients and statistics of some rows."""
+    sizes = work.sizes
+    dtype: tl.constexpr = call.form.DTYPE
+    inside = place < sizes.count
+    row = row_at(tl.minimum(place, sizes.count - 1), call, work)
+    if call.form.REFINED and (call.inputs.candidate_ids is None):
+        compete = tl.zeros_like(sums.total) + sizes.places
+        if call.inputs.positive is None:
+            compete -= 1
+        sums = Sums(sums.z_positive, sums.reference, sums.total, compete)
+    results = row_results(row, sums, call, work)
+    tau, row_loss, term, all_terms, statistic, coefficient, d_positive = results
+    nothing = coefficient == 0
+
     arrays = work.space.rows + place
     if call.form.REDUCTION != "none":
         tl.store(arrays + TERM * sizes.stride, term, mask=inside)
