@@ -117,6 +117,44 @@ def pack_rows(worker, call, work):
             store_embeddings(call.outputs.candidates, row, zero, padded, call, work)
 
 
+@triton.jit
+def weigh_rows(program, programs, call, work):
+    """All of phase 0: `work` with the number of rows and candidates that count, and the norm."""
+    sizes = work.sizes
+    count = sizes.count
+    places = sizes.places
+    norm = sizes.norm
+    if (call.inputs.example_weights is not None) or (call.form.REDUCTION == "weighted_mean"):
+        for worker in range(program, sizes.workers, programs):
+            count_rows(worker, call, work)
+        grid_barrier(work.space.barrier)
+        if call.inputs.example_weights is not None:
+            other = tl.arange(0, call.form.WORKERS)
+            left = tl.load(work.space.counts + other, mask=other < sizes.workers, other=0)
+            count = tl.sum(left, 0)
+            if call.inputs.positive is None:
+                places = sizes.candidates - sizes.rows + count
+            norm = count.to(norm.dtype)
+        if call.form.REDUCTION == "weighted_mean":
+            norm = worker_sum(WEIGHT_SUM, call, work)
+        if call.inputs.example_weights is not None:
+            for worker in range(program, sizes.workers, programs):
+                pack_rows(worker, call, work)
+            grid_barrier(work.space.barrier)
+    sizes = Sizes(
+        sizes.rows,
+        sizes.stride,
+        sizes.candidates,
+        sizes.domains,
+        sizes.workers,
+        sizes.tau,
+        count,
+        places,
+        norm,
+    )
+    return Work(sizes, work.space)
+
+
 # Sums over rows ----------------------------------------------------------------------------------
 
 
@@ -267,27 +305,9 @@ def softmax_loss_kernel(
     sizes = Sizes(num_rows, stride, num_candidates, num_domains, workers, tau, count, places, norm)
     work = Work(sizes, space)
 
-    if (call.inputs.example_weights is not None) or (call.form.REDUCTION == "weighted_mean"):
-        for worker in range(program, workers, programs):
-            count_rows(worker, call, work)
-        grid_barrier(barrier)
-        if call.inputs.example_weights is not None:
-            other = tl.arange(0, call.form.WORKERS)
-            count = tl.sum(tl.load(space.counts + other, mask=other < workers, other=0), 0)
-            if call.inputs.positive is None:
-                places = num_candidates - num_rows + count
-            norm = count.to(norm.dtype)
-        if call.form.REDUCTION == "weighted_mean":
-            norm = worker_sum(WEIGHT_SUM, call, work)
-        sizes = Sizes(
-            num_rows, stride, num_candidates, num_domains, workers, tau, count, places, norm
-        )
-        work = Work(sizes, space)
-        if call.inputs.example_weights is not None:
-            for worker in range(program, workers, programs):
-                pack_rows(worker, call, work)
-            grid_barrier(barrier)
-
+    work = weigh_rows(program, programs, call, work)
+    count = work.sizes.count
+    places = work.sizes.places
     tiles = tl.cdiv(count, call.form.BM)
     steps = tl.cdiv(places, call.form.BN)
     whole, splits = shares(tiles, steps, workers)

@@ -286,41 +286,55 @@ def finish_rows(place, sums, weighted, call, work):
             compete -= 1
         sums = Sums(sums.z_positive, sums.reference, sums.total, compete)
     results = row_results(row, sums, call, work)
-    tau, row_loss, term, all_terms, statistic, coefficient, d_positive = results
-    nothing = coefficient == 0
-
+    store_losses(place, row, inside, results, call, work)
     arrays = work.space.rows + place
-    if call.form.REDUCTION != "none":
-        tl.store(arrays + TERM * sizes.stride, term, mask=inside)
-    elif call.outputs.loss is not None:
-        tl.store(call.outputs.loss + row, term, mask=inside)
-    if call.outputs.domain_weights is not None:
-        tl.store(arrays + ROW_LOSS * sizes.stride, row_loss, mask=inside)
     if call.outputs.candidates is not None:
+        statistic = results.statistic
         if call.form.FOLD:
-            statistic -= logarithm(coefficient, call, work)
-        statistic = tl.where(nothing, float("inf"), statistic)
+            statistic -= logarithm(results.coefficient, call, work)
+        statistic = tl.where(results.coefficient == 0, float("inf"), statistic)
         tl.store(arrays + STATISTIC * sizes.stride, statistic, mask=inside)
         if call.form.HALF or not call.form.FOLD:
-            tl.store(arrays + COEFFICIENT * sizes.stride, coefficient, mask=inside)
+            tl.store(arrays + COEFFICIENT * sizes.stride, results.coefficient, mask=inside)
         if call.form.TEMPERATURE == "row":
-            tl.store(arrays + SCALE * sizes.stride, scale_of(tau, call, work), mask=inside)
+            scale = scale_of(results.tau, call, work)
+            tl.store(arrays + SCALE * sizes.stride, scale, mask=inside)
         if call.inputs.positive is None:
-            tl.store(arrays + POSITIVE * sizes.stride, d_positive, mask=inside)
+            tl.store(arrays + POSITIVE * sizes.stride, results.d_positive, mask=inside)
     if (call.outputs.query is not None) or (call.outputs.temperature is not None):
-        mean = weighted * (1 / all_terms)[:, None]  # sum_j p_ij c_j
-        p = positives(row, call, work).to(dtype)
-        d_query = coefficient[:, None] * mean + d_positive[:, None] * p
-        d_query = tl.where(nothing[:, None], 0.0, d_query)
-        if call.outputs.query is not None:
-            store_embeddings(call.outputs.query, row, d_query, inside, call, work)
-        if call.outputs.temperature is not None:
-            q = embeddings(call.inputs.query, row, call, work).to(dtype)
-            d_tau = -tl.sum(q * d_query, 1) / tau
-            if call.form.TEMPERATURE == "row":
-                tl.store(call.outputs.temperature + row, d_tau, mask=inside)
-            else:
-                tl.store(arrays + D_TAU * sizes.stride, d_tau, mask=inside)
+        p = positives(row, call, work)
+        store_query(place, row, inside, p, weighted, results, call, work)
     if call.outputs.positive is not None:
         q = embeddings(call.inputs.query, row, call, work).to(dtype)
-        store_embeddings(call.outputs.positive, row, d_positive[:, None] * q, inside, call, work)
+        d_positive = results.d_positive[:, None] * q
+        store_embeddings(call.outputs.positive, row, d_positive, inside, call, work)
+
+
+@triton.jit
+def store_losses(place, row, inside, results, call, work):
+    """Write the row losses, or leave them for the sums."""
+    arrays = work.space.rows + place
+    if call.form.REDUCTION != "none":
+        tl.store(arrays + TERM * work.sizes.stride, results.term, mask=inside)
+    elif call.outputs.loss is not None:
+        tl.store(call.outputs.loss + row, results.term, mask=inside)
+    if call.outputs.domain_weights is not None:
+        tl.store(arrays + ROW_LOSS * work.sizes.stride, results.loss, mask=inside)
+
+
+@triton.jit
+def store_query(place, row, inside, p, weighted, results, call, work):
+    """Write ``dq`` and ``dL/dtau``; `p` are the positives, `weighted` is ``sum_j e_ij c_j``."""
+    mean = weighted * (1 / results.all_terms)[:, None]  # sum_j p_ij c_j
+    d_query = results.coefficient[:, None] * mean + results.d_positive[:, None] * p.to(mean.dtype)
+    d_query = tl.where((results.coefficient == 0)[:, None], 0.0, d_query)
+    if call.outputs.query is not None:
+        store_embeddings(call.outputs.query, row, d_query, inside, call, work)
+    if call.outputs.temperature is not None:
+        q = embeddings(call.inputs.query, row, call, work).to(d_query.dtype)
+        d_tau = -tl.sum(q * d_query, 1) / results.tau
+        if call.form.TEMPERATURE == "row":
+            tl.store(call.outputs.temperature + row, d_tau, mask=inside)
+        else:
+            arrays = work.space.rows + D_TAU * work.sizes.stride
+            tl.store(arrays + place, d_tau, mask=inside)
