@@ -343,7 +343,9 @@ def _dense(name: str, value: object) -> None:
     if value.is_quantized:
         raise TypeError(f"{name} is quantised; call .dequantize() first")
     # By name, so that importing the package does not import torch.distributed.
-    if type(value) not in (Tensor, Parameter) and any(kind.__name__ == "DTensor" for kind in type(value).__mro__):
+    if type(value) not in (Tensor, Parameter) and any(
+        kind.__name__ == "DTensor" for kind in type(value).__mro__
+    ):
         raise TypeError(f"{name} is a DTensor; pass the local part, {name}.to_local()")
 
 

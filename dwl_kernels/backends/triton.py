@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dwl_kernels.backends import eager
+from dwl_kernels.backends.triton_launch import launch
 from dwl_kernels.backends.triton_tiles import Tiles, choose
 from dwl_kernels.problem import Output, Problem, Wanted, checks_values
 
@@ -128,11 +129,13 @@ def _launch(
     inputs = _inputs(problem, row_grad)
     outputs = _outputs(problem, wanted)
     floats, integers = _workspace(problem, outputs, tiles, workers)
+    barrier = _barrier(problem.query.device)
+    form = form_of(problem, inputs, tiles)
     arguments = (
-        Call(Inputs(*inputs), Outputs(*outputs), form_of(problem, inputs, tiles)),
+        Call(Inputs(*inputs), Outputs(*outputs), form),
         floats,
         integers,
-        _barrier(problem.query.device),
+        barrier,
         problem.query.shape[0],
         problem.candidates.shape[0],
         0 if problem.domain_weights is None else problem.domain_weights.shape[0],
@@ -142,7 +145,9 @@ def _launch(
     options = launch_options(tiles)
     if warm_up:
         return kernel.warmup(*arguments, grid=(1,), **options)
-    kernel[(1 if interpreting() else workers,)](*arguments, **options)
+    tensors = (*inputs, *outputs, floats, integers, barrier)
+    # `_form` makes one form of the same values, so that its address stands for them.
+    launch(kernel, 1 if interpreting() else workers, (id(form), tiles), tensors, arguments, options)
     loss, *gradients = outputs
     assert loss is not None
     query, positive, candidates, temperature, domain_weights = gradients

@@ -13,10 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dwl_kernels.backends.triton_launch import launch
+
 BLOCK = 4096
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["lengths"])
 def scale_kernel(
     gradients,  # tuple of pointers
     results,
@@ -54,7 +56,7 @@ def scaled(
     lengths = tuple(g.numel() for g in gradients)
     blocks = sum(triton.cdiv(n, BLOCK) for n in lengths)
     if blocks:
-        scale_kernel[(blocks,)](
-            tuple(sources), tuple(results), lengths, upstream, BLOCK=BLOCK, NUM=len(sources)
-        )
+        arguments = (tuple(sources), tuple(results), lengths, upstream, BLOCK, len(sources))
+        tensors = (*sources, *results, upstream)
+        launch(scale_kernel, blocks, len(sources), tensors, arguments, {})
     return results
