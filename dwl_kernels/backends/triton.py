@@ -314,6 +314,9 @@ def _form(
 
     exact = dtype == torch.float64 or (dtype == torch.float32 and precision == "highest")
     narrow = dtype in (torch.bfloat16, torch.float16)
+    # numpy cannot multiply bfloat16, and the order of its float32 sums depends on the shapes, so
+    # that the two phases would not agree about a logit as they do on a device.
+    upcast = interpreted and dtype in (torch.bfloat16, torch.float32)
     values = Form(
         D=d,
         BLOCK_D=_power_of_two(d, 16),
@@ -337,7 +340,7 @@ def _form(
         MAXIMA=exact or dtype == torch.float16,
         FEW_CANDIDATES=few_candidates,
         FEW_ROWS=few_rows,
-        UPCAST=interpreted and dtype == torch.bfloat16,
+        UPCAST=upcast,
     )
     return Form(*(tl.constexpr(value) for value in values))
 

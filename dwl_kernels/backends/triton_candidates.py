@@ -60,6 +60,7 @@ def candidate_tile(tile, first, stop, part, shift, call, work):
         candidate_id = tl.load(call.inputs.candidate_ids + j)
     if call.form.TEMPERATURE != "row":
         scale = scale_of(temperature_of(j, call, work), call, work)
+    diagonal: tl.constexpr = (call.inputs.positive is None) and (call.inputs.candidate_ids is None)
     gradient = tl.zeros([call.form.CM, call.form.BLOCK_D], dtype)
     for start in tl.range(
         first * call.form.CN, stop * call.form.CN, call.form.CN, num_stages=call.form.STAGES_2
@@ -82,20 +83,21 @@ def candidate_tile(tile, first, stop, part, shift, call, work):
         if call.inputs.candidate_log_q is not None:
             z -= bias[:, None]
         z -= statistic[None, :]
-        if call.inputs.candidate_ids is not None:
-            row_id = tl.load(call.inputs.positive_ids + row)
-            z = tl.where(candidate_id[:, None] == row_id[None, :], float("-inf"), z)
-        elif call.inputs.positive is None:
-            own = tile * call.form.CM
-            if (start < own + call.form.CM) & (start + call.form.CN > own):
-                z = tl.where(at[:, None] == place[None, :], float("-inf"), z)
-        if start + call.form.CN > sizes.count:
-            inside = (place >= start) & (place < sizes.count)
-            z = tl.where(inside[None, :], z, float("-inf"))
         p = power(z, call, work)
         if not call.form.FOLD:
             inside = place < sizes.count
             p *= tl.load(arrays + COEFFICIENT * sizes.stride, mask=inside, other=0.0)[None, :]
+        if call.inputs.candidate_ids is not None:
+            row_id = tl.load(call.inputs.positive_ids + row)
+            p = tl.where(candidate_id[:, None] == row_id[None, :], 0.0, p)
+        edge = start + call.form.CN > sizes.count
+        if diagonal:
+            own = tile * call.form.CM
+            edge = edge | ((start < own + call.form.CM) & (start + call.form.CN > own))
+        if edge:
+            p = tl.where(((place >= start) & (place < sizes.count))[None, :], p, 0.0)
+            if diagonal:
+                p = tl.where(at[:, None] == place[None, :], 0.0, p)
         gradient = product(narrow(p, q.dtype, call, work), q, gradient, call, work)
     if call.form.HALF:
         gradient *= tl.exp2(-shift)

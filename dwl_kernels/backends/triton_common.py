@@ -103,7 +103,7 @@ class Form(NamedTuple):
     MAXIMA: Any  # the reference is the largest logit, at the price of a pass for it
     FEW_CANDIDATES: Any  # less than BN
     FEW_ROWS: Any  # less than CN
-    UPCAST: Any  # bfloat16 in the interpreter, which cannot multiply it
+    UPCAST: Any  # products are made in float64: bfloat16 and float32 in the interpreter
 
 
 class Call(NamedTuple):
@@ -155,15 +155,16 @@ def grid_barrier(counter):
 def product(a, b, total, call, work):
     """``total + a b``, accumulated in the dtype of `total`."""
     if call.form.UPCAST:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, total, input_precision=call.form.PRECISION, out_dtype=total.dtype)
+        wide = tl.dot(a.to(tl.float64), b.to(tl.float64), out_dtype=tl.float64)
+        return total + wide.to(total.dtype)
+    else:
+        return tl.dot(a, b, total, input_precision=call.form.PRECISION, out_dtype=total.dtype)
 
 
 @triton.jit
 def narrow(x, dtype: tl.constexpr, call, work):
     """`x` rounded to the nearest of an embedding dtype."""
-    if call.form.UPCAST and dtype == tl.bfloat16:  # the interpreter cuts bits off instead
+    if call.form.UPCAST and (dtype == tl.bfloat16):  # the interpreter cuts bits off instead
         bits = x.to(tl.int32, bitcast=True)
         bits += 0x7FFF + ((bits >> 16) & 1)
         x = (bits & -65536).to(tl.float32, bitcast=True)
