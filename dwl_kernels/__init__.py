@@ -12,14 +12,20 @@ from dwl_kernels.functional import (
     indexed_sampled_softmax_loss,
     sampled_softmax_loss,
 )
-from dwl_kernels.modules import DynamicWeightedSampledSoftmax
+from dwl_kernels.modules import (
+    CumulativeCrossEntropy,
+    DualScaleSampledSoftmax,
+    DynamicWeightedSampledSoftmax,
+)
 from dwl_kernels.streams import CountMinSketch, StreamingFrequency
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CountMinSketch",
+    "CumulativeCrossEntropy",
     "DomainWeights",
+    "DualScaleSampledSoftmax",
     "DynamicWeightedSampledSoftmax",
     "LogUniformSampler",
     "StreamingFrequency",

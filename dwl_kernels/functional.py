@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-import torch
 from torch import Tensor
 
 from dwl_kernels.autograd import softmax_loss
 from dwl_kernels.backends import Backend, check_name
 from dwl_kernels.problem import Correction, DualScale, Problem, Reduction
-from dwl_kernels.table import gather_rows
+from dwl_kernels.table import shared_rows
 from dwl_kernels.validation import (
     full_problem,
     in_batch_problem,
@@ -338,10 +337,7 @@ def indexed_sampled_softmax_loss(
     if negative_ids.dim() != 1:
         problem = indexed_problem(query, table, *ids, **arguments)
         return _loss(problem, query, backend, sparse_grad)
-    flat = torch.cat((ids[0].reshape(-1), ids[1]))
-    rows = gather_rows(table, flat, sparse_grad, backend)
-    positive, negative = rows.split((ids[0].numel(), ids[1].numel()))
-    positive = positive.reshape(query.shape)
+    positive, negative = shared_rows(table, *ids, sparse_grad, backend)
     named: dict[str, Any] = {"positive_ids": ids[0], "negative_ids": ids[1]}
     return _loss(sampled_problem(query, positive, negative, **named, **arguments), query, backend)
 
@@ -421,7 +417,13 @@ def dual_scale_softmax_loss(
     }
     if takes_batch(in_batch, negative is not None):
         problem = in_batch_problem(
-            query, positive, log_q=positive_log_q, ids=positive_ids, negative=negative, **arguments
+            query,
+            positive,
+            log_q=positive_log_q,
+            ids=positive_ids,
+            negative=negative,
+            prefix="positive_",
+            **arguments,
         )
     else:
         problem = sampled_problem(

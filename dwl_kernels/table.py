@@ -29,6 +29,20 @@ def gather_rows(table: Tensor, ids: Tensor, sparse_grad: bool, backend: str) -> 
     return _GatherRows.apply(table, ids, sparse_grad, backend)
 
 
+def shared_rows(
+    table: Tensor,  # [V, D]
+    positive_ids: Tensor,  # [...]
+    negative_ids: Tensor,  # [N]
+    sparse_grad: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:  # [..., D], [N, D]
+    """Positives and negatives that all rows share, gathered at once: one gradient of the table."""
+    ids = torch.cat((positive_ids.reshape(-1), negative_ids))
+    rows = gather_rows(table, ids, sparse_grad, backend)
+    positive, negative = rows.split((positive_ids.numel(), negative_ids.numel()))
+    return positive.reshape(*positive_ids.shape, table.shape[1]), negative
+
+
 class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, table: Tensor, ids: Tensor, sparse: bool, backend: str) -> Tensor:

@@ -47,7 +47,7 @@ def sampled_problem(
     """The problem of ``sampled_softmax_loss``: candidates ``[N, D]`` shared by all rows."""
     query, positive, negative = _embeddings(query=query, positive=positive, negative=negative)
     leading = query.shape[:-1]
-    _both_or_none("positive_ids", positive_ids, "negative_ids", negative_ids)
+    both_or_none("positive_ids", positive_ids, "negative_ids", negative_ids)
     ids = _ids(
         query,
         positive_ids=(positive_ids, leading),
@@ -64,12 +64,12 @@ def sampled_problem(
         candidate_log_q=_log_q("negative_log_q", negative_log_q, negative.shape[:1], query),
         positive_ids=ids[0],
         candidate_ids=ids[1],
-        dual=None if dual is None else _dual(dual),
+        dual=None if dual is None else effective_dual(dual),
         **rows,
     )
 
 
-def _dual(dual: DualScale) -> DualScale | None:
+def effective_dual(dual: DualScale) -> DualScale | None:
     """The strengths, checked; None where they change nothing."""
     for name in ("hardness", "similarity", "competition"):
         value = getattr(dual, name)
@@ -98,24 +98,29 @@ def in_batch_problem(
     correction: Correction,
     reduction: Reduction,
     dual: DualScale | None = None,
+    prefix: str = "",
 ) -> Problem:
-    """The problem of ``in_batch_softmax_loss``: the positives of the batch, then ``negative``."""
+    """The problem of ``in_batch_softmax_loss``: the positives of the batch, then ``negative``.
+
+    `prefix` is what the names of `log_q` and `ids` start with in the function that was called.
+    """
+    log_q_name, ids_name = prefix + "log_q", prefix + "ids"
     named = {"query": query, "positive": positive}
     if negative is None:
         if negative_log_q is not None or negative_ids is not None:
             raise ValueError(
                 "negative_log_q and negative_ids describe `negative`, which is not given; pass "
-                "`negative`, or use log_q and ids for the in-batch candidates"
+                f"`negative`, or use {log_q_name} and {ids_name} for the in-batch candidates"
             )
         query, positive = _embeddings(**named)
     else:
         query, positive, negative = _embeddings(**named, negative=negative)
-        _both_or_none("ids", ids, "negative_ids", negative_ids)
-        _both_or_none("log_q", log_q, "negative_log_q", negative_log_q)
+        both_or_none(ids_name, ids, "negative_ids", negative_ids)
+        both_or_none(log_q_name, log_q, "negative_log_q", negative_log_q)
     leading = query.shape[:-1]
     more = () if negative is None else negative.shape[:1]
-    both = _ids(query, ids=(ids, leading), negative_ids=(negative_ids, more))
-    positive_log_q = _log_q("log_q", log_q, leading, query)
+    both = _ids(query, **{ids_name: (ids, leading), "negative_ids": (negative_ids, more)})
+    positive_log_q = _log_q(log_q_name, log_q, leading, query)
     rows = _row_arguments(
         query, domain_ids, domain_weights, example_weights, temperature, correction, reduction
     )
@@ -130,7 +135,7 @@ def in_batch_problem(
         ),
         positive_ids=both[0],
         candidate_ids=_joined(both[0], both[1]),
-        dual=None if dual is None else _dual(dual),
+        dual=None if dual is None else effective_dual(dual),
         **rows,
     )
 
@@ -160,11 +165,7 @@ def full_problem(
     skip_threshold: float,
 ) -> Problem:
     """The problem of ``full_softmax_loss``: every row of the table is a candidate."""
-    if not 0 <= skip_threshold < float("inf"):
-        raise ValueError(
-            f"skip_threshold is {skip_threshold}; wanted a finite number that is not negative, 0 "
-            "to leave nothing out"
-        )
+    check_skip_threshold(skip_threshold)
     query, table = _embeddings(query=query, table=table)
     if table.shape[0] == 0:
         raise ValueError("table has no rows; wanted at least one item to score")
@@ -186,6 +187,14 @@ def full_problem(
         skip_threshold=float(skip_threshold),
         **rows,
     )
+
+
+def check_skip_threshold(skip_threshold: float) -> None:
+    if not 0 <= skip_threshold < float("inf"):
+        raise ValueError(
+            f"skip_threshold is {skip_threshold}; wanted a finite number that is not negative, 0 "
+            "to leave nothing out"
+        )
 
 
 def indexed_problem(
@@ -342,7 +351,8 @@ def _dense(name: str, value: object) -> None:
         )
     if value.is_quantized:
         raise TypeError(f"{name} is quantised; call .dequantize() first")
-    # By name, so that importing the package does not import torch.distributed.
+    # By name, so that importing the package does not import torch.distributed; and not of a
+    # Parameter, whose bases torch.compile does not trace.
     if type(value) not in (Tensor, Parameter) and any(
         kind.__name__ == "DTensor" for kind in type(value).__mro__
     ):
@@ -362,7 +372,7 @@ def _row_argument(name: str, value: Tensor, shape: Sequence[int], query: Tensor)
         )
 
 
-def _both_or_none(first: str, a: Tensor | None, second: str, b: Tensor | None) -> None:
+def both_or_none(first: str, a: Tensor | None, second: str, b: Tensor | None) -> None:
     if (a is None) != (b is None):
         got, missing = (first, second) if b is None else (second, first)
         raise ValueError(f"{got} is given without {missing}; pass both, or neither")
@@ -399,6 +409,12 @@ def _log_q(name: str, value: Tensor | None, shape: Sequence[int], query: Tensor)
     return _floating(name, value, query).reshape(-1)
 
 
+def check_choice(name: str, value: str, choices: Any) -> None:
+    """ValueError for what is none of the choices of a Literal."""
+    if value not in get_args(choices):
+        raise ValueError(f"{name} is {value!r}; wanted one of {get_args(choices)}")
+
+
 def _row_arguments(
     query: Tensor,
     domain_ids: Tensor | None,
@@ -410,10 +426,8 @@ def _row_arguments(
 ) -> dict[str, Any]:
     """What every loss takes per row, as keyword arguments of `Problem`."""
     leading = list(query.shape[:-1])
-    if correction not in get_args(Correction):
-        raise ValueError(f"correction is {correction!r}; wanted one of {get_args(Correction)}")
-    if reduction not in get_args(Reduction):
-        raise ValueError(f"reduction is {reduction!r}; wanted one of {get_args(Reduction)}")
+    check_choice("correction", correction, Correction)
+    check_choice("reduction", reduction, Reduction)
     if domain_ids is not None:
         if domain_weights is None:
             raise ValueError(

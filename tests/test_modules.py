@@ -1,58 +1,25 @@
 """The module against the functions it calls, and what only the module does."""
 
-import copy
-
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from module_inputs import (
+    DOMAINS,
+    B,
+    G,
+    N,
+    assert_same,
+    draws,
+    embeddings,
+    fixed,
+    item_domains,
+)
 
 from dwl_kernels import in_batch_softmax_loss, sampled_softmax_loss
 from dwl_kernels.domains import DomainWeights
-from dwl_kernels.modules import TEMPERATURE_RANGE, DynamicWeightedSampledSoftmax
-
-# Sizes that differ from each other, so that a mixed-up dimension cannot pass. Float64 and `eager`:
-# the backends have tests of their own.
-B, N, D, DOMAINS, ITEMS, G = 6, 9, 4, 3, 20, 2
-
-
-def embeddings(seed=0, rows=(B,), dtype=torch.float64):
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        torch.randn(*shape, D, generator=generator, dtype=dtype).requires_grad_()
-        for shape in (rows, rows, (N,))
-    ]
-
-
-def draws(seed=0):
-    """Ids of items and domains, log-Q, and the domains of all items."""
-    generator = torch.Generator().manual_seed(100 + seed)
-    return {
-        "domain_ids": torch.randint(0, DOMAINS, (B,), generator=generator),
-        "positive_ids": torch.randint(0, ITEMS, (B,), generator=generator),
-        "negative_ids": torch.randint(0, ITEMS, (N,), generator=generator),
-        "positive_log_q": torch.randn(B, generator=generator, dtype=torch.float64),
-        "negative_log_q": torch.randn(N, generator=generator, dtype=torch.float64),
-    }
-
-
-def item_domains(seed=0):
-    generator = torch.Generator().manual_seed(200 + seed)
-    return torch.randint(-1, DOMAINS, (ITEMS, G), generator=generator)
-
-
-def fixed(**options):
-    options = {"weights": [0.5, 1.0, 3.0], "temperature": 0.7, "backend": "eager"} | options
-    return DynamicWeightedSampledSoftmax(**options)
-
-
-def assert_same(got, wanted, inputs):
-    """The same loss and the same gradients."""
-    torch.testing.assert_close(got, wanted)
-    pairs = [torch.autograd.grad(loss.sum(), inputs, retain_graph=True) for loss in (got, wanted)]
-    for one, other in zip(*pairs, strict=True):
-        torch.testing.assert_close(one, other)
+from dwl_kernels.modules import DynamicWeightedSampledSoftmax
 
 
 @pytest.mark.parametrize("correction", ["standard", "refined"])
@@ -270,13 +237,9 @@ def test_item_domains_alone_tell_the_number_of_domains():
     assert DynamicWeightedSampledSoftmax(item_domains=[0, 4, 1]).domain_weights.num_domains == 5
 
 
-def test_weights_follow_the_batches_in_training_only():
+def test_a_batch_is_weighed_by_what_it_has_just_changed():
     inputs, domain_ids = embeddings(), torch.tensor([0, 0, 0, 0, 1, -1])
     loss_fn = DynamicWeightedSampledSoftmax(DOMAINS, backend="eager")
-    before = loss_fn.domain_weights()
-    loss_fn.eval()(*inputs, domain_ids=domain_ids)
-    assert torch.equal(loss_fn.domain_weights(), before)
-    loss_fn.train()
     got = loss_fn(*inputs, domain_ids=domain_ids)
     assert loss_fn.domain_weights.interactions.tolist() == [4, 1, 0]
     after = loss_fn.domain_weights()
@@ -331,163 +294,13 @@ def test_gradient_grows_by_no_more_than_the_largest_weight(domains, ratio):
     assert norms[0].norm() <= ratio / mean * norms[1].norm() * (1 + 1e-5)
 
 
-def test_temperature_is_learned_and_stays_bounded():
-    inputs, domain_ids = embeddings(), draws()["domain_ids"]
-    loss_fn = fixed(learn_temperature=True, temperature=0.07)
-    assert loss_fn.temperature.item() == pytest.approx(0.07, rel=1e-5)
-    tau = torch.tensor(0.07, dtype=torch.float64, requires_grad=True)
-    (slope,) = torch.autograd.grad(
-        sampled_softmax_loss(
-            *inputs,
-            domain_ids=domain_ids,
-            domain_weights=loss_fn.domain_weights(),
-            temperature=tau,
-            backend="eager",
-        ),
-        tau,
-    )
-    loss_fn(*inputs, domain_ids=domain_ids).backward()
-    (chain,) = torch.autograd.grad(loss_fn.temperature, loss_fn.temperature_logit)
-    assert loss_fn.temperature_logit.grad.item() == pytest.approx(
-        slope.item() * chain.item(), rel=1e-4
-    )
-    low, high = TEMPERATURE_RANGE
-    for logit in (-1e4, 1e4):
-        loss_fn.temperature_logit.data.fill_(logit)
-        assert low * 0.999 <= loss_fn.temperature.item() <= high * 1.001
-
-
-def test_learned_temperature_reaches_the_best_one():
-    # Scores are far too sharp for what they know, so the best temperature is higher.
-    generator = torch.Generator().manual_seed(0)
-    query = torch.randn(64, D, generator=generator)
-    positive = query + 2 * torch.randn(64, D, generator=generator)
-    loss_fn = DynamicWeightedSampledSoftmax(learn_temperature=True, backend="eager")
-    optimiser = torch.optim.LBFGS(loss_fn.parameters(), line_search_fn="strong_wolfe")
-    start = loss_fn(query, positive).item()
-
-    def closure():
-        optimiser.zero_grad()
-        loss = loss_fn(query, positive)
-        loss.backward()
-        return loss
-
-    optimiser.step(closure)
-    best = min(
-        in_batch_softmax_loss(query, positive, temperature=tau, backend="eager").item()
-        for tau in torch.logspace(-2, 1.5, 200)
-    )
-    assert start > 2 * best
-    assert loss_fn(query, positive).item() == pytest.approx(best, rel=1e-3)
-
-
-def test_state_dict_carries_weights_counts_and_temperature():
-    options = {"num_domains": DOMAINS, "learn_temperature": True, "backend": "eager"}
-    source = DynamicWeightedSampledSoftmax(**options, temperature=0.2)
-    optimiser = torch.optim.SGD(source.parameters(), lr=0.01)
-    source(*embeddings(), **draws()).backward()
-    optimiser.step()
-    loaded = DynamicWeightedSampledSoftmax(**options, temperature=0.9)
-    loaded.load_state_dict(copy.deepcopy(source.state_dict()))
-    assert torch.equal(loaded.domain_weights(), source.domain_weights())
-    assert loaded.domain_weights.interactions.sum() == B
-    assert torch.equal(loaded.temperature, source.temperature)
-    for seed in (1, 2):
-        losses = [loss_fn(*embeddings(seed), **draws(seed)) for loss_fn in (source, loaded)]
-        assert torch.equal(*losses)
-
-
-def compiled_and_eager_steps(backend, **options):
-    """Loss, gradients and counts of three training steps, compiled and not."""
-    results = []
-    for compiled in (False, True):
-        torch._dynamo.reset()
-        torch.manual_seed(0)
-        tower, table = torch.nn.Linear(D, D), torch.nn.Embedding(ITEMS, D)
-        loss_fn = DynamicWeightedSampledSoftmax(
-            DOMAINS, item_domains=item_domains(), backend=backend, **options
-        )
-
-        def step(x, positive_ids, negative_ids, log_q, weights, parts=(tower, table, loss_fn)):
-            tower, table, loss_fn = parts
-            return loss_fn(
-                tower(x),
-                table(positive_ids),
-                table(negative_ids),
-                positive_ids=positive_ids,
-                negative_ids=negative_ids,
-                negative_log_q=log_q,
-                positive_log_q=log_q[: len(weights)],
-                example_weights=weights,
-            )
-
-        if compiled:
-            step = torch.compile(step, fullgraph=True, backend="aot_eager")
-        parameters = [*tower.parameters(), *table.parameters(), *loss_fn.parameters()]
-        outcome = []
-        for seed in range(3):
-            ids = draws(seed)
-            x = embeddings(seed, dtype=torch.float32)[0].detach()
-            weights = torch.tensor([1.0, 0.0, 1.0, 0.5, 1.0, 2.0])
-            log_q = ids["negative_log_q"].float()
-            loss = step(x, ids["positive_ids"], ids["negative_ids"], log_q, weights)
-            outcome += [loss.detach(), *torch.autograd.grad(loss, parameters)]
-        outcome += [loss_fn.domain_weights(), loss_fn.domain_weights.interactions]
-        results.append(outcome)
-    return results
-
-
-@pytest.mark.parametrize("backend", ["eager", "auto"])
-def test_compiled_training_step_equals_eager(backend):
-    eager, compiled = compiled_and_eager_steps(
-        backend, calibration=0.5, learn_temperature=True, normalize=True
-    )
-    for one, other in zip(eager, compiled, strict=True):
-        torch.testing.assert_close(one, other)
-
-
-def test_module_compiled_by_inductor_equals_eager():
-    # Only the module, and in-batch candidates: inductor compiles for seconds.
-    torch._dynamo.reset()
-    query, positive, _ = embeddings(dtype=torch.float32)
-    domain_ids = draws()["domain_ids"]
-    eager = DynamicWeightedSampledSoftmax(DOMAINS, calibration=0.5, backend="eager")
-    compiled = copy.deepcopy(eager)
-    got = torch.compile(compiled, fullgraph=True)(query, positive, domain_ids=domain_ids)
-    wanted = eager(query, positive, domain_ids=domain_ids)
-    assert torch.equal(compiled.domain_weights.interactions, eager.domain_weights.interactions)
-    torch.testing.assert_close(compiled.domain_weights(), eager.domain_weights())
-    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
-    inputs = [query, positive]
-    pairs = [torch.autograd.grad(loss, inputs) for loss in (got, wanted)]
-    for one, other in zip(*pairs, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
-
-
-def test_two_forwards_before_the_backward_keep_their_own_weights():
-    inputs, loss_fn = (
-        embeddings(),
-        DynamicWeightedSampledSoftmax(2, reduction="none", backend="eager"),
-    )
-    domain_ids = torch.tensor([0, 0, 0, 0, 0, 1])
-    first = loss_fn(*inputs, domain_ids=domain_ids)
-    weights = loss_fn.domain_weights()
-    loss_fn(*inputs, domain_ids=domain_ids)
-    wanted = sampled_softmax_loss(
-        *inputs,
-        domain_ids=domain_ids,
-        domain_weights=weights,
-        temperature=0.05,
-        reduction="none",
-        backend="eager",
-    )
-    assert_same(first, wanted, inputs)
-
-
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
         ({"temperature": 0.0}, ValueError, "temperature is 0.0"),
+        ({"reduction": "average"}, ValueError, "reduction is 'average'; wanted one of"),
+        ({"correction": "log"}, ValueError, "correction is 'log'; wanted one of"),
+        ({"backend": "gpu"}, ValueError, "gpu"),
         ({"temperature": 100.0, "learn_temperature": True}, ValueError, "strictly within"),
         ({"calibration": 1.5}, ValueError, r"calibration is 1.5; wanted a number in \[0, 1\]"),
         ({"calibration": 1.0}, ValueError, "pass num_domains or weights"),
@@ -524,12 +337,15 @@ def test_bad_options_say_what_is_wanted(options, error, message):
             ValueError,
             "example_weights has shape",
         ),
+        ({"example_weights": [1.0] * B}, TypeError, "example_weights is a list"),
+        ({"positive": None}, ValueError, "there is no positive; pass the embeddings"),
     ],
 )
 def test_bad_arguments_say_what_is_wanted(arguments, error, message):
     loss_fn = fixed(calibration=1.0)
+    named = dict(zip(("query", "positive", "negative"), embeddings(), strict=True))
     with pytest.raises(error, match=message):
-        loss_fn(*embeddings(), **arguments)
+        loss_fn(**named | arguments)
 
 
 def test_item_ids_out_of_range_are_named():

@@ -1,0 +1,158 @@
+"""Cross-entropy over a whole table as a module."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from dwl_kernels.backends import Backend
+from dwl_kernels.domains import DomainWeights
+from dwl_kernels.functional import full_softmax_loss
+from dwl_kernels.modules.weighted import WeightedLoss, check_rows, normalised, padding
+from dwl_kernels.problem import Reduction
+from dwl_kernels.validation import check_skip_threshold
+
+
+class CumulativeCrossEntropy(WeightedLoss):
+    r"""Cross-entropy of every time step of every sequence over the whole table of items.
+
+    .. math::
+        z_{iv} = \langle q_i, c_v \rangle / \tau + b_v, \qquad
+        L = \frac{1}{norm} \sum_i w_i \Big( \log \sum_v e^{z_{iv}} - z_{i y_i} \Big)
+
+    A row ``i`` is a time step. Nothing is sampled, so there is no log-Q, and the ``[rows, V]``
+    matrix of logits is never in memory. Domain weights, what they count in training mode, and their
+    tilt are those of :class:`DynamicWeightedSampledSoftmax`; with neither ``num_domains`` nor
+    ``weights`` it is the plain loss.
+
+    Args:
+        num_domains, weights, item_domains: As for :class:`DynamicWeightedSampledSoftmax`; the
+            domains follow from the target.
+        calibration: ``c`` in [0, 1]: ``c log w(v)`` is added to the bias of every item. Needs
+            ``item_domains``.
+        temperature: Positive number that divides the scores, 1 in the paper; where learned, the one
+            to start from.
+        learn_temperature: Whether the temperature is a parameter, kept in ``[0.005, 50]``.
+        normalize: Whether to scale query and table to length 1.
+        ignore_index: The target that marks a padded step: it gives exact zeros, does not count in
+            any norm, nor do its domains, and NaN in its embedding does not leak.
+        reduction: ``"mean"`` over the steps that are not padded, ``"weighted_mean"``, ``"sum"`` or
+            ``"none"``, as for :func:`full_softmax_loss`.
+        skip_threshold: Leaves small probabilities out of the gradients, as for
+            :func:`full_softmax_loss`; 0 leaves out none.
+        backend: As for :func:`full_softmax_loss`.
+
+    Raises:
+        ValueError: if a number or a choice is not among those named above, if ``weights`` and
+            ``num_domains`` disagree, or if ``calibration`` lacks weights or ``item_domains``.
+
+    Source: Li et al. 2023, arXiv 2301.00979; domain weights as in arXiv 2510.04375.
+
+    Example:
+        >>> import torch
+        >>> loss_fn = CumulativeCrossEntropy(ignore_index=0)  # item 0 is the padding
+        >>> states, table = torch.zeros(2, 3, 8), torch.zeros(5, 8)  # two sequences of three steps
+        >>> loss_fn(states, table, torch.tensor([[4, 2, 1], [3, 0, 0]]))  # log 5
+        tensor(1.6094)
+    """
+
+    def __init__(
+        self,
+        num_domains: int | None = None,
+        *,
+        weights: DomainWeights | Tensor | Sequence[float] | None = None,
+        item_domains: Any = None,
+        calibration: float = 0.0,
+        temperature: float = 1.0,
+        learn_temperature: bool = False,
+        normalize: bool = False,
+        ignore_index: int = -100,
+        reduction: Reduction = "mean",
+        skip_threshold: float = 0.0,
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__(
+            num_domains,
+            weights=weights,
+            item_domains=item_domains,
+            calibration=calibration,
+            temperature=temperature,
+            learn_temperature=learn_temperature,
+            normalize=normalize,
+            reduction=reduction,
+            backend=backend,
+        )
+        if calibration and self.item_domains is None:
+            raise ValueError(
+                "calibration needs the domains of all items, which are the candidates; pass "
+                "item_domains"
+            )
+        check_skip_threshold(skip_threshold)
+        self.ignore_index = ignore_index
+        self.skip_threshold = skip_threshold
+
+    def forward(
+        self,
+        query: Tensor,  # [..., D]
+        table: Tensor,  # [V, D]
+        target: Tensor,  # [...]
+        *,
+        bias: Tensor | None = None,  # [V]
+        domain_ids: Tensor | None = None,  # [...] or [..., G]
+        example_weights: Tensor | None = None,  # [...]
+    ) -> Tensor:
+        """The loss.
+
+        Args:
+            query: ``[..., D]``, ``[batch, time, D]`` say, the states of the time steps.
+            table: ``[V, D]``, the embeddings of all items.
+            target: ``[...]`` integers, the row of the table that follows each step.
+            bias: ``[V]``, added to the logit of every item, with a gradient.
+            domain_ids: ``[...]`` or ``[..., G]`` integers, -1 = none; by default the domains of
+                ``target`` in ``item_domains``.
+            example_weights: ``[...]``, 0 marks a padded step.
+
+        Returns:
+            ``[]``, or ``[...]`` for ``reduction="none"``.
+
+        Raises:
+            ValueError: if domains are needed and not given, or as :func:`full_softmax_loss`.
+            IndexError: if a target or a domain is out of range, on a CPU.
+        """
+        leading = query.shape[:-1]
+        check_rows("target", target, leading)
+        padded = target == self.ignore_index
+        weightless = padding(example_weights, leading)
+        padded = padded if weightless is None else padded | weightless
+        domain_ids, weights = self.weigh_domains(
+            ("domain_ids", domain_ids), ("target", target), leading, padded
+        )
+        if weights is not None and self.calibration:
+            assert self.item_domains is not None  # the constructor has looked
+            if len(self.item_domains) != len(table):
+                raise ValueError(
+                    f"table has {len(table)} rows but item_domains has {len(self.item_domains)}; "
+                    "calibration needs the domains of every row"
+                )
+            tilt = self.tilt(self.item_domains)
+            if bias is not None:
+                check_rows("bias", bias, table.shape[:1])
+            bias = tilt if bias is None else bias + tilt
+        if self.normalize:
+            query, table = normalised(query, padded), normalised(table)
+        return full_softmax_loss(
+            query,
+            table,
+            target,
+            bias=bias,
+            ignore_index=self.ignore_index,
+            domain_ids=domain_ids,
+            domain_weights=weights,
+            example_weights=example_weights,
+            temperature=self.temperature,
+            reduction=self.reduction,
+            skip_threshold=self.skip_threshold,
+            backend=self.backend,
+        )

@@ -1,0 +1,118 @@
+"""The dual-scale softmax as a module."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from dwl_kernels.backends import Backend
+from dwl_kernels.domains import DomainWeights
+from dwl_kernels.functional import dual_scale_softmax_loss
+from dwl_kernels.modules.sampled import DynamicWeightedSampledSoftmax
+from dwl_kernels.problem import Correction, DualScale, Reduction
+from dwl_kernels.validation import effective_dual
+
+
+class DualScaleSampledSoftmax(DynamicWeightedSampledSoftmax):
+    r"""Sampled softmax on two scales, under the log-Q, hits and domain weights of its base class.
+
+    .. math::
+        \kappa_{ij} = n_i \, \mathrm{softmax}_j\big((h \langle q_i, c_j \rangle
+            + s \langle p_i, c_j \rangle) / \tau\big), \qquad
+        z_{ij} = \langle q_i, c_j \rangle / \tau_i + \log \kappa_{ij} - \log Q_j
+
+        \tau_i \propto \tau \, \mathrm{clip}(1 + k (g_i - \bar g), 1/2, 2), \qquad
+        g_i = \mathrm{mean}_{j \in slate_i} \, \sigma(z_{ij} - z_i^+)
+
+    Within a row the candidates weigh by how hard they are and how like the positive; between rows
+    the temperature moves with how hard the strongest candidates, the slate, compete. Both are
+    detached, and with all three strengths 0 it is the base class, exactly. The candidates are
+    shared by all rows: ``negative``, ``[N]`` ids of a ``table``, or the batch.
+
+    The form is this package's own. It has every property that the abstract of the paper names, and
+    claims no reproduction of the paper's equations.
+
+    Args:
+        hardness: ``h``. At 1 a candidate weighs in proportion to the probability that the model
+            gives it, the least that needs no scale of its own.
+        similarity: ``s``, in the units of ``hardness``: at 1 the positive pulls as the query does.
+        slate_size: The strongest of so many equal groups of candidates make the slate. The mean
+            over 16 is known to within 1/8 whatever the scores, and each is still the strongest of
+            many where there are hundreds of candidates.
+        competition: ``k``. Intensities lie in [0, 1], so 1 moves a temperature by at most their
+            whole range, just to the clip.
+
+    The other arguments, :meth:`forward` and what is raised: see
+    :class:`DynamicWeightedSampledSoftmax`; a strength that is negative or not finite, or an empty
+    slate, is a ``ValueError``, and so are negatives per row.
+
+    Source: after Sahyouni et al. 2026, arXiv 2602.07206.
+
+    Example:
+        >>> import torch
+        >>> loss_fn = DualScaleSampledSoftmax(num_domains=2, slate_size=1, temperature=1.0)
+        >>> query, negative = torch.eye(2), torch.tensor([[1.0, 0.0], [0.0, 0.0]])
+        >>> loss_fn(query, query, negative, domain_ids=torch.tensor([0, 1]))
+        tensor(0.7743)
+    """
+
+    takes_negatives_by_row = False
+
+    def __init__(
+        self,
+        num_domains: int | None = None,
+        *,
+        hardness: float = 1.0,
+        similarity: float = 1.0,
+        slate_size: int = 16,
+        competition: float = 1.0,
+        weights: DomainWeights | Tensor | Sequence[float] | None = None,
+        item_domains: Any = None,
+        calibration: float = 0.0,
+        temperature: float = 0.05,
+        learn_temperature: bool = False,
+        normalize: bool = False,
+        correction: Correction = "standard",
+        reduction: Reduction = "mean",
+        remove_accidental_hits: bool = True,
+        in_batch: bool | None = None,
+        sparse_grad: bool = False,
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__(
+            num_domains,
+            weights=weights,
+            item_domains=item_domains,
+            calibration=calibration,
+            temperature=temperature,
+            learn_temperature=learn_temperature,
+            normalize=normalize,
+            correction=correction,
+            reduction=reduction,
+            remove_accidental_hits=remove_accidental_hits,
+            in_batch=in_batch,
+            sparse_grad=sparse_grad,
+            backend=backend,
+        )
+        self.scales = DualScale(hardness, similarity, slate_size, competition)
+        effective_dual(self.scales)  # checks them
+
+    def _loss(
+        self,
+        query: Tensor,  # [..., D]
+        positive: Tensor,  # [..., D]
+        negative: Tensor | None,  # [N, D]
+        in_batch: bool,
+        draws: dict[str, Any],  # ids and log-Q
+        rows: dict[str, Any],
+    ) -> Tensor:
+        scales = self.scales._asdict()
+        return dual_scale_softmax_loss(
+            query, positive, negative, in_batch=in_batch, **scales, **draws, **rows
+        )
+
+    def extra_repr(self) -> str:
+        scales = ", ".join(f"{name}={value}" for name, value in self.scales._asdict().items())
+        return f"{scales}, {super().extra_repr()}"

@@ -1,0 +1,337 @@
+"""Sampled and in-batch softmax as a module, of embeddings or of rows of a table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+from torch import Tensor
+
+from dwl_kernels.backends import Backend
+from dwl_kernels.domains import DomainWeights
+from dwl_kernels.functional import (
+    in_batch_softmax_loss,
+    indexed_sampled_softmax_loss,
+    sampled_softmax_loss,
+)
+from dwl_kernels.modules.weighted import WeightedLoss, check_rows, normalised, padding
+from dwl_kernels.problem import Correction, Reduction
+from dwl_kernels.table import shared_rows
+from dwl_kernels.validation import (
+    both_or_none,
+    check_choice,
+    indexed_ids,
+    takes_batch,
+)
+
+
+class DynamicWeightedSampledSoftmax(WeightedLoss):
+    r"""Log-Q corrected sampled softmax whose rows weigh what their domains need.
+
+    .. math::
+        z_{ij} = \langle q_i, c_j \rangle / \tau - \log Q_j, \qquad
+        z_i^+ = \langle q_i, p_i \rangle / \tau - \log Q_i^+
+
+        L = \frac{1}{norm} \sum_i w_i \Big(
+            \log\big(e^{z_i^+} + \sum_j e^{z_{ij}}\big) - z_i^+ \Big)
+
+    In training mode every call feeds the domains of its rows to :class:`DomainWeights`, so domains
+    that turn out sparse gain weight as training goes; in evaluation mode nothing is counted. With
+    neither ``num_domains`` nor ``weights`` it is the plain loss.
+
+    Weighted training also tilts the scores: its optimum is ``p(j|x) w(j)``, normalised, for the
+    weight ``w(j)`` that an example with target ``j`` would get. ``calibration`` ``c`` takes the
+    tilt out by using ``log Q_j - c log w(j)`` in place of ``log Q_j``, for positive and candidates
+    alike: 0 is the paper, 1 estimates ``p(j|x)`` again.
+
+    Args:
+        num_domains: Number of domains, for weights that all start at 1 and are measured while
+            training.
+        weights: Measured :class:`DomainWeights` instead; or ``[num_domains]`` constant weights.
+        item_domains: ``[V]`` or ``[V, G]`` integers, the domains of every item, -1 = none. Domains
+            then follow from the ids, which index it. Not in ``state_dict``.
+        calibration: ``c`` in [0, 1].
+        temperature: Positive number that divides the scores; where learned, the one to start from.
+        learn_temperature: Whether the temperature is a parameter, kept in ``[0.005, 50]``.
+        normalize: Whether to scale query, positive and negative to length 1. Negatives per row of
+            a ``table`` take a scaled copy of all of it.
+        correction: ``"standard"``, or ``"refined"`` (arXiv 2507.09331).
+        reduction: ``"mean"`` over the rows whose example weight is not zero, ``"weighted_mean"``,
+            ``"sum"`` or ``"none"``, as for :func:`sampled_softmax_loss`.
+        remove_accidental_hits: Whether candidates with the id of a row's positive are left out for
+            that row. Needs the ids of both; False compares no ids.
+        in_batch: Whether the positives of the other rows are candidates: True next to the negatives
+            (mixed negatives), None where no negatives are given, False never.
+        sparse_grad: Whether the gradient of a ``table`` is sparse, as for
+            :func:`indexed_sampled_softmax_loss`.
+        backend: As for :func:`sampled_softmax_loss`.
+
+    Raises:
+        ValueError: if a number or a choice is not among those named above, if ``weights`` and
+            ``num_domains`` disagree, or if ``calibration`` is asked for without weights.
+
+    Source: Mittal et al. 2025, arXiv 2510.04375, in this package's form; the calibration is this
+    package's.
+
+    Example:
+        >>> import torch
+        >>> loss_fn = DynamicWeightedSampledSoftmax(num_domains=18)
+        >>> query, positive, negative = torch.zeros(4, 8), torch.zeros(4, 8), torch.zeros(7, 8)
+        >>> loss_fn(query, positive, negative, domain_ids=torch.tensor([0, 3, 3, -1]))
+        tensor(2.0794)
+        >>> loss_fn.domain_weights.interactions[3]
+        tensor(2)
+        >>> table = torch.nn.Embedding(50, 8)
+        >>> ids = {"positive_ids": torch.arange(4), "negative_ids": torch.randint(50, (4, 7))}
+        >>> loss = DynamicWeightedSampledSoftmax()(query, table=table.weight, **ids)
+    """
+
+    takes_negatives_by_row = True
+
+    def __init__(
+        self,
+        num_domains: int | None = None,
+        *,
+        weights: DomainWeights | Tensor | Sequence[float] | None = None,
+        item_domains: Any = None,
+        calibration: float = 0.0,
+        temperature: float = 0.05,
+        learn_temperature: bool = False,
+        normalize: bool = False,
+        correction: Correction = "standard",
+        reduction: Reduction = "mean",
+        remove_accidental_hits: bool = True,
+        in_batch: bool | None = None,
+        sparse_grad: bool = False,
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__(
+            num_domains,
+            weights=weights,
+            item_domains=item_domains,
+            calibration=calibration,
+            temperature=temperature,
+            learn_temperature=learn_temperature,
+            normalize=normalize,
+            reduction=reduction,
+            backend=backend,
+        )
+        check_choice("correction", correction, Correction)
+        self.correction: Correction = correction
+        self.remove_accidental_hits = remove_accidental_hits
+        self.in_batch = in_batch
+        self.sparse_grad = sparse_grad
+
+    def forward(
+        self,
+        query: Tensor,  # [B, D], or [..., D] with [...] in place of [B] below
+        positive: Tensor | None = None,  # [B, D]
+        negative: Tensor | None = None,  # [N, D]
+        *,
+        table: Tensor | None = None,  # [V, D]
+        domain_ids: Tensor | None = None,  # [B] or [B, G]
+        negative_domain_ids: Tensor | None = None,  # [N] or [N, G], [B, K] or [B, K, G]
+        positive_ids: Tensor | None = None,  # [B]
+        negative_ids: Tensor | None = None,  # [N], or [B, K] with a table
+        positive_log_q: Tensor | None = None,  # [B]
+        negative_log_q: Tensor | None = None,  # like negative_ids
+        example_weights: Tensor | None = None,  # [B]
+    ) -> Tensor:
+        """The loss of embeddings, or of rows of a table.
+
+        Args:
+            query: ``[B, D]``, or ``[..., D]``; what is said to be ``[B]`` then is ``[...]``.
+            positive: As ``query``, one positive per row.
+            negative: ``[N, D]`` candidates for all rows; without, the other rows' positives.
+            table: ``[V, D]`` in place of both: ``positive_ids`` and ``negative_ids`` name its rows,
+                and negatives ``[B, K]`` are ``K`` of every row's own.
+            domain_ids: ``[B]`` or ``[B, G]`` integers, -1 = none; by default the domains of
+                ``positive_ids`` in ``item_domains``.
+            negative_domain_ids: ``[N]`` or ``[N, G]``, or with another dimension for every row's
+                own, used by ``calibration``; by default the domains of ``negative_ids`` in
+                ``item_domains``.
+            positive_ids, negative_ids: ``[B]``, ``[N]`` integers, -1 = no item.
+            positive_log_q, negative_log_q: ``[B]``, ``[N]``, log-probability of one draw. In a
+                batch ``positive_log_q`` also corrects the positives as candidates.
+            example_weights: ``[B]``, 0 marks a padded row, whose domain is not counted either.
+
+        Returns:
+            ``[]``, or ``[B]`` for ``reduction="none"``.
+
+        Raises:
+            ValueError: if domains are needed and not given, if embeddings and a table are given
+                together, if the options do not go with negatives per row, or as
+                :func:`sampled_softmax_loss`.
+            IndexError: if an id is out of range, on a CPU.
+        """
+        _check_candidates(positive, negative, table, positive_ids, negative_ids, negative_log_q)
+        leading = query.shape[:-1]
+        padded = padding(example_weights, leading)
+        negatives = None if negative is None else negative.shape[:1]  # [N] or [B, K]
+        if table is not None and negative_ids is not None:
+            negatives = negative_ids.shape
+        in_batch = takes_batch(self.in_batch, negatives is not None)
+        by_row = negatives is not None and len(negatives) != 1
+        if by_row:
+            self._check_by_row()
+        elif in_batch and negatives is not None:
+            both_or_none("positive_log_q", positive_log_q, "negative_log_q", negative_log_q)
+
+        domain_ids, weights = self.weigh_domains(
+            ("domain_ids", domain_ids), ("positive_ids", positive_ids), leading, padded
+        )
+        if domain_ids is not None and self.calibration:
+            positive_log_q = _calibrated("positive_log_q", positive_log_q, self.tilt(domain_ids))
+            if negatives is not None:
+                candidate_domains = self.domains_of(
+                    ("negative_domain_ids", negative_domain_ids),
+                    ("negative_ids", negative_ids),
+                    negatives,
+                    padded[..., None] if by_row and padded is not None else None,
+                )
+                negative_log_q = _calibrated(
+                    "negative_log_q", negative_log_q, self.tilt(candidate_domains)
+                )
+
+        draws: dict[str, Any] = {
+            "positive_ids": positive_ids,
+            "negative_ids": negative_ids,
+            "positive_log_q": positive_log_q,
+            "negative_log_q": negative_log_q,
+        }
+        rows: dict[str, Any] = {
+            "domain_ids": domain_ids,
+            "domain_weights": weights,
+            "example_weights": example_weights,
+            "temperature": self.temperature,
+            "correction": self.correction,
+            "reduction": self.reduction,
+            "backend": self.backend,
+        }
+        if by_row:
+            assert table is not None  # only its negatives are by row
+            if self.normalize:
+                query, table = normalised(query, padded), normalised(table)
+            return indexed_sampled_softmax_loss(
+                query, table, sparse_grad=self.sparse_grad, **draws, **rows
+            )
+        if table is not None:
+            assert positive_ids is not None  # _check_candidates has looked
+            positive, negative = self._read(
+                query, table, positive_ids, negative_ids, example_weights
+            )
+        assert positive is not None  # likewise
+        if self.normalize:
+            query, positive = normalised(query, padded), normalised(positive, padded)
+            negative = None if negative is None else normalised(negative)
+        if not self.remove_accidental_hits:
+            draws |= {"positive_ids": None, "negative_ids": None}
+        elif negative is not None and (positive_ids is None) != (negative_ids is None):
+            raise ValueError(
+                "hits are found by the ids of both sides, and one of positive_ids and negative_ids "
+                "is missing; pass both, or remove_accidental_hits=False to the module"
+            )
+        return self._loss(query, positive, negative, in_batch, draws, rows)
+
+    def _read(
+        self,
+        query: Tensor,  # [..., D]
+        table: Tensor,  # [V, D]
+        positive_ids: Tensor,  # [...]
+        negative_ids: Tensor | None,  # [N]
+        example_weights: Tensor | None,  # [...]
+    ) -> tuple[Tensor, Tensor | None]:  # [..., D], [N, D]
+        """The embeddings that the ids name."""
+        drawn = positive_ids.new_empty(0) if negative_ids is None else negative_ids
+        ids = indexed_ids(query, table, positive_ids, drawn, example_weights)
+        positive, negative = shared_rows(table, *ids, self.sparse_grad, self.backend)
+        return positive, None if negative_ids is None else negative
+
+    def _loss(
+        self,
+        query: Tensor,  # [..., D]
+        positive: Tensor,  # [..., D]
+        negative: Tensor | None,  # [N, D]
+        in_batch: bool,
+        draws: dict[str, Any],  # ids and log-Q
+        rows: dict[str, Any],
+    ) -> Tensor:
+        """The loss of candidates that all rows share."""
+        if not in_batch:
+            return sampled_softmax_loss(query, positive, cast("Tensor", negative), **draws, **rows)
+        return in_batch_softmax_loss(
+            query,
+            positive,
+            log_q=draws.pop("positive_log_q"),
+            ids=draws.pop("positive_ids"),
+            negative=negative,
+            **draws,
+            **rows,
+        )
+
+    def _check_by_row(self) -> None:
+        """ValueError where an option does not go with negatives of every row's own."""
+        for conflict, reason in (
+            (
+                not self.takes_negatives_by_row,
+                f"{type(self).__name__} takes negatives that all rows share",
+            ),
+            (self.in_batch, "in_batch=True mixes in negatives that all rows share"),
+            (
+                not self.remove_accidental_hits,
+                "remove_accidental_hits=False takes negatives that all rows share",
+            ),
+            (
+                self.normalize and self.sparse_grad,
+                "with negatives per row, normalize makes the gradient of the table dense: pass "
+                "sparse_grad=False",
+            ),
+        ):
+            if conflict:
+                raise ValueError(f"negative_ids names negatives per row, but {reason}; or pass [N]")
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, correction={self.correction!r}"
+
+
+def _check_candidates(
+    positive: Tensor | None,
+    negative: Tensor | None,
+    table: Tensor | None,
+    positive_ids: Tensor | None,
+    negative_ids: Tensor | None,
+    negative_log_q: Tensor | None,
+) -> None:
+    """ValueError unless there are either embeddings or a table, and what describes them."""
+    if table is not None:
+        if positive is not None or negative is not None:
+            raise ValueError(
+                "table is given together with embeddings; leave positive and negative out: "
+                "positive_ids and negative_ids name their rows of the table"
+            )
+        if positive_ids is None:
+            raise ValueError(
+                "table is given without positive_ids; pass the row of the table that is each row's "
+                "positive"
+            )
+        if negative_ids is None and negative_log_q is not None:
+            raise ValueError("negative_log_q is given without negative_ids; pass both, or neither")
+        return
+    if positive is None:
+        raise ValueError(
+            "there is no positive; pass the embeddings, positive, or a table together with "
+            "positive_ids"
+        )
+    if negative is None and (negative_ids is not None or negative_log_q is not None):
+        raise ValueError(
+            "negative_ids and negative_log_q describe negatives, which are not given; pass "
+            "negative, or a table whose rows negative_ids names"
+        )
+
+
+def _calibrated(name: str, log_q: Tensor | None, tilt: Tensor) -> Tensor:  # both [...]
+    """``log Q - c log w``."""
+    if log_q is None:
+        return -tilt
+    check_rows(name, log_q, tilt.shape)
+    return log_q - tilt
