@@ -12,7 +12,7 @@ Where candidates are drawn by row from a table, the op returns the gradients of 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -174,9 +174,9 @@ def _sources(fields: Sequence[Any]) -> list[Tensor | None]:
     return [fields[place] for place in _SOURCES]
 
 
-def _anchor(sources: list[Tensor | None], wanted: Wanted) -> Tensor | None:
+def _anchor(sources: list[Tensor | None], wanted: Wanted) -> Tensor:
     """A tensor that takes a gradient."""
-    return sources[wanted.index(True)]
+    return cast("Tensor", sources[wanted.index(True)])
 
 
 def _draws(problem: Problem) -> tuple[Any, Any, Any]:

@@ -16,7 +16,7 @@ from benchmarks.quality import report
 from benchmarks.quality.metrics import LeaveOneOut, ndcg
 from benchmarks.quality.model import SequenceModel
 from benchmarks.quality.synthetic import synthetic
-from benchmarks.quality.train import Run
+from benchmarks.quality.train import LOSSES, Run
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
@@ -54,7 +54,7 @@ def test_run_writes_table_picture_and_json(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "new" / "out"
-    more = ("--out", str(out), "--losses", "dynamic,fixed,bonus", "--seeds", "2")
+    more = ("--out", str(out), "--losses", ",".join(LOSSES), "--seeds", "2")
     assert quality.main(command(folder, *more)) == 0
     assert sorted(path.name for path in out.iterdir()) == ["quality-tiny.json", "quality-tiny.png"]
     assert (out / "quality-tiny.png").read_bytes().startswith(PNG_SIGNATURE)
@@ -63,7 +63,7 @@ def test_run_writes_table_picture_and_json(
     assert {"commit", "machine", "versions", "config", "seeds", "dtype"} <= document.keys()
     assert document["data"]["users"] == 40
     assert [(run["loss"], run["seed"]) for run in document["runs"]] == [
-        (loss, seed) for seed in (0, 1) for loss in ("plain", "dynamic", "fixed", "bonus")
+        (loss, seed) for seed in (0, 1) for loss in LOSSES
     ]
     overall = document["results"][0]
     assert (overall["group"], overall["test_users"]) == ("all", 40)
@@ -121,7 +121,10 @@ def test_bad_data_is_an_error_without_traceback(
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        (["--losses", "dynamic,magic"], "'magic' is none of plain,dynamic,fixed,bonus"),
+        (
+            ["--losses", "dynamic,magic"],
+            f"'magic' is none of {','.join(LOSSES)}",
+        ),
         (["--epochs", "0"], "'0' is no positive integer"),
         (["--calibration", "2"], "2 is not in"),
         (["--weight-range", "4", "1"], "0 < LOW <= HIGH"),
@@ -180,10 +183,11 @@ def test_groups_count_a_user_for_every_domain_of_the_test_item() -> None:
     assert groups[1].users == (domains[-1].members | domains[-2].members).sum()
 
 
-def test_table_fits_a_terminal_of_80_columns() -> None:
+@pytest.mark.parametrize("loss", LOSSES[1:])
+def test_table_fits_a_terminal_of_80_columns(loss: str) -> None:
     split = LeaveOneOut(synthetic(users=200, items=120, domains=8, length=12))
     ranks = torch.randint(20, (2, 200)).numpy()
-    runs = [run("plain", 0, ranks[0]), run("dynamic", 0, ranks[1])]
+    runs = [run("plain", 0, ranks[0]), run(loss, 0, ranks[1])]
     console = Console(width=80, record=True, quiet=True)
-    table = report.table(runs, "dynamic", report.make_groups(split), "title")
+    table = report.table(runs, loss, report.make_groups(split), "title")
     assert console.measure(table).maximum <= 80

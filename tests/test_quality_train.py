@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from benchmarks.quality.metrics import LeaveOneOut, ndcg
 from benchmarks.quality.synthetic import synthetic
 from benchmarks.quality.train import (
     Config,
+    TrainedLoss,
     batches,
     by_hand,
     make_loss,
@@ -23,6 +25,7 @@ from benchmarks.quality.train import (
     train,
     with_bonus,
 )
+from dwl_kernels import CumulativeCrossEntropy, DualScaleSampledSoftmax
 
 CONFIG = Config(epochs=1, max_length=12, batch_size=32, dim=16, blocks=1, negatives=64)
 
@@ -86,12 +89,25 @@ def test_same_seed_gives_the_same_run(split: LeaveOneOut) -> None:
     assert not np.array_equal(first.ranks, other.ranks)
 
 
-def test_a_few_epochs_learn_the_order(split: LeaveOneOut) -> None:
+@pytest.mark.parametrize("loss", get_args(TrainedLoss))
+def test_a_few_epochs_learn_the_order(loss: TrainedLoss, split: LeaveOneOut) -> None:
     # An untrained model ranks at random among some 100 unseen items, NDCG@10 about 0.045.
     config = replace(CONFIG, epochs=30, learning_rate=0.01)
-    run = train("plain", split, config, seed=0)
+    run = train(loss, split, config, seed=0)
     assert ndcg(run.ranks).mean() > 0.09
     assert run.validation[run.best_epoch - 1] == max(run.validation)
+
+
+def test_losses_differ_by_their_module_and_its_options(split: LeaveOneOut) -> None:
+    made = {loss: make_loss(loss, split, CONFIG) for loss in get_args(TrainedLoss)}
+    weighted = {loss for loss, module in made.items() if module.domain_weights is not None}
+    assert weighted == {"dynamic", "fixed", "dual-dynamic"}
+    dual = {loss for loss, module in made.items() if isinstance(module, DualScaleSampledSoftmax)}
+    assert dual == {"dual", "dual-dynamic"}
+    assert isinstance(made["cross-entropy"], CumulativeCrossEntropy)
+    corrected = {loss for loss, module in made.items() if "refined" in repr(module)}
+    assert corrected == {"refined"}
+    assert {module.temperature for module in made.values()} == {CONFIG.temperature}
 
 
 def test_dynamic_weights_favour_the_sparsest_domain(split: LeaveOneOut) -> None:

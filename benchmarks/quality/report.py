@@ -15,11 +15,16 @@ from .metrics import LeaveOneOut, ndcg, recall
 from .train import LOSSES, Run
 
 METRICS = {"NDCG@10": ndcg, "Recall@10": recall}
-INK, MUTED, COLOURS = (
-    "#222222",
-    "#9aa0a6",
-    {"dynamic": "#1f6fb4", "fixed": "#c8661c", "bonus": "#6b9b37"},
-)
+INK, MUTED = "#222222", "#9aa0a6"
+COLOURS = {
+    "dynamic": "#1f6fb4",
+    "fixed": "#c8661c",
+    "refined": "#8457a5",
+    "dual": "#b8860b",
+    "dual-dynamic": "#c2456d",
+    "cross-entropy": "#2a8c82",
+    "bonus": "#6b9b37",
+}
 
 
 @dataclass(frozen=True)
@@ -96,7 +101,8 @@ def table(runs: Sequence[Run], loss: str, groups: Sequence[Group], title: str) -
     for metric in METRICS:
         short = metric.split("@")[0]
         result.add_column(f"{short}\nplain", justify="right")
-        result.add_column(f"\n{loss}", justify="right")
+        name = loss.replace("-", "-\n") if "-" in loss else f"\n{loss}"
+        result.add_column(name, justify="right")
         result.add_column("\nchange", justify="right")
     for group in groups:
         cells: list[str | Text] = [group.name, f"{group.interactions:,}", f"{group.users:,}"]
@@ -126,6 +132,7 @@ def plot(path: Path, runs: Sequence[Run], groups: Sequence[Group], title: str) -
     from matplotlib import pyplot as plt
 
     losses = compared_losses(runs)
+    distance = min(0.26, 0.8 / max(len(losses), 1))  # between the losses of a row
     # A gap between the summary and the domains.
     rows = np.array([n + 0.6 * group.is_domain for n, group in enumerate(groups)])
     with plt.rc_context({"font.size": 9, "text.color": INK, "axes.edgecolor": MUTED}):
@@ -133,7 +140,7 @@ def plot(path: Path, runs: Sequence[Run], groups: Sequence[Group], title: str) -
             1,
             3,
             sharey=True,
-            figsize=(10, 1.7 + 0.29 * len(groups)),
+            figsize=(10, 1.7 + max(0.29, 0.13 * len(losses)) * len(groups)),
             gridspec_kw={"width_ratios": [1, 2, 2]},
             layout="constrained",
         )
@@ -149,7 +156,7 @@ def plot(path: Path, runs: Sequence[Run], groups: Sequence[Group], title: str) -
             axes.set_title(f"change of {metric}")
             for place, loss in enumerate(losses):
                 found = [compare(runs, loss, metric, group) for group in groups]
-                y = rows + 0.26 * (place - (len(losses) - 1) / 2)
+                y = rows + distance * (place - (len(losses) - 1) / 2)
                 style = {"color": COLOURS[loss], "fmt": "none"}
                 change = np.array([c.change for c in found])
                 error = np.array([c.standard_error for c in found])

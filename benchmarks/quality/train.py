@@ -6,19 +6,28 @@ import copy
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dwl_kernels import DomainWeights, DynamicWeightedSampledSoftmax, UnigramSampler
+from dwl_kernels import (
+    CumulativeCrossEntropy,
+    DomainWeights,
+    DualScaleSampledSoftmax,
+    DynamicWeightedSampledSoftmax,
+    UnigramSampler,
+)
+from dwl_kernels.problem import Correction
 
 from .metrics import LeaveOneOut, ndcg, rank_targets
 from .model import SequenceModel
 
-TrainedLoss = Literal["plain", "dynamic", "fixed"]
+TrainedLoss = Literal[
+    "plain", "dynamic", "fixed", "refined", "dual", "dual-dynamic", "cross-entropy"
+]
 Loss = Literal[TrainedLoss, "bonus"]
 LOSSES: tuple[Loss, ...] = get_args(Loss)
 
@@ -115,14 +124,18 @@ def measure_domains(split: LeaveOneOut, config: Config) -> DomainWeights:
 
 def make_loss(
     loss: TrainedLoss, split: LeaveOneOut, config: Config
-) -> DynamicWeightedSampledSoftmax:
+) -> DynamicWeightedSampledSoftmax | CumulativeCrossEntropy:
     """The compared losses differ here and nowhere else."""
-    if loss == "plain":
-        return DynamicWeightedSampledSoftmax(temperature=config.temperature)
+    if loss == "cross-entropy":
+        return CumulativeCrossEntropy(temperature=config.temperature)
+    module = DualScaleSampledSoftmax if loss.startswith("dual") else DynamicWeightedSampledSoftmax
+    if loss in ("plain", "refined", "dual"):
+        correction: Correction = "refined" if loss == "refined" else "standard"
+        return module(temperature=config.temperature, correction=correction)
     weights = measure_domains(split, config)
     if loss == "fixed":
         weights = by_hand(weights)
-    return DynamicWeightedSampledSoftmax(
+    return module(
         weights=weights,
         item_domains=torch.from_numpy(split.data.item_domains),
         calibration=config.calibration,
@@ -150,8 +163,11 @@ def train(
     """Train from scratch and rank the test items with the model of the best validation epoch.
 
     Args:
-        loss: "plain" weighs all examples alike, "dynamic" by the measured domains, "fixed" gives
-            the sparsest quarter of the domains the most and the others the least.
+        loss: "plain" is the sampled softmax with log-Q and weighs all examples alike. "dynamic"
+            weighs by the measured domains, "fixed" gives the sparsest quarter of the domains the
+            most and the others the least. "refined" takes the positive out of the denominator,
+            "dual" weighs candidates and moves temperatures, "dual-dynamic" weighs by domain as
+            well. "cross-entropy" has the whole catalogue as candidates.
         split: training, validation and test items.
         config: shared by all losses.
         seed: fixes initial weights, batches, dropout and negatives, alike for every loss.
@@ -185,21 +201,14 @@ def train(
         loss_fn.train()
         for step, batch in enumerate(batches(split, config, rng)):
             step_started = time.perf_counter()
-            negative_ids, negative_log_q = sampler.sample(config.negatives, generator=generator)
             query = model(batch.inputs)  # [B, L, D]
-            positive, negative = F.embedding(batch.targets, table), F.embedding(negative_ids, table)
+            if loss == "cross-entropy":
+                candidates = {"table": table, "target": batch.targets}
+            else:
+                candidates = draw(sampler, table, batch.targets, config.negatives, generator)
 
             loss_started = time.perf_counter()
-            value = loss_fn(
-                query,
-                positive,
-                negative,
-                positive_ids=batch.targets,
-                negative_ids=negative_ids,
-                positive_log_q=sampler.log_q(batch.targets),
-                negative_log_q=negative_log_q,
-                example_weights=batch.example_weights,
-            )
+            value = loss_fn(query, **candidates, example_weights=batch.example_weights)
             in_loss += time.perf_counter() - loss_started  # the forward pass makes the gradients
             if not value.isfinite():
                 raise FloatingPointError(f"loss {value.item()} in step {step} of epoch {epoch}")
@@ -228,6 +237,25 @@ def train(
         weights=[] if weights is None else weights().tolist(),
         model=model,
     )
+
+
+def draw(
+    sampler: UnigramSampler,
+    table: Tensor,  # [V, D]
+    targets: Tensor,  # [B, L]
+    negatives: int,
+    generator: torch.Generator,
+) -> dict[str, Any]:
+    """Positives and sampled negatives, as the sampled losses take them."""
+    negative_ids, negative_log_q = sampler.sample(negatives, generator=generator)
+    return {
+        "positive": F.embedding(targets, table),
+        "negative": F.embedding(negative_ids, table),
+        "positive_ids": targets,
+        "negative_ids": negative_ids,
+        "positive_log_q": sampler.log_q(targets),
+        "negative_log_q": negative_log_q,
+    }
 
 
 def with_bonus(plain: Run, split: LeaveOneOut, config: Config) -> Run:
