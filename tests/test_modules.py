@@ -301,6 +301,11 @@ def test_gradient_grows_by_no_more_than_the_largest_weight(domains, ratio):
         ({"reduction": "average"}, ValueError, "reduction is 'average'; wanted one of"),
         ({"correction": "log"}, ValueError, "correction is 'log'; wanted one of"),
         ({"backend": "gpu"}, ValueError, "gpu"),
+        (
+            {"num_domains": 2, "calibration": 1.0, "correction": "refined"},
+            ValueError,
+            "pass correction='standard', or calibration=0",
+        ),
         ({"temperature": 100.0, "learn_temperature": True}, ValueError, "strictly within"),
         ({"calibration": 1.5}, ValueError, r"calibration is 1.5; wanted a number in \[0, 1\]"),
         ({"calibration": 1.0}, ValueError, "pass num_domains or weights"),

@@ -36,13 +36,14 @@ class DualScaleSampledSoftmax(DynamicWeightedSampledSoftmax):
 
     Args:
         hardness: ``h``. At 1 a candidate weighs in proportion to the probability that the model
-            gives it, the least that needs no scale of its own.
-        similarity: ``s``, in the units of ``hardness``: at 1 the positive pulls as the query does.
-        slate_size: The strongest of so many equal groups of candidates make the slate. The mean
-            over 16 is known to within 1/8 whatever the scores, and each is still the strongest of
-            many where there are hundreds of candidates.
-        competition: ``k``. Intensities lie in [0, 1], so 1 moves a temperature by at most their
-            whole range, just to the clip.
+            gives it among the candidates; at 0 all weigh alike.
+        similarity: ``s``, in the same units: at 1 in proportion to the probability that the
+            positive, in the place of the query, would give it.
+        slate_size: The strongest of so many equal groups of candidates make the slate. The standard
+            error of a mean over 16 numbers in [0, 1] is at most 1/8, and with hundreds of
+            candidates each of the 16 is still the strongest of many.
+        competition: ``k``. Intensities lie in [0, 1], so that at 1 the upper clip, twice the
+            temperature, is just never needed.
 
     The other arguments, :meth:`forward` and what is raised: see
     :class:`DynamicWeightedSampledSoftmax`; a strength that is negative or not finite, or an empty

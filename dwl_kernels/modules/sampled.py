@@ -68,7 +68,8 @@ class DynamicWeightedSampledSoftmax(WeightedLoss):
 
     Raises:
         ValueError: if a number or a choice is not among those named above, if ``weights`` and
-            ``num_domains`` disagree, or if ``calibration`` is asked for without weights.
+            ``num_domains`` disagree, or if ``calibration`` is asked for without weights or with the
+            refined correction, which does not correct the positive.
 
     Source: Mittal et al. 2025, arXiv 2510.04375, in this package's form; the calibration is this
     package's.
@@ -117,6 +118,11 @@ class DynamicWeightedSampledSoftmax(WeightedLoss):
             backend=backend,
         )
         check_choice("correction", correction, Correction)
+        if calibration and correction == "refined":
+            raise ValueError(
+                "calibration corrects the positive too, and correction='refined' does not; "
+                "pass correction='standard', or calibration=0"
+            )
         self.correction: Correction = correction
         self.remove_accidental_hits = remove_accidental_hits
         self.in_batch = in_batch
