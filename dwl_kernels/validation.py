@@ -10,7 +10,7 @@ from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
+from torch.nn import Embedding, EmbeddingBag, Parameter
 
 from dwl_kernels.problem import (
     FLOATS,
@@ -342,9 +342,15 @@ def _autocast_dtype(query: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(query.device.type)
 
 
+def check_tensor(name: str, value: object) -> Tensor:
+    if isinstance(value, Tensor):
+        return value
+    mend = ": pass its .weight" if isinstance(value, (Embedding, EmbeddingBag)) else ""
+    raise TypeError(f"{name} is a {type(value).__name__}; wanted a torch.Tensor{mend}")
+
+
 def _dense(name: str, value: object) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} is a {type(value).__name__}; wanted a torch.Tensor")
+    value = check_tensor(name, value)
     if value.layout != torch.strided:
         raise TypeError(
             f"{name} has layout {value.layout}; wanted a dense tensor: call .to_dense()"

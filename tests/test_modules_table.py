@@ -227,12 +227,12 @@ def test_calibration_reaches_both_kinds_of_mixed_negatives():
         (
             {"remove_accidental_hits": False},
             {"negative_ids": torch.zeros(B, 2).long()},
-            "remove_accidental_hits=False",
+            r"pass \[N\], or leave remove_accidental_hits out",
         ),
         (
             {"normalize": True, "sparse_grad": True},
             {"negative_ids": torch.zeros(B, 2).long()},
-            "pass sparse_grad=False",
+            r"pass \[N\], or sparse_grad=False",
         ),
     ],
 )
@@ -249,6 +249,27 @@ def test_dual_scale_names_what_it_takes_in_place_of_negatives_per_row():
     loss_fn = KINDS["dual scale"](weights=[1.0] * DOMAINS, backend="eager")
     with pytest.raises(ValueError, match=r"DualScaleSampledSoftmax takes negatives .*pass \[N\]"):
         loss_fn(embeddings()[0], table=table_of(), **ids)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"table": torch.nn.Embedding(ITEMS, D)}, "table is a Embedding.*pass its .weight"),
+        ({"query": [0.0]}, "query is a list; wanted a torch.Tensor"),
+        ({"negative_ids": [1, 2]}, "negative_ids is a list"),
+    ],
+)
+def test_what_is_no_tensor_is_named(change, message):
+    with pytest.raises(TypeError, match=message):
+        fixed()(**{"query": embeddings()[0], "table": table_of(), **draws()} | change)
+
+
+def test_ids_on_another_device_than_the_module_are_named():
+    ids = draws()
+    del ids["domain_ids"]
+    ids["positive_ids"] = ids["positive_ids"].to("meta")
+    with pytest.raises(ValueError, match=r"move the module, loss_fn.to\('meta'\)"):
+        fixed(item_domains=item_domains())(embeddings()[0], table=table_of(), **ids)
 
 
 def test_ids_of_one_side_alone_find_no_hits():

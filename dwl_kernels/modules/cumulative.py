@@ -10,7 +10,13 @@ from torch import Tensor
 from dwl_kernels.backends import Backend
 from dwl_kernels.domains import DomainWeights
 from dwl_kernels.functional import full_softmax_loss
-from dwl_kernels.modules.weighted import WeightedLoss, check_rows, normalised, padding
+from dwl_kernels.modules.weighted import (
+    WeightedLoss,
+    check_rows,
+    check_tensors,
+    normalised,
+    padding,
+)
 from dwl_kernels.problem import Reduction
 from dwl_kernels.validation import check_skip_threshold
 
@@ -121,6 +127,7 @@ class CumulativeCrossEntropy(WeightedLoss):
             ValueError: if domains are needed and not given, or as :func:`full_softmax_loss`.
             IndexError: if a target or a domain is out of range, on a CPU.
         """
+        check_tensors(query=query, table=table)
         leading = query.shape[:-1]
         check_rows("target", target, leading)
         padded = target == self.ignore_index

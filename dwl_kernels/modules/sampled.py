@@ -14,7 +14,13 @@ from dwl_kernels.functional import (
     indexed_sampled_softmax_loss,
     sampled_softmax_loss,
 )
-from dwl_kernels.modules.weighted import WeightedLoss, check_rows, normalised, padding
+from dwl_kernels.modules.weighted import (
+    WeightedLoss,
+    check_rows,
+    check_tensors,
+    normalised,
+    padding,
+)
 from dwl_kernels.problem import Correction, Reduction
 from dwl_kernels.table import shared_rows
 from dwl_kernels.validation import (
@@ -170,6 +176,7 @@ class DynamicWeightedSampledSoftmax(WeightedLoss):
                 :func:`sampled_softmax_loss`.
             IndexError: if an id is out of range, on a CPU.
         """
+        check_tensors(query=query, negative=negative, table=table, negative_ids=negative_ids)
         _check_candidates(positive, negative, table, positive_ids, negative_ids, negative_log_q)
         leading = query.shape[:-1]
         padded = padding(example_weights, leading)
@@ -280,21 +287,24 @@ class DynamicWeightedSampledSoftmax(WeightedLoss):
         for conflict, reason in (
             (
                 not self.takes_negatives_by_row,
-                f"{type(self).__name__} takes negatives that all rows share",
+                f"{type(self).__name__} takes negatives that all rows share: pass [N]",
             ),
-            (self.in_batch, "in_batch=True mixes in negatives that all rows share"),
+            (
+                self.in_batch,
+                "in_batch=True goes with negatives that all rows share: pass [N], or leave "
+                "in_batch out",
+            ),
             (
                 not self.remove_accidental_hits,
-                "remove_accidental_hits=False takes negatives that all rows share",
+                "hits among them are always removed: pass [N], or leave remove_accidental_hits out",
             ),
             (
                 self.normalize and self.sparse_grad,
-                "with negatives per row, normalize makes the gradient of the table dense: pass "
-                "sparse_grad=False",
+                "normalize makes the gradient of their table dense: pass [N], or sparse_grad=False",
             ),
         ):
             if conflict:
-                raise ValueError(f"negative_ids names negatives per row, but {reason}; or pass [N]")
+                raise ValueError(f"negative_ids names negatives per row, but {reason}")
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, correction={self.correction!r}"

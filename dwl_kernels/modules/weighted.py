@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dwl_kernels.backends import Backend, check_name
 from dwl_kernels.domains import DomainWeights, check_range
 from dwl_kernels.problem import INTEGERS, Reduction
-from dwl_kernels.validation import check_choice
+from dwl_kernels.validation import check_choice, check_tensor
 
 # A learned temperature stays in here: below, float16 logits overflow; above, all scores are alike.
 TEMPERATURE_RANGE = (0.005, 50.0)
@@ -119,6 +119,11 @@ class WeightedLoss(nn.Module):
                 "of the module"
             )
         check_rows(item_name, ids, leading)
+        if ids.device != self.item_domains.device:
+            raise ValueError(
+                f"{item_name} is on {ids.device} but item_domains of the module is on "
+                f"{self.item_domains.device}; move the module, loss_fn.to({str(ids.device)!r})"
+            )
         if ids.dtype not in INTEGERS:
             raise TypeError(f"{item_name} has dtype {ids.dtype}; wanted integers, int64 or int32")
         ids = ids.long() if padded is None else ids.long().masked_fill(padded, -1)
@@ -153,10 +158,16 @@ def _flat(domains: Tensor) -> Tensor:  # [..., G] -> [B, G]
     return domains.reshape(domains.shape[:-1].numel(), domains.shape[-1])
 
 
+def check_tensors(**named: Tensor | None) -> None:
+    """TypeError for what is given and no tensor."""
+    for name, value in named.items():
+        if value is not None:
+            check_tensor(name, value)
+
+
 def check_rows(name: str, value: Tensor, leading: torch.Size, *, slots: bool = False) -> None:
     """One entry per row, or with `slots` several."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} is a {type(value).__name__}; wanted a torch.Tensor")
+    check_tensor(name, value)
     if value.shape == leading or (slots and value.dim() and value.shape[:-1] == leading):
         return
     wanted = f"{list(leading)}" + (f", or {[*leading, 'G']}".replace("'", "") if slots else "")
