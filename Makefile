@@ -14,7 +14,9 @@ help:
 	@echo "                     compare speed and memory with eager PyTorch (about 4 minutes)"
 	@echo "make demo DATA=path  the same on real ratings: a GroupLens folder such as ml-1m"
 	@echo "make test            run the tests"
-	@echo "make bench           measure speed and memory, write benchmarks/results/"
+	@echo "make bench           measure speed, memory and accuracy against all rivals, write figures and"
+	@echo "                     pictures to benchmarks/results/ and the README (under 15 minutes)"
+	@echo "make bench QUICK=1   a look at smaller shapes (2 minutes); COMPARE=old.json adds ratios"
 	@echo "make lint            ruff, mypy and clang-format, in the versions of constraints.txt"
 	@echo "make format          let ruff and clang-format rewrite the files"
 	@echo "make build           build the wheel and the source archive into dist/"
@@ -47,8 +49,12 @@ demo: $(READY)
 	$(BIN)/python -m benchmarks.quality $(if $(DATA),--data "$(DATA)")
 	$(BIN)/python -m benchmarks.speed --demo
 
+# The peers run on GPUs only, so they are fetched where there is one.
 bench: $(READY)
-	$(BIN)/python -m benchmarks.speed
+	@if command -v nvidia-smi >/dev/null; then $(BIN)/python -m pip install -qq --no-compile \
+		--disable-pip-version-check -c constraints.txt --no-build-isolation --editable '.[bench]'; fi
+	$(BIN)/python -m benchmarks.speed $(if $(QUICK),--quick) $(if $(COMPARE),--compare "$(COMPARE)")
+	$(if $(QUICK),,$(BIN)/python -m benchmarks.readme)
 
 CSRC = $$(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 

@@ -6,12 +6,16 @@ The tables stand between comments, so that no figure is typed by hand; a test co
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 from benchmarks.record import ROOT
 
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
+SPEED_CPU, SPEED_GPU = RESULTS / "speed-cpu.json", RESULTS / "speed-cuda.json"
+
+Report = dict[str, Any]
 
 
 def main() -> None:
@@ -20,12 +24,11 @@ def main() -> None:
 
 def filled(text: str) -> str:
     """The README with the tables of the committed results."""
-    speed = json.loads((RESULTS / "speed-cpu.json").read_text("utf-8"))
-    quality = json.loads((RESULTS / "quality-ml-1m.json").read_text("utf-8"))
+    speed = [read(path) for path in (SPEED_CPU, SPEED_GPU) if path.exists()]
     for name, content in (
-        ("result", result(speed)),
-        ("speed", speed_table(speed)),
-        ("quality", quality_table(quality)),
+        ("result", "".join(map(result, speed)) + gpu_line(speed)),
+        ("speed", "\n".join(map(speed_table, speed)) + gpu_line(speed)),
+        ("quality", quality_table(read(RESULTS / "quality-ml-1m.json"))),
     ):
         before, rest = text.split(f"<!-- {name} -->\n")
         _, after = rest.split(f"<!-- /{name} -->\n")
@@ -33,50 +36,107 @@ def filled(text: str) -> str:
     return text
 
 
-def ratios(comparison: dict[str, Any]) -> dict[str, float]:
-    """How long each version takes, in times of the bound."""
-    return {t["version"]: t["ratio"] for t in comparison["versions"]}
+def read(path: Path) -> Report:
+    report: Report = json.loads(path.read_text("utf-8"))
+    return report
 
 
-def result(speed: dict[str, Any]) -> str:
-    """The first line that a reader sees."""
-    eager = min(ratios(c)["eager"] / ratios(c)["cpu"] for c in speed["comparisons"])
-    compiled = min(ratios(c)["torch.compile"] / ratios(c)["cpu"] for c in speed["comparisons"])
-    bound = max(ratios(c)["cpu"] for c in speed["comparisons"])
-    memory = speed["memory"]["bytes"]
+def gpu_line(speed: list[Report]) -> str:
+    on_gpu = any(report["device"] == "cuda" for report in speed)
+    return "" if on_gpu else "\nOn a GPU: not measured.\n"
+
+
+def by_version(figures: Report) -> dict[str, Report]:
+    return {row["version"]: row for row in figures["versions"]}
+
+
+def kernel_of(figures: Report) -> str | None:
+    """The fastest of the package's kernels on a shape."""
+    own = [row for row in figures["versions"] if row["version"] in ("cpu", "triton", "cuda")]
+    return min(own, key=lambda row: row["ratio"])["version"] if own else None
+
+
+def result(speed: Report) -> str:
+    """The first line that a reader sees: the goals' shapes, and the largest memory of eager."""
+    on_cpu = speed["device"] == "cpu"
+    shapes = [f for f in speed["shapes"] if not on_cpu or f["shape"]["name"] == "cpu"]
+
+    def gains(rival: str) -> list[float]:
+        """How many times as fast as a rival, shape by shape."""
+        pairs = ((by_version(f), kernel_of(f)) for f in shapes)
+        return [rows[rival]["ratio"] / rows[own]["ratio"] for rows, own in pairs
+                if own is not None and rival in rows]  # fmt: skip
+
+    def peaks(figures: Report) -> tuple[float, float]:
+        rows, own = by_version(figures), kernel_of(figures)
+        found = [rows.get(name or "", {}).get("peak_bytes") or 0.0 for name in ("eager", own)]
+        return found[0], found[1]
+
+    bounds = [by_version(f)[own]["ratio"] for f in shapes if (own := kernel_of(f)) is not None]
+    eager, kernel = max((peaks(f) for f in speed["shapes"]), default=(0.0, 0.0))
+    where = "On a CPU" if on_cpu else f"On an {speed['machine']['gpu']}"
     return (
-        f"On a CPU, with log-Q, hit removal and domain weights on: **{eager:.1f} times as fast as "
-        f"eager PyTorch**, {compiled:.1f} times as fast as `torch.compile`, {bound:.2f} times the "
-        f"three matrix products that no implementation can avoid, and "
-        f"**{memory['cpu'] / 1e6:.0f} MB instead of {memory['eager'] / 1e6:,.0f} MB** of memory. "
-        "On a GPU: not measured yet.\n"
+        f"{where}, with log-Q, hit removal and domain weights on: **{min(gains('eager')):.1f} "
+        f"times as fast as eager PyTorch**, {min(gains('torch.compile')):.1f} times as fast as "
+        f"`torch.compile`, {max(bounds):.2f} times the three matrix products that no "
+        f"implementation can avoid; **{max(kernel, 1e6) / 1e6:,.0f} MB instead of "
+        f"{eager / 1e6:,.0f} MB** of memory at the largest shape.\n"
     )
 
 
-def speed_table(speed: dict[str, Any]) -> str:
-    memory = speed["memory"]
-    shapes = [c["shape"] for c in speed["comparisons"]]
+def speed_table(speed: Report) -> str:
+    """Time in multiples of the bound and memory, a row per shape, and what stands behind them."""
+    shapes = speed["shapes"]
+    versions = list(dict.fromkeys(v for f in shapes for v in by_version(f) if v != "bound"))
     lines = [
-        "| forward and backward, float32 | "
-        + " | ".join(f"B = {s['rows']:,}, N = {s['candidates']:,}, D = {s['dim']}" for s in shapes)
-        + f" | memory, B = N = {memory['shape']['rows']:,}, D = {memory['shape']['dim']} |",
-        "|---|" + "---:|" * (len(shapes) + 1),
+        "| times the bound, memory | bound | " + " | ".join(versions) + " |",
+        "|---|" + "---:|" * (len(versions) + 1),
     ]
-    for version in ratios(speed["comparisons"][0]):
-        cells = [f"{ratios(c)[version]:.2f}" for c in speed["comparisons"]]
-        peak = memory["bytes"].get(version)
-        cells.append("" if peak is None else f"{peak / 1e6:,.0f} MB")
-        lines.append(f"| {version} | " + " | ".join(cells) + " |")
-    for comparison in speed["comparisons"]:
-        steps = ", ".join(f"{t['version']} {t['ratio']:.2f}" for t in comparison["levels"])
-        lines.append(f"\nOver the plain loss, D = {comparison['shape']['dim']}: {steps}.")
+    for figures in shapes:
+        bound = by_version(figures)["bound"]["median_ms"]
+        cells = [f"{bound:.3g} ms", *(cell(figures, name) for name in versions)]
+        lines.append(f"| {figures['label']} | " + " | ".join(cells) + " |")
+    errors = [
+        f"{name} {max(found):.0e}"
+        for name in versions
+        if (found := [f["errors"][name]["gradient"] for f in shapes if name in f["errors"]])
+    ]
+    ladders = [
+        f"{f['label'].split(':')[0]} D = {f['shape']['dim']} {100 * (rungs[-1]['ratio'] - 1):+.1f}%"
+        for f in shapes
+        for rungs in f["ladder"].values()
+    ]
     machine = speed["machine"]
-    lines.append(
-        f"\nTimes of the three products, medians of {speed['comparisons'][0]['runs']} rounds in "
-        f"turn; memory above inputs and gradients. {machine['cpu']}, {machine['cores']} cores, "
-        f"{machine['capability']}, torch {speed['versions']['torch']}."
-    )
+    where = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
+    runs = [row["runs"] for f in shapes for row in f["versions"]]
+    name = f"benchmarks/results/speed-{speed['device']}"
+    lines += [
+        "",
+        f"Forward and backward, medians of {min(runs)} to {max(runs)} rounds in turn; memory above "
+        "inputs and gradients, each in a fresh process. The bound: the three products, or the copy "
+        "of the gathered numbers for candidates per example. (twin): scaled down to fit a CPU.",
+        "",
+        f"Largest gradient error against float64: {', '.join(errors)}.",
+        "",
+        f"All corrections over the plain loss: {', '.join(ladders)}.",
+        "",
+        f"{where}, torch {speed['versions']['torch']}. Figures: [json]({name}.json); pictures: "
+        f"[growth]({name}-growth.png), [overhead]({name}-ladder.png).",
+        "",
+        f"![time and memory by shape and version]({name}.png)",
+    ]
     return "\n".join(lines) + "\n"
+
+
+def cell(figures: Report, version: str) -> str:
+    row = by_version(figures).get(version)
+    if row is None:
+        if version in figures["too_large"]:
+            return f"needs {figures['too_large'][version] / 1e9:.0f} GB"
+        return "refused" if version in figures["refused"] else ""
+    peak = row.get("peak_bytes")
+    memory = "not measured" if peak is None else f"{max(peak, 1e6) / 1e6:,.0f} MB"
+    return f"{row['ratio']:.2f}, {memory}"
 
 
 def quality_table(quality: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import platform
@@ -31,11 +32,14 @@ def record(**figures: Any) -> dict[str, Any]:
             "cores": _cores(),
             "threads": torch.get_num_threads(),
             "system": f"{platform.system()} {platform.machine()}",
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
             "blas": "mkl" if torch.backends.mkl.is_available() else "other",
+            "cuda": torch.version.cuda,
+            "triton": _version("triton"),
             "numpy": np.__version__,
             "dwl_kernels": dwl_kernels.__version__,
         },
@@ -62,7 +66,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def _commit() -> str | None:
-    """HEAD, marked where files differ from it; None outside a checkout."""
+    """HEAD, marked where files differ from it; outside a checkout what ``COMMIT`` says, or None."""
     commands = (["git", "rev-parse", "HEAD"], ["git", "status", "--porcelain"])
     try:
         head, changes = (
@@ -70,8 +74,15 @@ def _commit() -> str | None:
             for command in commands
         )
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return os.environ.get("COMMIT")
     return head.strip() + ("-dirty" if changes.strip() else "")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _cpu_name() -> str:

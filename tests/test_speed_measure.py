@@ -1,93 +1,44 @@
-"""The speed benchmark compares like with like, and its records are whole."""
+"""The speed benchmark compares like with like."""
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.record import ROOT, write_json
-from benchmarks.speed.__main__ import main
-from benchmarks.speed.baselines import LOSSES, bound, step
+from benchmarks.record import ROOT
+from benchmarks.speed.baselines import bound, kernels, step, usual_loss
 from benchmarks.speed.measure import (
+    Rounds,
     batches,
     compare_levels,
+    compare_padding,
     in_turn,
+    machine_bytes,
+    peak_memories,
     peak_memory,
     quartiles,
 )
-from benchmarks.speed.shapes import LEVELS, Level, Shape, random_inputs
-from dwl_kernels import backends
+from benchmarks.speed.shapes import TINY, Shape
 
-SMALL = Shape("small", 37, 53, 8)  # odd sizes, so that swapped dimensions do not fit
-
-# Compiling takes half a minute, and computes what "eager" computes; the linear one has neither
-# hits nor weights.
-PRECISE = [name for name in LOSSES if name not in ("torch.compile", "linear_cross_entropy")]
-
-
-def runs_here(version: str) -> None:
-    reason = backends.why_not(version, "cpu") if version in backends.NAMES else None
-    if reason is not None:
-        pytest.skip(reason)
-
-
-@pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("version", PRECISE)
-def test_versions_compute_the_same_loss_and_gradients(version: str, level: Level) -> None:
-    runs_here(version)
-    inputs = random_inputs(SMALL, level)
-    wanted = (inputs.query, inputs.positive, inputs.negative)
-    expected = LOSSES["eager"](inputs)
-    found = LOSSES[version](inputs)
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(
-        torch.autograd.grad(found, wanted), torch.autograd.grad(expected, wanted)
-    )
-
-
-def test_each_level_changes_the_loss() -> None:
-    losses = [LOSSES["eager"](random_inputs(SMALL, level)).item() for level in LEVELS]
-    assert len(set(losses)) == len(LEVELS)
-
-
-def test_hits_occur_in_the_inputs() -> None:
-    inputs = random_inputs(SMALL, "hits")
-    assert inputs.positive_ids is not None
-    assert inputs.negative_ids is not None
-    hits = inputs.positive_ids[:, None] == inputs.negative_ids
-    assert 0 < hits.sum() < hits.numel() / 10
-
-
-def test_log_q_is_the_probability_that_the_ids_are_drawn_with() -> None:
-    # 40,000 draws: the share of the smallest ids is known to a percent.
-    inputs = random_inputs(Shape("many", 1, 40_000, 1), "hits")
-    assert inputs.negative_ids is not None
-    assert inputs.negative_log_q is not None
-    for item in (1, 2, 3):
-        drawn = inputs.negative_ids == item
-        probability = inputs.negative_log_q[drawn][0].exp()
-        assert drawn.double().mean() == pytest.approx(float(probability), rel=0.1)
-
-
-def test_bound_does_the_three_products() -> None:
-    inputs = batches(SMALL)[0]
-    query, negative = inputs.query.detach(), inputs.negative.detach()
-    last = bound(SMALL)(inputs)
-    torch.testing.assert_close(last, (query @ negative.T).T @ query)
+SHARED = TINY[0]
+ONCE = Rounds(0, least=1)
 
 
 def test_steps_are_timed_in_turn_after_a_warm_up() -> None:
     order: list[str] = []
-    steps = {name: (lambda _, name=name: order.append(name)) for name in "ab"}
-    timings = in_turn(steps, batches(SMALL), runs=3, reference="a")
-    assert "".join(order) == "ab" * (2 + 3)
-    assert [t.version for t in timings] == ["a", "b"]
+    steps = {name: (lambda number, name=name: order.append(f"{name}{number}")) for name in "ab"}
+    timings = in_turn(steps, Rounds(0, least=3), reference="a")
+    assert order == [f"{name}{number}" for number in range(2 + 3) for name in "ab"]
+    assert [(t.version, t.runs) for t in timings] == [("a", 3), ("b", 3)]
     assert timings[0].ratio == timings[0].ratio_low == timings[0].ratio_high == 1.0
+
+
+def test_cheap_steps_take_the_most_rounds() -> None:
+    (timing,) = in_turn({"a": lambda number: None}, Rounds(10, most=7), reference="a")
+    assert timing.runs == 7
 
 
 def test_quartiles_of_known_numbers() -> None:
@@ -95,46 +46,66 @@ def test_quartiles_of_known_numbers() -> None:
     assert quartiles([7.0]) == (7.0, 7.0, 7.0)
 
 
-def test_levels_are_compared_with_the_plain_loss() -> None:
-    runs_here("cpu")
-    timings = compare_levels(SMALL, runs=1)
-    assert [t.version for t in timings] == list(LEVELS)
+@pytest.mark.parametrize("shape", TINY, ids=str)
+def test_levels_are_compared_with_the_plain_loss(shape: Shape) -> None:
+    timings = compare_levels(shape, "chunked", ONCE)
+    assert [t.version for t in timings] == list(shape.levels)
     assert timings[0].ratio == 1.0
+
+
+def test_padding_is_compared_with_full_rows() -> None:
+    timings = compare_padding(SHARED, "chunked", ONCE)
+    assert [t.version for t in timings] == ["no padding", "half padded"]
+
+
+def test_bound_does_the_three_products() -> None:
+    inputs = batches(SHARED)[0]
+    assert inputs.negative is not None
+    torch.manual_seed(0)
+    last = bound(SHARED)(inputs)
+    torch.manual_seed(0)
+    dz = torch.randn(SHARED.rows, SHARED.candidates)
+    torch.testing.assert_close(last, dz.T @ inputs.query)
+
+
+def test_bound_per_example_moves_the_gathered_bytes() -> None:
+    shape = TINY[3]
+    copied = bound(shape)(batches(shape)[0])
+    assert isinstance(copied, torch.Tensor)
+    moved = 2 * copied.numel() * copied.itemsize  # read, and written
+    assert moved == pytest.approx(shape.gathered_bytes, abs=8)
+
+
+@pytest.mark.parametrize("shape", TINY, ids=str)
+def test_step_returns_the_gradients_of_all_embeddings(shape: Shape) -> None:
+    inputs = batches(shape)[0]
+    gradients = step(usual_loss)(inputs)
+    assert isinstance(gradients, tuple)
+    assert [g.shape for g in gradients] == [leaf.shape for leaf in inputs.leaves().values()]
+
+
+def test_batches_are_different() -> None:
+    first, second, _ = batches(SHARED)
+    assert not torch.equal(first.query, second.query)
+
+
+def test_kernels_of_a_cpu_are_made_for_it() -> None:
+    assert set(kernels("cpu")) <= {"cpu"}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_peak_memory_of_eager_holds_several_logits_matrices() -> None:
     # 1024 x 4096 logits are 17 MB, far above what the allocator rounds by.
-    shape = Shape("memory", 1024, 4096, 8)
+    shape = Shape("memory", "shared", 1024, 4096, 8)
     peak = peak_memory("eager", shape)
     assert 2 * shape.logits_bytes < peak < 8 * shape.logits_bytes
+    assert peak < machine_bytes("cpu")
 
 
 def test_unknown_version_fails_with_its_name() -> None:
     with pytest.raises(RuntimeError, match="no-such-version"):
-        peak_memory("no-such-version", SMALL)
-
-
-def test_json_is_replaced_in_one_step(tmp_path: Path) -> None:
-    path = tmp_path / "results" / "speed.json"
-    write_json(path, {"runs": 1})
-    with pytest.raises(TypeError):  # no JSON: the old file stays, and nothing is left beside it
-        write_json(path, {"runs": object()})
-    assert json.loads(path.read_text()) == {"runs": 1}
-    assert list(path.parent.iterdir()) == [path]
-
-
-def test_step_returns_the_gradients_of_all_embeddings() -> None:
-    inputs = batches(SMALL)[0]
-    gradients = step(LOSSES["eager"])(inputs)
-    assert isinstance(gradients, tuple)
-    assert [g.shape for g in gradients] == [(37, 8), (37, 8), (53, 8)]
-
-
-def test_no_rounds_is_a_usage_error() -> None:
-    with pytest.raises(SystemExit) as caught:
-        main(["--runs", "0"])
-    assert caught.value.code == 2
+        peak_memory("no-such-version", SHARED)
+    assert peak_memories(["no-such-version"], SHARED) == {"no-such-version": None}
 
 
 def test_importing_the_benchmark_does_not_import_the_compiler() -> None:

@@ -1,106 +1,150 @@
-"""`python -m benchmarks.speed`: every version in turn, against the bound, and their peak memory."""
+"""`python -m benchmarks.speed`: speed, memory and accuracy against what a user would pick instead.
+
+Every version is checked against float64 before it is timed. The outcome is a table on the terminal,
+`speed-cpu.json` or `speed-cuda.json`, and pictures beside it.
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks.record import ROOT, record, write_json
-from benchmarks.speed import shapes
-from benchmarks.speed.baselines import LOSSES
-from benchmarks.speed.measure import (
-    Timing,
-    as_dict,
-    compare_levels,
-    compare_versions,
-    peak_memory,
-)
-from benchmarks.speed.shapes import Shape
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-RESULT = ROOT / "benchmarks" / "results" / "speed-cpu.json"
+from benchmarks.record import ROOT, write_json
+from benchmarks.speed import shapes
+from benchmarks.speed.accuracy import check
+from benchmarks.speed.baselines import kernels, losses
+from benchmarks.speed.measure import Rounds, compare_versions, peak_memories
+from benchmarks.speed.report import Report, comparison, growth_table, shape_table
+from benchmarks.speed.suite import FORMAT, Mode, Plan, measure, plan
+
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    options = parsed(arguments)
+    # A table of figures is wider than the 80 columns that a log file is taken for.
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    if options.demo:
+        return demo()
+    out: Path = options.out
+    old = None if options.compare is None else read(options.compare)  # this run may replace it
+    if options.load is not None:
+        report = read(options.load)
+        for figures in report["shapes"]:
+            console.print(shape_table(figures))
+    else:
+        device = "cuda" if torch.cuda.is_available() and not options.dry else "cpu"
+        mode: Mode = "dry" if options.dry else "quick" if options.quick else "full"
+        report = run(plan(device, mode, options.shapes), console, out / f"speed-{device}.json")
+    for side, points in report["growth"].items():
+        console.print(growth_table(side, points))
+    from benchmarks.speed import pictures  # matplotlib takes a second, and a demo needs none
+
+    for path in pictures.draw(report, out):
+        console.print(f"drawn: {path}")
+    if old is not None:
+        table, worse = comparison(old, report)
+        console.print(table)
+        console.print(f"{worse} got worse beyond the spread")
+    wrong = [f"{name} on {f['label']}" for f in report["shapes"] for name in f["refused"]]
+    for name in wrong:
+        console.print(f"[bold red]refused:[/] {name}")
+    return 1 if wrong else 0
+
+
+def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.speed", description=(__doc__ or "").split(": ", 1)[1]
     )
-    parser.add_argument("--demo", action="store_true", help="a first look, without a JSON")
-    parser.add_argument("--runs", type=int, default=15, help="rounds per comparison (default 15)")
-    parser.add_argument("--json", type=Path, default=RESULT, help=f"default {RESULT.name}")
+    add = parser.add_argument
+    add("--demo", action="store_true", help="a first look within a minute, without a JSON")
+    add("--quick", action="store_true", help="smaller shapes, within two minutes")
+    add("--dry", action="store_true", help="the GPU's shapes at tiny sizes, to try the suite")
+    add("--shapes", default="", metavar="A,B", help="only these shapes, and no growth")
+    add("--out", type=Path, help="where JSON and pictures go; a full run: benchmarks/results")
+    add("--compare", type=Path, metavar="OLD.json", help="print ratios to an older run")
+    add("--load", type=Path, metavar="NEW.json", help="show and draw these figures, measure none")
     options = parser.parse_args(arguments)
-    if options.runs < 1:
-        parser.error(f"--runs is {options.runs}; wanted 1 or more")
-    if options.demo:
-        demo()
-    else:
-        full(options.runs, options.json)
-    return 0
+    options.shapes = [name for name in options.shapes.split(",") if name]
+    known = {shape.name for shape in (*shapes.GPU, *shapes.CPU)}
+    unknown = [name for name in options.shapes if name not in known]
+    if unknown:
+        parser.error(f"--shapes names {', '.join(unknown)}; wanted some of {sorted(known)}")
+    for path in (options.compare, options.load):
+        if path is not None and not path.is_file():
+            parser.error(f"{path} is no file")
+    if options.out is None:
+        partial = options.quick or options.dry or options.shapes
+        options.out = ROOT / ".benchmarks" if partial else RESULTS
+    return options
 
 
-def demo() -> None:
+def read(path: Path) -> Report:
+    report: Report = json.loads(path.read_text("utf-8"))
+    if report.get("format") != FORMAT:
+        raise SystemExit(f"{path} has format {report.get('format')}; wanted {FORMAT}")
+    return report
+
+
+def run(todo: Plan, console: Console, path: Path) -> Report:
+    """Measure, with tables as they come. A run that is cut short leaves a `.partial.json`."""
+    partial = path.with_suffix(".partial.json")
+    columns = (BarColumn(), TextColumn("{task.completed}/{task.total} {task.description}"))
+    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
+        bar = progress.add_task("", total=todo.steps)
+        begun = [0]
+
+        def advance(step: str) -> None:
+            progress.update(bar, completed=begun[0], description=step)
+            begun[0] += 1
+
+        def show(report: Report) -> None:
+            console.print(shape_table(report["shapes"][-1]))
+            write_json(partial, report)
+
+        report = measure(todo, advance, show)
+    write_json(path, report)
+    partial.unlink(missing_ok=True)
+    return report
+
+
+def demo() -> int:
     """A smaller shape and no compilation by PyTorch, so that it ends within half a minute."""
-    versions = ["eager", "chunked", "cpu"]
-    timings = time_versions(shapes.DEMO, versions, runs=7)
-    peaks = measure_memory(shapes.DEMO_MEMORY, versions)
-    medians = {t.version: t.median_ms for t in timings}
-    faster, smaller = medians["eager"] / medians["cpu"], peaks["eager"] / max(peaks["cpu"], 1e6)
-    print(f"the kernel is {faster:.1f} times as fast as eager, in 1/{smaller:.0f} of its memory")
-
-
-def full(runs: int, path: Path) -> None:
-    comparisons = []
-    for shape in shapes.CPU:
-        timings = time_versions(shape, list(LOSSES), runs)
-        print("the kernel with one correction after the other")
-        levels = compare_levels(shape, runs)
-        print_timings(levels, "plain")
-        comparisons.append(
-            {
-                "shape": as_dict(shape),
-                "operations": shape.operations,
-                "runs": runs,
-                "versions": [asdict(t) for t in timings],
-                "levels": [asdict(t) for t in levels],
-            }
-        )
-    peaks = measure_memory(shapes.MEMORY, list(LOSSES))
-    memory = {"shape": as_dict(shapes.MEMORY), "runs": 1, "bytes": peaks}
-    write_json(path, record(comparisons=comparisons, memory=memory))
-    print(f"written to {path}")
-
-
-def time_versions(shape: Shape, versions: Sequence[str], runs: int) -> list[Timing]:
-    print(f"{shape}; forward and backward, all corrections on, {runs} rounds in turn")
-    timings = compare_versions(shape, versions, runs)
-    print_timings(timings, "bound")
-    return timings
-
-
-def measure_memory(shape: Shape, versions: Sequence[str]) -> dict[str, float]:
-    """Peak above inputs and gradients, each version in a process of its own."""
-    print(f"{shape}; peak memory above inputs and gradients")
-    peaks: dict[str, float] = {}
-    for name in versions:
-        peaks[name] = peak_memory(name, shape)
-        share = peaks[name] / shape.logits_bytes
-        print(f"  {name:<22}{peaks[name] / 1e6:>9.0f} MB {share:>8.1%} of one logits matrix")
-    print()
-    return peaks
-
-
-def print_timings(timings: Sequence[Timing], reference: str) -> None:
-    print(f"  {'':<22}{'median':>9}    {'quartiles':<15}   times {reference}")
-    for t in timings:
-        spread = f"{t.low_ms:.1f} to {t.high_ms:.1f}"
-        print(
-            f"  {t.version:<22}{t.median_ms:>6.1f} ms    {spread:<15}   "
-            f"{t.ratio:.2f} ({t.ratio_low:.2f} to {t.ratio_high:.2f})"
-        )
-    print(flush=True)
+    shape, large = shapes.DEMO, shapes.DEMO_MEMORY
+    found = losses(shape, "cpu")
+    del found["torch.compile"]
+    verdict = check(shape, found)
+    if verdict.refused:
+        print(f"wrong results, so no times: {verdict.refused}")
+        return 1
+    print(f"{shape}; forward and backward, all corrections on, against float64 first")
+    ratios = {}
+    for t in compare_versions(shape, found, Rounds(6, least=5, most=7)):
+        error = verdict.errors.get(t.version)
+        suffix = "" if error is None else f", error of gradients {error.gradient:.0e}"
+        print(f"  {t.version:<10}{t.median_ms:>7.1f} ms, {t.ratio:.2f} times the bound{suffix}")
+        ratios[t.version] = t.ratio
+    print(f"{large}; peak memory above inputs and gradients")
+    peaks = peak_memories(list(found), large)
+    for name, peak in peaks.items():
+        print(f"  {name:<10}" + ("   failed" if peak is None else f"{peak / 1e6:>7.0f} MB"))
+    eager = peaks["eager"]
+    for kernel in kernels("cpu"):
+        own = peaks[kernel]
+        if own is not None and eager is not None:
+            print(
+                f"the kernel is {ratios['eager'] / ratios[kernel]:.1f} times as fast as eager, "
+                f"in 1/{eager / max(own, 1e6):.0f} of its memory"
+            )
+    return 0
 
 
 if __name__ == "__main__":

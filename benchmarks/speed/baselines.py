@@ -1,16 +1,24 @@
-"""The versions that are compared: each computes the loss and the gradients of all embeddings."""
+"""The versions that are compared: each computes the loss, and its step all embedding gradients."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.speed import peers
 from benchmarks.speed.shapes import TEMPERATURE, Inputs, Shape
-from dwl_kernels import sampled_softmax_loss
+from dwl_kernels import (
+    backends,
+    full_softmax_loss,
+    in_batch_softmax_loss,
+    indexed_sampled_softmax_loss,
+    sampled_softmax_loss,
+)
 
 Loss = Callable[[Inputs], Tensor]
 Step = Callable[[Inputs], object]
@@ -18,88 +26,173 @@ Step = Callable[[Inputs], object]
 
 def usual_loss(x: Inputs) -> Tensor:
     """Eager PyTorch as most people write it."""
-    positive = (x.query * x.positive).sum(1, keepdim=True) / TEMPERATURE  # [B, 1]
-    negative = x.query @ x.negative.T / TEMPERATURE  # [B, N]
-    if x.positive_log_q is not None and x.negative_log_q is not None:
-        positive = positive - x.positive_log_q[:, None]
-        negative = negative - x.negative_log_q
-    if x.positive_ids is not None and x.negative_ids is not None:
-        negative = negative.masked_fill(x.positive_ids[:, None] == x.negative_ids, -torch.inf)
-    logits = torch.cat([positive, negative], dim=1)
-    target = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
-    loss = F.cross_entropy(logits, target, reduction="none")  # [B]
+    z, target = _LOGITS[x.kind](x)
+    loss = F.cross_entropy(z, target, reduction="none")  # [B]
     if x.domain_ids is not None and x.domain_weights is not None:
         loss = loss * x.domain_weights[x.domain_ids]
     return loss.mean()
 
 
+def _with_positive_first(
+    positive: Tensor,  # [B]
+    negative: Tensor,  # [B, N]
+    hits: Tensor | None,  # [B, N] bool
+    x: Inputs,
+) -> tuple[Tensor, Tensor]:
+    positive, negative = positive.float() / TEMPERATURE, negative.float() / TEMPERATURE
+    if x.positive_log_q is not None and x.negative_log_q is not None:
+        positive, negative = positive - x.positive_log_q, negative - x.negative_log_q
+    if hits is not None:
+        negative = negative.masked_fill(hits, -torch.inf)
+    z = torch.cat([positive[:, None], negative], dim=1)
+    return z, torch.zeros(len(z), dtype=torch.long, device=z.device)
+
+
+def _shared(x: Inputs) -> tuple[Tensor, Tensor]:
+    assert x.positive is not None
+    assert x.negative is not None
+    hits = None
+    if x.positive_ids is not None and x.negative_ids is not None:
+        hits = x.positive_ids[:, None] == x.negative_ids
+    return _with_positive_first((x.query * x.positive).sum(1), x.query @ x.negative.T, hits, x)
+
+
+def _per_example(x: Inputs) -> tuple[Tensor, Tensor]:
+    assert x.table is not None
+    assert x.positive_ids is not None
+    assert x.negative_ids is not None
+    positive = F.embedding(x.positive_ids, x.table)  # [B, D]
+    negative = F.embedding(x.negative_ids, x.table)  # [B, K, D]
+    hits = x.positive_ids[:, None] == x.negative_ids
+    scores = (negative @ x.query[:, :, None])[:, :, 0]
+    return _with_positive_first((x.query * positive).sum(1), scores, hits, x)
+
+
+def _in_batch(x: Inputs) -> tuple[Tensor, Tensor]:
+    assert x.positive is not None
+    z = (x.query @ x.positive.T).float() / TEMPERATURE
+    target = torch.arange(len(z), device=z.device)
+    if x.positive_log_q is not None:
+        z = z - x.positive_log_q
+    if x.positive_ids is not None:
+        same = x.positive_ids[:, None] == x.positive_ids
+        z = z.masked_fill(same & (target[:, None] != target), -torch.inf)
+    return z, target
+
+
+def _full(x: Inputs) -> tuple[Tensor, Tensor]:
+    assert x.table is not None
+    assert x.positive_ids is not None
+    return (x.query @ x.table.T).float() / TEMPERATURE, x.positive_ids
+
+
+_LOGITS = {"shared": _shared, "per-example": _per_example, "in-batch": _in_batch, "full": _full}
+
+
 def package_loss(x: Inputs, backend: str) -> Tensor:
-    return sampled_softmax_loss(
-        x.query,
-        x.positive,
-        x.negative,
-        positive_log_q=x.positive_log_q,
-        negative_log_q=x.negative_log_q,
-        positive_ids=x.positive_ids,
-        negative_ids=x.negative_ids,
-        domain_ids=x.domain_ids,
-        domain_weights=x.domain_weights,
-        temperature=TEMPERATURE,
-        backend=backend,  # type: ignore[arg-type]
+    shaped: dict[str, Any] = {
+        "domain_ids": x.domain_ids,
+        "domain_weights": x.domain_weights,
+        "example_weights": x.example_weights,
+        "temperature": TEMPERATURE,
+        "backend": backend,
+    }
+    log_q: dict[str, Any] = {
+        "positive_log_q": x.positive_log_q,
+        "negative_log_q": x.negative_log_q,
+    }
+    if x.kind == "in-batch":
+        assert x.positive is not None
+        return in_batch_softmax_loss(
+            x.query, x.positive, log_q=x.positive_log_q, ids=x.positive_ids, **shaped
+        )
+    if x.kind == "shared":
+        assert x.positive is not None
+        assert x.negative is not None
+        ids: dict[str, Any] = {"positive_ids": x.positive_ids, "negative_ids": x.negative_ids}
+        return sampled_softmax_loss(x.query, x.positive, x.negative, **log_q, **ids, **shaped)
+    assert x.table is not None
+    assert x.positive_ids is not None
+    if x.kind == "full":
+        return full_softmax_loss(x.query, x.table, x.positive_ids, **shaped)
+    assert x.negative_ids is not None
+    return indexed_sampled_softmax_loss(
+        x.query, x.table, x.positive_ids, x.negative_ids, **log_q, **shaped
     )
 
 
 def linear_loss(x: Inputs) -> Tensor:
-    """PyTorch's chunked linear cross-entropy.
-
-    It has neither hits nor weights, and its target has to be one of the candidates, so it computes
-    less than the others.
-    """
-    target = torch.arange(len(x.query), device=x.query.device) % len(x.negative)
-    bias = None if x.negative_log_q is None else -x.negative_log_q
-    return F.linear_cross_entropy(  # type: ignore[attr-defined,no-any-return,unused-ignore]
-        x.query / TEMPERATURE,
-        x.negative,
-        target,
-        linear_bias=bias,
-        options=torch.nn.LinearCrossEntropyOptions(),  # type: ignore[attr-defined,unused-ignore]
+    """PyTorch's own chunked cross-entropy of a linear layer, from torch 2.13."""
+    functional: Any = F
+    options = torch.nn.LinearCrossEntropyOptions()  # type: ignore[attr-defined,unused-ignore]
+    loss: Tensor = functional.linear_cross_entropy(
+        x.query / TEMPERATURE, x.table, x.positive_ids, options=options
     )
+    return loss
 
 
-@functools.cache
-def _compiled() -> Loss:
-    return torch.compile(usual_loss)  # importing the compiler takes seconds, so only when asked for
+def compiled_loss(dynamic: bool | None = None) -> Loss:
+    """`usual_loss` under `torch.compile`, whose import takes seconds: only when it is called."""
+    compiled = functools.cache(lambda: torch.compile(usual_loss, dynamic=dynamic))
+    return lambda x: compiled()(x)
 
 
-LOSSES: dict[str, Loss] = {
-    "eager": usual_loss,
-    "torch.compile": lambda x: _compiled()(x),
-    "specification": functools.partial(package_loss, backend="eager"),
-    "chunked": functools.partial(package_loss, backend="chunked"),
-    "cpu": functools.partial(package_loss, backend="cpu"),
-}
-if hasattr(F, "linear_cross_entropy"):  # torch 2.13
-    LOSSES["linear_cross_entropy"] = linear_loss
+def kernels(device: str, dry: bool = False) -> list[str]:
+    """The backends of the package that are made for the device and run here."""
+    if dry:  # Triton through its interpreter
+        return ["triton"]
+    names = ("cpu",) if device == "cpu" else tuple(n for n in backends.NAMES if n in _GPU_KERNELS)
+    return [name for name in names if backends.why_not(name, device) is None]
+
+
+_GPU_KERNELS = ("triton", "cuda")
+
+
+def losses(shape: Shape, device: str, dry: bool = False) -> dict[str, Loss]:
+    """What is compared on a shape. Every version computes the same."""
+    found: dict[str, Loss] = {"eager": usual_loss}
+    if not dry:
+        found["torch.compile"] = compiled_loss()
+    if shape.kind == "full":
+        if hasattr(F, "linear_cross_entropy"):
+            found["linear_cross_entropy"] = linear_loss
+        if device == "cuda":
+            found.update(peers.losses())
+    for name in ("chunked", *kernels(device, dry)):
+        found[name] = functools.partial(package_loss, backend=name)
+    return found
 
 
 def step(loss: Loss) -> Step:
     def run(x: Inputs) -> object:
-        wanted = (x.query, x.positive, x.negative)
-        return torch.autograd.grad(loss(x), wanted, allow_unused=True)
+        return torch.autograd.grad(loss(x), tuple(x.leaves().values()), allow_unused=True)
 
     return run
 
 
-def bound(shape: Shape) -> Step:
-    """The three products that any implementation must do, into outputs that exist already."""
-    logits = torch.empty(shape.rows, shape.candidates, dtype=shape.dtype)  # [B, N]
-    query_grad = torch.empty(shape.rows, shape.dim, dtype=shape.dtype)
-    negative_grad = torch.empty(shape.candidates, shape.dim, dtype=shape.dtype)
+def bound(shape: Shape, device: str = "cpu") -> Step:
+    """What no implementation can do without, into outputs that exist already.
+
+    Candidates that rows share: the three products of `Shape.operations`. Candidates per example:
+    a copy that reads and writes `Shape.gathered_bytes` together.
+    """
+    options: dict[str, Any] = {"dtype": shape.dtype, "device": device}
+    if shape.kind == "per-example":
+        numbers = int(shape.gathered_bytes / shape.dtype.itemsize) // 2  # read, and written
+        source, target = torch.ones(numbers, **options), torch.empty(numbers, **options)
+        return lambda x: target.copy_(source)
+    # Random, not zeros: on a GPU the rate of products depends on the numbers.
+    dz = torch.randn(shape.rows, shape.candidates, **options)  # [B, N]
+    z = torch.empty_like(dz)
+    query_grad = torch.empty(shape.rows, shape.dim, **options)
+    candidate_grad = torch.empty(shape.candidates, shape.dim, **options)
 
     @torch.no_grad()
     def run(x: Inputs) -> object:
-        torch.mm(x.query, x.negative.T, out=logits)
-        torch.mm(logits, x.negative, out=query_grad)
-        return torch.mm(logits.T, x.query, out=negative_grad)
+        candidates = {"shared": x.negative, "in-batch": x.positive, "full": x.table}[x.kind]
+        assert candidates is not None
+        torch.mm(x.query, candidates.T, out=z)
+        torch.mm(dz, candidates, out=query_grad)
+        return torch.mm(dz.T, x.query, out=candidate_grad)
 
     return run

@@ -1,21 +1,28 @@
-"""Times in turn, and peak memory in fresh processes."""
+"""Times in turn, peak memory, and launches."""
 
 from __future__ import annotations
 
+import json
+import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
 
 from benchmarks.record import ROOT
-from benchmarks.speed.baselines import LOSSES, Step, bound, package_loss, step
-from benchmarks.speed.shapes import LEVELS, Inputs, Level, Shape, random_inputs
+from benchmarks.speed.baselines import Loss, bound, package_loss, step
+from benchmarks.speed.shapes import Inputs, Shape, random_inputs
 
 WARM_UP = 2
 BATCHES = 3  # different inputs that take turns: the next round finds none of its own in a cache
+
+Round = Callable[[int], object]  # takes the number of the round
 
 
 @dataclass(frozen=True)
@@ -23,55 +30,108 @@ class Timing:
     """One version's times, and how they compare with the reference round by round."""
 
     version: str
-    median_ms: float
+    runs: int
+    median_ms: float  # on a GPU by device events
     low_ms: float  # quartiles
     high_ms: float
+    host_ms: float  # median until the call returns; on a CPU the same
     ratio: float  # median over the rounds of this version's time over the reference's
     ratio_low: float
     ratio_high: float
 
 
-def compare_versions(shape: Shape, versions: Sequence[str], runs: int) -> list[Timing]:
-    """The versions with log-Q, hits and domain weights on, against the three products."""
-    steps = {"bound": bound(shape), **{name: step(LOSSES[name]) for name in versions}}
-    return in_turn(steps, batches(shape), runs, reference="bound")
+@dataclass(frozen=True)
+class Rounds:
+    """As many rounds as fit into the seconds, but no fewer and no more than these."""
+
+    seconds: float
+    least: int = 3
+    most: int = 15
 
 
-def compare_levels(shape: Shape, runs: int) -> list[Timing]:
-    """The kernel with log-Q, hits and domain weights, each on top of the one before."""
-    kernel = step(lambda x: package_loss(x, "cpu"))
+def compare_versions(
+    shape: Shape, losses: Mapping[str, Loss], rounds: Rounds, device: str = "cpu"
+) -> list[Timing]:
+    """The versions against the bound, with everything on that all of them compute."""
+    inputs = batches(shape, device)
 
-    def step_at(level: Level) -> Step:
-        inputs = random_inputs(shape, level)
-        return lambda _: kernel(inputs)
+    def rotating(run: Callable[[Inputs], object]) -> Round:
+        return lambda number: run(inputs[number % BATCHES])
 
-    steps = {str(level): step_at(level) for level in LEVELS}
-    return in_turn(steps, batches(shape), runs, reference="plain")
+    steps = {"bound": rotating(bound(shape, device))}
+    steps.update({name: rotating(step(loss)) for name, loss in losses.items()})
+    return in_turn(steps, rounds, reference="bound", device=device)
 
 
-def batches(shape: Shape) -> list[Inputs]:
-    return [random_inputs(shape, "domain weights", seed) for seed in range(BATCHES)]
+def compare_levels(shape: Shape, kernel: str, rounds: Rounds, device: str = "cpu") -> list[Timing]:
+    """One backend with log-Q, hits and domain weights, each on top of the one before."""
+    run = step(lambda x: package_loss(x, kernel))
+    steps: dict[str, Round] = {}
+    for level in shape.levels:
+        inputs = [random_inputs(shape, level, seed, device) for seed in range(BATCHES)]
+        steps[level] = lambda number, own=inputs: run(own[number % BATCHES])  # type: ignore[misc]
+    return in_turn(steps, rounds, reference="plain", device=device)
+
+
+def compare_padding(shape: Shape, kernel: str, rounds: Rounds, device: str = "cpu") -> list[Timing]:
+    """One backend on full rows, and with half of them padded."""
+    run = step(lambda x: package_loss(x, kernel))
+    full = batches(shape, device)
+    padded = [inputs.half_padded() for inputs in full]
+    steps: dict[str, Round] = {
+        "no padding": lambda number: run(full[number % BATCHES]),
+        "half padded": lambda number: run(padded[number % BATCHES]),
+    }
+    return in_turn(steps, rounds, reference="no padding", device=device)
+
+
+def batches(shape: Shape, device: str = "cpu") -> list[Inputs]:
+    return [random_inputs(shape, shape.compared_at, seed, device) for seed in range(BATCHES)]
 
 
 def in_turn(
-    steps: Mapping[str, Step], inputs: Sequence[Inputs], runs: int, reference: str
+    steps: Mapping[str, Round], rounds: Rounds, reference: str, device: str = "cpu"
 ) -> list[Timing]:
     """Time the steps A B C, A B C, ..., so that a busy machine slows all of them alike."""
+    for number in range(WARM_UP):
+        start = time.perf_counter()
+        for run in steps.values():
+            seconds_of(run, number, device)
+        taken = time.perf_counter() - start  # the last one, without compilation
+    runs = max(rounds.least, min(rounds.most, int(rounds.seconds / taken)))
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for number in range(WARM_UP + runs):
+    host: dict[str, list[float]] = {name: [] for name in steps}
+    for number in range(WARM_UP, WARM_UP + runs):
         for name, run in steps.items():
-            start = time.perf_counter()
-            run(inputs[number % len(inputs)])
-            taken = time.perf_counter() - start
-            if number >= WARM_UP:
-                seconds[name].append(taken)
+            on_device, until_return = seconds_of(run, number, device)
+            seconds[name].append(on_device)
+            host[name].append(until_return)
     timings = []
     for name, times in seconds.items():
         low, median, high = quartiles([1e3 * t for t in times])
         ratios = [own / other for own, other in zip(times, seconds[reference], strict=True)]
         ratio_low, ratio, ratio_high = quartiles(ratios)
-        timings.append(Timing(name, median, low, high, ratio, ratio_low, ratio_high))
+        waited = 1e3 * statistics.median(host[name])
+        timings.append(Timing(name, runs, median, low, high, waited, ratio, ratio_low, ratio_high))
     return timings
+
+
+def seconds_of(run: Round, number: int, device: str) -> tuple[float, float]:
+    """Time of a step by the device's own clock, and until the call returns."""
+    if device != "cuda":
+        start = time.perf_counter()
+        run(number)
+        taken = time.perf_counter() - start
+        return taken, taken
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    begin.record()
+    start = time.perf_counter()
+    run(number)
+    taken = time.perf_counter() - start
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3, taken
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
@@ -84,14 +144,61 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 def peak_memory(version: str, shape: Shape, timeout: float = 600) -> float:
     """Bytes that a step needs above its inputs and gradients, at its peak, in a fresh process."""
     command = [sys.executable, "-m", "benchmarks.speed.memory", version]
-    sizes = [str(shape.rows), str(shape.candidates), str(shape.dim)]
     done = subprocess.run(
-        [*command, *sizes], cwd=ROOT, capture_output=True, text=True, timeout=timeout
+        [*command, json.dumps(shape.as_dict())],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
     )
     if done.returncode != 0:
         raise RuntimeError(f"measuring the memory of {version!r} failed:\n{done.stderr}")
     return float(done.stdout.splitlines()[-1])
 
 
-def as_dict(shape: Shape) -> dict[str, Any]:
-    return {**asdict(shape), "dtype": str(shape.dtype).removeprefix("torch.")}
+def peak_memories(versions: Sequence[str], shape: Shape) -> dict[str, float | None]:
+    """Peaks of several versions, two processes at a time; None where one failed."""
+
+    def peak(version: str) -> float | None:
+        try:
+            return peak_memory(version, shape)
+        except (RuntimeError, subprocess.TimeoutExpired):
+            return None
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(versions, pool.map(peak, versions), strict=True))
+
+
+def peak_on_gpu(loss: Loss, shape: Shape) -> float:
+    """The same by the counters of the caching allocator, which need no process of their own."""
+    inputs, run = random_inputs(shape, shape.compared_at, device="cuda"), step(loss)
+    run(inputs)  # what a version keeps from step to step does not count
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run(inputs)
+    torch.cuda.synchronize()
+    return float(torch.cuda.max_memory_allocated() - before - shape.gradient_bytes)
+
+
+def launches_on_gpu(loss: Loss, shape: Shape) -> tuple[int, float]:
+    """Kernels, copies and fills of one step by the profiler, and their time in ms."""
+    inputs, run = random_inputs(shape, shape.compared_at, device="cuda"), step(loss)
+    run(inputs)
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run(inputs)
+        torch.cuda.synchronize()
+    events = [e for e in profile.events() or () if e.device_type.name == "CUDA"]
+    return len(events), sum(e.time_range.elapsed_us() for e in events) / 1e3
+
+
+def machine_bytes(device: str) -> float:
+    """All memory of the GPU, or what this machine, or its container, gives a process."""
+    if device == "cuda":
+        return float(torch.cuda.get_device_properties(0).total_memory)
+    found = [float(os.sysconf("SC_PAGE_SIZE")) * os.sysconf("SC_PHYS_PAGES")]
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.exists() and limit.read_text().strip().isdigit():
+        found.append(float(limit.read_text()))
+    return min(found)

@@ -1,33 +1,43 @@
-"""`python -m benchmarks.speed.memory VERSION ROWS CANDIDATES DIM`: one process's peak, in bytes.
+"""`python -m benchmarks.speed.memory VERSION SHAPE`: one process's peak, in bytes.
 
-A step on small inputs comes first and loads what the version needs once: libraries, compiled code,
-the pool of threads. The peak is what the resident size then rises by, less the gradients that the
-step has to return.
+SHAPE is the JSON of `Shape.as_dict`. A step on small inputs comes first and loads what the version
+needs once: libraries, compiled code, the pool of threads. The peak is what the resident size then
+rises by, less the gradients that the step has to return.
 """
 
 from __future__ import annotations
 
 import gc
+import json
 import sys
 from pathlib import Path
 
-from benchmarks.speed.baselines import LOSSES, step
+from benchmarks.speed.baselines import Loss, compiled_loss, losses, step
 from benchmarks.speed.shapes import Shape, random_inputs
 
 STATUS = Path("/proc/self/status")
 
 
-def main(version: str, rows: int, candidates: int, dim: int) -> float:
-    run = step(LOSSES[version])
-    for small in (96, 160):  # two sizes, so that torch.compile settles on dynamic shapes
-        run(random_inputs(Shape("small", small, small + 32, dim), "domain weights"))
-    shape = Shape("memory", rows, candidates, dim)
-    inputs = random_inputs(shape, "domain weights")
+def main(version: str, shape: Shape) -> float:
+    run = step(named(version, shape))
+    for rows in (96, 160):
+        small = shape.shrunk(rows, rows + 32, 256)
+        run(random_inputs(small, shape.compared_at))
+    inputs = random_inputs(shape, shape.compared_at)
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
     before = resident("VmRSS")
     run(inputs)
     return resident("VmHWM") - before - shape.gradient_bytes
+
+
+def named(version: str, shape: Shape) -> Loss:
+    if version == "torch.compile":
+        return compiled_loss(dynamic=True)  # the code of the small step serves the large one
+    found = losses(shape, "cpu")
+    if version not in found:
+        raise ValueError(f"version is {version!r}; wanted one of {tuple(found)}")
+    return found[version]
 
 
 def resident(field: str) -> float:
@@ -37,6 +47,4 @@ def resident(field: str) -> float:
 
 
 if __name__ == "__main__":
-    name, *sizes = sys.argv[1:]
-    rows, candidates, dim = map(int, sizes)
-    print(main(name, rows, candidates, dim))
+    print(main(sys.argv[1], Shape.from_dict(json.loads(sys.argv[2]))))

@@ -1,0 +1,117 @@
+"""What a run says on the terminal: a table per shape, and a comparison with an older run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+Report = dict[str, Any]
+
+MORE_MEMORY = 1.1  # peaks of resident memory repeat to a few percent
+
+
+def shape_table(figures: Report) -> Table:
+    """Every version of one shape: time against the bound, memory, and error against float64."""
+    table = Table(title=figures["label"], title_justify="left", box=None, padding=(0, 2, 0, 0))
+    table.add_column(f"all with: {figures['level']}")
+    counted = any("launches" in row for row in figures["versions"])
+    columns = ["median ms", "quartiles", "times bound", "of bound", "memory MB", "of logits"]
+    for name in [*columns, "error loss", "gradient", *(["launches"] if counted else [])]:
+        table.add_column(name, justify="right")
+    for row in figures["versions"]:
+        error = figures["errors"].get(row["version"], {})
+        cells = [
+            row["version"],
+            f"{row['median_ms']:.3g}" if row["median_ms"] < 100 else f"{row['median_ms']:.0f}",
+            f"{row['low_ms']:.3g} to {row['high_ms']:.3g}",
+            f"{row['ratio']:.2f}",
+            f"{1 / row['ratio']:.0%}",
+            megabytes(row.get("peak_bytes")),
+            share(row.get("peak_bytes"), figures["logits_bytes"]),
+            *(f"{error[k]:.1e}" if error else "" for k in ("loss", "gradient")),
+        ]
+        table.add_row(*cells, *([str(row.get("launches", ""))] if counted else []))
+    for name, reason in figures["refused"].items():
+        table.add_row(name, Text(f"refused: {reason}", style="bold red"))
+    for name, needed in figures["too_large"].items():
+        table.add_row(name, f"not run: would need {needed / 1e9:.0f} GB (computed)")
+    lines = [
+        f"{kernel}, over {timings[0]['version']}: "
+        + ", ".join(f"{t['version']} {t['ratio']:.3f}" for t in timings[1:])
+        for kind in ("ladder", "padding")
+        for kernel, timings in figures.get(kind, {}).items()
+    ]
+    table.caption, table.caption_justify = "\n".join(lines) + "\n", "left"
+    return table
+
+
+def megabytes(value: float | None) -> str:
+    return "" if value is None else f"{value / 1e6:,.0f}"
+
+
+def share(value: float | None, whole: float) -> str:
+    return "" if value is None else f"{value / whole:.1%}"
+
+
+def growth_table(side: str, points: list[Report]) -> Table:
+    """Median times in ms along one side."""
+    table = Table(title=f"growth with {side}, ms", title_justify="left", box=None)
+    table.add_column("")
+    names = list(dict.fromkeys(row["version"] for p in points for row in p["versions"]))
+    for name in names:
+        table.add_column(name, justify="right")
+    for point in points:
+        times = {row["version"]: f"{row['median_ms']:,.1f}" for row in point["versions"]}
+        table.add_row(point["label"], *(times.get(name, "") for name in names))
+    return table
+
+
+def comparison(old: Report, new: Report) -> tuple[Table, int]:
+    """Ratios of the new run to an old one, and how many got worse beyond the spread.
+
+    Times are taken as multiples of the bound of the same run, so that another machine, or a busy
+    one, changes both sides. Slower means that the quartiles do not overlap.
+    """
+    table = Table(title="new / old, in times of the bound", title_justify="left", box=None)
+    for name in ("shape", "version", "old", "new", "new/old", "memory", ""):
+        table.add_column(name, justify="left" if name in ("shape", "version", "") else "right")
+    before = rows_of(old)
+    worse = 0
+    for key, row in rows_of(new).items():
+        if key not in before or row["version"] == "bound":
+            continue
+        was = before[key]
+        verdict = ""
+        if row["ratio_low"] > was["ratio_high"]:
+            verdict = "SLOWER"
+        elif row["ratio_high"] < was["ratio_low"]:
+            verdict = "faster"
+        memory = ""
+        if row.get("peak_bytes") and was.get("peak_bytes"):
+            grown = row["peak_bytes"] / was["peak_bytes"]
+            memory = f"{grown:.2f}"
+            if grown > MORE_MEMORY:
+                verdict = f"{verdict} MORE MEMORY".strip()
+        bad = verdict.isupper()
+        worse += bad
+        table.add_row(
+            *key,
+            f"{was['ratio']:.2f}",
+            f"{row['ratio']:.2f}",
+            f"{row['ratio'] / was['ratio']:.2f}",
+            memory,
+            Text(verdict, style="bold red" if bad else "green"),
+        )
+    return table, worse
+
+
+def rows_of(report: Report) -> dict[tuple[str, str], Report]:
+    """Every timing of a report by shape and version."""
+    points = [*report["shapes"], *(p for side in report["growth"].values() for p in side)]
+    rows = {(p["label"], row["version"]): row for p in points for row in p["versions"]}
+    for figures in report["shapes"]:
+        for kernel, ladder in figures["ladder"].items():
+            rows.update({(figures["label"], f"{kernel}: {t['version']}"): t for t in ladder[1:]})
+    return rows

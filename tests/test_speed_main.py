@@ -1,0 +1,209 @@
+"""The command of the speed benchmark: plans, tables, pictures, the comparison of two runs."""
+
+from __future__ import annotations
+
+import copy
+import json
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch.nn.functional as F
+from rich.console import Console
+
+from benchmarks.record import write_json
+from benchmarks.speed import __main__ as command
+from benchmarks.speed import peers, pictures, suite
+from benchmarks.speed.baselines import package_loss, usual_loss
+from benchmarks.speed.measure import Rounds
+from benchmarks.speed.report import comparison, growth_table, rows_of, shape_table
+from benchmarks.speed.shapes import CPU, GPU, TINY, random_inputs
+
+
+@pytest.fixture(scope="module")
+def report() -> dict[str, Any]:
+    """A run of all kinds at tiny sizes, of two versions."""
+    few = Rounds(0, least=2, most=2)
+    growth = [TINY[0].shrunk(rows, 53, 0) for rows in (9, 37)]
+    todo = suite.Plan("cpu", "dry", TINY, {"rows": growth}, few, few, few)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(suite, "kernels", lambda device, dry: ["chunked"])
+        found = {"eager": usual_loss, "chunked": partial(package_loss, backend="chunked")}
+        patch.setattr(suite, "losses", lambda *_: found)
+        steps: list[str] = []
+        measured = suite.measure(todo, steps.append, lambda report: None)
+    assert len(steps) == todo.steps
+    return measured
+
+
+def test_report_is_plain_json_that_names_commit_machine_shape_and_rounds(
+    report: dict[str, Any],
+) -> None:
+    assert json.loads(json.dumps(report)) == report
+    assert {"commit", "machine", "versions", "wall_seconds"} <= set(report)
+    for figures in report["shapes"]:
+        assert figures["shape"]["dtype"] == "float32"
+        assert [row["runs"] for row in figures["versions"]] == [2, 2, 2]
+        assert figures["errors"]["chunked"]["gradient"] < 1e-5
+        assert figures["ladder"]["chunked"][0]["ratio"] == 1.0
+
+
+def test_too_large_version_is_left_out_with_the_bytes_it_would_need(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(suite, "machine_bytes", lambda device: 1e4)
+    few = Rounds(0, least=1, most=1)
+    todo = suite.Plan("cpu", "dry", TINY[:1], {}, few, few, few)
+    found, figures = suite.admit(TINY[0], TINY[0], todo)
+    assert "eager" not in found
+    assert figures["too_large"]["eager"] == 4 * 37 * 53 * 4
+    figures["versions"] = []
+    assert "would need" in printed(shape_table(figures))
+
+
+def printed(table: Any) -> str:
+    console = Console(width=160)
+    with console.capture() as captured:
+        console.print(table)
+    return captured.get()
+
+
+def test_tables_name_every_version_and_size(report: dict[str, Any]) -> None:
+    text = printed(shape_table(report["shapes"][0]))
+    for wanted in ("bound", "eager", "chunked", "domain weights", "N = 53"):
+        assert wanted in text
+    assert "B = 9" in printed(growth_table("rows", report["growth"]["rows"]))
+
+
+def test_pictures_are_drawn_for_what_was_measured(report: dict[str, Any], tmp_path: Path) -> None:
+    drawn = [path.name for path in pictures.draw(report, tmp_path)]
+    assert drawn == ["speed-cpu.png", "speed-cpu-ladder.png", "speed-cpu-growth.png"]
+    assert all((tmp_path / name).stat().st_size > 10_000 for name in drawn)
+
+
+def test_picture_of_a_run_without_a_gpu_says_so(report: dict[str, Any]) -> None:
+    assert "No GPU in this run" in pictures.footer(report)
+
+
+def test_pictures_of_a_gpu_show_launches(report: dict[str, Any], tmp_path: Path) -> None:
+    on_gpu = copy.deepcopy(report)
+    on_gpu["device"], on_gpu["machine"]["gpu"] = "cuda", "some GPU"
+    for figures in on_gpu["shapes"]:
+        for row in figures["versions"][1:]:
+            row.update(launches=2, kernels_ms=0.1, peak_bytes=5e6)
+    assert "speed-cuda-launches.png" in [p.name for p in pictures.draw(on_gpu, tmp_path)]
+    assert "launches" in printed(shape_table(on_gpu["shapes"][0]))
+
+
+def test_same_run_is_no_slower_than_itself(report: dict[str, Any]) -> None:
+    _, worse = comparison(report, report)
+    assert worse == 0
+
+
+def test_slower_beyond_the_spread_is_flagged(report: dict[str, Any]) -> None:
+    new = copy.deepcopy(report)
+    row = rows_of(new)[report["shapes"][0]["label"], "chunked"]
+    for key in ("ratio", "ratio_low", "ratio_high"):
+        row[key] = 2 * row["ratio_high"]
+    table, worse = comparison(report, new)
+    assert worse == 1
+    assert "SLOWER" in printed(table)
+    assert comparison(new, report)[1] == 0
+
+
+def test_more_memory_is_flagged(report: dict[str, Any]) -> None:
+    old, new = copy.deepcopy(report), copy.deepcopy(report)
+    for either, peak in ((old, 10e6), (new, 12e6)):
+        rows_of(either)[report["shapes"][0]["label"], "chunked"]["peak_bytes"] = peak
+    table, worse = comparison(old, new)
+    assert worse == 1
+    assert "MORE MEMORY" in printed(table)
+
+
+def test_figures_are_shown_and_drawn_again_without_measuring(
+    report: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "old.json"
+    write_json(path, report)
+    arguments = ["--load", str(path), "--compare", str(path), "--out", str(tmp_path)]
+    assert command.main(arguments) == 0
+    assert "0 got worse" in capsys.readouterr().out
+    assert (tmp_path / "speed-cpu.png").exists()
+
+
+def test_refused_version_ends_the_command_with_an_error(
+    report: dict[str, Any], tmp_path: Path
+) -> None:
+    refused = copy.deepcopy(report)
+    refused["shapes"][0]["refused"] = {"chunked": "wrong loss"}
+    path = tmp_path / "wrong.json"
+    write_json(path, refused)
+    assert command.main(["--load", str(path), "--out", str(tmp_path)]) == 1
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--shapes", "no-such-shape"], ["--compare", "no-such-file.json"]]
+)
+def test_unknown_shape_or_file_is_a_usage_error(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        command.main(arguments)
+    assert caught.value.code == 2
+
+
+def test_json_of_another_format_is_no_comparison(tmp_path: Path) -> None:
+    path = tmp_path / "old.json"
+    write_json(path, {"format": 1})
+    with pytest.raises(SystemExit, match="has format 1"):
+        command.read(path)
+
+
+def test_only_full_runs_write_to_the_results() -> None:
+    assert command.parsed([]).out == command.RESULTS
+    for partial_run in (["--quick"], ["--dry"], ["--shapes", "small"]):
+        assert command.parsed(partial_run).out != command.RESULTS
+
+
+def test_plans_measure_what_their_device_holds() -> None:
+    assert suite.plan("cpu", "full").shapes == CPU
+    assert suite.plan("cuda", "full").shapes == GPU
+    assert [s.name for s in suite.plan("cpu", "dry").shapes] == [s.name for s in GPU]
+    assert suite.plan("cpu", "full", ["small"]).growth == {}
+    for shape, full in zip(suite.plan("cpu", "quick").shapes, (CPU[0], *CPU[3:]), strict=False):
+        assert shape.logits_bytes <= full.logits_bytes
+
+
+def test_json_is_replaced_in_one_step(tmp_path: Path) -> None:
+    path = tmp_path / "results" / "speed.json"
+    write_json(path, {"runs": 1})
+    with pytest.raises(TypeError):  # no JSON: the old file stays, and nothing is left beside it
+        write_json(path, {"runs": object()})
+    assert json.loads(path.read_text()) == {"runs": 1}
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_peers_are_optional(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "_optional", lambda name: None)
+    assert peers.losses() == {}
+
+
+def test_peers_get_the_problem_in_their_own_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for each package, with its signature, computes the full softmax."""
+
+    def liger(accum_dtype: Any = None) -> Any:
+        return lambda weight, query, target: F.cross_entropy(query @ weight.T, target)
+
+    def cut(e: Any, c: Any, targets: Any, filter_eps: Any = "high") -> Any:
+        return F.cross_entropy(e @ c.T, targets)
+
+    modules = {
+        "liger_kernel.transformers": SimpleNamespace(LigerFusedLinearCrossEntropyLoss=liger),
+        "cut_cross_entropy": SimpleNamespace(linear_cross_entropy=cut),
+    }
+    monkeypatch.setattr(peers, "_optional", modules.get)
+    inputs = random_inputs(TINY[2], "plain")
+    found = peers.losses()
+    assert len(found) == 4
+    for loss in found.values():
+        assert loss(inputs).item() == pytest.approx(usual_loss(inputs).item(), rel=1e-5)
