@@ -15,6 +15,8 @@ README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 SPEED_CPU, SPEED_GPU = RESULTS / "speed-cpu.json", RESULTS / "speed-cuda.json"
 
+KERNELS = ("cpu", "triton", "cuda")  # of this package
+
 Report = dict[str, Any]
 
 
@@ -52,7 +54,7 @@ def by_version(figures: Report) -> dict[str, Report]:
 
 def kernel_of(figures: Report) -> str | None:
     """The fastest of the package's kernels on a shape."""
-    own = [row for row in figures["versions"] if row["version"] in ("cpu", "triton", "cuda")]
+    own = [row for row in figures["versions"] if row["version"] in KERNELS]
     return min(own, key=lambda row: row["ratio"])["version"] if own else None
 
 
@@ -74,9 +76,9 @@ def result(speed: Report) -> str:
 
     bounds = [by_version(f)[own]["ratio"] for f in shapes if (own := kernel_of(f)) is not None]
     eager, kernel = max((peaks(f) for f in speed["shapes"]), default=(0.0, 0.0))
-    where = "On a CPU" if on_cpu else f"On an {speed['machine']['gpu']}"
+    where = "CPU" if on_cpu else f"GPU ({speed['machine']['gpu']})"
     return (
-        f"{where}, with log-Q, hit removal and domain weights on: **{min(gains('eager')):.1f} "
+        f"On a {where}, with log-Q, hit removal and domain weights on: **{min(gains('eager')):.1f} "
         f"times as fast as eager PyTorch**, {min(gains('torch.compile')):.1f} times as fast as "
         f"`torch.compile`, {max(bounds):.2f} times the three matrix products that no "
         f"implementation can avoid; **{max(kernel, 1e6) / 1e6:,.0f} MB instead of "
@@ -110,6 +112,9 @@ def speed_table(speed: Report) -> str:
     where = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
     runs = [row["runs"] for f in shapes for row in f["versions"]]
     name = f"benchmarks/results/speed-{speed['device']}"
+    drawn = {"overhead": "ladder"} | ({"growth": "growth"} if any(speed["growth"].values()) else {})
+    drawn |= {"launches": "launches"} if speed["device"] == "cuda" else {}
+    pictures = ", ".join(f"[{what}]({name}-{suffix}.png)" for what, suffix in drawn.items())
     lines += [
         "",
         f"Forward and backward, medians of {min(runs)} to {max(runs)} rounds in turn; memory above "
@@ -120,8 +125,8 @@ def speed_table(speed: Report) -> str:
         "",
         f"All corrections over the plain loss: {', '.join(ladders)}.",
         "",
-        f"{where}, torch {speed['versions']['torch']}. Figures: [json]({name}.json); pictures: "
-        f"[growth]({name}-growth.png), [overhead]({name}-ladder.png).",
+        f"{where}, torch {speed['versions']['torch']}. Figures: [json]({name}.json); "
+        f"pictures: {pictures}.",
         "",
         f"![time and memory by shape and version]({name}.png)",
     ]
@@ -136,7 +141,8 @@ def cell(figures: Report, version: str) -> str:
         return "refused" if version in figures["refused"] else ""
     peak = row.get("peak_bytes")
     memory = "not measured" if peak is None else f"{max(peak, 1e6) / 1e6:,.0f} MB"
-    return f"{row['ratio']:.2f}, {memory}"
+    ratio = f"{row['ratio']:.2f}"
+    return f"{f'**{ratio}**' if version in KERNELS else ratio}, {memory}"
 
 
 def quality_table(quality: dict[str, Any]) -> str:

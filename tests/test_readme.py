@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import re
+from typing import Any
 
+import pytest
 import torch
 
 import dwl_kernels
@@ -13,6 +16,52 @@ from benchmarks import readme
 def test_every_figure_is_that_of_a_committed_result() -> None:
     text = readme.README.read_text("utf-8")
     assert readme.filled(text) == text, "run python -m benchmarks.readme"
+
+
+def test_every_table_of_figures_is_written_by_the_command() -> None:
+    """Outside the comments that the command fills, no table and no line holds a measured figure."""
+    text = readme.README.read_text("utf-8")
+    by_hand = re.sub(r"<!-- (\w+) -->\n.*?<!-- /\1 -->\n", "", text, flags=re.DOTALL)
+    figures = re.findall(r"\d+(?:\.\d+)?(?: ms\b| MB\b| GB\b| times\b|×)", by_hand)
+    assert figures == []
+
+
+def test_changed_figure_no_longer_passes() -> None:
+    text = readme.README.read_text("utf-8")
+    figure = re.search(r"\d\.\d\d, \d+ MB", text)
+    assert figure is not None
+    changed = text.replace(figure[0], "0" + figure[0], 1)
+    assert readme.filled(changed) != changed
+
+
+def test_linked_files_are_committed() -> None:
+    links = re.findall(r"\]\((?!http)([^)#]+)\)", readme.README.read_text("utf-8"))
+    assert links
+    assert [link for link in links if not (readme.ROOT / link).exists()] == []
+
+
+@pytest.fixture(scope="module")
+def speed() -> dict[str, Any]:
+    return readme.read(readme.SPEED_CPU)
+
+
+def test_version_that_was_not_run_says_why(speed: dict[str, Any]) -> None:
+    figures = copy.deepcopy(speed["shapes"][0])
+    assert readme.cell(figures, "no-such-version") == ""
+    figures["refused"], figures["too_large"] = {"a": "wrong loss"}, {"b": 24e9}
+    assert readme.cell(figures, "a") == "refused"
+    assert readme.cell(figures, "b") == "needs 24 GB"
+    readme.by_version(figures)["eager"].pop("peak_bytes")
+    assert readme.cell(figures, "eager").endswith("not measured")
+
+
+def test_gpu_is_not_measured_until_its_result_is_committed(speed: dict[str, Any]) -> None:
+    assert "not measured" in readme.gpu_line([speed])
+    on_gpu = copy.deepcopy(speed)
+    on_gpu["device"], on_gpu["machine"]["gpu"] = "cuda", "some GPU"
+    assert readme.gpu_line([speed, on_gpu]) == ""
+    assert readme.result(on_gpu).startswith("On a GPU (some GPU), ")
+    assert "some GPU" in readme.speed_table(on_gpu)
 
 
 def test_example_runs_as_it_stands() -> None:
