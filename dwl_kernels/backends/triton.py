@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dwl_kernels.backends import eager
 from dwl_kernels.backends.triton_launch import launch
-from dwl_kernels.backends.triton_tiles import Tiles, choose
+from dwl_kernels.backends.triton_tiles import Tiles, by_row, choose
 from dwl_kernels.problem import Output, Problem, Wanted, checks_values
 
 MAX_D = 256  # a row tile keeps [BM, D] sums in registers; above, the product dominates anyway
@@ -75,8 +75,10 @@ def why_not(device_type: str) -> str | None:
 def refuses(problem: Problem) -> str | None:
     """Why the kernel does not take this problem; None where it does."""
     for what, there in (
-        ("a positive among the candidates (full softmax)", problem.target is not None),
-        ("candidates by row", problem.candidate_rows is not None),
+        (
+            "a positive among the candidates (full softmax)",
+            problem.target is not None and not problem.by_row,
+        ),
         ("the dual scale", problem.dual is not None),
     ):
         if there:
@@ -102,7 +104,7 @@ def solve(
     row_grad: Tensor | None = None,  # [B], gradient of the row losses of reduction "none"
 ) -> Output:
     """The loss and the wanted gradients in one launch, with no logits in memory."""
-    if 0 in (problem.query.shape[0], problem.candidates.shape[0]):
+    if 0 in (problem.query.shape[0], num_candidates(problem)):
         return eager.solve(problem, wanted, row_grad)
     device = problem.query.device
     if checks_values(device):
@@ -124,7 +126,6 @@ def _launch(
 ) -> Any:
     """Launch the kernel, or (`warm_up`) compile it and return the compiled kernel."""
     from dwl_kernels.backends.triton_common import Call, Inputs, Outputs
-    from dwl_kernels.backends.triton_kernels import softmax_loss_kernel as kernel
 
     inputs = _inputs(problem, row_grad)
     outputs = _outputs(problem, wanted)
@@ -137,11 +138,13 @@ def _launch(
         integers,
         barrier,
         problem.query.shape[0],
-        problem.candidates.shape[0],
+        *((problem.candidates.shape[0],) if problem.by_row else ()),
+        num_candidates(problem),
         0 if problem.domain_weights is None else problem.domain_weights.shape[0],
         workers,
         problem.tau,
     )
+    kernel = kernel_of(problem)
     options = launch_options(tiles)
     if warm_up:
         return kernel.warmup(*arguments, grid=(1,), **options)
@@ -159,6 +162,23 @@ def _launch(
         temperature=temperature,
         domain_weights=domain_weights,
     )
+
+
+def num_candidates(problem: Problem) -> int:
+    """How many a row has."""
+    if problem.candidate_rows is not None:
+        return problem.candidate_rows.shape[1]
+    return problem.candidates.shape[0]
+
+
+def kernel_of(problem: Problem) -> Any:
+    if problem.by_row:
+        from dwl_kernels.backends.triton_indexed import indexed_softmax_loss_kernel
+
+        return indexed_softmax_loss_kernel
+    from dwl_kernels.backends.triton_kernels import softmax_loss_kernel
+
+    return softmax_loss_kernel
 
 
 def launch_options(tiles: Tiles) -> dict[str, Any]:
@@ -187,25 +207,27 @@ def _plan(problem: Problem, wanted: Wanted, row_grad: Tensor | None) -> tuple[Ti
         *(wanted, row_grad is None, absent, shape if searching else None),
     )
     if key not in _plans:
-
-        def seconds(tiles: Tiles) -> float:
-            return _seconds(problem, wanted, row_grad, tiles)
-
-        tiles = choose(
-            _power_of_two(p.query.shape[1], 16),
-            p.query.dtype,
-            torch.cuda.get_device_capability()[0],
-            exact,
-            shape,
-            seconds,
-        )
+        tiles = _tiles(problem, wanted, row_grad, exact)
         _plans[key] = tiles, _workers(problem, wanted, row_grad, tiles)
     return _plans[key]
 
 
+def _tiles(problem: Problem, wanted: Wanted, row_grad: Tensor | None, exact: bool) -> Tiles:
+    block_d, dtype = _power_of_two(problem.query.shape[1], 16), problem.query.dtype
+    if problem.by_row:
+        return by_row(block_d, dtype)
+
+    def seconds(tiles: Tiles) -> float:
+        return _seconds(problem, wanted, row_grad, tiles)
+
+    shape = (problem.query.shape[0], problem.candidates.shape[0])
+    major = torch.cuda.get_device_capability()[0]
+    return choose(block_d, dtype, major, exact, shape, seconds)
+
+
 _OPTIONAL = (
     *("positive", "positive_log_q", "candidate_log_q", "positive_ids", "domain_ids"),
-    *("example_weights", "temperature"),
+    *("example_weights", "temperature", "candidate_rows"),
 )
 
 
@@ -241,9 +263,12 @@ def _inputs(problem: Problem, row_grad: Tensor | None) -> tuple[Tensor | None, .
     if temperature is None and p.accumulate == torch.float64:
         # A float argument of a kernel is float32.
         temperature = torch.full((), p.tau, dtype=torch.float64, device=p.query.device)
+    positive, ids = p.positive, (p.positive_ids, p.candidate_ids)
+    if p.by_row:  # the positives lie in the table
+        positive, ids = p.candidates, (p.target, p.candidate_rows)
     tensors = (
-        *(p.query, p.positive, p.candidates, p.positive_log_q, p.candidate_log_q),
-        *(p.positive_ids, p.candidate_ids, p.domain_ids, p.domain_weights, p.example_weights),
+        *(p.query, positive, p.candidates, p.positive_log_q, p.candidate_log_q),
+        *(*ids, p.domain_ids, p.domain_weights, p.example_weights),
         *(temperature, row_grad),
     )
     return tuple(None if t is None else t.contiguous() for t in tensors)
@@ -261,8 +286,10 @@ def _outputs(problem: Problem, wanted: Wanted) -> tuple[Tensor | None, ...]:
     return (
         loss,
         like(p.query, wanted.query, p.gradient),
-        like(p.positive, wanted.positive, p.gradient),
-        like(p.candidates, wanted.candidates, p.gradient),
+        like(p.target if p.by_row else p.positive, wanted.positive, p.candidate_gradient),
+        like(
+            p.candidate_rows if p.by_row else p.candidates, wanted.candidates, p.candidate_gradient
+        ),
         like(p.temperature, wanted.temperature, p.accumulate),
         like(p.domain_weights, wanted.domain_weights, p.accumulate),
     )
@@ -280,6 +307,8 @@ def form_of(problem: Problem, inputs: tuple[Tensor | None, ...], tiles: Tiles) -
         problem.query.dtype,
         problem.candidates.shape[0] < tiles.BN,
         problem.query.shape[0] < tiles.CN,
+        problem.candidates.shape[0] < 2**31,
+        problem.by_row and num_candidates(problem) % 16 == 0,
         1 if problem.domain_ids is None else problem.domain_ids.shape[1],
         0 if problem.domain_weights is None else problem.domain_weights.shape[0],
         problem.reduction,
@@ -298,6 +327,8 @@ def _form(
     dtype: torch.dtype,
     few_candidates: bool,
     few_rows: bool,
+    narrow_ids: bool,
+    even: bool,
     slots: int,
     domains: int,
     reduction: str,
@@ -340,6 +371,8 @@ def _form(
         MAXIMA=exact or dtype == torch.float16,
         FEW_CANDIDATES=few_candidates,
         FEW_ROWS=few_rows,
+        NARROW=narrow_ids,
+        EVEN=even,
         UPCAST=upcast,
     )
     return Form(*(tl.constexpr(value) for value in values))
@@ -353,7 +386,9 @@ def _workspace(
     floats = 7 * -(-rows // 64) * 64 + 3 * workers
     if outputs[5] is not None:
         floats += 2 * workers * outputs[5].shape[0]
-    floats += 64 + workers * max(tiles.BM, tiles.CM) * (_power_of_two(d, 16) + 3)
+    floats += 64
+    if not problem.by_row:
+        floats += workers * max(tiles.BM, tiles.CM) * (_power_of_two(d, 16) + 3)
     device = problem.query.device
     return (
         torch.empty(floats, dtype=problem.accumulate, device=device),

@@ -103,6 +103,8 @@ class Form(NamedTuple):
     MAXIMA: Any  # the reference is the largest logit, at the price of a pass for it
     FEW_CANDIDATES: Any  # less than BN
     FEW_ROWS: Any  # less than CN
+    NARROW: Any  # ids of a table's rows fit into 32 bits
+    EVEN: Any  # rows have a multiple of 16 candidates of their own
     UPCAST: Any  # products are made in float64: bfloat16 and float32 in the interpreter
 
 
