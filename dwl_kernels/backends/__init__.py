@@ -97,7 +97,12 @@ def pick(name: str, problem: Problem) -> Solve:
 
 def pick_table_gradient(name: str, source: Tensor, dtype: torch.dtype) -> TableGradient:
     """What sums the gradient of a table in a call of backend `name`."""
-    compiled = source.device.type == "cpu" and dtype in native.DTYPES
-    if compiled and chosen(name) in ("auto", "cpu") and native.why_not() is None:
+    name, device = chosen(name), source.device.type
+    compiled = device == "cpu" and dtype in native.DTYPES
+    if compiled and name in ("auto", "cpu") and native.why_not() is None:
         return native.table_gradient
+    wide = source.shape[1] > triton.MAX_TABLE_D
+    asked = name == "triton" or (name == "auto" and device == "cuda")
+    if asked and not wide and triton.why_not(device) is None:
+        return triton.table_gradient
     return chunked.table_gradient

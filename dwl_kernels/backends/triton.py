@@ -20,6 +20,7 @@ from dwl_kernels.backends.triton_tiles import Tiles, by_row, choose
 from dwl_kernels.problem import Output, Problem, Wanted, checks_values
 
 MAX_D = 256  # a row tile keeps [BM, D] sums in registers; above, the product dominates anyway
+MAX_TABLE_D = 4096  # a warp keeps the sums of one row of a table
 MAX_WORKERS = 1024  # more than any device has multiprocessors, three programs on each
 MAX_DOMAINS = 1 << 16  # the workspace holds two sums for every worker and domain
 
@@ -421,3 +422,22 @@ def scaled(gradients: list[Tensor], upstream: Tensor, dtypes: list[torch.dtype])
         return triton_scale.scaled(gradients, upstream, dtypes)
     with torch.cuda.device(upstream.device):
         return triton_scale.scaled(gradients, upstream, dtypes)
+
+
+def table_gradient(
+    source: Tensor,  # [R, D]
+    ids: list[Tensor],  # each [R, J]
+    coefficients: list[Tensor],  # each [R, J], or none at all for 1
+    table_rows: int,
+    dtype: torch.dtype,
+    compact: bool,
+) -> tuple[Tensor, Tensor]:
+    """As :func:`dwl_kernels.backends.chunked.table_gradient`."""
+    from dwl_kernels.backends import triton_table
+
+    arguments = (source, ids, coefficients, table_rows, dtype, compact)
+    if interpreting():
+        with _one_at_a_time:
+            return triton_table.table_gradient(*arguments)
+    with torch.cuda.device(source.device):
+        return triton_table.table_gradient(*arguments)
