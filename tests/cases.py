@@ -31,7 +31,7 @@ DIFFERENTIABLE = (
 
 TABLE_ROWS = 41  # of the table from which indexed candidates are drawn
 
-NOT_IN_TRITON = {"full", "dual", "indexed_rows"}  # kinds that its kernel does not take yet
+NOT_IN_TRITON = {"full", "dual"}  # kinds that its kernel does not take yet
 
 Inputs = dict[str, Any]
 

@@ -157,10 +157,9 @@ def test_autocast_leaves_a_table_of_negatives_per_row_in_its_dtype() -> None:
     torch.testing.assert_close(near, expected, rtol=2e-2, atol=0)
 
 
-@pytest.mark.parametrize("where", ["cpu", "chunked"])
 @pytest.mark.parametrize("compact", [False, True])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_sum_by_id_is_index_add(where: str, compact: bool, weighted: bool) -> None:
+def test_sum_by_id_is_index_add(backend: str, compact: bool, weighted: bool) -> None:
     """Past 4,096 entries the compiled sum takes several threads; 3,000 ids take two passes."""
     g = torch.Generator().manual_seed(0)
     source = torch.randn(700, 3, generator=g, dtype=torch.float64)
@@ -182,30 +181,28 @@ def test_sum_by_id_is_index_add(where: str, compact: bool, weighted: bool) -> No
             if r not in (5, 7, 9):
                 expected[one[r, j]] += source[r] * (weights[k][r, j] if weights else 1)
                 used[one[r, j]] = True
-    got = table.table_gradient(source, ids, weights, 3000, torch.float64, compact, where)
+    got = table.table_gradient(source, ids, weights, 3000, torch.float64, compact, backend)
     if compact:
         assert torch.equal(got.indices()[0], used.nonzero()[:, 0])
         got = got.to_dense()
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("where", ["cpu", "chunked"])
-def test_ids_past_32_bits_are_sorted_and_summed(where: str) -> None:
+def test_ids_past_32_bits_are_sorted_and_summed(backend: str) -> None:
     big = 1 << 40
     ids = torch.tensor([[big - 1], [3], [big - 1], [1 << 33], [big]])
     source = torch.tensor([[1.0], [2.0], [4.0], [8.0], [16.0]])
-    got = table.table_gradient(source, [ids], [], big, torch.float32, True, where)
+    got = table.table_gradient(source, [ids], [], big, torch.float32, True, backend)
     assert got.shape == (big, 1)
     assert got.indices()[0].tolist() == [3, 1 << 33, big - 1]
     assert got.values()[:, 0].tolist() == [2.0, 8.0, 5.0]
 
 
 @pytest.mark.parametrize("compact", [False, True])
-@pytest.mark.parametrize("where", ["cpu", "chunked"])
-def test_table_gradient_passes_opcheck(where: str, compact: bool) -> None:
+def test_table_gradient_passes_opcheck(backend: str, compact: bool) -> None:
     ids = [torch.arange(9)[:, None] % 7, torch.arange(45).reshape(9, 5) % 7]
     weights = [torch.rand(9, 1), torch.rand(9, 5)]
-    arguments = (torch.randn(9, 4), ids, weights, 7, torch.float32, compact, where)
+    arguments = (torch.randn(9, 4), ids, weights, 7, torch.float32, compact, backend)
     torch.library.opcheck(torch.ops.dwl_kernels.table_gradient.default, arguments)
 
 
@@ -233,6 +230,38 @@ def test_rows_past_two_to_the_31_elements_are_the_right_ones(backend: str, tmp_p
         touched = expected.abs().sum(1) > 0
         assert got.indices()[0].tolist() == used[touched].tolist()
         assert torch.equal(got.values(), expected[touched])
+
+
+def test_gradient_of_no_places_is_zero(backend: str) -> None:
+    source, ids = torch.ones(0, 3), [torch.zeros(0, 2, dtype=torch.int64)]
+    for compact in (False, True):
+        got = table.table_gradient(source, ids, [], 5, torch.float32, compact, backend)
+        assert got.shape == (5, 3)
+        assert torch.equal(got.to_dense() if compact else got, torch.zeros(5, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_an_id_drawn_very_often_is_summed_in_a_fixed_order(
+    backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Triton sum takes chunks of 4 places, and chunks of 4 chunks, beforehand."""
+    if backend == "triton":
+        triton_table = pytest.importorskip("dwl_kernels.backends.triton_table")
+        monkeypatch.setattr(triton_table, "SPAN", 4)
+    g = torch.Generator().manual_seed(0)
+    source = torch.randn(90, 20, generator=g, dtype=torch.float64).to(dtype)
+    hot = torch.randint(0, 7, (90, 9), generator=g).clamp(max=3)  # 5 of 9 places are id 3
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    weight = torch.randn(90, 9, generator=g, dtype=torch.float64).to(wide)
+    expected = torch.zeros(7, 20, dtype=torch.float64)
+    spread = (weight.double()[:, :, None] * source.double()[:, None]).flatten(0, 1)
+    expected.index_add_(0, hot.flatten(), spread)
+    got = [
+        table.table_gradient(source, [hot], [weight], 7, dtype, False, backend) for _ in range(2)
+    ]
+    assert torch.equal(*got)
+    tolerance = 1e-12 if dtype == torch.float64 else 8e-3
+    torch.testing.assert_close(got[0].double(), expected, rtol=tolerance, atol=tolerance)
 
 
 def test_no_tensor_of_all_gathered_embeddings_is_made() -> None:

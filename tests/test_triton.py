@@ -26,7 +26,7 @@ def use(monkeypatch: pytest.MonkeyPatch, tiles: tuple[int, ...], workers: int) -
 @interpreted
 @pytest.mark.parametrize("workers", [1, 2, 7, 40])
 @pytest.mark.parametrize("tiles", [(16, 32, 32, 16), (32, 16, 16, 64)], ids=str)
-@pytest.mark.parametrize("name", ["mixed, everything", "refined, everything"])
+@pytest.mark.parametrize("name", ["mixed, everything", "refined, everything", "by row, refined"])
 def test_tile_shapes_and_splits_do_not_change_the_result(
     monkeypatch: pytest.MonkeyPatch, name: str, tiles: tuple[int, ...], workers: int
 ) -> None:
@@ -127,6 +127,44 @@ def test_bad_values_give_nan_where_nothing_checks(monkeypatch: pytest.MonkeyPatc
         backend="triton",
     )
     assert loss.isnan().tolist() == [False, True, True, True]
+
+
+@interpreted
+@pytest.mark.parametrize("bad", [-1, 41, 1 << 40], ids=str)
+@pytest.mark.parametrize("name", ["positive_ids", "negative_ids"])
+def test_id_outside_the_table_gives_nan_and_reads_nothing_outside(
+    monkeypatch: pytest.MonkeyPatch, name: str, bad: int
+) -> None:
+    """As on a GPU. Two rows, one of weight zero and one padded: nobody looks at the ids of that."""
+    monkeypatch.setattr(host, "checks_values", lambda device: False)
+    inputs = BY_NAME["by row, none"].inputs(torch.float32)
+    inputs["example_weights"][:5] = 1.0
+    inputs["example_weights"][4] = 0.0
+    inputs["domain_ids"][3] = 0
+    with torch.no_grad():
+        inputs["domain_weights"][0] = 0.0
+    for row in (2, 3, 4):
+        inputs[name].view(17, -1)[row, -1] = bad
+    loss = BY_NAME["by row, none"].loss(inputs, "triton")
+    assert loss.isnan().nonzero()[:, 0].tolist() == [2, 3]
+    (gradient,) = torch.autograd.grad(loss, [inputs["query"]], torch.ones_like(loss))
+    assert gradient.isnan().any(1).nonzero()[:, 0].tolist() == [2, 3]
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_candidate_by_row_far_above_the_positive_overflows_nothing(dtype: torch.dtype) -> None:
+    """Logits from -300 to 300, the largest in the last of three steps."""
+    query = torch.linspace(-1, 1, 33)[:, None].to(dtype).requires_grad_()
+    table = torch.linspace(-300, 300, 41)[:, None].to(dtype).requires_grad_()
+    ids = torch.arange(33) % 41, torch.arange(40).expand(33, 40) + 1
+    losses = {}
+    for backend in ("triton", "eager"):
+        loss = dwl_kernels.indexed_sampled_softmax_loss(query, table, *ids, backend=backend)
+        losses[backend] = (loss, *torch.autograd.grad(loss, (query, table)))
+    for ours, theirs in zip(losses["triton"], losses["eager"], strict=True):
+        assert ours.isfinite().all()
+        torch.testing.assert_close(ours.float(), theirs.float(), rtol=0.01, atol=0.01)
 
 
 def test_wide_embeddings_are_refused_with_the_mend() -> None:
