@@ -236,7 +236,7 @@ std::tuple<Tensor, Tensor> table_gradient(const Tensor& source, at::TensorList i
       values = source.new_empty({compact ? count : table_rows, dim}, dtype);
       distinct = ids[0].new_empty({compact ? count : 0});
       return dwl::TableRows<S>{static_cast<S*>(values.mutable_data_ptr()),
-                               compact ? distinct.mutable_data_ptr<int64_t>() : nullptr};
+                               compact ? distinct.mutable_data_ptr<int64_t>() : nullptr, compact};
     });
   });
   return {values, distinct};

@@ -69,12 +69,13 @@ struct TableGradient {
   int num_pieces;
 };
 
-// Where the sums go: to all V rows of `values`, or with `ids` to as many rows as there are
-// different ids, which are listed in rising order.
+// Where the sums go: to all V rows of `values`, or where that is `compact` to as many rows as there
+// are different ids, which are listed in rising order.
 template <typename S>
 struct TableRows {
   S* values;     // [V, D] or [number of different ids, D]
   int64_t* ids;  // [number of different ids], or null
+  bool compact;
 };
 
 // Sums by id in a fixed order; every row is written once, and rows without a place get zeros.

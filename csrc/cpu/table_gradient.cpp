@@ -148,7 +148,7 @@ void sum_by_id(const TableGradient<T>& p, int threads,
   for (int part = 0; part < team; ++part) ranks[part + 1] += ranks[part];
 
   const TableRows<S> out = allocate(ranks[team]);
-  const bool dense = out.ids == nullptr;
+  const bool dense = !out.compact;
   std::unique_ptr<T[]> sums(new T[size_t(team) * dim]);
   in_parallel(team, [&](int part) {
     T* sum = sums.get() + part * dim;
