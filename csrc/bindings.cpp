@@ -37,8 +37,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sampled_softmax(
     const optional<Tensor>& positive_log_q, const optional<Tensor>& candidate_log_q,
     const optional<Tensor>& score, const optional<Tensor>& shift,
     const optional<Tensor>& positive_ids, const optional<Tensor>& candidate_ids,
-    const optional<Tensor>& active, bool refined, bool want_query, bool want_positive,
-    bool want_candidates, bool want_log_q) {
+    const optional<Tensor>& skip_below, const optional<Tensor>& active, bool refined,
+    bool want_query, bool want_positive, bool want_candidates, bool want_log_q) {
   TORCH_CHECK(query.dim() == 2 && candidates.dim() == 2, "query and candidates must be matrices");
   const int64_t rows = query.size(0), n = candidates.size(0), dim = query.size(1);
   constexpr int64_t kMost = std::numeric_limits<int>::max() - 1;  // of the BLAS interface
@@ -61,6 +61,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sampled_softmax(
   check(shift, "shift", {rows}, dtype);
   check(positive_ids, "positive_ids", {rows}, at::kLong);
   check(candidate_ids, "candidate_ids", {n}, at::kLong);
+  check(skip_below, "skip_below", {rows}, dtype);
   check(active, "active", {rows}, at::kBool);
   if (target.has_value() && rows > 0) {
     const auto [low, high] = target->aminmax();
@@ -98,6 +99,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sampled_softmax(
     problem.shift = data<T>(shift);
     problem.positive_ids = data<int64_t>(positive_ids);
     problem.candidate_ids = data<int64_t>(candidate_ids);
+    problem.skip_below = data<T>(skip_below);
     problem.active = data<bool>(active);
     problem.refined = refined;
     dwl::Gradients<T> gradients{};
@@ -248,9 +250,9 @@ TORCH_LIBRARY(dwl_kernels_native, library) {
   library.def(
       "sampled_softmax(Tensor query, Tensor? positive, Tensor candidates, Tensor? target, "
       "Tensor tau, Tensor coefficient, Tensor? positive_log_q, Tensor? candidate_log_q, "
-      "Tensor? score, Tensor? shift, Tensor? positive_ids, Tensor? candidate_ids, Tensor? active, "
-      "bool refined, bool want_query, bool want_positive, bool want_candidates, bool want_log_q) "
-      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+      "Tensor? score, Tensor? shift, Tensor? positive_ids, Tensor? candidate_ids, "
+      "Tensor? skip_below, Tensor? active, bool refined, bool want_query, bool want_positive, "
+      "bool want_candidates, bool want_log_q) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
       {at::Tag::pt2_compliant_tag});
   library.def(
       "indexed_softmax(Tensor query, Tensor table, Tensor positive_ids, Tensor candidate_ids, "

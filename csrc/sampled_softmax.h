@@ -24,6 +24,7 @@ struct Problem {
   const T* candidate_log_q;      // [N], nats, or null
   const int64_t* positive_ids;   // [B], or null; a candidate of the same id is a hit
   const int64_t* candidate_ids;  // [N], or null
+  const T* skip_below;           // [B], or null; blocks of pairs of smaller p_ij may be left out
   const bool* active;            // [B], or null: false marks padding, never read or written
   bool refined;                  // correction of arXiv 2507.09331 instead of the standard one
 

@@ -63,7 +63,7 @@ def test_native_op_passes_opcheck() -> None:
     ids = torch.arange(9), torch.arange(5)
     log_q, dual = (torch.randn(9), torch.randn(5)), (torch.randn(9, 4), torch.randn(9))
     rows = (torch.rand(9) + 0.1, torch.rand(9))
-    optional = (*log_q, *dual, *ids, torch.arange(9) > 2)
+    optional = (*log_q, *dual, *ids, torch.rand(9), torch.arange(9) > 2)
     for wanted in ((True,) * 4, (False,) * 4):
         arguments = (query, positive, candidates, None, *rows, *optional, False, *wanted)
         torch.library.opcheck(torch.ops.dwl_kernels_native.sampled_softmax.default, arguments)

@@ -67,7 +67,6 @@ template <typename T, typename S>
 void indexed_softmax_cpu(const IndexedProblem<T, S>& p, const IndexedGradients<T>& out,
                          int threads) {
   const int64_t n = p.candidates, dim = p.dim;
-  const bool gradients = out.query != nullptr || out.candidate != nullptr;
   std::vector<int64_t> rows;  // the active ones
   rows.reserve(p.rows);
   for (int64_t i = 0; i < p.rows; ++i) {
@@ -107,7 +106,12 @@ void indexed_softmax_cpu(const IndexedProblem<T, S>& p, const IndexedGradients<T
       row.positive_log_q = p.positive_log_q + i;
       if (!p.refined) row.z_positive -= p.positive_log_q[i];
     }
-    const RowResult<T> result = softmax_row(row, s, n, gradients);
+    const T inverse = T(1) / row.tau;
+    T m = row_max(s, n) * inverse;
+    if (!p.refined) m = std::max(m, row.z_positive);
+    const T sum = row_exp<T>(s, inverse, nullptr, finite_reference(m), n);
+    const RowResult<T> result = finish_row(row, m, sum);
+    if (result.scale == 0) std::fill(s, s + n, T(0));
     out.row_loss[i] = result.loss;
     if (out.query != nullptr) {
       T* d_query = out.query + i * dim;

@@ -12,10 +12,11 @@ namespace dwl {
 template <typename T>
 constexpr T kInfinity = std::numeric_limits<T>::infinity();
 
-// exp(x) for x <= 0 to one unit in the last place, in a form that compilers vectorise:
+// exp(min(x, 80)) to one unit in the last place, in a form that compilers vectorise:
 // x = n ln 2 + r, a polynomial for exp(r), and n added to the exponent bits.
-inline float exp_nonpositive(float x) {
+inline float bounded_exp(float x) {
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  x = x > 80.0f ? 80.0f : x;
   const float t = x * 1.44269504f + kRound;
   const float n = t - kRound;
   float r = x - n * 0.693359375f;
@@ -34,7 +35,7 @@ inline float exp_nonpositive(float x) {
   std::memcpy(&result, &bits, sizeof result);
   return x < -87.0f ? 0.0f : result;  // also exp(-inf); NaN stays NaN
 }
-inline double exp_nonpositive(double x) {
+inline double bounded_exp(double x) {
   return std::exp(x);
 }
 
@@ -46,17 +47,21 @@ T row_max(const T* s, int64_t n) {
   return top;
 }
 
-// s <- exp(s scale - m); returns the sum.
+// s <- exp(s scale + bias - m), bias [n] or null; returns the sum.
 template <typename T>
-T row_exp(T* s, T scale, T m, int64_t n) {
-  T sum = 0;
+T row_exp(T* s, T scale, const T* bias, T m, int64_t n) {
+  const auto each = [&](auto bias_of) {
+    T sum = 0;
 #pragma omp simd reduction(+ : sum)
-  for (int64_t j = 0; j < n; ++j) {
-    const T e = exp_nonpositive(s[j] * scale - m);
-    s[j] = e;
-    sum += e;
-  }
-  return sum;
+    for (int64_t j = 0; j < n; ++j) {
+      const T e = bounded_exp(s[j] * scale + (bias_of(j) - m));
+      s[j] = e;
+      sum += e;
+    }
+    return sum;
+  };
+  if (bias != nullptr) return each([bias](int64_t j) { return bias[j]; });
+  return each([](int64_t) { return T(0); });
 }
 
 template <typename T>
@@ -67,11 +72,10 @@ T dot(const T* a, const T* b, int64_t n) {
   return sum;
 }
 
-// A row of logits z_j = s_j / tau + shift, beside them.
+// A row, beside its logits.
 template <typename T>
 struct Row {
   T tau;
-  T shift;
   T coefficient;            // a_i / r_i
   T z_positive;             // corrected by log-Q unless refined
   const T* positive_log_q;  // [1], or null
@@ -83,20 +87,23 @@ struct Row {
 template <typename T>
 struct RowResult {
   T loss;      // r_i l_i
+  T total;     // sum_i of e, with that of the positive where it competes
   T scale;     // a_i / (tau_i sum_i): times e_ij it is dL/ds_ij
   T positive;  // dL/dz_i+ / tau_i
 };
 
-// Turns the products `s` [n] into e = exp(z - m), in place; m is the row's maximum.
+// exp(z - m) of a row that is -inf throughout is 0, not NaN.
 template <typename T>
-RowResult<T> softmax_row(const Row<T>& row, T* s, int64_t n, bool gradients) {
-  const T inverse = T(1) / row.tau, z_positive = row.z_positive;
-  T m = row_max(s, n) * inverse + row.shift;
-  if (!row.refined) m = std::max(m, z_positive);
-  const bool infinite = std::isinf(m);
-  // exp(z - m) of a row that is -inf throughout is 0, not NaN.
-  const double sum = row_exp(s, inverse, m == -kInfinity<T> ? T(0) : m - row.shift, n);
+T finite_reference(T m) {
+  return m == -kInfinity<T> ? T(0) : m;
+}
 
+// The result of a row whose candidates have e_j = exp(z_j - m), with their sum. Where it says
+// `scale` 0, as for a row of weight zero, e has to be taken as 0 too: it may have overflowed.
+template <typename T>
+RowResult<T> finish_row(const Row<T>& row, T m, double sum) {
+  const T z_positive = row.z_positive;
+  const bool infinite = std::isinf(m);
   double a = row.coefficient;
   double loss, d_positive, total;
   if (row.refined) {
@@ -120,10 +127,8 @@ RowResult<T> softmax_row(const Row<T>& row, T* s, int64_t n, bool gradients) {
       d_positive = -a * (sum / total);
     }
   }
-  RowResult<T> result{static_cast<T>(loss), 0, 0};
-  if (a == 0) {  // exact zeros, also where e overflowed
-    if (gradients) std::fill(s, s + n, T(0));
-  } else {
+  RowResult<T> result{static_cast<T>(loss), static_cast<T>(total), 0, 0};
+  if (a != 0) {
     result.scale = static_cast<T>(a / (row.tau * (infinite ? 1.0 : total)));
     result.positive = static_cast<T>(d_positive / row.tau);
   }

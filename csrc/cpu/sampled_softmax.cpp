@@ -1,315 +1,386 @@
-// The CPU kernel. A thread owns a range of rows and takes them in blocks whose logits S [b, N] stay
-// in its cache from the forward to the backward, so that nothing is computed twice:
+// The CPU kernel. All threads work on the same block of rows, each on its own part of the
+// candidates, in tiles whose S stays in the core's cache:
 //
-//   S  = q c^T - tau log Q               product 1, through the BLAS that PyTorch ships
-//   e  = exp(S / tau - m)                in place; m is the row's maximum, sum its total
-//   dq = diag(a / (tau sum)) e c         product 2
-//   dc += e^T diag(a / (tau sum)) q      product 3, into the thread's own dc
+//   S   = q c^T                             product 1, through the BLAS that PyTorch ships
+//   e   = exp(S / tau - log Q - m)          in place, and its sum by row
+//   dq += e c                               product 2, of this part of the candidates
+//   -- the parts wait for each other, then add their sums up to the rows' totals
+//   dc += e^T diag(a / (tau total)) q       product 3, the tiles once more; no other part's columns
 //
-// The row coefficient scales the small matrices q and dq, never S. Hits are found by looking the
+// so that nothing is computed twice, and what is kept is e of one block. The reference m is the
+// logit of the positive: no pass for a maximum has to come first. A block where that is too far off
+// is done again with the true maxima.
+//
+// The row coefficient scales the small matrices q and dq, never e. Hits are found by looking the
 // row's id up among the sorted candidate ids, so they cost nothing per element either. Padded rows
-// are left out when a block is gathered. At the end the threads' dc are added in their order.
+// are left out when a block is gathered. Where there are fewer candidates than make a part for
+// every thread, groups of threads take ranges of rows, and their dc are added in their order.
 
 #include "../sampled_softmax.h"
 
 #include <algorithm>
 #include <cmath>
 #include <memory>
-#include <type_traits>
 #include <utility>
 #include <vector>
 
+#include "blas.h"
 #include "row.h"
-
-extern "C" {
-void sgemm_(const char*, const char*, const int*, const int*, const int*, const float*,
-            const float*, const int*, const float*, const int*, const float*, float*, const int*);
-void dgemm_(const char*, const char*, const int*, const int*, const int*, const double*,
-            const double*, const int*, const double*, const int*, const double*, double*,
-            const int*);
-#ifdef __linux__
-// MKL alone has these: a matrix that many products share is laid out for them once.
-[[gnu::weak]] size_t sgemm_pack_get_size_(const char*, const int*, const int*, const int*);
-[[gnu::weak]] void sgemm_pack_(const char*, const char*, const int*, const int*, const int*,
-                               const float*, const float*, const int*, float*);
-[[gnu::weak]] void sgemm_compute_(const char*, const char*, const int*, const int*, const int*,
-                                  const float*, const int*, const float*, const int*, const float*,
-                                  float*, const int*);
-#endif
-}
+#include "team.h"
 
 namespace dwl {
 namespace {
 
-// C = op(A) op(B) + beta C in the column-major order of BLAS.
-void gemm(char ta, char tb, int m, int n, int k, const float* a, int lda, const float* b, int ldb,
-          float beta, float* c, int ldc) {
-  const float one = 1;
-  sgemm_(&ta, &tb, &m, &n, &k, &one, a, &lda, b, &ldb, &beta, c, &ldc);
-}
-void gemm(char ta, char tb, int m, int n, int k, const double* a, int lda, const double* b, int ldb,
-          double beta, double* c, int ldc) {
-  const double one = 1;
-  dgemm_(&ta, &tb, &m, &n, &k, &one, a, &lda, b, &ldb, &beta, c, &ldc);
+// Whether exp(z - m) with this sum can stand where m is the logit of the positive and no maximum: a
+// sum far from 1 would take products with e, or with its reciprocal, out of the range of float32.
+template <typename T>
+bool trustworthy(const Row<T>& row, T m, double sum) {
+  constexpr double kFar = 0x1p64, kSmallest = 0x1p-100;
+  if (!std::isfinite(m) || !(sum < kFar) || (row.refined && sum < 1 / kFar)) return false;
+  const double a = std::abs(row.coefficient);
+  return a == 0 || a > kSmallest * row.tau * (1 + sum);
 }
 
-// The products of blocks of queries with all candidates, S = q c^T - tau log Q. Log-Q is one more
-// dimension, [q, tau] [c, -log Q]^T, so that it costs nothing per element afterwards.
 template <typename T>
-class Scores {
- public:
-  Scores(const Problem<T>& p, const std::vector<T>& bias, int64_t block)
-      : candidates_(p.candidate),
-        n_(static_cast<int>(p.candidates)),
-        width_(static_cast<int>(p.dim) + !bias.empty()) {
-    if (n_ == 0) return;
-    if (!bias.empty()) {
-      extended_.reset(new T[size_t(n_) * width_]);
-      for (int64_t j = 0; j < n_; ++j) {
-        std::copy_n(p.candidate + j * p.dim, p.dim, extended_.get() + j * width_);
-        extended_[j * width_ + p.dim] = bias[j];
-      }
-      candidates_ = extended_.get();
-    }
-#ifdef __linux__
-    // Packing the candidates once for all blocks saves a fifth of this product and gives bitwise
-    // the same (two AVX-512 cores, D = 64 and 128).
-    if constexpr (std::is_same_v<T, float>) {
-      if (sgemm_compute_ == nullptr) return;
-      const int height = static_cast<int>(block);
-      const float one = 1;
-      packed_.reset(new T[sgemm_pack_get_size_("A", &n_, &height, &width_) / sizeof(T) + 1]);
-      sgemm_pack_("A", "T", &n_, &height, &width_, &one, candidates_, &width_, packed_.get());
-      extended_.reset();
-    }
-#endif
+std::vector<int64_t> active_rows(const Problem<T>& p) {
+  std::vector<int64_t> rows;
+  for (int64_t i = 0; i < p.rows; ++i) {
+    if (p.active == nullptr || p.active[i]) rows.push_back(i);
   }
+  return rows;
+}
 
-  int64_t width() const { return width_; }
-
-  // query [rows, width], s [rows, N]
-  void operator()(const T* query, int rows, T* s) const {
-    if (n_ == 0) return;
-#ifdef __linux__
-    if constexpr (std::is_same_v<T, float>) {
-      if (packed_ != nullptr) {
-        const float zero = 0;
-        sgemm_compute_("P", "N", &n_, &rows, &width_, packed_.get(), &n_, query, &width_, &zero, s,
-                       &n_);
-        return;
+template <typename T>
+class Kernel {
+ public:
+  Kernel(const Problem<T>& p, const Gradients<T>& out, int threads)
+      : p_(p),
+        out_(out),
+        index_(p.candidate_ids, p.candidates),
+        candidate_gradient_(out.candidate != nullptr || out.candidate_log_q != nullptr),
+        late_(p.skip_below != nullptr),
+        team_(active_rows(p), p.candidates, p.dim, threads,
+              {candidate_gradient_ || late_, out.query != nullptr, late_}) {
+    const int64_t n = p.candidates, more = team_.groups() - 1;
+    padded_ = p.in_batch() ? p.rows - static_cast<int64_t>(team_.rows().size()) : 0;
+    if (p.candidate_log_q != nullptr || padded_ > 0) {
+      bias_.resize(n);
+      for (int64_t j = 0; j < n; ++j) {
+        bias_[j] = p.candidate_log_q != nullptr ? -p.candidate_log_q[j] : T(0);
+        if (padded_ > 0 && padding(j)) bias_[j] = -kInfinity<T>;
       }
     }
-#endif
-    gemm('T', 'N', n_, rows, width_, candidates_, width_, query, width_, T(0), s, n_);
+    if (out.candidate != nullptr && more > 0) dc_.reset(new T[more * n * p.dim]);
+    if (out.candidate_log_q != nullptr && more > 0) d_log_q_.reset(new T[more * n]);
   }
+
+  void run();
 
  private:
-  const T* candidates_;  // [N, width]
-  int n_, width_;
-  std::unique_ptr<T[]> extended_, packed_;
+  using Part = Worker<T>;
+  enum class Reference { kPositive, kMaximum };
+
+  void begin(Part& w, int64_t round);
+  void logits(Part& w, int64_t j0, int64_t j1, T* s, Reference reference);
+  void find_tops(Part& w);
+  void exponentials(Part& w, int64_t round, Reference reference);
+  void add_dq(Part& w, int64_t round, int64_t j0, int64_t columns, const T* e, int64_t width);
+  void finish_rows(Part& w, int64_t round);
+  bool counts(Part& w, int64_t tile, int64_t segment);
+  void products(Part& w, int64_t round);
+  void write_rows(Part& w, int64_t round);
+  void add_groups(int64_t j0, int64_t j1);
+
+  // Whether candidate j is the positive of a padded row.
+  bool padding(int64_t j) const {
+    return p_.in_batch() && p_.active != nullptr && j < p_.rows && !p_.active[j];
+  }
+  T shift(int64_t i) const { return p_.shift != nullptr ? p_.shift[i] : T(0); }
+  // Where a group adds its gradients up: the first straight in the output.
+  T* dc_of(int group) {
+    if (group == 0 || out_.candidate == nullptr) return out_.candidate;
+    return dc_.get() + (group - 1) * p_.candidates * p_.dim;
+  }
+  T* d_log_q_of(int group) {
+    if (group == 0 || out_.candidate_log_q == nullptr) return out_.candidate_log_q;
+    return d_log_q_.get() + (group - 1) * p_.candidates;
+  }
+
+  const Problem<T>& p_;
+  const Gradients<T>& out_;
+  const IdIndex index_;
+  const bool candidate_gradient_;
+  const bool late_;  // product 2 waits for the totals too, so that some can be left out
+  Team<T> team_;
+  int64_t padded_;       // positives of padded rows: in a batch they are nobody's candidates
+  std::vector<T> bias_;  // [N] -log Q_j, or empty
+  std::unique_ptr<T[]> dc_, d_log_q_;  // of the other groups, [groups - 1, N, D], [groups - 1, N]
 };
 
-// Candidates by id, sorted once per call.
-class IdIndex {
- public:
-  IdIndex(const int64_t* ids, int64_t n) {
-    if (ids == nullptr) return;
-    entries_.reserve(n);
-    for (int64_t j = 0; j < n; ++j) entries_.emplace_back(ids[j], j);
-    std::sort(entries_.begin(), entries_.end());
-  }
-  template <typename Visit>
-  void for_each(int64_t id, Visit visit) const {
-    auto it =
-        std::lower_bound(entries_.begin(), entries_.end(), std::pair<int64_t, int64_t>(id, 0));
-    for (; it != entries_.end() && it->first == id; ++it) visit(it->second);
-  }
-
- private:
-  std::vector<std::pair<int64_t, int64_t>> entries_;
-};
-
-// Turns row i's products `s` into e = exp(z - m), in place.
 template <typename T>
-RowResult<T> solve_row(const Problem<T>& p, int64_t i, T* s, const IdIndex& index,
-                       int64_t excluded_everywhere, bool gradients) {
-  const int64_t n = p.candidates;
-  int64_t count = n - excluded_everywhere;  // n_i of the refined correction
-  const auto exclude = [&](int64_t j) {
-    const bool padding = p.in_batch() && p.active != nullptr && j < p.rows && !p.active[j];
-    count -= !padding;
-    s[j] = -kInfinity<T>;
-  };
-  if (p.positive == nullptr) exclude(p.own(i));
-  if (p.positive_ids != nullptr) {
-    index.for_each(p.positive_ids[i], [&](int64_t j) {
-      if (p.positive != nullptr || j != p.own(i)) exclude(j);
+void Kernel<T>::run() {
+#pragma omp parallel num_threads(team_.size())
+  {
+    team_.each([&](Part& w) {
+      const int64_t count = w.last - w.first;
+      T *dc = dc_of(w.group), *d_log_q = d_log_q_of(w.group);
+      if (dc != nullptr) std::fill_n(dc + w.first * p_.dim, count * p_.dim, T(0));
+      if (d_log_q != nullptr) std::fill_n(d_log_q + w.first, count, T(0));
     });
+    for (int64_t round = 0; round < team_.rounds(); ++round) {
+      team_.each([&](Part& w) {
+        begin(w, round);
+        exponentials(w, round, Reference::kPositive);
+      });
+#pragma omp barrier
+      if (!team_.all_trusted(round)) {
+        team_.each([&](Part& w) { find_tops(w); });
+#pragma omp barrier
+        team_.each([&](Part& w) { exponentials(w, round, Reference::kMaximum); });
+#pragma omp barrier
+      }
+      team_.each([&](Part& w) {
+        finish_rows(w, round);
+        if (candidate_gradient_ || late_) products(w, round);
+      });
+      if (late_) {
+#pragma omp barrier
+      }
+      team_.each([&](Part& w) { write_rows(w, round); });
+    }
+    if (team_.groups() > 1 && candidate_gradient_) {
+#pragma omp barrier
+      team_.each([&](Part& w) {
+        const int64_t k = w.group * team_.parts() + w.part, n = p_.candidates;
+        add_groups(n * k / team_.size(), n * (k + 1) / team_.size());
+      });
+    }
   }
-  const T inverse = T(1) / p.tau[i];
-  T z_positive = dot(p.query + i * p.dim, p.positive_of(i), p.dim) * inverse;
-  if (!p.refined && p.positive_log_q != nullptr) z_positive -= p.positive_log_q[i];
-
-  Row<T> row{};
-  row.tau = p.tau[i];
-  row.shift = p.shift != nullptr ? p.shift[i] : T(0);
-  row.coefficient = p.coefficient[i];
-  row.z_positive = z_positive;
-  row.positive_log_q = p.positive_log_q != nullptr ? p.positive_log_q + i : nullptr;
-  row.count = count;
-  row.refined = p.refined;
-  return softmax_row(row, s, n, gradients);
 }
 
-// Rows of a block: enough that adding to dc costs little beside the product, few enough that S
-// stays near the core. 96 rows were best for N = 8,192 at D = 64 and 128 (two AVX-512 cores, 32 to
-// 192 tried); narrower and wider problems keep that size of S within bounds.
-int64_t block_rows(int64_t candidates) {
-  return std::clamp<int64_t>(96 * 8192 / std::max<int64_t>(candidates, 1) / 8 * 8, 32, 128);
+// The next block of rows: their queries, the logits of their positives.
+template <typename T>
+void Kernel<T>::begin(Part& w, int64_t round) {
+  const int64_t d = p_.dim;
+  team_.take_block(w, round);
+  for (size_t r = 0; r < w.row.size(); ++r) {
+    const int64_t i = w.row[r];
+    std::copy_n((p_.score != nullptr ? p_.score : p_.query) + i * d, d, w.query.get() + r * d);
+    Row<T>& row = w.rows[r];
+    row.tau = p_.tau[i];
+    row.coefficient = p_.coefficient[i];
+    row.z_positive = dot(p_.query + i * d, p_.positive_of(i), d) / row.tau;
+    row.positive_log_q = p_.positive_log_q != nullptr ? p_.positive_log_q + i : nullptr;
+    row.refined = p_.refined;
+    if (!p_.refined && p_.positive_log_q != nullptr) row.z_positive -= p_.positive_log_q[i];
+    if (!p_.refined) continue;
+    row.count = p_.candidates - padded_ - (p_.positive == nullptr);
+    if (p_.positive_ids == nullptr) continue;
+    const int64_t id = p_.positive_ids[i];
+    for (auto hit = index_.find(id, 0); hit != index_.end() && hit->first == id; ++hit) {
+      const int64_t j = hit->second;
+      row.count -= !padding(j) && (p_.positive != nullptr || j != p_.own(i));
+    }
+  }
+}
+
+// s [b, j1 - j0] = the products of the block with candidates [j0, j1), -inf where one is excluded.
+// With the maximum as reference they are finished logits z, because an infinite log-Q of an
+// excluded candidate would make NaN of -inf later.
+template <typename T>
+void Kernel<T>::logits(Part& w, int64_t j0, int64_t j1, T* s, Reference reference) {
+  const int width = static_cast<int>(j1 - j0), dim = static_cast<int>(p_.dim);
+  gemm('T', 'N', width, static_cast<int>(w.row.size()), dim, p_.candidate + j0 * dim, dim,
+       w.query.get(), dim, T(0), s, width);
+  for (size_t r = 0; r < w.row.size(); ++r, s += width) {
+    const int64_t i = w.row[r];
+    if (reference == Reference::kMaximum) {
+      const T inverse = T(1) / w.rows[r].tau;
+      for (int64_t j = j0; j < j1; ++j) {
+        s[j - j0] = s[j - j0] * inverse + shift(i) + (bias_.empty() ? T(0) : bias_[j]);
+      }
+    }
+    if (p_.positive == nullptr && p_.own(i) >= j0 && p_.own(i) < j1) {
+      s[p_.own(i) - j0] = -kInfinity<T>;
+    }
+    if (p_.positive_ids == nullptr) continue;
+    const int64_t id = p_.positive_ids[i];
+    auto& hit = w.hit[r];
+    if (j0 == w.first) hit = index_.find(id, j0);
+    for (; hit != index_.end() && hit->first == id && hit->second < j1; ++hit) {
+      s[hit->second - j0] = -kInfinity<T>;
+    }
+  }
+}
+
+template <typename T>
+void Kernel<T>::find_tops(Part& w) {
+  std::fill(w.top.begin(), w.top.end(), -kInfinity<T>);
+  team_.for_tiles(w, [&](int64_t j0, int64_t j1, int64_t, T* s) {
+    logits(w, j0, j1, s, Reference::kMaximum);
+    for (size_t r = 0; r < w.row.size(); ++r) {
+      w.top[r] = std::max(w.top[r], row_max(s + r * (j1 - j0), j1 - j0));
+    }
+  });
+}
+
+// e of the block, its sums and, unless that waits for the totals, product 2.
+template <typename T>
+void Kernel<T>::exponentials(Part& w, int64_t round, Reference reference) {
+  const int64_t rows = static_cast<int64_t>(w.row.size());
+  Report<T>& report = w.report(round);
+  std::fill(report.sum.begin(), report.sum.end(), 0.0);
+  if (out_.query != nullptr) std::fill_n(report.dq.get(), rows * p_.dim, T(0));
+  for (int64_t r = 0; r < rows; ++r) {
+    w.m[r] = w.rows[r].z_positive;
+    if (reference == Reference::kMaximum) {
+      if (p_.refined) w.m[r] = -kInfinity<T>;
+      for (int k = 0; k < team_.parts(); ++k) w.m[r] = std::max(w.m[r], team_.mate(w, k).top[r]);
+    }
+  }
+  team_.for_tiles(w, [&](int64_t j0, int64_t j1, int64_t tile, T* e) {
+    const int64_t width = j1 - j0;
+    logits(w, j0, j1, e, reference);
+    for (int64_t r = 0; r < rows; ++r) {
+      T* own = e + r * width;
+      if (reference == Reference::kMaximum) {
+        report.sum[r] += row_exp<T>(own, T(1), nullptr, finite_reference(w.m[r]), width);
+      } else {
+        const T* bias = bias_.empty() ? nullptr : bias_.data() + j0;
+        const T m = w.m[r] - shift(w.row[r]);
+        report.sum[r] += row_exp(own, T(1) / w.rows[r].tau, bias, m, width);
+      }
+      if (!late_) continue;
+      for (int64_t k = 0; k < width; k += kSegment) {
+        const T top = row_max(own + k, std::min(kSegment, width - k));
+        team_.segment_top(w, tile, k / kSegment)[r] = top;
+      }
+    }
+    if (out_.query != nullptr && !late_) add_dq(w, round, j0, width, e, width);
+  });
+  report.trusted = true;
+  for (int64_t r = 0; r < rows; ++r) {
+    report.trusted &= trustworthy(w.rows[r], w.m[r], report.sum[r]);
+  }
+}
+
+// dq += e c over some columns of a tile [b, width], from candidate j0 on.
+template <typename T>
+void Kernel<T>::add_dq(Part& w, int64_t round, int64_t j0, int64_t columns, const T* e,
+                       int64_t width) {
+  const int dim = static_cast<int>(p_.dim);
+  gemm('N', 'N', dim, static_cast<int>(w.row.size()), static_cast<int>(columns),
+       p_.candidate + j0 * dim, dim, e, static_cast<int>(width), T(1), w.report(round).dq.get(),
+       dim);
+}
+
+// The totals of the rows and what follows from them.
+template <typename T>
+void Kernel<T>::finish_rows(Part& w, int64_t round) {
+  const int64_t d = p_.dim;
+  for (size_t r = 0; r < w.row.size(); ++r) {
+    double sum = 0;
+    for (int k = 0; k < team_.parts(); ++k) sum += team_.mate(w, k).report(round).sum[r];
+    w.results[r] = finish_row(w.rows[r], w.m[r], sum);
+    const T scale = w.results[r].scale;
+    const T* query = p_.query + w.row[r] * d;
+    for (int64_t k = 0; k < d; ++k) w.scaled[r * d + k] = scale == 0 ? T(0) : scale * query[k];
+  }
+}
+
+// Whether some probability of a segment reaches the threshold of its row.
+template <typename T>
+bool Kernel<T>::counts(Part& w, int64_t tile, int64_t segment) {
+  const T* top = team_.segment_top(w, tile, segment);
+  for (size_t r = 0; r < w.row.size(); ++r) {
+    // Not below, rather than at least: NaN counts.
+    if (!(top[r] < p_.skip_below[w.row[r]] * w.results[r].total)) return true;
+  }
+  return false;
+}
+
+// Product 3 and the gradient of log-Q, over all tiles or what the threshold leaves of them.
+template <typename T>
+void Kernel<T>::products(Part& w, int64_t round) {
+  const int64_t rows = static_cast<int64_t>(w.row.size()), d = p_.dim;
+  const int dim = static_cast<int>(d), height = static_cast<int>(rows);
+  T *dc = dc_of(w.group), *d_log_q = d_log_q_of(w.group);
+  team_.for_tiles(w, [&](int64_t j0, int64_t j1, int64_t tile, T* e) {
+    const int64_t width = j1 - j0;
+    for (int64_t r = 0; r < rows; ++r) {
+      if (w.results[r].scale == 0) std::fill_n(e + r * width, width, T(0));
+    }
+    // Runs of segments that count; everything is one run where nothing is left out.
+    for (int64_t k = 0, end; k < width; k = end) {
+      const bool counting = !late_ || counts(w, tile, k / kSegment);
+      end = late_ ? std::min(k + kSegment, width) : width;
+      while (end < width && counts(w, tile, end / kSegment) == counting) {
+        end = std::min(end + kSegment, width);
+      }
+      if (!counting) continue;
+      if (late_ && out_.query != nullptr) add_dq(w, round, j0 + k, end - k, e + k, width);
+      if (dc != nullptr) {
+        gemm('N', 'T', dim, static_cast<int>(end - k), height, w.scaled.get(), dim, e + k,
+             static_cast<int>(width), T(1), dc + (j0 + k) * d, dim);
+      }
+      for (int64_t r = 0; d_log_q != nullptr && r < rows; ++r) {
+        const T scale = w.results[r].scale * w.rows[r].tau;
+        const T* own = e + r * width;
+#pragma omp simd
+        for (int64_t j = k; j < end; ++j) d_log_q[j0 + j] -= scale * own[j];
+      }
+    }
+  });
+  for (int64_t r = 0; p_.positive == nullptr && r < rows; ++r) {
+    const int64_t j = p_.own(w.row[r]);
+    if (j < w.first || j >= w.last) continue;
+    const T scale = w.results[r].positive;
+    const T* query = p_.query + w.row[r] * d;
+    for (int64_t k = 0; dc != nullptr && k < d; ++k) dc[j * d + k] += scale * query[k];
+    if (d_log_q != nullptr) d_log_q[j] -= scale * w.rows[r].tau;
+  }
+}
+
+// The losses and gradients by row, of the rows of a block that fall to this worker.
+template <typename T>
+void Kernel<T>::write_rows(Part& w, int64_t round) {
+  const int64_t rows = static_cast<int64_t>(w.row.size()), d = p_.dim;
+  const int parts = team_.parts();
+  const int64_t last = rows * (w.part + 1) / parts;
+  for (int64_t r = rows * w.part / parts; r < last; ++r) {
+    const int64_t i = w.row[r];
+    const RowResult<T>& result = w.results[r];
+    out_.row_loss[i] = result.loss;
+    const T *query = p_.query + i * d, *positive = p_.positive_of(i);
+    for (int64_t k = 0; out_.query != nullptr && k < d; ++k) {
+      T sum = 0;
+      for (int part = 0; part < parts && result.scale != 0; ++part) {
+        sum += team_.mate(w, part).report(round).dq[r * d + k];
+      }
+      out_.query[i * d + k] = result.scale * sum + result.positive * positive[k];
+    }
+    for (int64_t k = 0; out_.positive != nullptr && k < d; ++k) {
+      out_.positive[i * d + k] = result.positive * query[k];
+    }
+  }
+}
+
+// Adds the gradients of candidates [j0, j1) from all groups, in their order.
+template <typename T>
+void Kernel<T>::add_groups(int64_t j0, int64_t j1) {
+  const int64_t d = p_.dim;
+  for (int group = 1; group < team_.groups(); ++group) {
+    const T *dc = dc_of(group), *d_log_q = d_log_q_of(group);
+    for (int64_t k = j0 * d; dc != nullptr && k < j1 * d; ++k) out_.candidate[k] += dc[k];
+    for (int64_t j = j0; d_log_q != nullptr && j < j1; ++j) out_.candidate_log_q[j] += d_log_q[j];
+  }
 }
 
 }  // namespace
 
 template <typename T>
-void sampled_softmax_cpu(const Problem<T>& p, const Gradients<T>& out, int threads) {
-  const int64_t n = p.candidates, d = p.dim;
-  const int dim = static_cast<int>(d), columns = static_cast<int>(n);
-  const bool gradients =
-      out.query != nullptr || out.candidate != nullptr || out.candidate_log_q != nullptr;
-  const IdIndex index(p.candidate_ids, n);
-
-  std::vector<int64_t> rows;  // the active ones
-  rows.reserve(p.rows);
-  for (int64_t i = 0; i < p.rows; ++i) {
-    if (p.active == nullptr || p.active[i]) rows.push_back(i);
-  }
-  const int64_t num_rows = static_cast<int64_t>(rows.size());
-  // In a batch, the positives of padded rows are nobody's candidates.
-  const int64_t padded = p.in_batch() ? p.rows - num_rows : 0;
-  std::vector<T> bias;  // -log Q_j
-  if (p.candidate_log_q != nullptr || padded > 0) {
-    bias.resize(n);
-    for (int64_t j = 0; j < n; ++j) {
-      bias[j] = p.candidate_log_q != nullptr ? -p.candidate_log_q[j] : T(0);
-      if (padded > 0 && j < p.rows && !p.active[j]) bias[j] = -kInfinity<T>;
-    }
-  }
-
-  const int64_t block = block_rows(n);
-  const int team = static_cast<int>(std::clamp<int64_t>(num_rows / 16, 1, threads));
-  const Scores<T> scores(p, bias, block);
-  const int64_t width = scores.width();
-  // Each thread's dc; the first adds straight into the output, unless the gradient of log-Q, one
-  // more column, comes along.
-  const bool bias_gradient = out.candidate_log_q != nullptr;
-  const bool candidate_gradient = out.candidate != nullptr || bias_gradient;
-  const int64_t dc_width = bias_gradient ? width : d;
-  const int direct = bias_gradient ? 0 : 1;
-  std::unique_ptr<T[]> partial;
-  if (candidate_gradient && team > direct) {
-    partial.reset(new T[size_t(team - direct) * n * dc_width]);
-  }
-  const auto dc_of = [&](int part) -> T* {
-    if (!candidate_gradient) return nullptr;
-    return part < direct ? out.candidate : partial.get() + size_t(part - direct) * n * dc_width;
-  };
-
-  // Allocated out here, because an exception must not leave the parallel region.
-  const int64_t step = std::min<int64_t>(block, num_rows);
-  struct Scratch {
-    std::unique_ptr<T[]> s, q, dq;  // [b, N], [b, width] the query, then scaled, [b, D]
-    std::vector<RowResult<T>> results;
-  };
-  std::vector<Scratch> scratch(team);
-  for (Scratch& own : scratch) {
-    own = {std::unique_ptr<T[]>(new T[step * n]), std::unique_ptr<T[]>(new T[step * width]),
-           std::unique_ptr<T[]>(new T[step * d]), std::vector<RowResult<T>>(step)};
-  }
-
-  // Rows [first, last) of the active ones, in blocks of about equal size.
-  const auto solve_rows = [&](int64_t first, int64_t last, Scratch& own, T* dc) {
-    if (dc != nullptr) std::fill(dc, dc + n * dc_width, T(0));
-    auto& [s, q, dq, results] = own;
-    const int64_t blocks = (last - first + block - 1) / block;
-    for (int64_t number = 0; number < blocks; ++number) {
-      const int64_t start = first + (last - first) * number / blocks;
-      const int64_t b = first + (last - first) * (number + 1) / blocks - start;
-      const int height = static_cast<int>(b);
-      for (int64_t r = 0; r < b; ++r) {
-        const int64_t i = rows[start + r];
-        std::copy_n((p.score != nullptr ? p.score : p.query) + i * d, d, q.get() + r * width);
-        if (width > d) q[r * width + d] = p.tau[i];
-      }
-      scores(q.get(), height, s.get());
-      for (int64_t r = 0; r < b; ++r) {
-        const int64_t i = rows[start + r];
-        results[r] = solve_row(p, i, s.get() + r * n, index, padded, gradients);
-        out.row_loss[i] = results[r].loss;
-      }
-      if (out.query != nullptr) {
-        if (n > 0) {
-          gemm('N', 'N', dim, height, columns, p.candidate, dim, s.get(), columns, T(0), dq.get(),
-               dim);
-        } else {
-          std::fill(dq.get(), dq.get() + b * d, T(0));
-        }
-        for (int64_t r = 0; r < b; ++r) {
-          const int64_t i = rows[start + r];
-          const T* positive = p.positive_of(i);
-          for (int64_t k = 0; k < d; ++k) {
-            out.query[i * d + k] =
-                results[r].scale * dq[r * d + k] + results[r].positive * positive[k];
-          }
-        }
-      }
-      for (int64_t r = 0; r < b; ++r) {
-        const int64_t i = rows[start + r];
-        const T* query = p.query + i * d;
-        if (out.positive != nullptr) {
-          for (int64_t k = 0; k < d; ++k) out.positive[i * d + k] = results[r].positive * query[k];
-        }
-        if (dc != nullptr) {
-          for (int64_t k = 0; k < d; ++k) q[r * width + k] = results[r].scale * query[k];
-          if (bias_gradient) q[r * width + d] = results[r].scale * p.tau[i];
-          if (p.positive == nullptr) {
-            T* own = dc + p.own(i) * dc_width;
-            for (int64_t k = 0; k < d; ++k) own[k] += results[r].positive * query[k];
-            if (bias_gradient) own[d] += results[r].positive * p.tau[i];
-          }
-        }
-      }
-      if (dc != nullptr && n > 0) {
-        const int all = static_cast<int>(dc_width);
-        gemm('N', 'T', all, columns, height, q.get(), static_cast<int>(width), s.get(), columns,
-             T(1), dc, all);
-      }
-    }
-  };
-
-#pragma omp parallel num_threads(team)
-  {
-    // A team may come out smaller than asked for: the ranges are dealt out, not assumed.
-#pragma omp for schedule(static, 1)
-    for (int part = 0; part < team; ++part) {
-      solve_rows(num_rows * part / team, num_rows * (part + 1) / team, scratch[part], dc_of(part));
-    }
-    if (candidate_gradient) {
-#pragma omp for schedule(static)
-      for (int64_t j = 0; j < n; ++j) {
-        for (int part = 0; part < team; ++part) {
-          const T* dc = dc_of(part) + j * dc_width;
-          if (out.candidate != nullptr && dc != out.candidate + j * d) {
-            T* target = out.candidate + j * d;
-            for (int64_t k = 0; k < d; ++k) target[k] = part == 0 ? dc[k] : target[k] + dc[k];
-          }
-          if (bias_gradient) {
-            T* target = out.candidate_log_q + j;
-            *target = (part == 0 ? T(0) : *target) - dc[d];
-          }
-        }
-      }
-    }
-  }
+void sampled_softmax_cpu(const Problem<T>& problem, const Gradients<T>& gradients, int threads) {
+  Kernel<T>(problem, gradients, threads).run();
 }
 
 template void sampled_softmax_cpu<float>(const Problem<float>&, const Gradients<float>&, int);

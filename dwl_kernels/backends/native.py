@@ -73,6 +73,7 @@ def solve(
         *(_contiguous(t) for t in (eager.log_q_of_positives(problem), problem.candidate_log_q)),
         *(_contiguous(t) for t in (score, shift)),
         *(_contiguous(t, torch.int64) for t in (problem.positive_ids, problem.candidate_ids)),
+        problem.skippable_below(weights),
         weights.active,
         problem.correction == "refined",
         wanted.query or wanted.temperature,

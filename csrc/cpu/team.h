@@ -1,0 +1,178 @@
+// How the threads of a call share rows and candidates. A worker has a part of the candidates, which
+// it takes in tiles, and with the others of its group a range of rows, taken in blocks. All groups
+// have the same number of blocks, so that everybody waits for everybody by one barrier.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include "row.h"
+
+namespace dwl {
+
+// Measured for N = 8,192 and 65,536 at D = 64 and 128 on two AVX-512 cores: tiles of 256 to 2,048
+// candidates and blocks of 64 to 256 rows are within 5% of these. Blocks are shorter where 128 rows
+// would be more than 3% of all: e of a block has to be small beside the logits of the problem.
+constexpr int64_t kTile = 512, kMostRows = 128, kLeastRows = 64;
+constexpr int64_t kPart = 1024;    // candidates that are worth a thread of their own
+constexpr int64_t kSegment = 128;  // candidates whose gradients are left out together
+
+// Candidates by id, sorted once per call.
+class IdIndex {
+ public:
+  using Entry = std::pair<int64_t, int64_t>;  // id, candidate
+  IdIndex(const int64_t* ids, int64_t n) {
+    if (ids == nullptr) return;
+    entries_.reserve(n);
+    for (int64_t j = 0; j < n; ++j) entries_.emplace_back(ids[j], j);
+    std::sort(entries_.begin(), entries_.end());
+  }
+  // The first entry of `id` at candidate `first` or after it; the others follow.
+  const Entry* find(int64_t id, int64_t first) const {
+    const auto entry = std::lower_bound(entries_.begin(), entries_.end(), Entry(id, first));
+    return entries_.data() + (entry - entries_.begin());
+  }
+  const Entry* end() const { return entries_.data() + entries_.size(); }
+
+ private:
+  std::vector<Entry> entries_;
+};
+
+// What a worker tells the others of its group about a block of rows.
+template <typename T>
+struct Report {
+  std::vector<double> sum;  // [b] of e over its candidates
+  std::unique_ptr<T[]> dq;  // [b, D] e c over its candidates
+  bool trusted;             // whether e can stand with this reference
+};
+
+template <typename T>
+struct Worker {
+  int group, part;
+  int64_t first, last;                     // its candidates
+  int64_t tile;                            // at most so many at once
+  std::vector<int64_t> row;                // [b] the rows of the block
+  std::vector<Row<T>> rows;                // [b]
+  std::vector<T> m;                        // [b] references
+  std::vector<T> top;                      // [b] largest logits of its candidates
+  std::vector<const IdIndex::Entry*> hit;  // [b] the next hit
+  std::vector<RowResult<T>> results;       // [b]
+  std::unique_ptr<T[]> query, scaled;      // [b, D] what scores; q times the scale of the row
+  std::unique_ptr<T[]> e;                  // [tiles, b, tile], or of one tile
+  std::vector<T> segment_top;              // [tiles, segments, b] largest e, or empty
+  // By turns, so that a worker may begin a block before the others have read the last report.
+  Report<T> reports[2];
+
+  Report<T>& report(int64_t round) { return reports[round % 2]; }
+  const Report<T>& report(int64_t round) const { return reports[round % 2]; }
+};
+
+// What the workers need memory for.
+struct Needs {
+  bool all_e;         // of a block; else of one tile
+  bool dq;            // gradients of the queries
+  bool segment_tops;  // to leave segments out
+};
+
+template <typename T>
+class Team {
+ public:
+  // Everything is allocated here, because an exception must not leave a parallel region.
+  Team(std::vector<int64_t> rows, int64_t candidates, int64_t dim, int threads, Needs needs)
+      : rows_(std::move(rows)), needs_(needs) {
+    const int64_t num_rows = static_cast<int64_t>(rows_.size());
+    parts_ = static_cast<int>(std::clamp<int64_t>(candidates / kPart, 1, threads));
+    while (threads % parts_ != 0) --parts_;
+    groups_ = static_cast<int>(std::clamp<int64_t>(num_rows / 16, 1, threads / parts_));
+    const int64_t most = std::clamp<int64_t>(num_rows / 32, kLeastRows, kMostRows);
+    const int64_t group_rows = (num_rows + groups_ - 1) / groups_;
+    rounds_ = (group_rows + most - 1) / most;
+    block_ = rounds_ == 0 ? 0 : (group_rows + rounds_ - 1) / rounds_;
+    workers_.resize(groups_ * parts_);
+    for (int k = 0; k < size(); ++k) {
+      Worker<T>& w = workers_[k];
+      w.group = k / parts_;
+      w.part = k % parts_;
+      const auto bound = [&](int64_t part) {
+        return part == parts_ ? candidates : candidates * part / parts_ / 16 * 16;
+      };
+      w.first = bound(w.part);
+      w.last = bound(w.part + 1);
+      const int64_t tiles = (w.last - w.first + kTile - 1) / kTile;
+      w.tile = tiles == 0 ? 0 : (w.last - w.first + tiles - 1) / tiles;
+      w.e.reset(new T[(needs.all_e ? tiles : std::min<int64_t>(tiles, 1)) * block_ * w.tile]);
+      if (needs.segment_tops) w.segment_top.resize(tiles * (kTile / kSegment) * block_);
+      w.query.reset(new T[block_ * dim]);
+      w.scaled.reset(new T[block_ * dim]);
+      w.row.reserve(block_);
+      w.rows.resize(block_);
+      w.m.resize(block_);
+      w.top.resize(block_);
+      w.hit.resize(block_);
+      w.results.resize(block_);
+      for (Report<T>& report : w.reports) {
+        report.sum.resize(block_);
+        if (needs.dq) report.dq.reset(new T[block_ * dim]);
+      }
+    }
+  }
+
+  int size() const { return groups_ * parts_; }
+  int parts() const { return parts_; }
+  int groups() const { return groups_; }
+  int64_t rounds() const { return rounds_; }
+  const std::vector<int64_t>& rows() const { return rows_; }
+  Worker<T>& mate(const Worker<T>& w, int part) { return workers_[w.group * parts_ + part]; }
+
+  bool all_trusted(int64_t round) const {
+    return std::all_of(workers_.begin(), workers_.end(),
+                       [&](const Worker<T>& w) { return w.report(round).trusted; });
+  }
+
+  // Runs a phase on all workers; inside a parallel region. A team of threads may come out smaller
+  // than asked for: the workers are dealt out, not assumed. Each stays with its thread, so nobody
+  // waits here.
+  template <typename Phase>
+  void each(Phase phase) {
+    const int team = size();
+#pragma omp for schedule(static, 1) nowait
+    for (int k = 0; k < team; ++k) phase(workers_[k]);
+  }
+
+  void take_block(Worker<T>& w, int64_t round) {
+    const int64_t num_rows = static_cast<int64_t>(rows_.size());
+    const int64_t start = num_rows * w.group / groups_;
+    const int64_t count = num_rows * (w.group + 1) / groups_ - start;
+    w.row.assign(rows_.begin() + start + count * round / rounds_,
+                 rows_.begin() + start + count * (round + 1) / rounds_);
+  }
+
+  // Calls visit(first candidate, past the last one, tile, e [b, width]) for the tiles of a worker.
+  template <typename Visit>
+  void for_tiles(Worker<T>& w, Visit visit) {
+    if (w.row.empty()) return;
+    T* e = w.e.get();
+    int64_t tile = 0;
+    for (int64_t j = w.first; j < w.last; j += w.tile, ++tile) {
+      visit(j, std::min(j + w.tile, w.last), tile, e);
+      if (needs_.all_e) e += block_ * w.tile;
+    }
+  }
+
+  // [b] the largest e of each row in a segment of a tile.
+  T* segment_top(Worker<T>& w, int64_t tile, int64_t segment) {
+    return w.segment_top.data() + (tile * (kTile / kSegment) + segment) * block_;
+  }
+
+ private:
+  std::vector<int64_t> rows_;  // the active ones
+  Needs needs_;
+  int parts_, groups_;              // of the candidates, of the rows
+  int64_t rounds_, block_;          // blocks that a group takes, rows of the longest
+  std::vector<Worker<T>> workers_;  // [groups, parts]
+};
+
+}  // namespace dwl
