@@ -54,7 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         table, worse = comparison(old, report)
         console.print(table)
         console.print(f"{worse} got worse beyond the spread")
-    wrong = [f"{name} on {f['label']}" for f in report["shapes"] for name in f["refused"]]
+    points = [*report["shapes"], *(p for side in report["growth"].values() for p in side)]
+    wrong = [f"{name} on {p['label']}" for p in points for name in p["refused"]]
     for name in wrong:
         console.print(f"[bold red]refused:[/] {name}")
     return 1 if wrong else 0
@@ -125,6 +126,7 @@ def demo() -> int:
     if verdict.refused:
         print(f"wrong results, so no times: {verdict.refused}")
         return 1
+    found = {name: found[name] for name in verdict.passed}
     print(f"{shape}; forward and backward, all corrections on, against float64 first")
     ratios = {}
     for t in compare_versions(shape, found, Rounds(6, least=5, most=7)):

@@ -45,7 +45,12 @@ class Verdict:
 
     shape: Shape  # where it was checked
     errors: dict[str, Errors]
-    refused: dict[str, str]
+    refused: dict[str, str]  # wrong results
+    failed: dict[str, str]  # no results: the version raised, a backend perhaps by design
+
+    @property
+    def passed(self) -> list[str]:
+        return [name for name in self.errors if name not in self.refused]
 
 
 def check(shape: Shape, losses: Mapping[str, Loss], device: str = "cpu") -> Verdict:
@@ -56,17 +61,18 @@ def check(shape: Shape, losses: Mapping[str, Loss], device: str = "cpu") -> Verd
     same_dtype = deviation(specification(inputs), truth)
     errors: dict[str, Errors] = {}
     refused: dict[str, str] = {}
+    failed: dict[str, str] = {}
     for name, loss in losses.items():
         try:
             found = evaluate(loss, inputs)
         except Exception as error:  # a peer may raise anything; no version stops the others
-            refused[name] = f"{type(error).__name__}: {str(error).strip()[:300]}"
+            failed[name] = f"{type(error).__name__}: {str(error).strip()[:300]}"
             continue
         errors[name] = deviation(found, truth)
         reason = _too_wrong(name, errors[name], same_dtype, TOLERANCE[shape.dtype])
         if reason is not None:
             refused[name] = reason
-    return Verdict(shape, errors, refused)
+    return Verdict(shape, errors, refused, failed)
 
 
 def checked_shape(shape: Shape, device: str) -> Shape:

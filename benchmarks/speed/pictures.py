@@ -90,7 +90,7 @@ def overview(report: Report) -> Figure:
             axis.axhline(y, color=GRID, linewidth=0.8, zorder=0)
     time.axvline(1, color=INK, linewidth=1, zorder=1)
     time.text(1, 1.01, "bound", transform=time.get_xaxis_transform(), ha="center", fontsize=8)
-    time.set_xlabel("forward and backward, in multiples of the bound (log)")
+    time.set_xlabel("forward and backward, times the bound (log); left is better")
     memory.set_xlabel("peak memory above inputs and gradients, MB (log; ≤ 1 as 1)")
     time.set_yticks(range(len(points)), [axis_label(p) for p in points])
     time.set_ylim(len(points) - 0.5, -0.6)
@@ -180,7 +180,7 @@ def growth(report: Report) -> Figure:
         memory.set_xlabel(f"{grows} {side} (log); {fixed} = {size:,}, D = {dim}")
         for axis in (time, memory):
             log_axis(axis, "x")
-            log_axis(axis, "y")
+            log_axis(axis, "y", (1, 2, 5) if axis is time else (1,))
             axis.grid(color=GRID, linewidth=0.6)
         memory.set_ylim(top=machine * 4)
     axes[0][0].set_ylabel("forward and backward, ms (log)")
@@ -244,6 +244,7 @@ def ladder(report: Report) -> Figure:
             axis.annotate(
                 f"{mid:+.1f}%", (max(high, 0), at), xytext=(4, 0), textcoords="offset points",
                 va="center", fontsize=7.5,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
             )  # fmt: skip
     goal = 100 * GOAL[report["device"]]
     axis.axvline(0, color=INK, linewidth=1)
@@ -261,7 +262,7 @@ def ladder(report: Report) -> Figure:
     for level, colour in LADDER.items():
         axis.barh([0], [0], color=colour, label=f"+ {level}")
     tall = figure.get_figheight()
-    figure.subplots_adjust(left=0.27, right=0.98, top=1 - 0.62 / tall, bottom=0.75 / tall)
+    figure.subplots_adjust(left=0.3, right=0.98, top=1 - 0.62 / tall, bottom=0.75 / tall)
     figure.legend(loc="center", bbox_to_anchor=(0.6, 1 - 0.2 / tall), ncols=3, frameon=False)
     return figure
 

@@ -33,17 +33,21 @@ def shape_table(figures: Report) -> Table:
             *(f"{error[k]:.1e}" if error else "" for k in ("loss", "gradient")),
         ]
         table.add_row(*cells, *([str(row.get("launches", ""))] if counted else []))
-    for name, reason in figures["refused"].items():
-        table.add_row(name, Text(f"refused: {reason}", style="bold red"))
-    for name, needed in figures["too_large"].items():
-        table.add_row(name, f"not run: would need {needed / 1e9:.0f} GB (computed)")
     lines = [
         f"{kernel}, over {timings[0]['version']}: "
         + ", ".join(f"{t['version']} {t['ratio']:.3f}" for t in timings[1:])
         for kind in ("ladder", "padding")
         for kernel, timings in figures.get(kind, {}).items()
     ]
-    table.caption, table.caption_justify = "\n".join(lines) + "\n", "left"
+    lines += [f"{name} not run: {reason}" for name, reason in figures["failed"].items()]
+    lines += [
+        f"{name} not run: it would need {needed / 1e9:.1f} GB (computed)"
+        for name, needed in figures["too_large"].items()
+    ]
+    caption = Text("\n".join(lines), style="dim")
+    for name, reason in figures["refused"].items():
+        caption.append(f"\n{name} REFUSED, {reason}", style="bold red")
+    table.caption, table.caption_justify = caption.append("\n"), "left"
     return table
 
 

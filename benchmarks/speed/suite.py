@@ -147,7 +147,7 @@ def admit(shape: Shape, checked: Shape, todo: Plan) -> tuple[dict[str, Loss], Re
     fitting = {name: loss for name, loss in found.items() if name not in too_large}
     verdict = check(checked, fitting, todo.device)
     work = "gathered_bytes" if shape.kind == "per-example" else "operations"
-    return {n: loss for n, loss in fitting.items() if n not in verdict.refused}, {
+    return {name: fitting[name] for name in verdict.passed}, {
         "shape": shape.as_dict(),
         "label": str(shape),
         "bound": {work: getattr(shape, work)},
@@ -159,6 +159,7 @@ def admit(shape: Shape, checked: Shape, todo: Plan) -> tuple[dict[str, Loss], Re
             name: {"loss": e.loss, "gradient": e.gradient} for name, e in verdict.errors.items()
         },
         "refused": verdict.refused,
+        "failed": verdict.failed,
         "too_large": too_large,  # bytes that they would need, computed
     }
 
