@@ -27,8 +27,8 @@ from dwl_kernels.backends import triton as host
 from dwl_kernels.backends.triton_common import Call, Inputs, Outputs
 from dwl_kernels.backends.triton_kernels import softmax_loss_kernel
 from dwl_kernels.backends.triton_tiles import Tiles, default
-from dwl_kernels.problem import Problem, Wanted
-from dwl_kernels.validation import in_batch_problem, sampled_problem
+from dwl_kernels.problem import DualScale, Problem, Wanted
+from dwl_kernels.validation import full_problem, in_batch_problem, sampled_problem
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 CAPABILITIES = (80, 90, 100)
@@ -39,7 +39,7 @@ def example(
     kind: str, d: int, dtype: torch.dtype, options: bool, reduction: str = "mean"
 ) -> tuple[Problem, Wanted]:
     """A problem of the wanted form; only its shapes, dtypes and absences matter here."""
-    rows, candidates = 1024, 1024
+    rows = 1024
     common: dict[str, Any] = {
         "domain_ids": None,
         "domain_weights": None,
@@ -49,22 +49,29 @@ def example(
         "reduction": reduction,
     }
     query, positive, negative = (torch.zeros(rows, d, dtype=dtype) for _ in range(3))
-    log_q, ids = (
-        (torch.zeros(rows), torch.zeros(rows, dtype=torch.int64)) if options else (None,) * 2
-    )
+    log_q = torch.zeros(rows) if options else None
+    ids = torch.zeros(rows, dtype=torch.int64) if options else None
     if options:
         common["domain_ids"] = torch.zeros(rows, 2, dtype=torch.int64)
         common["domain_weights"] = torch.ones(32)
         common["example_weights"] = torch.ones(rows)
         common["temperature"] = torch.tensor(0.05)
-    wanted = Wanted(True, kind == "sampled", True, False, options, options)
-    if kind == "sampled":
-        names = ("positive_log_q", "negative_log_q", "positive_ids", "negative_ids")
-        more: dict[str, Any] = dict(zip(names, (log_q, log_q, ids, ids), strict=True))
-        return sampled_problem(query, positive, negative, **more, **common), wanted
-    more = {"negative_log_q": None, "negative_ids": None, "negative": None}
-    del candidates
-    return in_batch_problem(query, positive, log_q=log_q, ids=ids, **more, **common), wanted
+    gradients = {"temperature": options, "domain_weights": options}
+    wanted = Wanted(True, kind in ("sampled", "dual"), True, False, **gradients)
+    if kind == "full":
+        target = torch.zeros(rows, dtype=torch.int64)
+        del common["correction"]
+        problem = full_problem(
+            query, negative, target, bias=log_q, ignore_index=-100, skip_threshold=0.0, **common
+        )
+        return problem, wanted._replace(candidate_log_q=options)
+    if kind == "in-batch":
+        more = {"negative_log_q": None, "negative_ids": None, "negative": None}
+        return in_batch_problem(query, positive, log_q=log_q, ids=ids, **more, **common), wanted
+    names = ("positive_log_q", "negative_log_q", "positive_ids", "negative_ids")
+    more = dict(zip(names, (log_q, log_q, ids, ids), strict=True))
+    more["dual"] = DualScale(1.0, 1.0, 16, 1.0) if kind == "dual" else None
+    return sampled_problem(query, positive, negative, **more, **common), wanted
 
 
 def compiled(
@@ -86,7 +93,8 @@ def compiled(
     buffers = torch.empty(64), *(torch.empty(64, dtype=torch.int32) for _ in range(2))
     domains = 0 if problem.domain_weights is None else len(problem.domain_weights)
     sizes = len(problem.query), len(problem.candidates), domains, 264
-    bound, specialization, extra = binder(call, *buffers, *sizes, problem.tau, **options)
+    numbers = (*sizes, problem.tau, *host._dual(problem))
+    bound, specialization, extra = binder(call, *buffers, *numbers, **options)
     packed = kernel._pack_args(backend, options, bound, specialization, extra)
     parsed, signature, constants, attributes = packed
     source = ASTSource(kernel, signature, constants, attributes)

@@ -31,8 +31,6 @@ DIFFERENTIABLE = (
 
 TABLE_ROWS = 41  # of the table from which indexed candidates are drawn
 
-NOT_IN_TRITON = {"full", "dual"}  # kinds that its kernel does not take yet
-
 Inputs = dict[str, Any]
 
 

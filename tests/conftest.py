@@ -15,11 +15,7 @@ if not torch.cuda.is_available():
     # Triton's interpreter runs the kernels on CPU tensors; it is chosen when triton is imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from cases import CASES, NOT_IN_TRITON
-
 from dwl_kernels import backends
-
-BY_NAME = {case.name: case for case in CASES}
 
 # The interpreter takes about a second for a small problem, so it runs every case in float32, and in
 # the other dtypes those cases that between them take every path through the kernel.
@@ -27,28 +23,18 @@ INTERPRETED = {
     *("past the tile", "everything", "refined, everything", "everything, none", "large logits"),
     *("every candidate a hit", "mixed, everything", "in-batch, NaN in the padding"),
     *("by row, everything", "by row, refined", "by row, none", "by row, large logits"),
-}
-
-
-# The tests that are about nothing but losses that the Triton kernel does not take yet.
-ABOUT_THEM = {
-    "test_dual_scale_takes_the_other_rows_as_any_candidates",
-    "test_full_softmax_is_cross_entropy",
-    "test_target_out_of_range_is_an_index_error",
-    "test_skip_threshold.py",
+    *("full softmax, past the tile", "dual scale, everything", "dual scale, in-batch, everything"),
 }
 
 
 def _interpreted(item: pytest.Item, values: dict[str, Any]) -> bool:
-    if item.originalname in ABOUT_THEM or item.path.name in ABOUT_THEM:
+    if item.path.name == "test_skip_threshold.py":  # the Triton kernel leaves nothing out
         return False
     if "correction" in values:  # finite differences: the interpreter takes ten seconds a problem
-        few = values["correction"] == "standard" or values["reduction"] == "mean"
-        return few and values["kind"] not in NOT_IN_TRITON
-    case = values.get("case") or BY_NAME.get(values.get("name"))
-    if case is not None and case.kind in NOT_IN_TRITON:
-        return False
-    return "case" not in values or values["dtype"] == torch.float32 or case.name in INTERPRETED
+        return values["correction"] == "standard" or values["reduction"] == "mean"
+    if "case" not in values or values["dtype"] == torch.float32:
+        return True
+    return values["case"].name in INTERPRETED
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

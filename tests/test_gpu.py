@@ -41,8 +41,7 @@ def step(inputs: dict, **options: object) -> tuple[torch.Tensor, ...]:
 @pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.name)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_kernel_is_as_exact_as_eager(case: cases.Case, dtype: torch.dtype) -> None:
-    backend = "chunked" if case.kind in cases.NOT_IN_TRITON else "triton"
-    cases.check(case, backend, dtype, device="cuda")
+    cases.check(case, "triton", dtype, device="cuda")
 
 
 @pytest.mark.parametrize("dim", [32, 64, 96, 128, 200, 256])

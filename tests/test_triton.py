@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import cases
 import pytest
 import torch
 
 import dwl_kernels
-from dwl_kernels import backends
+from dwl_kernels import backends, validation
 from dwl_kernels.backends import triton as host
 from dwl_kernels.backends import triton_tiles
 from dwl_kernels.backends.triton_tiles import TABLE, Tiles, around, choose, default
+from dwl_kernels.problem import Wanted
 
 interpreted = pytest.mark.skipif(
     backends.why_not("triton", "cpu") is not None, reason="the interpreter is off"
@@ -33,6 +36,52 @@ def test_tile_shapes_and_splits_do_not_change_the_result(
     """1 worker splits nothing, 40 split every tile; blocks of 64 are wider than some inputs."""
     use(monkeypatch, tiles, workers)
     cases.check(BY_NAME[name], "triton", torch.float64)
+
+
+@interpreted
+@pytest.mark.parametrize("workers", [3, 40])
+@pytest.mark.parametrize("name", ["full softmax, past the tile", "dual scale, everything"])
+def test_targets_and_slates_may_stand_anywhere_in_the_tiles(
+    monkeypatch: pytest.MonkeyPatch, name: str, workers: int
+) -> None:
+    use(monkeypatch, (16, 32, 64, 16), workers)
+    cases.check(BY_NAME[name], "triton", torch.float64)
+
+
+@interpreted
+@pytest.mark.parametrize("slate_size", [1, 3, 32, 33, 40])
+def test_groups_of_the_slate_may_be_smaller_than_blocks_and_empty(slate_size: int) -> None:
+    case = BY_NAME["dual scale, mixed, NaN in the padding"]
+    options = {**case.options, "slate_size": slate_size}
+    cases.check(dataclasses.replace(case, options=options), "triton", torch.float64)
+
+
+@interpreted
+@pytest.mark.parametrize("wanted", [("bias",), ("table",), ("query", "bias"), ("temperature",)])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_bias_and_table_need_no_other_gradient(wanted: tuple[str, ...], reduction: str) -> None:
+    case = BY_NAME["full softmax, weighted_mean"]
+    results = []
+    for backend in ("triton", "eager"):
+        inputs = {**case.inputs(torch.float64), "reduction": reduction}
+        for name in ("query", "table", "bias", "temperature", "domain_weights"):
+            inputs[name].requires_grad_(name in wanted)
+        loss = case.loss(inputs, backend)
+        results.append(torch.autograd.grad(loss.sum(), [inputs[name] for name in wanted]))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+@interpreted
+def test_log_q_of_a_batch_gets_the_gradient_of_both_roles() -> None:
+    """The public losses take log-Q without a gradient; the kernel gives it for any problem."""
+    inputs = BY_NAME["mixed, everything"].inputs(torch.float64)
+    inputs = {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+    problem = validation.in_batch_problem(**inputs, correction="standard", reduction="mean")
+    wanted = Wanted(False, False, False, True, False, False)
+    ours, theirs = (backends.pick(b, problem)(problem, wanted, None) for b in ("triton", "eager"))
+    assert ours.candidates is ours.query is None
+    torch.testing.assert_close(ours.candidate_log_q, theirs.candidate_log_q, rtol=1e-9, atol=1e-12)
 
 
 @interpreted
@@ -165,6 +214,23 @@ def test_a_candidate_by_row_far_above_the_positive_overflows_nothing(dtype: torc
     for ours, theirs in zip(losses["triton"], losses["eager"], strict=True):
         assert ours.isfinite().all()
         torch.testing.assert_close(ours.float(), theirs.float(), rtol=0.01, atol=0.01)
+
+
+@interpreted
+@pytest.mark.parametrize("bad", [41, -1, 1 << 40])
+def test_target_outside_the_table_gives_nan_where_nothing_checks(
+    monkeypatch: pytest.MonkeyPatch, bad: int
+) -> None:
+    monkeypatch.setattr(host, "checks_values", lambda device: False)
+    loss = dwl_kernels.full_softmax_loss(
+        torch.ones(4, 3),
+        torch.ones(41, 3),
+        torch.tensor([0, bad, -100, 2]),
+        reduction="none",
+        backend="triton",
+    )
+    assert loss.isnan().tolist() == [False, True, False, False]
+    assert loss[2] == 0
 
 
 def test_wide_embeddings_are_refused_with_the_mend() -> None:

@@ -176,7 +176,7 @@ def dual_scale(
     for rows in row_blocks(problem):
         excluded = eager.excluded_candidates(problem, weights, rows.start, rows.stop)
         x = (pull[rows] @ candidates.T).div_(tau[rows]).masked_fill_(excluded, -torch.inf)
-        shift[rows] = (~excluded).sum(1).log() - x.logsumexp(1)
+        shift[rows] = (~excluded).sum(1).to(x.dtype).log() - x.logsumexp(1)
         z = (query[rows] @ candidates.T).div_(tau[rows])
         if problem.candidate_log_q is not None:
             z -= problem.candidate_log_q

@@ -58,7 +58,7 @@ def solve(
         z_positive = (query * positive).sum(1) / tau
         g = competition_on_slate(problem, plain.masked_fill(excluded, -torch.inf), z_positive)
         tau = tau * temperature_factor(problem.dual, g, weights)
-        bias = bias + x.log_softmax(1) + (~excluded).sum(1, keepdim=True).log()
+        bias = bias + x.log_softmax(1) + (~excluded).sum(1, keepdim=True).to(x.dtype).log()
     z = scores(query, candidates) / tau[:, None] + bias
     z = z.masked_fill(excluded, -torch.inf)
     z_positive = (query * positive).sum(1) / tau  # [B]
@@ -204,8 +204,9 @@ def competition_on_slate(
 def temperature_factor(dual: DualScale, g: Tensor, weights: RowWeights) -> Tensor:  # [B]
     """``f_i / mean f`` over the rows that are not padding."""
     active = torch.ones_like(g) if weights.active is None else weights.active.to(g.dtype)
+    g = torch.where(active > 0, g, 0.0)  # padding may hold NaN
     count = active.sum().clamp(min=1)
-    f = (1 + dual.competition * (g - (g * active).sum() / count)).clamp(0.5, 2.0)
+    f = (1 + dual.competition * (g - g.sum() / count)).clamp(0.5, 2.0)
     return torch.where(active > 0, f / ((f * active).sum() / count), 1.0)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from dwl_kernels.backends import eager
 from dwl_kernels.backends.triton_launch import launch
 from dwl_kernels.backends.triton_tiles import Tiles, by_row, choose
-from dwl_kernels.problem import Output, Problem, Wanted, checks_values
+from dwl_kernels.problem import DualScale, Output, Problem, Wanted, checks_values
 
 MAX_D = 256  # a row tile keeps [BM, D] sums in registers; above, the product dominates anyway
 MAX_TABLE_D = 4096  # a warp keeps the sums of one row of a table
@@ -75,15 +75,6 @@ def why_not(device_type: str) -> str | None:
 
 def refuses(problem: Problem) -> str | None:
     """Why the kernel does not take this problem; None where it does."""
-    for what, there in (
-        (
-            "a positive among the candidates (full softmax)",
-            problem.target is not None and not problem.by_row,
-        ),
-        ("the dual scale", problem.dual is not None),
-    ):
-        if there:
-            return f"it does not take {what} yet; backend='chunked' does"
     if problem.query.dtype == torch.float64 and not interpreting():
         return "it takes float64 in the interpreter only; backend='chunked' takes it"
     if problem.query.shape[1] > MAX_D:
@@ -144,6 +135,7 @@ def _launch(
         0 if problem.domain_weights is None else problem.domain_weights.shape[0],
         workers,
         problem.tau,
+        *(() if problem.by_row else _dual(problem)),
     )
     kernel = kernel_of(problem)
     options = launch_options(tiles)
@@ -154,12 +146,13 @@ def _launch(
     launch(kernel, 1 if interpreting() else workers, (id(form), tiles), tensors, arguments, options)
     loss, *gradients = outputs
     assert loss is not None
-    query, positive, candidates, temperature, domain_weights = gradients
+    query, positive, candidates, temperature, domain_weights, candidate_log_q = gradients
     return Output(
         loss,
         query=query,
         positive=positive,
         candidates=candidates,
+        candidate_log_q=candidate_log_q,
         temperature=temperature,
         domain_weights=domain_weights,
     )
@@ -180,6 +173,13 @@ def kernel_of(problem: Problem) -> Any:
     from dwl_kernels.backends.triton_kernels import softmax_loss_kernel
 
     return softmax_loss_kernel
+
+
+def _dual(problem: Problem) -> tuple[float, float, float, int]:
+    """The strengths of the dual scale, and its slate: at most one group for every candidate."""
+    dual = problem.dual or DualScale(0.0, 0.0, 1, 0.0)
+    slate = min(dual.slate_size, problem.candidates.shape[0])
+    return float(dual.hardness), float(dual.similarity), float(dual.competition), slate
 
 
 def launch_options(tiles: Tiles) -> dict[str, Any]:
@@ -205,6 +205,7 @@ def _plan(problem: Problem, wanted: Wanted, row_grad: Tensor | None) -> tuple[Ti
     shape = (p.query.shape[0], p.candidates.shape[0])
     key = (
         *(p.query.device, p.query.shape[1], p.query.dtype, p.reduction, p.correction, exact),
+        *(tuple(strength > 0 for strength in _dual(p)[:3]), p.ignore_index),
         *(wanted, row_grad is None, absent, shape if searching else None),
     )
     if key not in _plans:
@@ -228,7 +229,7 @@ def _tiles(problem: Problem, wanted: Wanted, row_grad: Tensor | None, exact: boo
 
 _OPTIONAL = (
     *("positive", "positive_log_q", "candidate_log_q", "positive_ids", "domain_ids"),
-    *("example_weights", "temperature", "candidate_rows"),
+    *("example_weights", "temperature", "target", "candidate_rows"),
 )
 
 
@@ -270,7 +271,7 @@ def _inputs(problem: Problem, row_grad: Tensor | None) -> tuple[Tensor | None, .
     tensors = (
         *(p.query, positive, p.candidates, p.positive_log_q, p.candidate_log_q),
         *(*ids, p.domain_ids, p.domain_weights, p.example_weights),
-        *(temperature, row_grad),
+        *(temperature, row_grad, None if p.by_row else p.target),
     )
     return tuple(None if t is None else t.contiguous() for t in tensors)
 
@@ -293,6 +294,7 @@ def _outputs(problem: Problem, wanted: Wanted) -> tuple[Tensor | None, ...]:
         ),
         like(p.temperature, wanted.temperature, p.accumulate),
         like(p.domain_weights, wanted.domain_weights, p.accumulate),
+        like(p.candidate_log_q, wanted.candidate_log_q, p.accumulate),
     )
 
 
@@ -318,6 +320,10 @@ def form_of(problem: Problem, inputs: tuple[Tensor | None, ...], tiles: Tiles) -
         torch.get_float32_matmul_precision(),
         tiles,
         inputs[11] is not None,
+        *(problem.in_batch, inputs[12] is not None, problem.example_weights is not None),
+        problem.candidate_ids is not None,
+        problem.ignore_index,
+        tuple(strength > 0 for strength in _dual(problem)[:3]),
         interpreting(),
     )
 
@@ -338,6 +344,12 @@ def _form(
     precision: str,
     tiles: Tiles,
     row_grad: bool,
+    in_batch: bool,
+    targets: bool,
+    example_weights: bool,
+    ids: bool,
+    ignore_index: int,
+    strengths: tuple[bool, bool, bool],
     interpreted: bool,
 ) -> Any:
     import triton.language as tl
@@ -358,12 +370,20 @@ def _form(
         CN=tiles.CN,
         STAGES_1=tiles.stages_1,
         STAGES_2=tiles.stages_2,
+        OWN=targets or (in_batch and not ids),
+        IN_BATCH=in_batch,
+        PACKED=targets or example_weights,
+        IGNORE=ignore_index,
         SLOTS=slots,
         WORKERS=MAX_WORKERS,
         DOMAINS=min(_power_of_two(max(domains, 1), 2), 64),
         REDUCTION=reduction,
         REFINED=correction == "refined",
+        HARDNESS=strengths[0],
+        SIMILARITY=strengths[1],
+        COMPETITION=strengths[2],
         TEMPERATURE=temperature,
+        ROW_SCALE=temperature == "row" or strengths[0] or strengths[2],
         DTYPE=tl.float64 if dtype == torch.float64 else tl.float32,
         PRECISION="ieee" if exact else "tf32",
         EXACT=exact,
@@ -383,8 +403,10 @@ def _workspace(
     problem: Problem, outputs: tuple[Tensor | None, ...], tiles: Tiles, workers: int
 ) -> tuple[Tensor, Tensor]:
     """Two buffers, as `workspace` in the kernels cuts them up; the allocator caches them."""
+    from dwl_kernels.backends.triton_common import NUM_ROW_ARRAYS
+
     rows, d = problem.query.shape
-    floats = 7 * -(-rows // 64) * 64 + 3 * workers
+    floats = NUM_ROW_ARRAYS.value * -(-rows // 64) * 64 + 3 * workers
     if outputs[5] is not None:
         floats += 2 * workers * outputs[5].shape[0]
     floats += 64

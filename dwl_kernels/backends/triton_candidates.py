@@ -11,13 +11,17 @@ from dwl_kernels.backends.triton_common import (
     HEADROOM,
     MANY,
     POSITIVE,
+    RATIO,
     SCALE,
     STATISTIC,
+    TAU,
     block,
     candidate_at,
     embeddings,
     narrow,
+    own_candidate,
     part_of,
+    positives,
     power,
     product,
     row_at,
@@ -48,7 +52,7 @@ def half_shift(call, work):
 
 @triton.jit
 def candidate_tile(tile, first, stop, part, shift, call, work):
-    """``dc`` of CM candidates from the rows of the blocks ``first : stop``."""
+    """``dc`` of CM candidates from the rows of the blocks ``first : stop``, and ``d log-Q``."""
     sizes = work.sizes
     dtype: tl.constexpr = call.form.DTYPE
     at = tile * call.form.CM + tl.arange(0, call.form.CM)
@@ -58,14 +62,14 @@ def candidate_tile(tile, first, stop, part, shift, call, work):
         bias = tl.load(call.inputs.candidate_log_q + j) * unit_of(call, work)
     if call.inputs.candidate_ids is not None:
         candidate_id = tl.load(call.inputs.candidate_ids + j)
-    if call.form.TEMPERATURE != "row":
+    if not call.form.ROW_SCALE:
         scale = scale_of(temperature_of(j, call, work), call, work)
-    diagonal: tl.constexpr = (call.inputs.positive is None) and (call.inputs.candidate_ids is None)
     gradient = tl.zeros([call.form.CM, call.form.BLOCK_D], dtype)
+    d_log_q = tl.zeros([call.form.CM], dtype)
     for start in tl.range(
         first * call.form.CN, stop * call.form.CN, call.form.CN, num_stages=call.form.STAGES_2
     ):
-        if (call.inputs.example_weights is not None) or call.form.FEW_ROWS:
+        if call.form.PACKED or call.form.FEW_ROWS:
             place = start + tl.arange(0, call.form.CN)
             row = row_at(tl.minimum(place, sizes.count - 1), call, work)
             q = embeddings(call.inputs.query, row, call, work)
@@ -74,10 +78,15 @@ def candidate_tile(tile, first, stop, part, shift, call, work):
             row = place
         arrays = work.space.rows + place
         statistic = tl.load(arrays + STATISTIC * sizes.stride)
-        z = product(c, tl.trans(q), tl.zeros([call.form.CM, call.form.CN], dtype), call, work)
+        z = tl.zeros([call.form.CM, call.form.CN], dtype)
+        if call.form.SIMILARITY:
+            positive = positives(row, call, work)
+            ratio = tl.load(arrays + RATIO * sizes.stride)
+            z = product(c, tl.trans(positive), z, call, work) * ratio[None, :]
+        z = product(c, tl.trans(q), z, call, work)
         if call.form.HALF:
             statistic -= shift
-        if call.form.TEMPERATURE == "row":
+        if call.form.ROW_SCALE:
             scale = tl.load(arrays + SCALE * sizes.stride)[None, :]
         z = scaled(z, scale, call, work)
         if call.inputs.candidate_log_q is not None:
@@ -91,22 +100,41 @@ def candidate_tile(tile, first, stop, part, shift, call, work):
             row_id = tl.load(call.inputs.positive_ids + row)
             p = tl.where(candidate_id[:, None] == row_id[None, :], 0.0, p)
         edge = start + call.form.CN > sizes.count
-        if diagonal:
-            own = tile * call.form.CM
-            edge = edge | ((start < own + call.form.CM) & (start + call.form.CN > own))
+        if call.inputs.target is not None:
+            own = own_candidate(row, call, work)
+            mine = (own >= tile * call.form.CM) & (own < (tile + 1) * call.form.CM)
+            edge = edge | (tl.max(mine.to(tl.int32), 0) > 0)
+        elif call.form.OWN:
+            own = place
+            begin = tile * call.form.CM
+            edge = edge | ((start < begin + call.form.CM) & (start + call.form.CN > begin))
         if edge:
-            p = tl.where(((place >= start) & (place < sizes.count))[None, :], p, 0.0)
-            if diagonal:
-                p = tl.where(at[:, None] == place[None, :], 0.0, p)
-        gradient = product(narrow(p, q.dtype, call, work), q, gradient, call, work)
+            inside = (place >= start) & (place < sizes.count)
+            if call.form.OWN:
+                d_positive = 0.0
+                if call.inputs.target is not None:
+                    d_positive = tl.load(arrays + POSITIVE * sizes.stride)
+                    if call.form.HALF:
+                        d_positive *= tl.exp2(shift)
+                    d_positive = d_positive[None, :]
+                p = tl.where(at[:, None] == own[None, :], d_positive, p)
+            p = tl.where(inside[None, :], p, 0.0)
+        if call.outputs.candidate_log_q is not None:
+            tau = tl.load(arrays + TAU * sizes.stride, mask=place < sizes.count, other=0.0)
+            d_log_q -= tl.sum(p * tau[None, :], 1)
+        if call.outputs.candidates is not None:
+            gradient = product(narrow(p, q.dtype, call, work), q, gradient, call, work)
     if call.form.HALF:
         gradient *= tl.exp2(-shift)
+        d_log_q *= tl.exp2(-shift)
     if part < 0:
-        finish_candidates(at, gradient, call, work)
+        finish_candidates(at, gradient, d_log_q, call, work)
     else:
         r = tl.arange(0, call.form.CM)
         d = tl.arange(0, call.form.BLOCK_D)
         base = part_of(part, call, work)
+        tl.store(base + r, d_log_q)
+        base += call.form.CM
         tl.store(base + r[:, None] * call.form.BLOCK_D + d[None, :], gradient)
 
 
@@ -118,22 +146,31 @@ def merge_candidates(chunk, whole, splits, call, work):
     r = (chunk % (call.form.CM // CHUNK)) * CHUNK + tl.arange(0, CHUNK)
     d = tl.arange(0, call.form.BLOCK_D)
     gradient = tl.zeros([CHUNK, call.form.BLOCK_D], call.form.DTYPE)
+    d_log_q = tl.zeros([CHUNK], call.form.DTYPE)
     for s in range(splits):
         base = part_of(of_tile * splits + s, call, work)
+        d_log_q += tl.load(base + r)
+        base += call.form.CM
         gradient += tl.load(base + r[:, None] * call.form.BLOCK_D + d[None, :])
     at = (whole + of_tile) * call.form.CM + r
-    finish_candidates(at, gradient, call, work)
+    finish_candidates(at, gradient, d_log_q, call, work)
 
 
 @triton.jit
-def finish_candidates(at, gradient, call, work):
+def finish_candidates(at, gradient, d_log_q, call, work):
     """Write the gradients of some candidates; in a batch, with what they get as positives."""
     sizes = work.sizes
     j = candidate_at(tl.minimum(at, sizes.places - 1), call, work)
-    if call.inputs.positive is None:
+    if call.form.IN_BATCH:
         own = at < sizes.count
         row = row_at(tl.minimum(at, sizes.count - 1), call, work)
         q = embeddings(call.inputs.query, row, call, work).to(gradient.dtype)
         d_positive = tl.load(work.space.rows + POSITIVE * sizes.stride + at, mask=own, other=0.0)
         gradient += tl.where(own[:, None], d_positive[:, None] * q, 0.0)
-    store_embeddings(call.outputs.candidates, j, gradient, at < sizes.places, call, work)
+        if call.outputs.candidate_log_q is not None:
+            tau = tl.load(work.space.rows + TAU * sizes.stride + at, mask=own, other=0.0)
+            d_log_q -= d_positive * tau
+    if call.outputs.candidates is not None:
+        store_embeddings(call.outputs.candidates, j, gradient, at < sizes.places, call, work)
+    if call.outputs.candidate_log_q is not None:
+        tl.store(call.outputs.candidate_log_q + j, d_log_q, mask=at < sizes.places)

@@ -29,7 +29,12 @@ POSITIVE = tl.constexpr(3)  # what q is multiplied by in the gradient of its pos
 ROW_LOSS = tl.constexpr(4)  # r l
 TERM = tl.constexpr(5)  # w r l
 D_TAU = tl.constexpr(6)
-NUM_ROW_ARRAYS = tl.constexpr(7)
+TAU = tl.constexpr(7)  # tau_i
+# Of the dual scale:
+INTENSITY = tl.constexpr(8)  # g_i
+SHIFT = tl.constexpr(9)  # what log kappa_ij adds to all logits of the row
+RATIO = tl.constexpr(10)  # what <p, c> weighs beside <q, c>
+NUM_ROW_ARRAYS = tl.constexpr(11)
 # Then what the workers leave, [workers] each, the domains, and the parts of split tiles.
 WEIGHT_SUM = tl.constexpr(0)
 LOSS_SUM = tl.constexpr(1)
@@ -42,7 +47,7 @@ class Inputs(NamedTuple):
     """Pointers to the tensors of `Problem`; None where absent, and no code is made for it."""
 
     query: Any  # [B, D]
-    positive: Any  # [B, D], None = in-batch
+    positive: Any  # [B, D], None = in-batch or full softmax
     candidates: Any  # [N, D]
     positive_log_q: Any  # [B]
     candidate_log_q: Any  # [N]
@@ -53,6 +58,7 @@ class Inputs(NamedTuple):
     example_weights: Any  # [B]
     temperature: Any  # [] or [B]
     row_grad: Any  # [B]
+    target: Any  # [B] int64, the candidate that is the positive (full softmax)
 
 
 class Outputs(NamedTuple):
@@ -64,6 +70,7 @@ class Outputs(NamedTuple):
     candidates: Any  # [N, D]
     temperature: Any  # [] or [B]
     domain_weights: Any  # [num_domains]
+    candidate_log_q: Any  # [N]
 
 
 class Space(NamedTuple):
@@ -92,9 +99,17 @@ class Form(NamedTuple):
     SLOTS: Any  # domains per row
     WORKERS: Any  # the power of two that holds the workers
     DOMAINS: Any  # domains summed at a time
+    OWN: Any  # the positive is among the candidates, and no id says so
+    IN_BATCH: Any  # candidate i is the positive of row i
+    PACKED: Any  # rows may be padding
+    IGNORE: Any  # the target of a padded row
     REDUCTION: Any
     REFINED: Any
+    HARDNESS: Any  # whether this strength of the dual scale is not 0, as the two that follow
+    SIMILARITY: Any
+    COMPETITION: Any
     TEMPERATURE: Any  # "float", "scalar" or "row"
+    ROW_SCALE: Any  # phase 2 reads the scale of every row
     DTYPE: Any  # of logits, sums and the workspace
     PRECISION: Any  # of a float32 product
     EXACT: Any  # float32 or float64 with nothing rounded: logits as eager computes them, base e
@@ -130,11 +145,23 @@ class Sizes(NamedTuple):
     norm: Any  # divisor of the reduction
 
 
+class Dual(NamedTuple):
+    """The dual scale; the means are known after its phase."""
+
+    hardness: Any
+    similarity: Any
+    competition: Any
+    slate_size: Any
+    mean_intensity: Any  # mean g
+    mean_factor: Any  # mean f
+
+
 class Work(NamedTuple):
     """What a program knows beside: sizes and where the workspace lies."""
 
     sizes: Any
     space: Any
+    dual: Any
 
 
 @triton.jit
@@ -209,7 +236,7 @@ def store_embeddings(base, index, value, mask, call, work):
 @triton.jit
 def row_at(place, call, work):
     """The row at `place` of the rows that are not padding."""
-    if call.inputs.example_weights is not None:
+    if call.form.PACKED:
         return tl.load(work.space.order + place)
     else:
         return place
@@ -219,12 +246,43 @@ def row_at(place, call, work):
 def candidate_at(place, call, work):
     """The candidate at `place` of the stream; in a batch those of padded rows are left out."""
     sizes = work.sizes
-    if (call.inputs.positive is None) and (call.inputs.example_weights is not None):
+    if call.form.IN_BATCH and call.form.PACKED:
         packed = place < sizes.count
         row = tl.load(work.space.order + place, mask=packed, other=0)
         return tl.where(packed, row, place - sizes.count + sizes.rows)
     else:
         return place
+
+
+@triton.jit
+def own_candidate(row, call, work):
+    """The candidate that is the positive of each row, where there is no `positive`."""
+    if call.inputs.target is not None:
+        own = tl.load(call.inputs.target + row)
+        return tl.minimum(tl.maximum(own, 0), work.sizes.candidates - 1).to(tl.int32)
+    else:
+        return row
+
+
+@triton.jit
+def positives(row, call, work):
+    if call.inputs.positive is None:
+        return embeddings(call.inputs.candidates, own_candidate(row, call, work), call, work)
+    else:
+        return embeddings(call.inputs.positive, row, call, work)
+
+
+@triton.jit
+def is_active(row, inside, call, work):
+    """Which rows are not padding."""
+    active = inside
+    if call.inputs.example_weights is not None:
+        weight = tl.load(call.inputs.example_weights + row, mask=inside, other=0.0)
+        active = active & (weight != 0)
+    if call.inputs.target is not None:
+        target = tl.load(call.inputs.target + row, mask=inside, other=call.form.IGNORE)
+        active = active & (target != call.form.IGNORE)
+    return active
 
 
 @triton.jit
@@ -241,6 +299,54 @@ def temperature_of(row, call, work):
 @triton.jit
 def temperatures_of(row, call, work):
     return tl.zeros(row.shape, call.form.DTYPE) + temperature_of(row, call, work)
+
+
+@triton.jit
+def row_array(which, place, call, work):
+    """Where the workspace has something of the rows; past the last row stands the last."""
+    return work.space.rows + which * work.sizes.stride + tl.minimum(place, work.sizes.count - 1)
+
+
+@triton.jit
+def dual_factor(place, call, work):
+    """What the competition of each row multiplies its temperature by."""
+    if call.form.COMPETITION:
+        g = tl.load(row_array(INTENSITY, place, call, work))
+        return raw_factor(g, call, work) / work.dual.mean_factor
+    else:
+        return 1.0
+
+
+@triton.jit
+def raw_factor(g, call, work):
+    f = 1 + work.dual.competition * (g - work.dual.mean_intensity)
+    return tl.minimum(tl.maximum(f, 0.5), 2.0)
+
+
+@triton.jit
+def dual_shift(place, call, work):
+    """What log kappa adds to all logits of the row, in their unit."""
+    if call.form.HARDNESS or call.form.SIMILARITY:
+        return tl.load(row_array(SHIFT, place, call, work))
+    else:
+        return 0.0
+
+
+@triton.jit
+def dual_ratio(place, call, work):
+    """``<q, c> + ratio <p, c>`` is what `row_scale` turns into logits."""
+    factor = dual_factor(place, call, work)
+    weight = 1 + factor * work.dual.hardness
+    return tl.zeros(place.shape, call.form.DTYPE) + factor * work.dual.similarity / weight
+
+
+@triton.jit
+def row_scale(place, row, call, work):
+    tau = temperatures_of(row, call, work)
+    if call.form.HARDNESS or call.form.COMPETITION:
+        factor = dual_factor(place, call, work)
+        tau *= factor / (1 + factor * work.dual.hardness)
+    return scale_of(tau, call, work)
 
 
 @triton.jit
@@ -287,8 +393,22 @@ def logarithm(x, call, work):
 
 
 @triton.jit
+def positive_log_q(row, call, work):
+    """``log Q+_i``; that of the candidate where the positive is one."""
+    if call.inputs.target is not None:
+        if call.inputs.candidate_log_q is not None:
+            return tl.load(call.inputs.candidate_log_q + own_candidate(row, call, work))
+        else:
+            return 0.0
+    elif call.inputs.positive_log_q is not None:
+        return tl.load(call.inputs.positive_log_q + row)
+    else:
+        return 0.0
+
+
+@triton.jit
 def row_weight(row, call, work):
-    """``w_i``; NaN for a negative weight or a domain id out of range."""
+    """``w_i``; NaN for a negative weight, or a domain id or target out of range."""
     weight = tl.full(row.shape, 1.0, call.form.DTYPE)
     if call.inputs.example_weights is not None:
         weight = tl.load(call.inputs.example_weights + row)
@@ -303,6 +423,10 @@ def row_weight(row, call, work):
             total += tl.where(given, value, 0.0)
             present += tl.where(given, 1.0, 0.0)
         weight *= tl.where(present > 0, total / tl.maximum(present, 1.0), 1.0)
+    if call.inputs.target is not None:
+        target = tl.load(call.inputs.target + row)
+        outside = (target < 0) | (target >= work.sizes.candidates)
+        weight = tl.where(outside, float("nan"), weight)
     return tl.where(weight < 0, float("nan"), weight)
 
 

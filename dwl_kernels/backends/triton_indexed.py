@@ -203,8 +203,9 @@ def indexed_softmax_loss_kernel(
     )
     # What phase 0 clears of a padded row; the products of the row have other shapes.
     o = call.outputs
-    common = Outputs(o.loss, o.query, None, None, o.temperature, o.domain_weights)
-    work = weigh_rows(program, programs, Call(call.inputs, common, call.form), Work(sizes, space))
+    common = Outputs(o.loss, o.query, None, None, o.temperature, o.domain_weights, None)
+    work = Work(sizes, space, None)
+    work = weigh_rows(program, programs, Call(call.inputs, common, call.form), work)
     if call.inputs.example_weights is not None:
         for worker in range(program, workers, programs):
             clear_padding(worker, call, work)

@@ -3,8 +3,9 @@
 A program is one of as many as the chip runs at once, and stays for the whole call.
 
 Phase 0  owns a slice of the rows    streams their weights     writes `order`, the rows that count
+Compete  owns q[BM, D], p[BM, D]     streams the candidates    writes g, shift; dual scale only
 Phase 1  owns q[BM, D]               streams the candidates    writes l, dq, dp, dtau, statistics
-Phase 2  owns c[CM, D]               streams the rows          writes dc
+Phase 2  owns c[CM, D]               streams the rows          writes dc, d log-Q
 Sums     owns a slice of the rows    streams their losses      writes one partial sum per worker
 Finish   owns some domains           streams the partial sums  writes L, dL/dtau, dL/dW
 
@@ -21,8 +22,17 @@ and starts again. Then the row has all it needs: its loss, ``dq`` and ``dp``. Fo
 one number, ``lse - log2(a / tau)``: with it ``exp2(z - statistic)`` *is* ``a p / tau``, so domain
 weights, reduction and temperature cost phase 2 nothing per element; ``a = 0`` gives an infinite
 statistic and exact zeros. Phase 2 keeps CM candidates, recomputes the transposed logits with the
-rows that pass, and its second product sums ``dc`` to the end. The positive of an in-batch row is
-left out of the products and added at the end in full precision.
+rows that pass, and its second product sums ``dc`` to the end.
+
+Where the positive is one of the candidates, phase 1 leaves its column out and adds it at the end,
+in full precision, as it does with a positive of its own: the tile knows which block will be the
+next to hold one, so the others pay nothing. In a batch the columns are the diagonal, and phase 2
+does the same. In the full softmax they are the targets: a block of phase 2 that holds the target
+of a row has ``p - 1`` in its place.
+
+The dual scale comes first: with the phase `triton_dual` every row knows how its candidates
+compete. The mean over the batch, summed by every program for itself, then moves the temperatures,
+and phases 1 and 2 take the positives as a second query.
 
 Where the tiles do not fill the last round of workers, the streamed side of the tiles that are left
 is split: each part goes to the workspace, and after a barrier the parts are merged in their order.
@@ -47,10 +57,12 @@ from dwl_kernels.backends.triton_common import (
     TAU_SUM,
     TERM,
     WEIGHT_SUM,
+    Dual,
     Sizes,
     Space,
     Work,
     grid_barrier,
+    is_active,
     row_at,
     row_weight,
     shares,
@@ -58,6 +70,7 @@ from dwl_kernels.backends.triton_common import (
     store_embeddings,
     unit,
 )
+from dwl_kernels.backends.triton_dual import competing_tile, with_means
 from dwl_kernels.backends.triton_rows import merge_rows, row_tile
 
 # Phase 0 -----------------------------------------------------------------------------------------
@@ -72,14 +85,12 @@ def count_rows(worker, call, work):
     total = tl.zeros([BLOCK], call.form.DTYPE)
     for start in range(first, stop, BLOCK):
         row = start + tl.arange(0, BLOCK)
-        active = row < stop
-        row = tl.minimum(row, stop - 1)
-        if call.inputs.example_weights is not None:
-            active = active & (tl.load(call.inputs.example_weights + row) != 0)
-            count += active.to(tl.int32)
+        active = is_active(row, row < stop, call, work)
+        count += active.to(tl.int32)
         if call.form.REDUCTION == "weighted_mean":
-            total += tl.where(active, row_weight(row, call, work), 0.0)
-    if call.inputs.example_weights is not None:
+            weight = row_weight(tl.minimum(row, stop - 1), call, work)
+            total += tl.where(active, weight, 0.0)
+    if call.form.PACKED:
         tl.store(work.space.counts + worker, tl.sum(count, 0))
     if call.form.REDUCTION == "weighted_mean":
         tl.store(work.space.sums + WEIGHT_SUM * sizes.workers + worker, tl.sum(total, 0))
@@ -93,27 +104,28 @@ def pack_rows(worker, call, work):
     place = tl.sum(tl.load(work.space.counts + other, mask=other < worker, other=0), 0)
     for start in range(first, stop, BLOCK):
         row = start + tl.arange(0, BLOCK)
-        weight = tl.load(call.inputs.example_weights + row, mask=row < stop, other=0.0)
-        active = weight != 0
+        active = is_active(row, row < stop, call, work)
         rank = tl.cumsum(active.to(tl.int32), 0)
         tl.store(work.space.order + place + rank - 1, row, mask=active)
         place += tl.sum(active.to(tl.int32), 0)
-        padded = (row < stop) & (weight == 0)
+        padded = (row < stop) & ~active
+        nothing = tl.zeros([BLOCK], call.form.DTYPE)
         if (call.form.REDUCTION == "none") and (call.outputs.loss is not None):
-            tl.store(call.outputs.loss + row, tl.zeros_like(weight), mask=padded)
+            tl.store(call.outputs.loss + row, nothing, mask=padded)
         if (call.form.TEMPERATURE == "row") and (call.outputs.temperature is not None):
-            tl.store(call.outputs.temperature + row, tl.zeros_like(weight), mask=padded)
+            tl.store(call.outputs.temperature + row, nothing, mask=padded)
+        if call.form.IN_BATCH and (call.outputs.candidate_log_q is not None):
+            tl.store(call.outputs.candidate_log_q + row, nothing, mask=padded)
     for start in range(first, stop, CHUNK):
         row = start + tl.arange(0, CHUNK)
         inside = row < stop
-        weight = tl.load(call.inputs.example_weights + row, mask=inside, other=0.0)
-        padded = inside & (weight == 0)
+        padded = inside & ~is_active(row, inside, call, work)
         zero = tl.zeros([CHUNK, call.form.BLOCK_D], call.form.DTYPE)
         if call.outputs.query is not None:
             store_embeddings(call.outputs.query, row, zero, padded, call, work)
         if call.outputs.positive is not None:
             store_embeddings(call.outputs.positive, row, zero, padded, call, work)
-        if (call.inputs.positive is None) and (call.outputs.candidates is not None):
+        if call.form.IN_BATCH and (call.outputs.candidates is not None):
             store_embeddings(call.outputs.candidates, row, zero, padded, call, work)
 
 
@@ -124,20 +136,20 @@ def weigh_rows(program, programs, call, work):
     count = sizes.count
     places = sizes.places
     norm = sizes.norm
-    if (call.inputs.example_weights is not None) or (call.form.REDUCTION == "weighted_mean"):
+    if call.form.PACKED or (call.form.REDUCTION == "weighted_mean"):
         for worker in range(program, sizes.workers, programs):
             count_rows(worker, call, work)
         grid_barrier(work.space.barrier)
-        if call.inputs.example_weights is not None:
+        if call.form.PACKED:
             other = tl.arange(0, call.form.WORKERS)
             left = tl.load(work.space.counts + other, mask=other < sizes.workers, other=0)
             count = tl.sum(left, 0)
-            if call.inputs.positive is None:
+            if call.form.IN_BATCH:
                 places = sizes.candidates - sizes.rows + count
             norm = count.to(norm.dtype)
         if call.form.REDUCTION == "weighted_mean":
             norm = worker_sum(WEIGHT_SUM, call, work)
-        if call.inputs.example_weights is not None:
+        if call.form.PACKED:
             for worker in range(program, sizes.workers, programs):
                 pack_rows(worker, call, work)
             grid_barrier(work.space.barrier)
@@ -152,7 +164,7 @@ def weigh_rows(program, programs, call, work):
         places,
         norm,
     )
-    return Work(sizes, work.space)
+    return Work(sizes, work.space, work.dual)
 
 
 # Sums over rows ----------------------------------------------------------------------------------
@@ -282,7 +294,9 @@ def workspace(floats, integers, barrier, stride, num_domains, workers, call):
     )
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_candidates", "num_domains", "workers"])
+@triton.jit(
+    do_not_specialize=["num_rows", "num_candidates", "num_domains", "workers", "slate_size"]
+)
 def softmax_loss_kernel(
     call,
     floats,  # workspace in the accumulation dtype
@@ -293,6 +307,10 @@ def softmax_loss_kernel(
     num_domains,
     workers,
     tau,
+    hardness,  # the strengths of the dual scale
+    similarity,
+    competition,
+    slate_size,
 ):
     """All phases; see the head of the file."""
     program = tl.program_id(0)
@@ -303,11 +321,19 @@ def softmax_loss_kernel(
     places = num_candidates
     norm = tl.cast(num_rows, call.form.DTYPE)
     sizes = Sizes(num_rows, stride, num_candidates, num_domains, workers, tau, count, places, norm)
-    work = Work(sizes, space)
+    dual = Dual(hardness, similarity, competition, slate_size, 0.0, 1.0)
+    work = Work(sizes, space, dual)
 
     work = weigh_rows(program, programs, call, work)
     count = work.sizes.count
     places = work.sizes.places
+    if call.form.HARDNESS or call.form.SIMILARITY or call.form.COMPETITION:
+        for worker in range(program, workers, programs):
+            for tile in range(worker, tl.cdiv(count, call.form.BM), workers):
+                competing_tile(tile, call, work)
+        grid_barrier(barrier)
+    if call.form.COMPETITION:
+        work = with_means(call, work)
     tiles = tl.cdiv(count, call.form.BM)
     steps = tl.cdiv(places, call.form.BN)
     whole, splits = shares(tiles, steps, workers)
@@ -321,19 +347,22 @@ def softmax_loss_kernel(
             for chunk in range(worker, (tiles - whole) * (call.form.BM // CHUNK), workers):
                 merge_rows(chunk, whole, splits, call, work)
 
+    by_candidate: tl.constexpr = (call.outputs.candidates is not None) or (
+        call.outputs.candidate_log_q is not None
+    )
     sum_needed: tl.constexpr = (
         (call.form.REDUCTION != "none")
         or (call.outputs.domain_weights is not None)
         or ((call.outputs.temperature is not None) and (call.form.TEMPERATURE == "scalar"))
     )
-    if sum_needed or (call.outputs.candidates is not None):
+    if sum_needed or by_candidate:
         grid_barrier(barrier)
     if sum_needed:
         for worker in range(program, workers, programs):
             sum_rows(worker, call, work)
 
     splits = 1
-    if call.outputs.candidates is not None:
+    if by_candidate:
         tiles = tl.cdiv(places, call.form.CM)
         steps = tl.cdiv(count, call.form.CN)
         whole, splits = shares(tiles, steps, workers)
@@ -346,7 +375,7 @@ def softmax_loss_kernel(
                 candidate_tile(tile, first, stop, part, shift, call, work)
     if sum_needed or (splits > 1):
         grid_barrier(barrier)
-    if (call.outputs.candidates is not None) and (splits > 1):
+    if by_candidate and (splits > 1):
         for worker in range(program, workers, programs):
             for chunk in range(worker, (tiles - whole) * (call.form.CM // CHUNK), workers):
                 merge_candidates(chunk, whole, splits, call, work)

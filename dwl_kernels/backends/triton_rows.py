@@ -15,19 +15,28 @@ from dwl_kernels.backends.triton_common import (
     HEADROOM,
     LIMIT,
     POSITIVE,
+    RATIO,
     ROW_LOSS,
     SCALE,
     STATISTIC,
+    TAU,
     TERM,
     block,
     candidate_at,
+    dual_factor,
+    dual_ratio,
+    dual_shift,
     embeddings,
     logarithm,
     narrow,
+    own_candidate,
     part_of,
+    positive_log_q,
+    positives,
     power,
     product,
     row_at,
+    row_scale,
     row_weight,
     scale_of,
     scaled,
@@ -37,21 +46,28 @@ from dwl_kernels.backends.triton_common import (
 )
 
 
+class Rows(NamedTuple):
+    """What phase 1 keeps of a row tile; None where it is not needed."""
+
+    q: Any  # [BM, D]
+    p: Any  # [BM, D], where the dual scale looks at the positive
+    ratio: Any  # [BM], what p weighs beside q
+    scale: Any  # [BM], for `scaled`
+    id: Any  # [BM], for hits
+    own: Any  # [BM], the candidate that is the positive
+
+
 @triton.jit
 def row_tile(tile, first, stop, part, call, work):
     """Phase 1 of BM rows with the candidates of the blocks ``first : stop``."""
     place = tile * call.form.BM + tl.arange(0, call.form.BM)
     row = row_at(tl.minimum(place, work.sizes.count - 1), call, work)
-    q = embeddings(call.inputs.query, row, call, work)
-    scale = scale_of(temperatures_of(row, call, work), call, work)
-    row_id = row
-    if call.inputs.candidate_ids is not None:
-        row_id = tl.load(call.inputs.positive_ids + row)
+    rows = load_rows(place, row, call, work)
     dtype: tl.constexpr = call.form.DTYPE
-    z_positive = positive_logits(q.to(dtype), row, scale, call, work)
+    z_positive = positive_logits(rows.q.to(dtype), place, row, call, work)
     reference = tl.minimum(tl.maximum(z_positive, -FINITE), FINITE)
     if call.form.MAXIMA:
-        largest = row_maxima(q, scale, row_id, place, first, stop, call, work)
+        largest = row_maxima(rows, first, stop, call, work)
         if call.form.HALF:
             reference = tl.maximum(largest - HEADROOM, reference - 100)
         else:
@@ -62,14 +78,12 @@ def row_tile(tile, first, stop, part, call, work):
     attempt = 0
     again = True
     while again:
-        total, compete, weighted = stream_candidates(
-            q, scale, reference, row_id, place, first, stop, call, work
-        )
+        total, compete, weighted = stream_candidates(rows, reference, first, stop, call, work)
         again = False
         if not call.form.MAXIMA:
             again = (attempt == 0) & (tl.max((total > LIMIT).to(tl.int32), 0) > 0)
             if again:
-                largest = row_maxima(q, scale, row_id, place, first, stop, call, work)
+                largest = row_maxima(rows, first, stop, call, work)
                 reference = tl.maximum(reference, largest)
         attempt += 1
     if part < 0:
@@ -89,11 +103,41 @@ def row_tile(tile, first, stop, part, call, work):
 
 
 @triton.jit
-def row_logits(q, scale, reference, row_id, place, start, call, work):
+def load_rows(place, row, call, work):
+    q = embeddings(call.inputs.query, row, call, work)
+    p = None
+    ratio = None
+    id = None
+    own = None
+    if call.form.SIMILARITY:
+        p = positives(row, call, work)
+        ratio = dual_ratio(place, call, work)
+    if call.inputs.candidate_ids is not None:
+        id = tl.load(call.inputs.positive_ids + row)
+    if call.form.IN_BATCH:
+        own = place
+    elif call.inputs.target is not None:
+        own = own_candidate(row, call, work)
+    return Rows(q, p, ratio, row_scale(place, row, call, work), id, own)
+
+
+@triton.jit
+def next_own(rows, start, call, work):
+    """The first place from `start` on where the positive of a row stands among the candidates.
+
+    Known ahead, it costs a block nothing to find that it holds none.
+    """
+    if call.form.OWN:
+        return tl.min(tl.where(rows.own >= start, rows.own, 0x7FFFFFFF), 0)
+    else:
+        return start
+
+
+@triton.jit
+def row_logits(rows, reference, start, coming, call, work):
     """``z_ij - reference`` of a row tile, its candidates ``c_j``, and how many compete."""
     sizes = work.sizes
-    in_batch: tl.constexpr = call.inputs.positive is None
-    if (in_batch and (call.inputs.example_weights is not None)) or call.form.FEW_CANDIDATES:
+    if (call.form.IN_BATCH and call.form.PACKED) or call.form.FEW_CANDIDATES:
         at = start + tl.arange(0, call.form.BN)
         j = candidate_at(tl.minimum(at, sizes.places - 1), call, work)
         c = embeddings(call.inputs.candidates, j, call, work)
@@ -101,53 +145,58 @@ def row_logits(q, scale, reference, row_id, place, start, call, work):
         at, c = block(call.inputs.candidates, start, sizes.candidates, call.form.BN, call, work)
         j = at
     dtype: tl.constexpr = call.form.DTYPE
-    z = product(q, tl.trans(c), tl.zeros([call.form.BM, call.form.BN], dtype), call, work)
-    z = scaled(z, scale[:, None], call, work)
+    z = tl.zeros([call.form.BM, call.form.BN], dtype)
+    if call.form.SIMILARITY:
+        z = product(rows.p, tl.trans(c), z, call, work) * rows.ratio[:, None]
+    z = product(rows.q, tl.trans(c), z, call, work)
+    z = scaled(z, rows.scale[:, None], call, work)
     compete = tl.zeros([call.form.BM], dtype)
     if call.inputs.candidate_log_q is not None:
         z -= (tl.load(call.inputs.candidate_log_q + j) * unit_of(call, work))[None, :]
     z -= reference
     if call.inputs.candidate_ids is not None:
-        # A row's own column is a hit as well.
-        hit = row_id[:, None] == tl.load(call.inputs.candidate_ids + j)[None, :]
+        # A row's own column in the batch is a hit as well.
+        hit = rows.id[:, None] == tl.load(call.inputs.candidate_ids + j)[None, :]
         z = tl.where(hit, float("-inf"), z)
         if call.form.REFINED:
             counts = ((at >= start) & (at < sizes.places))[None, :] & ~hit
             compete = tl.sum(tl.where(counts, 1.0, 0.0).to(dtype), 1)
     edge = start + call.form.BN > sizes.places
-    if in_batch and (call.inputs.candidate_ids is None):
-        first = tl.min(place, 0)
-        edge = edge | ((start < first + call.form.BM) & (start + call.form.BN > first))
+    if call.form.OWN:
+        edge = edge | (coming < start + call.form.BN)
     if edge:
         z = tl.where(((at >= start) & (at < sizes.places))[None, :], z, float("-inf"))
-        if in_batch and (call.inputs.candidate_ids is None):
-            z = tl.where(at[None, :] == place[:, None], float("-inf"), z)
-    return z, c, compete
+        if call.form.OWN:
+            z = tl.where(at[None, :] == rows.own[:, None], float("-inf"), z)
+            coming = next_own(rows, start + call.form.BN, call, work)
+    return z, c, compete, coming
 
 
 @triton.jit
-def row_maxima(q, scale, row_id, place, first, stop, call, work):
+def row_maxima(rows, first, stop, call, work):
     """The largest ``z_ij`` of each row."""
     largest = tl.full([call.form.BM], -FINITE, call.form.DTYPE)
+    coming = next_own(rows, first * call.form.BN, call, work)
     for start in tl.range(
         first * call.form.BN, stop * call.form.BN, call.form.BN, num_stages=call.form.STAGES_1
     ):
-        z, _, _ = row_logits(q, scale, 0.0, row_id, place, start, call, work)
+        z, _, _, coming = row_logits(rows, 0.0, start, coming, call, work)
         largest = tl.maximum(largest, tl.max(z, 1))
     return tl.minimum(largest, FINITE)
 
 
 @triton.jit
-def stream_candidates(q, scale, reference, row_id, place, first, stop, call, work):
+def stream_candidates(rows, reference, first, stop, call, work):
     """``sum_j e_ij``, ``sum_j e_ij c_j`` and the number of j, for ``e = exp(z - reference)``."""
     dtype: tl.constexpr = call.form.DTYPE
     total = tl.zeros([call.form.BM], dtype)
     compete = tl.zeros([call.form.BM], dtype)
     weighted = tl.zeros([call.form.BM, call.form.BLOCK_D], dtype)
+    coming = next_own(rows, first * call.form.BN, call, work)
     for start in tl.range(
         first * call.form.BN, stop * call.form.BN, call.form.BN, num_stages=call.form.STAGES_1
     ):
-        z, c, more = row_logits(q, scale, reference[:, None], row_id, place, start, call, work)
+        z, c, more, coming = row_logits(rows, reference[:, None], start, coming, call, work)
         e = power(z, call, work)
         total += tl.sum(e, 1)
         compete += more
@@ -182,27 +231,23 @@ def merge_rows(chunk, whole, splits, call, work):
     place = (whole + of_tile) * call.form.BM + r
     row = row_at(tl.minimum(place, work.sizes.count - 1), call, work)
     q = embeddings(call.inputs.query, row, call, work).to(dtype)
-    scale = scale_of(temperatures_of(row, call, work), call, work)
-    z_positive = positive_logits(q, row, scale, call, work)
+    z_positive = positive_logits(q, place, row, call, work)
     sums = Sums(z_positive, reference, total, compete)
     finish_rows(place, sums, weighted, call, work)
 
 
 @triton.jit
-def positives(row, call, work):
-    if call.inputs.positive is None:
-        return embeddings(call.inputs.candidates, row, call, work)
-    else:
-        return embeddings(call.inputs.positive, row, call, work)
+def positive_logits(q, place, row, call, work):
+    """``z_i+``; the refined correction leaves log-Q out of it.
 
-
-@triton.jit
-def positive_logits(q, row, scale, call, work):
-    """``z_i+``; the refined correction leaves log-Q out of it."""
-    z = scaled(tl.sum(q * positives(row, call, work).to(q.dtype), 1), scale, call, work)
-    if (call.inputs.positive_log_q is not None) and (not call.form.REFINED):
-        z -= tl.load(call.inputs.positive_log_q + row) * unit_of(call, work)
-    return z
+    All logits are less the shift of the dual scale, which probabilities and losses do not see.
+    """
+    tau = temperatures_of(row, call, work) * dual_factor(place, call, work)
+    products = tl.sum(q * positives(row, call, work).to(q.dtype), 1)
+    z = scaled(products, scale_of(tau, call, work), call, work)
+    if not call.form.REFINED:
+        z -= positive_log_q(row, call, work) * unit_of(call, work)
+    return z - dual_shift(place, call, work)
 
 
 class Sums(NamedTuple):
@@ -286,19 +331,33 @@ def finish_rows(place, sums, weighted, call, work):
             compete -= 1
         sums = Sums(sums.z_positive, sums.reference, sums.total, compete)
     results = row_results(row, sums, call, work)
+    if call.form.COMPETITION:
+        results = colder(results, dual_factor(place, call, work), call, work)
     store_losses(place, row, inside, results, call, work)
     arrays = work.space.rows + place
-    if call.outputs.candidates is not None:
+    if (call.outputs.candidates is not None) or (call.outputs.candidate_log_q is not None):
+        nothing = results.coefficient == 0
         statistic = results.statistic
-        if call.form.FOLD:
-            statistic -= logarithm(results.coefficient, call, work)
-        statistic = tl.where(results.coefficient == 0, float("inf"), statistic)
+        coefficient = results.coefficient
+        if call.form.EXACT:
+            # What phase 1 subtracted, bit for bit: lse would round the largest p anew.
+            statistic = sums.reference
+            coefficient = tl.where(nothing, 0.0, coefficient / results.all_terms)
+        elif call.form.FOLD:
+            statistic -= logarithm(coefficient, call, work)
+        statistic = tl.where(nothing, float("inf"), statistic)
         tl.store(arrays + STATISTIC * sizes.stride, statistic, mask=inside)
         if call.form.HALF or not call.form.FOLD:
-            tl.store(arrays + COEFFICIENT * sizes.stride, results.coefficient, mask=inside)
-        if call.form.TEMPERATURE == "row":
-            scale = scale_of(results.tau, call, work)
+            tl.store(arrays + COEFFICIENT * sizes.stride, coefficient, mask=inside)
+        if call.form.ROW_SCALE:
+            scale = row_scale(place, row, call, work)
             tl.store(arrays + SCALE * sizes.stride, scale, mask=inside)
+        if call.form.SIMILARITY:
+            ratio = dual_ratio(place, call, work)
+            tl.store(arrays + RATIO * sizes.stride, ratio, mask=inside)
+        if call.outputs.candidate_log_q is not None:
+            tau = results.tau * dual_factor(place, call, work)
+            tl.store(arrays + TAU * sizes.stride, tau, mask=inside)
         if call.inputs.positive is None:
             tl.store(arrays + POSITIVE * sizes.stride, results.d_positive, mask=inside)
     if (call.outputs.query is not None) or (call.outputs.temperature is not None):
@@ -308,6 +367,20 @@ def finish_rows(place, sums, weighted, call, work):
         q = embeddings(call.inputs.query, row, call, work).to(dtype)
         d_positive = results.d_positive[:, None] * q
         store_embeddings(call.outputs.positive, row, d_positive, inside, call, work)
+
+
+@triton.jit
+def colder(results, factor, call, work):
+    """The coefficients at ``tau_i = tau factor``."""
+    return Results(
+        results.tau,
+        results.loss,
+        results.term,
+        results.all_terms,
+        results.statistic,
+        results.coefficient / factor,
+        results.d_positive / factor,
+    )
 
 
 @triton.jit

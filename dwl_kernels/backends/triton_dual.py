@@ -1,0 +1,160 @@
+"""The phase of the dual scale: how every row's candidates compete, before any loss is known.
+
+Owns q[BM, D] and p[BM, D], past which the candidates stream; writes, of each row, ``g_i`` and the
+shift that makes the mean of ``kappa_ij`` one. `eager` has the formulas.
+
+With ``pull = h q + s p`` and the factor f of a row's temperature, the logits are linear in c::
+
+    z_ij = (<q_i, c_j> + f_i <pull_i, c_j>) / (tau f_i) + shift_i - log Q_j
+         = (<q_i, c_j> + ratio_i <p_i, c_j>) * scale_i  + shift_i - log Q_j
+
+so that the phases that follow need one product more where s is not 0, and nothing per element
+otherwise. Products with q and with p are made apart: their sum would not fit 16 bits.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from dwl_kernels.backends.triton_common import (
+    FINITE,
+    INTENSITY,
+    MANY,
+    SHIFT,
+    Dual,
+    Work,
+    block,
+    embeddings,
+    is_active,
+    logarithm,
+    positive_log_q,
+    positives,
+    power,
+    product,
+    raw_factor,
+    row_array,
+    row_at,
+    scale_of,
+    scaled,
+    temperatures_of,
+    unit_of,
+)
+
+
+@triton.jit
+def group_start(group, call, work):
+    """The first candidate of a group of the slate."""
+    many = tl.cast(group, tl.int64) * work.sizes.candidates
+    return tl.cdiv(many, tl.cast(work.dual.slate_size, tl.int64)).to(tl.int32)
+
+
+@triton.jit
+def competing_tile(tile, call, work):
+    """``g_i`` and the shift of BM rows. A block ends where a group of the slate does."""
+    sizes = work.sizes
+    dual = work.dual
+    dtype: tl.constexpr = call.form.DTYPE
+    place = tile * call.form.BM + tl.arange(0, call.form.BM)
+    row = row_at(tl.minimum(place, sizes.count - 1), call, work)
+    q = embeddings(call.inputs.query, row, call, work)
+    p = positives(row, call, work)
+    scale = scale_of(temperatures_of(row, call, work), call, work)
+    z_positive = scaled(tl.sum(q.to(dtype) * p.to(dtype), 1), scale, call, work)
+    z_positive -= positive_log_q(row, call, work) * unit_of(call, work)
+    if call.inputs.candidate_ids is not None:
+        row_id = tl.load(call.inputs.positive_ids + row)
+    top = tl.full([call.form.BM], -FINITE, dtype)
+    total = tl.zeros([call.form.BM], dtype)
+    valid = tl.zeros([call.form.BM], dtype)
+    best = tl.full([call.form.BM], float("-inf"), dtype)
+    wins = tl.zeros([call.form.BM], dtype)
+    slate = tl.zeros([call.form.BM], dtype)
+    blocks = tl.cdiv(sizes.candidates, call.form.BN)
+    if call.form.COMPETITION:
+        blocks += dual.slate_size
+    start = 0
+    group = 1
+    for _ in tl.range(0, blocks, num_stages=call.form.STAGES_1):
+        stop = tl.minimum(start + call.form.BN, sizes.candidates)
+        if call.form.COMPETITION:
+            stop = tl.minimum(stop, group_start(group, call, work))
+        if call.form.FEW_CANDIDATES:
+            at = start + tl.arange(0, call.form.BN)
+            j = tl.minimum(at, sizes.candidates - 1)
+            c = embeddings(call.inputs.candidates, j, call, work)
+        else:
+            at, c = block(call.inputs.candidates, start, sizes.candidates, call.form.BN, call, work)
+            j = at
+        nothing = tl.zeros([call.form.BM, call.form.BN], dtype)
+        z = product(q, tl.trans(c), nothing, call, work)
+        x = z * dual.hardness
+        if call.form.SIMILARITY:
+            x += product(p, tl.trans(c), nothing, call, work) * dual.similarity
+        x = scaled(x, scale[:, None], call, work)
+        z = scaled(z, scale[:, None], call, work)
+        if call.inputs.candidate_log_q is not None:
+            z -= (tl.load(call.inputs.candidate_log_q + j) * unit_of(call, work))[None, :]
+        counts = (at >= start) & (at < stop)
+        if call.form.IN_BATCH and call.form.PACKED:
+            positive = at < sizes.rows
+            counts = counts & (~positive | is_active(j, positive, call, work))
+        counts = counts[None, :]
+        if call.form.IN_BATCH:
+            counts = counts & (at[None, :] != row[:, None])
+        if call.inputs.candidate_ids is not None:
+            counts = counts & (row_id[:, None] != tl.load(call.inputs.candidate_ids + j)[None, :])
+        if call.form.HARDNESS or call.form.SIMILARITY:
+            x = tl.where(counts, x, float("-inf"))
+            higher = tl.minimum(tl.maximum(top, tl.max(x, 1)), FINITE)
+            factor = power(top - higher, call, work)
+            total = total * factor + tl.sum(power(x - higher[:, None], call, work), 1)
+            top = higher
+            valid += tl.sum(tl.where(counts, 1.0, 0.0).to(dtype), 1)
+        if call.form.COMPETITION:
+            best = tl.maximum(best, tl.max(tl.where(counts, z, float("-inf")), 1))
+            if stop == group_start(group, call, work):
+                there = best > float("-inf")
+                win = 1 / (1 + power(z_positive - best, call, work))
+                wins += tl.where(there, win, 0.0)
+                slate += tl.where(there, 1.0, 0.0)
+                best = tl.full([call.form.BM], float("-inf"), dtype)
+                group += 1
+        start = stop
+    inside = place < sizes.count
+    if call.form.HARDNESS or call.form.SIMILARITY:
+        shift = logarithm(tl.maximum(valid, 1), call, work) - top - logarithm(total, call, work)
+        shift = tl.where(valid > 0, shift, 0.0)
+        tl.store(row_array(SHIFT, place, call, work), shift, mask=inside)
+    if call.form.COMPETITION:
+        intensity = wins / tl.maximum(slate, 1)
+        tl.store(row_array(INTENSITY, place, call, work), intensity, mask=inside)
+
+
+@triton.jit
+def mean_over_rows(FACTORS: tl.constexpr, call, work):
+    """The mean of ``g``, or of the factors that follow from it. Every program sums all rows."""
+    total = tl.zeros([MANY], call.form.DTYPE)
+    for start in range(0, work.sizes.count, MANY):
+        place = start + tl.arange(0, MANY)
+        value = tl.load(row_array(INTENSITY, place, call, work))
+        if FACTORS:
+            value = raw_factor(value, call, work)
+        total += tl.where(place < work.sizes.count, value, 0.0)
+    return tl.sum(total, 0) / tl.maximum(work.sizes.count, 1)
+
+
+@triton.jit
+def with_means(call, work):
+    """`work` with the means that the factor of a row's temperature needs."""
+    mean = mean_over_rows(False, call, work)
+    work = Work(work.sizes, work.space, with_mean(work.dual, mean, 1.0, call, work))
+    factor = mean_over_rows(True, call, work)
+    return Work(work.sizes, work.space, with_mean(work.dual, mean, factor, call, work))
+
+
+@triton.jit
+def with_mean(dual, intensity, factor, call, work):
+    return Dual(
+        dual.hardness, dual.similarity, dual.competition, dual.slate_size, intensity, factor
+    )
