@@ -66,10 +66,10 @@ def example(
         )
         return problem, wanted._replace(candidate_log_q=options)
     if kind == "in-batch":
-        more = {"negative_log_q": None, "negative_ids": None, "negative": None}
-        return in_batch_problem(query, positive, log_q=log_q, ids=ids, **more, **common), wanted
+        none: dict[str, Any] = {"negative_log_q": None, "negative_ids": None, "negative": None}
+        return in_batch_problem(query, positive, log_q=log_q, ids=ids, **none, **common), wanted
     names = ("positive_log_q", "negative_log_q", "positive_ids", "negative_ids")
-    more = dict(zip(names, (log_q, log_q, ids, ids), strict=True))
+    more: dict[str, Any] = dict(zip(names, (log_q, log_q, ids, ids), strict=True))
     more["dual"] = DualScale(1.0, 1.0, 16, 1.0) if kind == "dual" else None
     return sampled_problem(query, positive, negative, **more, **common), wanted
 

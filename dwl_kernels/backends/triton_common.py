@@ -308,48 +308,6 @@ def row_array(which, place, call, work):
 
 
 @triton.jit
-def dual_factor(place, call, work):
-    """What the competition of each row multiplies its temperature by."""
-    if call.form.COMPETITION:
-        g = tl.load(row_array(INTENSITY, place, call, work))
-        return raw_factor(g, call, work) / work.dual.mean_factor
-    else:
-        return 1.0
-
-
-@triton.jit
-def raw_factor(g, call, work):
-    f = 1 + work.dual.competition * (g - work.dual.mean_intensity)
-    return tl.minimum(tl.maximum(f, 0.5), 2.0)
-
-
-@triton.jit
-def dual_shift(place, call, work):
-    """What log kappa adds to all logits of the row, in their unit."""
-    if call.form.HARDNESS or call.form.SIMILARITY:
-        return tl.load(row_array(SHIFT, place, call, work))
-    else:
-        return 0.0
-
-
-@triton.jit
-def dual_ratio(place, call, work):
-    """``<q, c> + ratio <p, c>`` is what `row_scale` turns into logits."""
-    factor = dual_factor(place, call, work)
-    weight = 1 + factor * work.dual.hardness
-    return tl.zeros(place.shape, call.form.DTYPE) + factor * work.dual.similarity / weight
-
-
-@triton.jit
-def row_scale(place, row, call, work):
-    tau = temperatures_of(row, call, work)
-    if call.form.HARDNESS or call.form.COMPETITION:
-        factor = dual_factor(place, call, work)
-        tau *= factor / (1 + factor * work.dual.hardness)
-    return scale_of(tau, call, work)
-
-
-@triton.jit
 def unit_of(call, work):
     """Logits are in units of ``1 / log2 e``, so that `exp2` is one instruction, or plain."""
     if call.form.EXACT:

@@ -32,7 +32,6 @@ from dwl_kernels.backends.triton_common import (
     positives,
     power,
     product,
-    raw_factor,
     row_array,
     row_at,
     scale_of,
@@ -40,6 +39,53 @@ from dwl_kernels.backends.triton_common import (
     temperatures_of,
     unit_of,
 )
+
+# What the other phases ask ------------------------------------------------------------------------
+
+
+@triton.jit
+def dual_factor(place, call, work):
+    """What the competition of each row multiplies its temperature by."""
+    if call.form.COMPETITION:
+        g = tl.load(row_array(INTENSITY, place, call, work))
+        return raw_factor(g, call, work) / work.dual.mean_factor
+    else:
+        return 1.0
+
+
+@triton.jit
+def raw_factor(g, call, work):
+    f = 1 + work.dual.competition * (g - work.dual.mean_intensity)
+    return tl.minimum(tl.maximum(f, 0.5), 2.0)
+
+
+@triton.jit
+def dual_shift(place, call, work):
+    """What log kappa adds to all logits of the row, in their unit."""
+    if call.form.HARDNESS or call.form.SIMILARITY:
+        return tl.load(row_array(SHIFT, place, call, work))
+    else:
+        return 0.0
+
+
+@triton.jit
+def dual_ratio(place, call, work):
+    """``<q, c> + ratio <p, c>`` is what `row_scale` turns into logits."""
+    factor = dual_factor(place, call, work)
+    weight = 1 + factor * work.dual.hardness
+    return tl.zeros(place.shape, call.form.DTYPE) + factor * work.dual.similarity / weight
+
+
+@triton.jit
+def row_scale(place, row, call, work):
+    tau = temperatures_of(row, call, work)
+    if call.form.HARDNESS or call.form.COMPETITION:
+        factor = dual_factor(place, call, work)
+        tau *= factor / (1 + factor * work.dual.hardness)
+    return scale_of(tau, call, work)
+
+
+# The phase ---------------------------------------------------------------------------------------
 
 
 @triton.jit

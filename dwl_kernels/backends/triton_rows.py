@@ -23,9 +23,6 @@ from dwl_kernels.backends.triton_common import (
     TERM,
     block,
     candidate_at,
-    dual_factor,
-    dual_ratio,
-    dual_shift,
     embeddings,
     logarithm,
     narrow,
@@ -36,7 +33,6 @@ from dwl_kernels.backends.triton_common import (
     power,
     product,
     row_at,
-    row_scale,
     row_weight,
     scale_of,
     scaled,
@@ -44,6 +40,7 @@ from dwl_kernels.backends.triton_common import (
     temperatures_of,
     unit_of,
 )
+from dwl_kernels.backends.triton_dual import dual_factor, dual_ratio, dual_shift, row_scale
 
 
 class Rows(NamedTuple):
