@@ -18,7 +18,8 @@ def shape_table(figures: Report) -> Table:
     table.add_column(f"all with: {figures['level']}")
     counted = any("launches" in row for row in figures["versions"])
     columns = ["median ms", "quartiles", "times bound", "of bound", "memory MB", "of logits"]
-    for name in [*columns, "error loss", "gradient", *(["launches"] if counted else [])]:
+    on_gpu = ["host ms", "launches"] if counted else []
+    for name in [*columns, "error loss", "gradient", *on_gpu]:
         table.add_column(name, justify="right")
     for row in figures["versions"]:
         error = figures["errors"].get(row["version"], {})
@@ -32,7 +33,9 @@ def shape_table(figures: Report) -> Table:
             share(row.get("peak_bytes"), figures["logits_bytes"]),
             *(f"{error[k]:.1e}" if error else "" for k in ("loss", "gradient")),
         ]
-        table.add_row(*cells, *([str(row.get("launches", ""))] if counted else []))
+        if counted:
+            cells += [f"{row['host_ms']:.3g}", str(row.get("launches", ""))]
+        table.add_row(*cells)
     lines = [
         f"{kernel}, over {timings[0]['version']}: "
         + ", ".join(f"{t['version']} {t['ratio']:.3f}" for t in timings[1:])

@@ -166,7 +166,7 @@ SIDES: tuple[Side, ...] = get_args(Side)
 def growth(side: Side, device: str) -> list[Shape]:
     """Shapes along which one side grows by fours and the other stays."""
     sizes: tuple[int, ...] = (1024, 4096, 16_384, 65_536)
-    fixed, dim, dtype = 2048, 64, torch.float32
+    fixed, dim, dtype = 1024, 64, torch.float32
     if device == "cuda":
         sizes = (4096, 16_384, 65_536, 262_144, 1_048_576)
         fixed, dim, dtype = 16_384, 128, _BF16

@@ -122,6 +122,14 @@ def test_kernel_is_faster_than_pytorch(
     assert timings[rival].ratio / timings[kernel].ratio >= factor
 
 
+def test_small_problem_keeps_the_host_no_longer_than_eager(
+    shape: Shape, kernel: str, timings: dict[str, Timing]
+) -> None:
+    if shape.name != "small":
+        pytest.skip("larger ones are bound by the device")
+    assert timings[kernel].host_ms <= timings["eager"].host_ms
+
+
 def test_kernel_is_faster_than_every_peer_on_the_catalogue(
     shape: Shape, kernel: str, timings: dict[str, Timing]
 ) -> None:
