@@ -20,8 +20,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <memory>
-#include <utility>
 #include <vector>
 
 #include "blas.h"
@@ -70,8 +68,8 @@ class Kernel {
         if (padded_ > 0 && padding(j)) bias_[j] = -kInfinity<T>;
       }
     }
-    if (out.candidate != nullptr && more > 0) dc_.reset(new T[more * n * p.dim]);
-    if (out.candidate_log_q != nullptr && more > 0) d_log_q_.reset(new T[more * n]);
+    if (out.candidate != nullptr && more > 0) dc_ = buffer<T>(more * n * p.dim);
+    if (out.candidate_log_q != nullptr && more > 0) d_log_q_ = buffer<T>(more * n);
   }
 
   void run();
@@ -112,9 +110,9 @@ class Kernel {
   const bool candidate_gradient_;
   const bool late_;  // product 2 waits for the totals too, so that some can be left out
   Team<T> team_;
-  int64_t padded_;       // positives of padded rows: in a batch they are nobody's candidates
-  std::vector<T> bias_;  // [N] -log Q_j, or empty
-  std::unique_ptr<T[]> dc_, d_log_q_;  // of the other groups, [groups - 1, N, D], [groups - 1, N]
+  int64_t padded_;          // positives of padded rows: in a batch they are nobody's candidates
+  std::vector<T> bias_;     // [N] -log Q_j, or empty
+  Buffer<T> dc_, d_log_q_;  // of the other groups, [groups - 1, N, D], [groups - 1, N]
 };
 
 template <typename T>

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <memory>
+#include <new>
 #include <utility>
 #include <vector>
 
@@ -19,6 +20,21 @@ namespace dwl {
 constexpr int64_t kTile = 512, kMostRows = 128, kLeastRows = 64;
 constexpr int64_t kPart = 1024;    // candidates that are worth a thread of their own
 constexpr int64_t kSegment = 128;  // candidates whose gradients are left out together
+
+// Uninitialised memory from a cache line on: a product is bitwise the same from run to run only
+// where its matrices are aligned alike.
+struct FreeAligned {
+  template <typename T>
+  void operator()(T* memory) const {
+    ::operator delete[](memory, std::align_val_t{64});
+  }
+};
+template <typename T>
+using Buffer = std::unique_ptr<T[], FreeAligned>;
+template <typename T>
+Buffer<T> buffer(int64_t size) {
+  return Buffer<T>(new (std::align_val_t{64}) T[size]);
+}
 
 // Candidates by id, sorted once per call.
 class IdIndex {
@@ -45,7 +61,7 @@ class IdIndex {
 template <typename T>
 struct Report {
   std::vector<double> sum;  // [b] of e over its candidates
-  std::unique_ptr<T[]> dq;  // [b, D] e c over its candidates
+  Buffer<T> dq;             // [b, D] e c over its candidates
   bool trusted;             // whether e can stand with this reference
 };
 
@@ -60,8 +76,8 @@ struct Worker {
   std::vector<T> top;                      // [b] largest logits of its candidates
   std::vector<const IdIndex::Entry*> hit;  // [b] the next hit
   std::vector<RowResult<T>> results;       // [b]
-  std::unique_ptr<T[]> query, scaled;      // [b, D] what scores; q times the scale of the row
-  std::unique_ptr<T[]> e;                  // [tiles, b, tile], or of one tile
+  Buffer<T> query, scaled;                 // [b, D] what scores; q times the scale of the row
+  Buffer<T> e;                             // [tiles, b, tile], or of one tile
   std::vector<T> segment_top;              // [tiles, segments, b] largest e, or empty
   // By turns, so that a worker may begin a block before the others have read the last report.
   Report<T> reports[2];
@@ -102,11 +118,12 @@ class Team {
       w.first = bound(w.part);
       w.last = bound(w.part + 1);
       const int64_t tiles = (w.last - w.first + kTile - 1) / kTile;
-      w.tile = tiles == 0 ? 0 : (w.last - w.first + tiles - 1) / tiles;
-      w.e.reset(new T[(needs.all_e ? tiles : std::min<int64_t>(tiles, 1)) * block_ * w.tile]);
+      // Of about equal size, in whole vectors.
+      w.tile = tiles == 0 ? 0 : ((w.last - w.first + tiles - 1) / tiles + 15) / 16 * 16;
+      w.e = buffer<T>((needs.all_e ? tiles : std::min<int64_t>(tiles, 1)) * block_ * w.tile);
       if (needs.segment_tops) w.segment_top.resize(tiles * (kTile / kSegment) * block_);
-      w.query.reset(new T[block_ * dim]);
-      w.scaled.reset(new T[block_ * dim]);
+      w.query = buffer<T>(block_ * dim);
+      w.scaled = buffer<T>(block_ * dim);
       w.row.reserve(block_);
       w.rows.resize(block_);
       w.m.resize(block_);
@@ -115,7 +132,7 @@ class Team {
       w.results.resize(block_);
       for (Report<T>& report : w.reports) {
         report.sum.resize(block_);
-        if (needs.dq) report.dq.reset(new T[block_ * dim]);
+        if (needs.dq) report.dq = buffer<T>(block_ * dim);
       }
     }
   }

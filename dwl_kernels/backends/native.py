@@ -41,7 +41,7 @@ def solve(
     wanted: Wanted,
     row_grad: Tensor | None = None,  # [B], gradient of the row losses of reduction "none"
 ) -> Output:
-    """The loss and the wanted gradients, with a block of logits per thread in memory."""
+    """The loss and the wanted gradients, with the logits of a block of rows in memory."""
     weights = problem.row_weights()
     query, positive, candidates = (t.contiguous() for t in eager.embeddings(problem, weights))
     if problem.candidate_rows is not None:
