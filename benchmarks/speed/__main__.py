@@ -70,7 +70,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--quick", action="store_true", help="smaller shapes, within two minutes")
     add("--dry", action="store_true", help="the GPU's shapes at tiny sizes, to try the suite")
     add("--shapes", default="", metavar="A,B", help="only these shapes, and no growth")
-    add("--out", type=Path, help="where JSON and pictures go; a full run: benchmarks/results")
+    add("--out", type=Path, help="for JSON and pictures: benchmarks/results, in part .benchmarks")
     add("--compare", type=Path, metavar="OLD.json", help="print ratios to an older run")
     add("--load", type=Path, metavar="NEW.json", help="show and draw these figures, measure none")
     options = parser.parse_args(arguments)

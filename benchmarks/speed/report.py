@@ -25,8 +25,8 @@ def shape_table(figures: Report) -> Table:
         error = figures["errors"].get(row["version"], {})
         cells = [
             row["version"],
-            f"{row['median_ms']:.3g}" if row["median_ms"] < 100 else f"{row['median_ms']:.0f}",
-            f"{row['low_ms']:.3g} to {row['high_ms']:.3g}",
+            digits(row["median_ms"]),
+            f"{digits(row['low_ms'])} to {digits(row['high_ms'])}",
             f"{row['ratio']:.2f}",
             f"{1 / row['ratio']:.0%}",
             megabytes(row.get("peak_bytes")),
@@ -34,7 +34,7 @@ def shape_table(figures: Report) -> Table:
             *(f"{error[k]:.1e}" if error else "" for k in ("loss", "gradient")),
         ]
         if counted:
-            cells += [f"{row['host_ms']:.3g}", str(row.get("launches", ""))]
+            cells += [digits(row["host_ms"]), str(row.get("launches", ""))]
         table.add_row(*cells)
     lines = [
         f"{kernel}, over {timings[0]['version']}: "
@@ -54,6 +54,10 @@ def shape_table(figures: Report) -> Table:
     return table
 
 
+def digits(value: float) -> str:
+    return f"{value:.3g}" if value < 100 else f"{value:,.0f}"
+
+
 def megabytes(value: float | None) -> str:
     return "" if value is None else f"{value / 1e6:,.0f}"
 
@@ -70,7 +74,7 @@ def growth_table(side: str, points: list[Report]) -> Table:
     for name in names:
         table.add_column(name, justify="right")
     for point in points:
-        times = {row["version"]: f"{row['median_ms']:,.1f}" for row in point["versions"]}
+        times = {row["version"]: digits(row["median_ms"]) for row in point["versions"]}
         table.add_row(point["label"], *(times.get(name, "") for name in names))
     return table
 

@@ -1,4 +1,4 @@
-"""What one run measures, in order: check, times, overhead ladder, growth, memory.
+"""What one run measures: check, times, overhead ladder and memory of every shape, then growth.
 
 The outcome is one dict of plain numbers, which the JSON file holds and tables and pictures read.
 """
@@ -9,7 +9,7 @@ import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -27,6 +27,7 @@ from benchmarks.speed.measure import (
     peak_memories,
     peak_on_gpu,
 )
+from benchmarks.speed.report import Report
 from benchmarks.speed.shapes import SIDES, Shape, Side
 
 FORMAT = 2  # of the JSON file
@@ -34,7 +35,6 @@ QUICK = ("two-tower", "catalogue", "per-example")  # and the first
 SHARE_OF_MEMORY = 0.8  # a version that needs more of the machine is not run
 
 Mode = Literal["full", "quick", "dry"]
-Report = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def plan(device: str, mode: Mode, names: Sequence[str] = ()) -> Plan:
     """
     chosen: tuple[Shape, ...] = shapes.GPU if device == "cuda" or mode == "dry" else shapes.CPU
     growth: dict[Side, list[Shape]] = {side: shapes.growth(side, device) for side in SIDES}
-    rounds = (Rounds(11), Rounds(5, least=9), Rounds(3))
+    rounds = (Rounds(11, most=30), Rounds(5, least=9, most=60), Rounds(3, most=30))
     if device == "cuda":
         rounds = (Rounds(3, most=50), Rounds(2, least=9, most=50), Rounds(1, most=20))
     if mode == "quick":
@@ -141,6 +141,8 @@ def measure_point(shape: Shape, todo: Plan) -> Report:
 
 def admit(shape: Shape, checked: Shape, todo: Plan) -> tuple[dict[str, Loss], Report]:
     """The versions that fit into memory and are right, and a report that says why others not."""
+    gc.collect()
+    torch.cuda.empty_cache()  # shapes differ by orders of magnitude; nothing without a GPU
     found = losses(shape, todo.device, todo.mode == "dry")
     most = SHARE_OF_MEMORY * machine_bytes(todo.device)
     too_large = {n: shape.needed_bytes(n) for n in found if shape.needed_bytes(n) > most}
@@ -189,5 +191,4 @@ def add_memory(figures: Report, shape: Shape, found: dict[str, Loss], todo: Plan
 
 def forget_compiled() -> None:
     """Let `torch.compile` make code for the next shape alone, the fastest that it makes."""
-    gc.collect()
     torch.compiler.reset()
