@@ -1,6 +1,7 @@
 """`python -m dwl_kernels`: which backends work on this machine, and why the others do not.
 
-`python -m dwl_kernels build` compiles the C++ kernel ahead, for example in a container image.
+`python -m dwl_kernels build` compiles the C++ kernel ahead, for example in a container image, and
+``--cuda 9.0`` the CUDA kernels for devices of capability 9.0 too.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 
 import dwl_kernels
-from dwl_kernels import _build, backends
+from dwl_kernels import _build, _build_cuda, backends
+from dwl_kernels.backends import cuda_tiles
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,11 +28,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "command", nargs="?", choices=["build"], help="build: compile the C++ kernel ahead"
     )
     parser.add_argument(
+        "--cuda",
+        type=capability,
+        metavar="CAPABILITY",
+        help="with build: the CUDA kernels too, for devices of this capability, such as 9.0",
+    )
+    parser.add_argument(
+        "--dim",
+        type=int,
+        nargs="+",
+        default=[64, 128],
+        help="with --cuda: elements of the embeddings (default: 64 128)",
+    )
+    parser.add_argument(
         "--verbose", action="store_true", help="with build: print commands and warnings"
     )
     options = parser.parse_args(arguments)
     if options.command == "build":
-        return build(options.verbose)
+        return build(options.verbose, options.cuda, options.dim)
     print(f"dwl_kernels {dwl_kernels.__version__}\n")
     print_rows([*versions(), *devices()])
     print()
@@ -38,9 +53,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def build(verbose: bool) -> int:
+def capability(text: str) -> tuple[int, int]:
+    major, minor = text.split(".")
+    return int(major), int(minor)
+
+
+def build(verbose: bool, cuda: tuple[int, int] | None = None, dims: Sequence[int] = ()) -> int:
     try:
         print(_build.build(verbose))
+        if cuda is not None:
+            variants = {cuda_tiles.variant(dtype, dim) for dtype in cuda_tiles.MATH for dim in dims}
+            for variant in sorted(variants):
+                print(_build_cuda.build(variant, cuda, verbose))
     except _build.BuildError as error:
         print(f"dwl_kernels: {error}", file=sys.stderr)
         return 1
@@ -58,6 +82,10 @@ def versions() -> Iterator[tuple[str, str]]:
         yield "compiler", _build.compiler_version()
     except _build.BuildError:
         yield "compiler", "none found"
+    try:
+        yield "nvcc", _build_cuda.nvcc_version()
+    except _build.BuildError:
+        yield "nvcc", "none found"
     yield "cache", str(_build.cache_dir())
 
 

@@ -13,6 +13,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -29,7 +30,7 @@ _VECTOR_FLAGS = {
 }
 _OPTIMISE = "-std=c++20 -O3 -fPIC -fno-math-errno -fno-trapping-math"
 _COMPILERS = ("c++", "g++", "clang++")
-_MEND = "until then backend='chunked' computes the same"
+MEND = "until then backend='chunked' computes the same"
 
 _SHOWN_LINES = 40  # the first errors of a compiler are the ones that help
 
@@ -69,11 +70,20 @@ def build(verbose: bool = False, csrc: Path | None = None) -> Path:
         BuildError: see `load_cpu`.
     """
     if sys.platform == "win32":
-        raise BuildError(f"the C++ kernel is not available on Windows; {_MEND}")
+        raise BuildError(f"the C++ kernel is not available on Windows; {MEND}")
     csrc = csrc or source_dir()
     sources = sorted([*csrc.glob("*.cpp"), *csrc.glob("cpu/*.cpp")])
     headers = sorted([*csrc.glob("*.h"), *csrc.glob("cpu/*.h")])
     library = cache_dir() / f"cpu-{_key(csrc, sources + headers)}.so"
+    return cached(library, lambda work: _compile(csrc, sources, work / library.name, verbose))
+
+
+def cached(library: Path, compile_to: Callable[[Path], Path]) -> Path:
+    """`library`, which `compile_to` leaves in a folder of its own where the cache has none.
+
+    Raises:
+        BuildError: the cache cannot be written, or what `compile_to` raises.
+    """
     if library.exists():
         return library
     try:
@@ -81,7 +91,13 @@ def build(verbose: bool = False, csrc: Path | None = None) -> Path:
         # The system frees this lock when its holder dies, so a killed build blocks nobody.
         with FileLock(library.with_suffix(".lock")):
             if not library.exists():
-                _compile(csrc, sources, library, verbose)
+                work = library.with_suffix(".tmp")
+                shutil.rmtree(work, ignore_errors=True)  # a killed build leaves one
+                work.mkdir()
+                try:
+                    compile_to(work).replace(library)  # in one step
+                finally:
+                    shutil.rmtree(work, ignore_errors=True)
     except OSError as error:
         raise BuildError(
             f"the cache of compiled kernels cannot be written: {error}; "
@@ -126,7 +142,7 @@ def compiler() -> list[str]:
     looked_for = f"CXX={command[0]}" if command else ", ".join(_COMPILERS)
     raise BuildError(
         f"no C++ compiler found ({looked_for}): install one, for example "
-        f"`apt-get install g++`, or name one in CXX; {_MEND}"
+        f"`apt-get install g++`, or name one in CXX; {MEND}"
     )
 
 
@@ -160,32 +176,24 @@ def _key(csrc: Path, files: list[Path]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _compile(csrc: Path, sources: list[Path], library: Path, verbose: bool) -> None:
-    """Compile into a folder of its own, then move the library to its place in one step."""
+def _compile(csrc: Path, sources: list[Path], library: Path, verbose: bool) -> Path:
     command = [*compiler(), *_flags()]
     print(
         "dwl_kernels: compiling the CPU kernel (about 10 s, once) ...", file=sys.stderr, flush=True
     )
-    work = library.with_suffix(".tmp")
-    shutil.rmtree(work, ignore_errors=True)  # a killed build leaves one
-    work.mkdir()
-    try:
-        includes = [f"-I{folder}" for folder in (csrc, *include_paths())]
-        warnings = ["-Wall", "-Wextra"] if verbose else ["-w"]
-        objects = [work / f"{number}-{source.stem}.o" for number, source in enumerate(sources)]
-        commands = [
-            [*command, *warnings, *includes, "-c", str(source), "-o", str(target)]
-            for source, target in zip(sources, objects, strict=True)
-        ]
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(lambda one: _run(one, verbose), commands))
-        folders = [flag for f in library_paths() for flag in (f"-L{f}", f"-Wl,-rpath,{f}")]
-        linked = work / library.name
-        link = [*command, "-shared", *map(str, objects), *folders, *_libraries(), "-o", str(linked)]
-        _run(link, verbose)
-        linked.replace(library)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    includes = [f"-I{folder}" for folder in (csrc, *include_paths())]
+    warnings = ["-Wall", "-Wextra"] if verbose else ["-w"]
+    objects = [library.parent / f"{k}-{source.stem}.o" for k, source in enumerate(sources)]
+    commands = [
+        [*command, *warnings, *includes, "-c", str(source), "-o", str(target)]
+        for source, target in zip(sources, objects, strict=True)
+    ]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda one: run_compiler(one, verbose), commands))
+    folders = [flag for f in library_paths() for flag in (f"-L{f}", f"-Wl,-rpath,{f}")]
+    link = [*command, "-shared", *map(str, objects), *folders, *_libraries(), "-o", str(library)]
+    run_compiler(link, verbose)
+    return library
 
 
 def _libraries() -> list[str]:
@@ -196,13 +204,22 @@ def _libraries() -> list[str]:
     return [*libraries, "-undefined", "dynamic_lookup"]
 
 
-def _run(command: list[str], verbose: bool) -> None:
+def run_compiler(
+    command: list[str], verbose: bool, what: str = "the C++ kernel", variable: str = "CXX"
+) -> None:
+    """Run a compiler that `variable` can name.
+
+    Raises:
+        BuildError: it fails, or does not start.
+    """
     if verbose:
         print(shlex.join(command), file=sys.stderr, flush=True)
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     except OSError as error:
-        raise BuildError(f"{command[0]} does not start: {error}; name another in CXX") from error
+        raise BuildError(
+            f"{command[0]} does not start: {error}; name another in {variable}"
+        ) from error
     if verbose and done.stderr:
         print(done.stderr, file=sys.stderr, flush=True)
     if done.returncode != 0:
@@ -210,10 +227,10 @@ def _run(command: list[str], verbose: bool) -> None:
         raise BuildError(
             "\n".join(
                 [
-                    f"the C++ kernel does not compile, {command[0]} says:",
+                    f"{what} does not compile, {command[0]} says:",
                     *lines[:_SHOWN_LINES],
                     "`python -m dwl_kernels build --verbose` shows the command; "
-                    f"another compiler can be named in CXX; {_MEND}",
+                    f"another compiler can be named in {variable}; {MEND}",
                 ]
             )
         )

@@ -78,8 +78,8 @@ def sampled_softmax_loss(
         reduction: the norm. ``"mean"`` divides by the number of rows whose example weight is not
             zero, ``"weighted_mean"`` by the sum of ``w_i``, ``"sum"`` by 1; ``"none"`` returns
             ``w_i r_i l_i``. 0/0 is 0.
-        backend: ``"auto"``, ``"triton"``, ``"cpu"``, ``"chunked"`` or ``"eager"``; which of them
-            work here, ``python -m dwl_kernels`` says.
+        backend: ``"auto"``, ``"triton"``, ``"cuda"``, ``"cpu"``, ``"chunked"`` or ``"eager"``;
+            which of them work here, ``python -m dwl_kernels`` says.
 
     Returns:
         The loss, a scalar, or of the leading shape for ``"none"``: float32, or float64 for float64

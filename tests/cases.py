@@ -31,6 +31,8 @@ DIFFERENTIABLE = (
 
 TABLE_ROWS = 41  # of the table from which indexed candidates are drawn
 
+NOT_IN_CUDA = {"dual", "indexed_rows"}  # kinds that its kernel does not take
+
 Inputs = dict[str, Any]
 
 

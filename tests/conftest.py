@@ -14,6 +14,9 @@ import torch
 if not torch.cuda.is_available():
     # Triton's interpreter runs the kernels on CPU tensors; it is chosen when triton is imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    os.environ.setdefault("DWL_KERNELS_CUDA_EMULATE", "1")  # and a few hundred fibers the CUDA one
+
+from cases import CASES, NOT_IN_CUDA
 
 from dwl_kernels import backends
 
@@ -24,12 +27,22 @@ INTERPRETED = {
     *("every candidate a hit", "mixed, everything", "in-batch, NaN in the padding"),
     *("by row, everything", "by row, refined", "by row, none", "by row, large logits"),
     *("full softmax, past the tile", "dual scale, everything", "dual scale, in-batch, everything"),
+    "full softmax, NaN in the padding",
 }
+ABOUT_TABLES = {"test_id_outside_the_table_is_an_index_error"}
+BY_NAME = {case.name: case for case in CASES}
 
 
 def _interpreted(item: pytest.Item, values: dict[str, Any]) -> bool:
-    if item.path.name == "test_skip_threshold.py":  # the Triton kernel leaves nothing out
+    if item.path.name == "test_skip_threshold.py":  # the kernels on GPUs leave nothing out
         return False
+    if values["backend"] == "cuda":
+        # What is about nothing but losses that this kernel does not take.
+        if item.path.name == "test_indexed.py" or item.originalname in ABOUT_TABLES:
+            return False
+        case = values.get("case") or BY_NAME.get(values.get("name"))
+        if values.get("kind", case and case.kind) in NOT_IN_CUDA:
+            return False
     if "correction" in values:  # finite differences: the interpreter takes ten seconds a problem
         return values["correction"] == "standard" or values["reduction"] == "mean"
     if "case" not in values or values["dtype"] == torch.float32:
@@ -42,7 +55,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         values = item.callspec.params if hasattr(item, "callspec") else {}
         if "backend" not in values:
             return True
-        if values["backend"] == "triton":
+        if values["backend"] in ("triton", "cuda"):
             return _interpreted(item, values)
         # Eager in float64 is the reference itself; in float16 `auto` takes chunked for cpu.
         skipped = {"eager": torch.float64, "cpu": torch.float16}.get(values["backend"])
@@ -52,7 +65,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if runs(item)]
 
 
-@pytest.fixture(params=["eager", "chunked", "cpu", "triton"])
+@pytest.fixture(params=["eager", "chunked", "cpu", "triton", "cuda"])
 def backend(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     reason = backends.why_not(name, "cpu")

@@ -1,4 +1,4 @@
-"""The Triton kernel on a CUDA device: exactness, launches, repeats, graphs, streams."""
+"""The kernels on a CUDA device: exactness, launches, repeats, graphs, streams."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-@pytest.fixture(autouse=True)
-def _can_run() -> None:
-    reason = backends.why_not("triton", "cuda")
+@pytest.fixture(params=["triton", "cuda"])
+def kernel(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    reason = backends.why_not(name, "cuda")
     if reason is not None:
         pytest.skip(reason)
+    return name
 
 
 def batch(rows: int, candidates: int, dim: int, dtype: torch.dtype = torch.bfloat16) -> dict:
@@ -33,27 +35,33 @@ def batch(rows: int, candidates: int, dim: int, dtype: torch.dtype = torch.bfloa
     return {"query": unit(rows), "positive": unit(rows), "negative": unit(candidates)}
 
 
-def step(inputs: dict, **options: object) -> tuple[torch.Tensor, ...]:
-    loss = dwl_kernels.sampled_softmax_loss(**inputs, temperature=0.05, backend="triton", **options)
+def step(inputs: dict, kernel: str, **options: object) -> tuple[torch.Tensor, ...]:
+    loss = dwl_kernels.sampled_softmax_loss(**inputs, temperature=0.05, backend=kernel, **options)
     return (loss, *torch.autograd.grad(loss, list(inputs.values())))
 
 
 @pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.name)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_kernel_is_as_exact_as_eager(case: cases.Case, dtype: torch.dtype) -> None:
-    cases.check(case, "triton", dtype, device="cuda")
+def test_kernel_is_as_exact_as_eager(kernel: str, case: cases.Case, dtype: torch.dtype) -> None:
+    if kernel == "triton" and dtype == torch.float64:
+        pytest.skip("it takes float64 in the interpreter only")
+    backend = "chunked" if kernel == "cuda" and case.kind in cases.NOT_IN_CUDA else kernel
+    cases.check(case, backend, dtype, device="cuda")
 
 
 @pytest.mark.parametrize("dim", [32, 64, 96, 128, 200, 256])
 @pytest.mark.parametrize("shape", [(1, 1), (127, 129), (1000, 3000), (4096, 515)], ids=str)
-def test_default_tiles_at_their_own_sizes(dim: int, shape: tuple[int, int]) -> None:
+def test_default_tiles_at_their_own_sizes(kernel: str, dim: int, shape: tuple[int, int]) -> None:
     """Several tiles, splits and edges of the real tile shapes."""
     case = cases.Case("device", rows=shape[0], candidates=shape[1], dim=dim, **cases._FULL_ROWS)
-    cases.check(case, "triton", torch.bfloat16, device="cuda")
+    cases.check(case, kernel, torch.bfloat16, device="cuda")
 
 
 def test_forward_and_backward_are_two_launches() -> None:
-    """One for the loss and all gradients, one that applies the upstream gradient."""
+    """In Triton: one for the loss and all gradients, one that applies the upstream gradient."""
+    reason = backends.why_not("triton", "cuda")
+    if reason is not None:
+        pytest.skip(reason)
     inputs = batch(2048, 2048, 128)
     upstream = torch.tensor(2.0, device="cuda")
     leaves = list(inputs.values())
@@ -73,42 +81,42 @@ def test_forward_and_backward_are_two_launches() -> None:
 
 
 @pytest.mark.parametrize("shape", [(512, 512, 64), (8192, 4096, 128)], ids=str)
-def test_fifty_repeats_are_bitwise_equal(shape: tuple[int, int, int]) -> None:
+def test_fifty_repeats_are_bitwise_equal(kernel: str, shape: tuple[int, int, int]) -> None:
     inputs = batch(*shape)
-    first = step(inputs)
+    first = step(inputs, kernel)
     for _ in range(50):
-        assert all(torch.equal(a, b) for a, b in zip(first, step(inputs), strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(first, step(inputs, kernel), strict=True))
 
 
-def test_graph_replay_computes_the_new_inputs() -> None:
+def test_graph_replay_computes_the_new_inputs(kernel: str) -> None:
     inputs = batch(1024, 1024, 64)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        step(inputs)
+        step(inputs, kernel)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = step(inputs)
+        captured = step(inputs, kernel)
     for _ in range(3):
         with torch.no_grad():
             inputs["query"].copy_(inputs["query"].roll(1, 0))
         graph.replay()
-        expected = step(inputs)
+        expected = step(inputs, kernel)
         assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
 
 
-def test_two_streams_at_once() -> None:
+def test_two_streams_at_once(kernel: str) -> None:
     """A cooperative launch takes the whole device; the second waits and must not hang or mix."""
     inputs = [batch(4096, 4096, 64), batch(2048, 8192, 64)]
-    expected = [step(x) for x in inputs]
+    expected = [step(x, kernel) for x in inputs]
     streams = [torch.cuda.Stream() for _ in inputs]
     torch.cuda.synchronize()
     got: list[list] = [[], []]
     for _ in range(20):
         for k, stream in enumerate(streams):
             with torch.cuda.stream(stream):
-                got[k].append(step(inputs[k]))
+                got[k].append(step(inputs[k], kernel))
     torch.cuda.synchronize()
     for k in range(2):
         for result in got[k]:
@@ -116,18 +124,18 @@ def test_two_streams_at_once() -> None:
 
 
 @pytest.mark.parametrize("side", ["rows", "candidates"])
-def test_products_past_two_to_the_31_elements(side: str) -> None:
+def test_products_past_two_to_the_31_elements(kernel: str, side: str) -> None:
     """9 million embeddings of 256: the last ones lie past element 2^31."""
     many, few, dim = 9_000_000, 64, 256
     rows, candidates = (many, few) if side == "rows" else (few, many)
     inputs = batch(rows, candidates, dim)
-    loss, *gradients = step(inputs, reduction="sum")
+    loss, *gradients = step(inputs, kernel, reduction="sum")
     tail = slice(-64, None)
     if side == "rows":
         small = {"query": inputs["query"][tail], "positive": inputs["positive"][tail]}
         small = {k: v.detach().requires_grad_() for k, v in small.items()}
         small["negative"] = inputs["negative"]
-        _, *expected = step(small, reduction="sum")
+        _, *expected = step(small, kernel, reduction="sum")
         torch.testing.assert_close(gradients[0][tail], expected[0], rtol=2e-2, atol=1e-4)
         torch.testing.assert_close(gradients[1][tail], expected[1], rtol=2e-2, atol=1e-4)
     else:
@@ -142,21 +150,22 @@ def test_products_past_two_to_the_31_elements(side: str) -> None:
         )
 
 
-def test_half_padded_rows_take_about_half_the_time() -> None:
+def test_half_padded_rows_take_about_half_the_time(kernel: str) -> None:
     inputs = batch(65536, 8192, 128)
     weights = torch.ones(65536, device="cuda")
     half = weights.clone()
     half[::2] = 0
 
     def milliseconds(example_weights: torch.Tensor) -> float:
-        from triton.testing import do_bench
-
-        return do_bench(lambda: step(inputs, example_weights=example_weights), return_mode="median")
+        do_bench = pytest.importorskip("triton.testing").do_bench
+        return do_bench(
+            lambda: step(inputs, kernel, example_weights=example_weights), return_mode="median"
+        )
 
     assert milliseconds(half) < 0.65 * milliseconds(weights)
 
 
-def test_bad_domain_id_gives_nan_and_reads_nothing_outside() -> None:
+def test_bad_domain_id_gives_nan_and_reads_nothing_outside(kernel: str) -> None:
     inputs = batch(64, 64, 64)
     ids = torch.zeros(64, dtype=torch.int64, device="cuda")
     ids[3] = 1 << 40
@@ -165,7 +174,7 @@ def test_bad_domain_id_gives_nan_and_reads_nothing_outside() -> None:
         domain_ids=ids,
         domain_weights=torch.ones(4, device="cuda"),
         reduction="none",
-        backend="triton",
+        backend=kernel,
     )
     assert loss[3].isnan()
     assert loss.isnan().sum() == 1

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import dwl_kernels
-from dwl_kernels import _build, backends
+from dwl_kernels import _build, _build_cuda, backends
 from dwl_kernels.__main__ import main
+from dwl_kernels.backends.cuda_tiles import Variant
 
 
 def lines_by_name(text: str) -> dict[str, str]:
@@ -29,6 +30,7 @@ def test_versions_and_devices_are_printed(capsys: pytest.CaptureFixture[str]) ->
     assert rows["cpu"]  # the device, or the backend below it
     assert "triton" in rows
     assert "compiler" in rows
+    assert "nvcc" in rows
 
 
 def test_every_backend_has_a_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -76,6 +78,23 @@ def test_build_prints_where_the_library_lies(
     monkeypatch.setattr(_build, "build", lambda verbose: library)
     assert main(["build"]) == 0
     assert capsys.readouterr().out.strip() == str(library)
+
+
+def test_build_compiles_the_cuda_kernels_of_a_capability(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(_build, "build", lambda verbose: tmp_path / "cpu.so")
+    built = []
+
+    def build(variant: Variant, capability: tuple[int, int], verbose: bool) -> Path:
+        built.append((variant.math.name, variant.block_d, capability))
+        return tmp_path / "cuda.so"
+
+    monkeypatch.setattr(_build_cuda, "build", build)
+    assert main(["build", "--cuda", "9.0", "--dim", "64", "100"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1 + 8
+    assert ("BrainFloat", 128, (9, 0)) in built
+    assert {name for name, *_ in built} == {"BrainFloat", "Half", "Float32", "Float64"}
 
 
 def test_build_that_fails_exits_with_1_and_the_reason(

@@ -5,7 +5,9 @@ They are interchangeable, and each is tested against `eager` in float64.
 
 from __future__ import annotations
 
+import functools
 import os
+import subprocess
 import warnings
 from collections.abc import Callable
 from typing import Literal, get_args
@@ -13,10 +15,11 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from dwl_kernels.backends import chunked, eager, native, triton
+from dwl_kernels._build import BuildError
+from dwl_kernels.backends import chunked, cuda, eager, native, triton
 from dwl_kernels.problem import Output, Problem, Wanted
 
-Backend = Literal["auto", "eager", "chunked", "cpu", "triton"]
+Backend = Literal["auto", "eager", "chunked", "cpu", "triton", "cuda"]
 NAMES = tuple(name for name in get_args(Backend) if name != "auto")
 
 Solve = Callable[[Problem, Wanted, Tensor | None], Output]
@@ -28,10 +31,12 @@ _SOLVE: dict[str, Solve] = {
     "chunked": chunked.solve,
     "cpu": native.solve,
     "triton": triton.solve,
+    "cuda": cuda.solve,
 }
-_AUTO = {"cpu": ("cpu", "chunked"), "cuda": ("triton", "chunked")}
+_AUTO = {"cpu": ("cpu", "chunked"), "cuda": ("triton", "cuda", "chunked")}
 
 _warned: set[str] = set()
+_broken: dict[str, str] = {}  # backends whose kernel did not compile when it was called
 
 
 def check_name(name: str) -> None:
@@ -41,12 +46,16 @@ def check_name(name: str) -> None:
 
 def why_not(name: str, device_type: str) -> str | None:
     """Why backend `name` cannot run on such a device here and the mend; None where it can."""
+    if name in _broken:
+        return _broken[name]
     if name == "cpu":
         if device_type != "cpu":
             return f"it runs on CPU tensors, and these are on {device_type}"
         return native.why_not()
     if name == "triton":
         return triton.why_not(device_type)
+    if name == "cuda":
+        return cuda.why_not(device_type)
     return None
 
 
@@ -56,6 +65,8 @@ def refuses(name: str, problem: Problem) -> str | None:
         return native.refuses(problem)
     if name == "triton":
         return triton.refuses(problem)
+    if name == "cuda":
+        return cuda.refuses(problem)
     return None
 
 
@@ -85,14 +96,41 @@ def pick(name: str, problem: Problem) -> Solve:
             continue
         reason = why_not(candidate, device)
         if reason is None:
-            return _SOLVE[candidate]
-        if candidate not in _warned:
-            _warned.add(candidate)
-            warnings.warn(
-                f"dwl_kernels: backend {candidate!r} cannot run, a slower one does: {reason}",
-                stacklevel=2,
-            )
+            return functools.partial(_solve_or_next, candidate)
+        _warn(candidate, reason)
     return chunked.solve
+
+
+def _solve_or_next(
+    name: str, problem: Problem, wanted: Wanted, row_grad: Tensor | None = None
+) -> Output:
+    """Solve on backend `name`; on the next one, from now on, if its kernel does not compile."""
+    try:
+        return _SOLVE[name](problem, wanted, row_grad)
+    except Exception as error:
+        if not _is_of_compiler(error):
+            raise
+        _broken[name] = f"its kernel does not compile: {type(error).__name__}: {error}"
+        _warn(name, _broken[name])
+    return pick("auto", problem)(problem, wanted, row_grad)
+
+
+def _is_of_compiler(error: Exception) -> bool:
+    """Whether a kernel did not compile, in contrast to a problem that cannot be solved."""
+    if isinstance(error, (BuildError, ImportError, OSError, subprocess.CalledProcessError)):
+        return True
+    # Triton's own errors, and what it says where it finds no C compiler for its launcher.
+    return type(error).__module__.startswith("triton.") or (
+        type(error) is RuntimeError and "compiler" in str(error)
+    )
+
+
+def _warn(name: str, reason: str) -> None:
+    if name not in _warned:
+        _warned.add(name)
+        warnings.warn(
+            f"dwl_kernels: backend {name!r} cannot run, a slower one does: {reason}", stacklevel=3
+        )
 
 
 def pick_table_gradient(name: str, source: Tensor, dtype: torch.dtype) -> TableGradient:

@@ -1,0 +1,156 @@
+// The loss and its gradients in one cooperative launch; dwl_kernels/backends/eager.py has the
+// formulas and the names.
+//
+// The grid is as many blocks as the chip runs at once, and stays for the whole call.
+//
+// Phase 1  owns q[BM, D] in shared memory  streams candidates  writes l, dq, dp, dtau, statistics
+// Phase 2  owns c[BM, D]                   streams rows        writes dc, d log Q
+//
+// Between the phases every block waits for all others. Each output has one owner and every sum a
+// fixed order: no atomics, and the same call gives the same bits.
+//
+// A warp owns 16 MT rows of the tile. A block of the streamed side passes through two buffers, one
+// being filled by cp.async while the other is multiplied: one product gives the logits in
+// registers, exponentials are taken in place, and as the left operand of a second product, rounded
+// to its type without leaving registers, they sum the streamed embeddings. The reference of a row
+// is the logit of its positive, which is a term of the total anyway: nothing is rescaled on the
+// way, and only where a total leaves the range of the type the tile looks for its maxima and starts
+// again. What rows leave to phase 2 is `lse` and `a / tau`: e = exp(z - lse) a / tau is the
+// gradient of <q, c>. A positive that is itself a candidate has its own gradient in its place
+// there.
+//
+// Where tiles do not fill the last round of blocks, the streamed side of those that are left is
+// split; the parts go to the workspace and are merged in their order after a barrier.
+//
+// Compiled once for each type and each D rounded up, DWL_BLOCK_D, on first use.
+
+#include <cstdio>
+#include <cstring>
+
+#include "candidates.cuh"
+#include "program.cuh"
+#include "rows.cuh"
+
+namespace dwl {
+
+using Built = Shape<DWL_MATH, DWL_BLOCK_D, DWL_BN, DWL_MT, DWL_WARPS>;
+
+template <class S>
+__global__ void __launch_bounds__(S::THREADS, DWL_BLOCKS)
+    sampled_softmax(const __grid_constant__ Call call) {
+  const Program<S> p(call);
+  p.clear();
+  const int block = block_index(), blocks = num_blocks();
+  constexpr int PIECES = S::BM / 16;  // of a tile, one for a warp
+
+  const Shares rows(divide_up(p.rows, S::BM), divide_up(p.places, S::BN), blocks);
+  for (int k = block; k < rows.units(); k += blocks) row_tile(p, rows.unit(k));
+  if (rows.splits > 1) {
+    sync_grid();
+    const int all = (rows.tiles - rows.whole) * PIECES;
+    for (int k = block * S::WARPS + p.warp; k < all; k += blocks * S::WARPS) {
+      const int tile = k / PIECES;
+      finish_rows(p, rows.whole + tile, k % PIECES * 16, tile * rows.splits, rows.splits);
+    }
+  }
+  if (call.candidate_gradient == nullptr && call.candidate_log_q_gradient == nullptr) return;
+
+  sync_grid();
+  const Shares shares(divide_up(p.places, S::BM), divide_up(p.rows, S::BN), blocks);
+  for (int k = block; k < shares.units(); k += blocks) candidate_tile(p, shares.unit(k));
+  if (shares.splits > 1) {
+    sync_grid();
+    const int all = (shares.tiles - shares.whole) * PIECES;
+    for (int k = block * S::WARPS + p.warp; k < all; k += blocks * S::WARPS) {
+      const int tile = k / PIECES;
+      finish_candidates(p, shares.whole + tile, k % PIECES * 16, tile * shares.splits,
+                        shares.splits);
+    }
+  }
+}
+
+}  // namespace dwl
+
+// What Python calls. Functions that can fail return 0 or leave a message of at most `size` bytes.
+extern "C" {
+
+// Numbers of the workspace.
+int64_t dwl_space(int64_t rows, int64_t blocks) {
+  return 4 * rows + blocks * dwl::Built::PART;
+}
+
+int64_t dwl_shared_bytes() {
+  return sizeof(dwl::Built::Shared);
+}
+
+// For the tests: how many units there are, and the tile, first and last step and wholeness of one.
+int dwl_unit(int tiles, int steps, int workers, int number, int* found) {
+  const dwl::Shares shares(tiles, steps, workers);
+  if (number < shares.units()) {
+    const dwl::Unit unit = shares.unit(number);
+    found[0] = unit.tile;
+    found[1] = unit.first;
+    found[2] = unit.stop;
+    found[3] = unit.whole;
+  }
+  return shares.units();
+}
+
+#ifdef DWL_EMULATE
+
+int dwl_launch(const dwl::Call* call, int64_t blocks, int64_t order, char* message, int64_t size) {
+  try {
+    dwl::emulation::launch(static_cast<int>(blocks), dwl::Built::THREADS,
+                           sizeof(dwl::Built::Shared), static_cast<int>(order),
+                           [&] { dwl::sampled_softmax<dwl::Built>(*call); });
+    return 0;
+  } catch (const std::exception& error) {
+    std::snprintf(message, size, "%s", error.what());
+    return 1;
+  }
+}
+
+#else
+
+namespace {
+
+int failed(cudaError_t error, const char* doing, char* message, int64_t size) {
+  if (error == cudaSuccess) return 0;
+  cudaGetLastError();  // a later call must not find it
+  std::snprintf(message, size, "%s: %s", doing, cudaGetErrorString(error));
+  return 1;
+}
+
+}  // namespace
+
+// How many blocks the device runs at once; makes the kernel ready on it.
+int dwl_blocks(int device, int64_t* blocks, char* message, int64_t size) {
+  const auto kernel = dwl::sampled_softmax<dwl::Built>;
+  const int shared = sizeof(dwl::Built::Shared);
+  int per_multiprocessor = 0, multiprocessors = 0;
+  if (failed(cudaSetDevice(device), "cudaSetDevice", message, size) ||
+      failed(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared),
+             "shared memory", message, size) ||
+      failed(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kernel,
+                                                           dwl::Built::THREADS, shared),
+             "occupancy", message, size) ||
+      failed(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
+             "multiprocessors", message, size))
+    return 1;
+  *blocks = int64_t(per_multiprocessor) * multiprocessors;
+  return 0;
+}
+
+int dwl_launch(const dwl::Call* call, int device, void* stream, int64_t blocks, char* message,
+               int64_t size) {
+  if (failed(cudaSetDevice(device), "cudaSetDevice", message, size)) return 1;
+  void* arguments[] = {const_cast<dwl::Call*>(call)};
+  const void* kernel = reinterpret_cast<const void*>(dwl::sampled_softmax<dwl::Built>);
+  return failed(cudaLaunchCooperativeKernel(
+                    kernel, dim3(static_cast<unsigned>(blocks)), dim3(dwl::Built::THREADS),
+                    arguments, sizeof(dwl::Built::Shared), static_cast<cudaStream_t>(stream)),
+                "launch", message, size);
+}
+
+#endif
+}

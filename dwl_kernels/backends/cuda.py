@@ -1,0 +1,304 @@
+"""The CUDA kernel of ``csrc/cuda/``, from the host: for GPUs where Triton is missing or broken.
+
+The kernel solves everything between the embeddings and their gradients in one cooperative launch.
+What is linear in the rows, the weights before and the sums after it, is PyTorch code that `eager`
+and `native` share; nothing of it waits for the device. Padded rows are packed away by a permutation
+whose length the kernel reads from the device.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dwl_kernels import _build_cuda
+from dwl_kernels._build import BuildError
+from dwl_kernels.backends import cuda_tiles, eager
+from dwl_kernels.backends.cuda_tiles import MAX_D, Variant
+from dwl_kernels.problem import Output, Problem, Wanted
+
+_PROBE = cuda_tiles.variant(torch.bfloat16, 64)  # compiled to see whether anything compiles
+_MESSAGE_BYTES = 512
+
+
+class Emulation(NamedTuple):
+    """How the grid runs on a CPU; the tests change it."""
+
+    blocks: int = 3
+    order: int = 0  # of threads between barriers: 0 as numbered, 1 reversed, others random
+    tiles: cuda_tiles.Tiles = cuda_tiles.EMULATED
+
+
+EMULATION = Emulation()
+
+
+def emulating() -> bool:
+    """Whether the kernel's source runs on CPU tensors, for the tests."""
+    return os.environ.get("DWL_KERNELS_CUDA_EMULATE") == "1"
+
+
+def why_not(device_type: str) -> str | None:
+    """Why the kernel cannot run on such a device here and the mend; None where it can.
+
+    Compiles a kernel on first use.
+    """
+    if emulating():
+        if device_type != "cpu":
+            return "DWL_KERNELS_CUDA_EMULATE=1 is set, which takes CPU tensors; unset it"
+        return _does_not_build(_PROBE._replace(tiles=EMULATION.tiles), None)
+    if device_type != "cuda":
+        return (
+            f"it runs on CUDA tensors, and these are on {device_type}; with "
+            "DWL_KERNELS_CUDA_EMULATE=1 in the environment it takes CPU tensors, slowly"
+        )
+    if not torch.cuda.is_available():
+        return "PyTorch sees no CUDA device; torch.cuda.is_available() must be true"
+    if torch.version.hip is not None:
+        return "it needs an NVIDIA GPU; backend='chunked' runs on this one"
+    capability = torch.cuda.get_device_capability()
+    if capability < (8, 0):
+        return (
+            f"it needs compute capability 8.0, and this device has {capability[0]}.{capability[1]};"
+            " backend='chunked' runs here"
+        )
+    return _does_not_build(_PROBE, capability)
+
+
+@functools.cache
+def _does_not_build(variant: Variant, capability: tuple[int, int] | None) -> str | None:
+    try:
+        _build_cuda.load(variant, capability)
+    except BuildError as error:
+        return str(error)
+    return None
+
+
+def refuses(problem: Problem) -> str | None:
+    """Why the kernel does not take this problem; None where it does."""
+    for what, there in (
+        ("candidates by row", problem.by_row),
+        ("the dual scale", problem.dual is not None),
+    ):
+        if there:
+            return f"it does not take {what}; backend='chunked' does"
+    dim = problem.query.shape[1]
+    if dim > MAX_D:
+        return (
+            f"it takes embeddings of at most {MAX_D} elements, and these have {dim}; "
+            "backend='chunked' takes them"
+        )
+    if problem.query.is_cuda:
+        needs = cuda_tiles.variant(problem.query.dtype, dim).shared_bytes
+        device = torch.cuda.get_device_properties(problem.query.device)
+        has = getattr(device, "shared_memory_per_block_optin", needs)
+        if needs > has:
+            return (
+                f"embeddings of {dim} elements of {problem.query.dtype} need {needs} bytes of "
+                f"shared memory, and this device has {has}; backend='chunked' takes them"
+            )
+    return None
+
+
+def solve(
+    problem: Problem,
+    wanted: Wanted,
+    row_grad: Tensor | None = None,  # [B], gradient of the row losses of reduction "none"
+) -> Output:
+    """The loss and the wanted gradients, with no logits in memory."""
+    if 0 in (*problem.query.shape, len(problem.candidates)):
+        return eager.solve(problem, wanted, row_grad)
+    p, weights = problem, problem.row_weights()
+    order = count = candidate_order = candidate_count = None
+    if weights.active is not None:
+        order, count = _packed(weights.active)
+        if p.in_batch:
+            candidate_order, candidate_count = _packed_candidates(p, order, count)
+    tau = p.temperatures()
+    coefficient = eager.row_coefficients(weights, row_grad)
+    positive_log_q = p.positive_log_q
+    if p.correction == "standard":
+        positive_log_q = eager.log_q_of_positives(p)
+    narrowing = _narrowing(coefficient, tau) if p.query.dtype == torch.float16 else None
+
+    # What the kernel does not reach belongs to padding.
+    make = torch.empty if order is None else torch.zeros
+
+    def like(tensor: Tensor | None, want: bool, dtype: torch.dtype) -> Tensor | None:
+        if not want or tensor is None:
+            return None
+        return make(tensor.shape, dtype=dtype, device=tensor.device)
+
+    row_loss = make(len(p.query), dtype=p.accumulate, device=p.query.device)
+    d_tau = like(row_loss, wanted.temperature, p.accumulate)
+    d_query = like(p.query, wanted.query, p.gradient)
+    d_positive = like(p.positive, wanted.positive, p.gradient)
+    d_candidates = like(p.candidates, wanted.candidates, p.gradient)
+    d_log_q = like(p.candidate_log_q, wanted.candidate_log_q, p.accumulate)
+    call = {
+        "dim": p.query.shape[1],
+        "row": _Side.of(p.query.contiguous(), order, count),
+        "candidate": _Side.of(p.candidates.contiguous(), candidate_order, candidate_count),
+        "positive": None if p.positive is None else p.positive.contiguous(),
+        "own": None if p.target is None else _take(p.own_columns(), order),
+        "tau": _take(tau, order),
+        "coefficient": _take(coefficient, order),
+        "positive_log_q": _take(positive_log_q, order),
+        "candidate_log_q": _take(p.candidate_log_q, candidate_order),
+        "row_ids": _take(p.positive_ids, order, torch.int64),
+        "candidate_ids": _take(p.candidate_ids, candidate_order, torch.int64),
+        "narrowing": narrowing,
+        "refined": p.correction == "refined",
+        "row_loss": row_loss,
+        "tau_gradient": d_tau,
+        "query_gradient": d_query,
+        "positive_gradient": d_positive,
+        "candidate_gradient": d_candidates,
+        "candidate_log_q_gradient": d_log_q,
+    }
+    if emulating():
+        _emulate(p, call)
+    else:
+        _launch(p, call)
+    loss = eager.reduce_rows(row_loss, weights, p.reduction)
+    if d_tau is not None and p.temperature is not None and p.temperature.dim() == 0:
+        d_tau = d_tau.sum()
+    d_weights = None
+    if wanted.domain_weights:
+        d_weights = eager.domain_weights_gradient(p, weights, row_loss, row_grad)
+    return Output(loss, d_query, d_positive, d_candidates, d_log_q, d_tau, d_weights)
+
+
+def _packed(active: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows with those that are no padding first, ``[B]``, and how many they are, ``[1]``."""
+    order = (~active).to(torch.uint8).sort(stable=True).indices
+    return order, active.sum(dtype=torch.int64).view(1)
+
+
+def _packed_candidates(problem: Problem, order: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """The same for the candidates of a batch, of which the first B are the positives."""
+    rows, n = len(order), len(problem.candidates)
+    place = torch.arange(n, device=order.device)
+    positives = order[place.clamp(max=rows - 1)]
+    others = (place - count + rows).clamp(max=n - 1)
+    return torch.where(place < count, positives, others), count + (n - rows)
+
+
+def _take(
+    tensor: Tensor | None, order: Tensor | None, dtype: torch.dtype | None = None
+) -> Tensor | None:
+    """An array of rows or candidates in the order of places."""
+    if tensor is None:
+        return None
+    tensor = tensor.to(dtype or tensor.dtype)
+    return tensor.contiguous() if order is None else tensor[order]
+
+
+def _narrowing(coefficient: Tensor, tau: Tensor) -> Tensor:  # [1]
+    """The power of two that brings the largest ``a / tau`` to the top of float16."""
+    largest = torch.where(coefficient.isfinite(), coefficient / tau, 0.0).abs().amax()
+    return torch.exp2(14 - torch.ceil(torch.log2(largest.clamp(1e-30, 1e30)))).view(1)
+
+
+# `Side` and `Call` of csrc/cuda/call.h. Pointers keep nothing alive, the caller does.
+
+
+class _Side(ctypes.Structure):
+    _fields_ = (
+        ("embedding", ctypes.c_void_p),
+        ("order", ctypes.c_void_p),
+        ("count", ctypes.c_void_p),
+        ("length", ctypes.c_int64),
+    )
+
+    @classmethod
+    def of(cls, embedding: Tensor, order: Tensor | None, count: Tensor | None) -> _Side:
+        side = cls(_pointer(embedding), _pointer(order), _pointer(count), len(embedding))
+        side.tensors = (embedding, order, count)
+        return side
+
+
+class _Call(ctypes.Structure):
+    _fields_ = (
+        ("dim", ctypes.c_int64),
+        ("row", _Side),
+        ("candidate", _Side),
+        *((name, ctypes.c_void_p) for name in ("positive", "own", "tau", "coefficient")),
+        *((name, ctypes.c_void_p) for name in ("positive_log_q", "candidate_log_q")),
+        *((name, ctypes.c_void_p) for name in ("row_ids", "candidate_ids", "narrowing")),
+        ("refined", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("row_loss", "tau_gradient", "query_gradient")),
+        *((name, ctypes.c_void_p) for name in ("positive_gradient", "candidate_gradient")),
+        ("candidate_log_q_gradient", ctypes.c_void_p),
+        ("space", ctypes.c_void_p),
+    )
+
+
+def _pointer(value: Any) -> Any:
+    return value.data_ptr() if isinstance(value, Tensor) else value
+
+
+def _call(problem: Problem, fields: dict[str, Any], library: ctypes.CDLL, blocks: int) -> Any:
+    """The filled struct, and the workspace that it points to."""
+    rows = ctypes.c_int64(len(problem.query))
+    numbers = library.dwl_space(rows, ctypes.c_int64(blocks))
+    space = torch.empty(numbers, dtype=problem.accumulate, device=problem.query.device)
+    return _Call(**{k: _pointer(v) for k, v in fields.items()}, space=space.data_ptr()), space
+
+
+def _emulate(problem: Problem, fields: dict[str, Any]) -> None:
+    found = cuda_tiles.variant(problem.query.dtype, problem.query.shape[1])
+    library = _build_cuda.load(found._replace(tiles=EMULATION.tiles), None)
+    call, _space = _call(problem, fields, library, EMULATION.blocks)
+    message = ctypes.create_string_buffer(_MESSAGE_BYTES)
+    failed = library.dwl_launch(
+        ctypes.byref(call),
+        ctypes.c_int64(EMULATION.blocks),
+        ctypes.c_int64(EMULATION.order),
+        message,
+        ctypes.c_int64(_MESSAGE_BYTES),
+    )
+    if failed:
+        raise RuntimeError(f"backend 'cuda', emulated: {message.value.decode()}")
+
+
+def _launch(problem: Problem, fields: dict[str, Any]) -> None:
+    device = problem.query.device
+    index = torch.cuda.current_device() if device.index is None else device.index
+    with torch.cuda.device(index):
+        capability = torch.cuda.get_device_capability(index)
+        found = cuda_tiles.variant(problem.query.dtype, problem.query.shape[1])
+        library = _build_cuda.load(found, capability)
+        blocks = _blocks(found, capability, index)
+        call, _space = _call(problem, fields, library, blocks)
+        stream = torch.cuda.current_stream(device).cuda_stream
+        message = ctypes.create_string_buffer(_MESSAGE_BYTES)
+        failed = library.dwl_launch(
+            ctypes.byref(call),
+            ctypes.c_int(index),
+            ctypes.c_void_p(stream),
+            ctypes.c_int64(blocks),
+            message,
+            ctypes.c_int64(_MESSAGE_BYTES),
+        )
+    if failed:
+        raise RuntimeError(f"backend 'cuda' on {device}: {message.value.decode()}")
+
+
+@functools.cache
+def _blocks(variant: Variant, capability: tuple[int, int], index: int) -> int:
+    """How many blocks of the kernel the device runs at once."""
+    message = ctypes.create_string_buffer(_MESSAGE_BYTES)
+    blocks = ctypes.c_int64()
+    library = _build_cuda.load(variant, capability)
+    if library.dwl_blocks(
+        ctypes.c_int(index), ctypes.byref(blocks), message, ctypes.c_int64(_MESSAGE_BYTES)
+    ):
+        raise RuntimeError(f"backend 'cuda' on cuda:{index}: {message.value.decode()}")
+    if blocks.value == 0:
+        raise RuntimeError(f"backend 'cuda' on cuda:{index}: no block of {variant} fits")
+    return blocks.value

@@ -1,0 +1,355 @@
+"""What only the CUDA kernel has: tiles, splits, barriers, fallbacks. Runs emulated, on fibers."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+from pathlib import Path
+
+import cases
+import pytest
+import torch
+
+import dwl_kernels
+from dwl_kernels import _build, _build_cuda, backends
+from dwl_kernels.backends import cuda, cuda_tiles, triton
+from dwl_kernels.backends.cuda_tiles import EMULATED, Tiles, variant
+from dwl_kernels.problem import Problem
+
+emulated = pytest.mark.skipif(
+    backends.why_not("cuda", "cpu") is not None, reason="the emulation is off"
+)
+BY_NAME = {case.name: case for case in cases.CASES}
+
+
+def use(
+    monkeypatch: pytest.MonkeyPatch, blocks: int = 3, order: int = 0, tiles: Tiles = EMULATED
+) -> None:
+    monkeypatch.setattr(cuda, "EMULATION", cuda.Emulation(blocks, order, tiles))
+
+
+@emulated
+@pytest.mark.parametrize("blocks", [1, 2, 7, 40])
+@pytest.mark.parametrize("name", ["mixed, everything", "full softmax, past the tile"])
+def test_splits_do_not_change_the_result(
+    monkeypatch: pytest.MonkeyPatch, name: str, blocks: int
+) -> None:
+    """1 block splits nothing, 40 split every tile."""
+    use(monkeypatch, blocks)
+    cases.check(BY_NAME[name], "cuda", torch.float64)
+
+
+@emulated
+@pytest.mark.parametrize(
+    ("dtype", "dim"),
+    [
+        (torch.bfloat16, 20),
+        (torch.bfloat16, 64),
+        (torch.bfloat16, 128),
+        (torch.float16, 256),
+        (torch.float32, 128),
+        (torch.float64, 200),
+    ],
+    ids=str,
+)
+def test_default_tiles_at_their_own_sizes(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, dim: int
+) -> None:
+    """The tiles that a GPU gets; float64 of 200 dimensions takes two passes over the columns."""
+    use(monkeypatch, 2, tiles=variant(dtype, dim).tiles)
+    case = cases.Case("wide", rows=150, candidates=140, dim=dim, **cases._FULL_ROWS)
+    cases.check(case, "cuda", dtype)
+
+
+@emulated
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", ["mixed, everything", "full softmax, past the tile"])
+def test_threads_may_run_in_any_order_between_barriers(
+    monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype
+) -> None:
+    """A race would show: in the order of their numbers, reversed, and drawn anew at each turn."""
+    results = []
+    for order in (0, 1, 2, 3):
+        use(monkeypatch, 7, order)
+        results.append(cases.loss_and_gradients(BY_NAME[name], "cuda", dtype))
+    for other in results[1:]:
+        assert all(torch.equal(results[0][k], other[k]) for k in other)
+
+
+@emulated
+@pytest.mark.parametrize(
+    "barrier",
+    [
+        "sync_block();  // the block of this step",
+        "sync_block();  // the buffers are free",
+        "wait_copies();",
+        "sync_grid();\n  const Shares",
+        "sync_warp();\n#pragma unroll 1",
+    ],
+)
+def test_emulation_finds_a_missing_barrier(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, barrier: str
+) -> None:
+    """The test above can fail: without any one of the barriers, it does."""
+    source = _build.source_dir()
+    shutil.copytree(source / "cuda", tmp_path / "cuda")
+    found = 0
+    for path in (tmp_path / "cuda").iterdir():
+        text = path.read_text()
+        if path.name not in ("device.cuh", "emulate.h"):
+            found += text.count(barrier)
+            path.write_text(text.replace(barrier, barrier.partition(";")[2]))
+    assert found > 0
+    monkeypatch.setattr(_build, "source_dir", lambda: tmp_path)
+    monkeypatch.setenv("DWL_KERNELS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(_build_cuda, "load", _build_cuda.load.__wrapped__)
+    case = BY_NAME["mixed, everything"]
+    reference = cases.loss_and_gradients(case, "eager", torch.float32)
+    errors = []
+    for order in (0, 1, 2, 3):
+        use(monkeypatch, 3, order)
+        got = cases.loss_and_gradients(case, "cuda", torch.float32)
+        errors.append(max(cases.error(got[k], reference[k]) for k in got))
+    assert max(errors) > 1e-3
+
+
+@emulated
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_candidate_far_above_the_positive_starts_the_tile_again(dtype: torch.dtype) -> None:
+    """Logits from -300 to 300: with the positive as reference a total overflows float32."""
+    query = torch.linspace(-1, 1, 33)[:, None].to(dtype).requires_grad_()
+    positive = -10 * query.detach()
+    negative = torch.linspace(-300, 300, 40)[:, None].to(dtype).requires_grad_()
+    losses = {}
+    for backend in ("cuda", "eager"):
+        loss = dwl_kernels.sampled_softmax_loss(query, positive, negative, backend=backend)
+        losses[backend] = (loss, *torch.autograd.grad(loss, (query, negative)))
+    for ours, theirs in zip(losses["cuda"], losses["eager"], strict=True):
+        assert ours.isfinite().all()
+        torch.testing.assert_close(ours.float(), theirs.float(), rtol=0.01, atol=0.01)
+
+
+@emulated
+def test_tf32_products_are_as_exact_as_their_mantissa(monkeypatch: pytest.MonkeyPatch) -> None:
+    """tf32 has the mantissa of float16, and hence its margin."""
+    monkeypatch.setitem(cases.MARGIN, torch.float32, cases.MARGIN[torch.float16])
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        assert variant(torch.float32, 20).math == cuda_tiles.TF32
+        for name in ("log-Q", "past the tile", "mixed, everything", "full softmax, past the tile"):
+            cases.check(BY_NAME[name], "cuda", torch.float32)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@emulated
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_embeddings_that_are_not_aligned_are_copied_one_by_one(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def shifted(*shape: int) -> torch.Tensor:
+        numbers = torch.randn(shape[0] * shape[1] + 1, generator=generator).to(dtype)
+        return numbers[1:].view(shape)
+
+    inputs = (shifted(35, 64), shifted(35, 64), shifted(50, 64))
+    got = dwl_kernels.sampled_softmax_loss(*inputs, backend="cuda")
+    again = dwl_kernels.sampled_softmax_loss(*(x.clone() for x in inputs), backend="cuda")
+    assert torch.equal(got, again)
+    expected = dwl_kernels.sampled_softmax_loss(*inputs, backend="eager")
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=0)
+
+
+@emulated
+def test_shares_deal_every_step_of_every_tile_out_once() -> None:
+    library = _build_cuda.load(variant(torch.bfloat16, 64, emulated=True), None)
+    found = (ctypes.c_int * 4)()
+    for tiles in (0, 1, 3, 7, 8, 20):
+        for steps in (0, 1, 2, 9):
+            for workers in (1, 2, 7, 16):
+                seen = []
+                units = library.dwl_unit(tiles, steps, workers, 0, found)
+                for number in range(units):
+                    library.dwl_unit(tiles, steps, workers, number, found)
+                    tile, first, stop, whole = found
+                    # A part lies with the worker of its number: its last unit.
+                    assert whole or number + workers >= units
+                    seen += [(tile, step) for step in range(first, stop)]
+                assert sorted(seen) == [(t, s) for t in range(tiles) for s in range(steps)]
+
+
+@emulated
+def test_shared_memory_is_what_the_host_computes() -> None:
+    for dtype, dim in ((torch.bfloat16, 64), (torch.float32, 20), (torch.float64, 96)):
+        chosen = variant(dtype, dim, emulated=True)
+        assert _build_cuda.load(chosen, None).dwl_shared_bytes() == chosen.shared_bytes
+
+
+def test_every_default_fits_the_gpus_that_take_it() -> None:
+    for dtype, math in cuda_tiles.MATH.items():
+        for width in cuda_tiles.WIDTHS:
+            tiles = cuda_tiles.tiles(math, width)
+            chosen = cuda_tiles.Variant(math, width, tiles)
+            assert chosen.shared_bytes <= 163 * 1024  # 8.0
+            if dtype.itemsize == 2 or (dtype == torch.float32 and width < 256):
+                assert chosen.shared_bytes <= 99 * 1024  # 8.6, 8.9 and 12.0
+            assert tiles.WARPS * 32 * tiles.BLOCKS * 255 <= 65536
+
+
+@emulated
+def test_wide_embeddings_are_refused_with_the_mend() -> None:
+    with pytest.raises(RuntimeError, match=r"at most 256.*chunked"):
+        dwl_kernels.sampled_softmax_loss(
+            torch.ones(2, 257), torch.ones(2, 257), torch.ones(4, 257), backend="cuda"
+        )
+
+
+@emulated
+@pytest.mark.parametrize("name", ["by row", "dual scale"])
+def test_problems_that_it_does_not_take_are_refused_with_the_mend(name: str) -> None:
+    case = BY_NAME[name]
+    with pytest.raises(RuntimeError, match=r"does not take .*chunked"):
+        case.loss(case.inputs(torch.float32), "cuda")
+
+
+@emulated
+def test_bad_values_give_nan_where_nothing_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: the row's loss is NaN, no other row's is."""
+    monkeypatch.setattr("dwl_kernels.problem.checks_values", lambda device: False)
+    loss = dwl_kernels.sampled_softmax_loss(
+        torch.ones(4, 3),
+        torch.ones(4, 3),
+        torch.ones(5, 3),
+        domain_ids=torch.tensor([0, 7, 1, -9]),
+        domain_weights=torch.tensor([1.0, -1.0]),
+        reduction="none",
+        backend="cuda",
+    )
+    assert loss.isnan().tolist() == [False, True, True, True]
+
+
+# Where it cannot run ------------------------------------------------------------------------------
+
+
+def test_missing_compiler_names_the_variable(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(_build_cuda, "_PLACES", ())
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.delenv("CUDA_PATH", raising=False)
+    with pytest.raises(_build.BuildError, match=r"no CUDA compiler found.*CUDA_HOME"):
+        _build_cuda.nvcc()
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    with pytest.raises(_build.BuildError, match=rf"CUDA_HOME={tmp_path}.*bin/nvcc"):
+        _build_cuda.nvcc()
+
+
+def test_compiler_that_fails_is_quoted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    script = tmp_path / "bin" / "nvcc"
+    script.parent.mkdir()
+    script.write_text("#!/bin/sh\necho 'Unsupported gpu architecture' >&2\nexit 1\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setenv("DWL_KERNELS_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(_build.BuildError, match=r"Unsupported gpu architecture(.|\n)*CUDA_HOME"):
+        _build_cuda.build(variant(torch.bfloat16, 64), (9, 0))
+
+
+def test_old_device_is_told_what_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DWL_KERNELS_CUDA_EMULATE", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    reason = backends.why_not("cuda", "cuda")
+    assert reason is not None
+    assert "capability 8.0" in reason
+    assert "7.5" in reason
+
+
+@pytest.fixture
+def gpu_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CPU tensors get the backends of CUDA tensors, and nothing has been warned about yet."""
+    monkeypatch.setattr(backends, "_AUTO", {"cpu": ("triton", "cuda", "chunked")})
+    monkeypatch.setattr(backends, "_warned", set())
+    monkeypatch.setattr(backends, "_broken", {})
+
+
+def solved_by(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Which backends return a result, in the order of calls."""
+    calls: list[str] = []
+
+    def watched(name: str, solve: backends.Solve) -> backends.Solve:
+        def run(*arguments: object) -> object:
+            output = solve(*arguments)  # type: ignore[arg-type]
+            calls.append(name)
+            return output
+
+        return run  # type: ignore[return-value]
+
+    for name, solve in list(backends._SOLVE.items()):
+        monkeypatch.setitem(backends._SOLVE, name, watched(name, solve))
+    return calls
+
+
+def loss() -> torch.Tensor:
+    return dwl_kernels.sampled_softmax_loss(torch.ones(4, 3), torch.ones(4, 3), torch.ones(5, 3))
+
+
+@emulated
+@pytest.mark.filterwarnings("error")
+def test_without_triton_auto_takes_cuda_and_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, gpu_order: None
+) -> None:
+    monkeypatch.setattr(triton, "why_not", lambda device: "Triton cannot be imported")
+    calls = solved_by(monkeypatch)
+    with pytest.warns(UserWarning, match="'triton' cannot run.*cannot be imported") as caught:
+        loss()
+    loss()  # a second warning would be an error
+    assert len(caught) == 1
+    assert calls == ["cuda", "cuda"]
+
+
+@emulated
+def test_triton_that_does_not_compile_is_left_for_cuda_once_and_for_all(
+    monkeypatch: pytest.MonkeyPatch, gpu_order: None
+) -> None:
+    attempts = []
+
+    def fails(problem: Problem, *_: object) -> None:
+        attempts.append(problem)
+        raise RuntimeError("Failed to find C compiler. Please specify via CC")
+
+    monkeypatch.setitem(backends._SOLVE, "triton", fails)
+    monkeypatch.setattr(triton, "why_not", lambda device: None)
+    calls = solved_by(monkeypatch)
+    with pytest.warns(UserWarning, match="'triton' cannot run.*Failed to find C compiler"):
+        loss()
+    loss()
+    assert len(attempts) == 1
+    assert calls == ["cuda", "cuda"]
+    assert "Failed to find C compiler" in (backends.why_not("triton", "cpu") or "")
+
+
+def test_other_errors_of_a_backend_are_not_hidden(
+    monkeypatch: pytest.MonkeyPatch, gpu_order: None
+) -> None:
+    def fails(*_: object) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setitem(backends._SOLVE, "triton", fails)
+    monkeypatch.setattr(triton, "why_not", lambda device: None)
+    with pytest.raises(torch.OutOfMemoryError):
+        loss()
+
+
+@emulated
+def test_without_both_compilers_auto_takes_chunked(
+    monkeypatch: pytest.MonkeyPatch, gpu_order: None
+) -> None:
+    monkeypatch.setattr(triton, "why_not", lambda device: "no Triton")
+    monkeypatch.setattr(cuda, "why_not", lambda device: "no CUDA compiler found")
+    calls = solved_by(monkeypatch)
+    with pytest.warns(UserWarning, match="cannot run, a slower one does: no") as caught:
+        loss()
+    assert [str(one.message).split("'")[1] for one in caught] == ["triton", "cuda"]
+    assert calls == ["chunked"]
