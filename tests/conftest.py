@@ -29,7 +29,10 @@ INTERPRETED = {
     *("full softmax, past the tile", "dual scale, everything", "dual scale, in-batch, everything"),
     "full softmax, NaN in the padding",
 }
-ABOUT_TABLES = {"test_id_outside_the_table_is_an_index_error"}
+ABOUT_OTHERS = {
+    "test_id_outside_the_table_is_an_index_error",
+    "test_dual_scale_takes_the_other_rows_as_any_candidates",
+}
 BY_NAME = {case.name: case for case in CASES}
 
 
@@ -38,7 +41,7 @@ def _interpreted(item: pytest.Item, values: dict[str, Any]) -> bool:
         return False
     if values["backend"] == "cuda":
         # What is about nothing but losses that this kernel does not take.
-        if item.path.name == "test_indexed.py" or item.originalname in ABOUT_TABLES:
+        if item.path.name == "test_indexed.py" or item.originalname in ABOUT_OTHERS:
             return False
         case = values.get("case") or BY_NAME.get(values.get("name"))
         if values.get("kind", case and case.kind) in NOT_IN_CUDA:
