@@ -13,6 +13,7 @@ import json
 import re
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,19 +83,25 @@ def compiled(
     row_grad: Tensor | None = None,
 ) -> Any:
     """The kernel as `host.solve` would launch it on a device of this capability."""
-    target = GPUTarget("cuda", capability, 32)
-    backend = make_backend(target)
-    kernel = softmax_loss_kernel
-    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
-    options = {**host.launch_options(tiles), "debug": False}
     inputs = host._inputs(problem, row_grad)
     form = host.form_of(problem, inputs, tiles)
     call = Call(Inputs(*inputs), Outputs(*host._outputs(problem, wanted)), form)
     buffers = torch.empty(64), *(torch.empty(64, dtype=torch.int32) for _ in range(2))
     domains = 0 if problem.domain_weights is None else len(problem.domain_weights)
     sizes = len(problem.query), len(problem.candidates), domains, 264
-    numbers = (*sizes, problem.tau, *host._dual(problem))
-    bound, specialization, extra = binder(call, *buffers, *numbers, **options)
+    arguments = (call, *buffers, *sizes, problem.tau, *host._dual(problem))
+    return compiled_for(capability, softmax_loss_kernel, arguments, host.launch_options(tiles))
+
+
+def compiled_for(
+    capability: int, kernel: Any, arguments: Sequence[Any], options: dict[str, Any]
+) -> Any:
+    """A kernel as ``kernel[grid](*arguments, **options)`` would compile it on such a device."""
+    target = GPUTarget("cuda", capability, 32)
+    backend = make_backend(target)
+    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    options = {**options, "debug": False}
+    bound, specialization, extra = binder(*arguments, **options)
     packed = kernel._pack_args(backend, options, bound, specialization, extra)
     parsed, signature, constants, attributes = packed
     source = ASTSource(kernel, signature, constants, attributes)

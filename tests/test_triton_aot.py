@@ -33,18 +33,40 @@ def check(row: dict) -> None:
         assert row["wgmma"] > 0
 
 
-def test_kernel_compiles_for_hopper_with_wgmma_and_without_spills(tmp_path: Path) -> None:
+def compile_few(module: str, out: Path) -> None:
     """In a process of its own: this one may have Triton's interpreter on."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     subprocess.run(
-        [sys.executable, "-m", "benchmarks.aot", str(tmp_path), "--quick"],
-        check=True,
-        cwd=ROOT,
-        env=environment,
+        [sys.executable, "-m", module, str(out), "--quick"], check=True, cwd=ROOT, env=environment
     )
+
+
+def test_kernel_compiles_for_hopper_with_wgmma_and_without_spills(tmp_path: Path) -> None:
+    compile_few("benchmarks.aot", tmp_path)
     for row in json.loads((tmp_path / "aot.json").read_text()):
         check(row)
         assert row["loops"], "no main loop found"
+
+
+def check_gathers(row: dict) -> None:
+    """Nothing spills, and embeddings are read 16 bytes at a time."""
+    assert row["stack"] == 0
+    assert row["loops"]
+    assert all(loop["spills"] == 0 for loop in row["loops"])
+    assert max(loop["loads_128"] for loop in row["loops"]) >= 8
+
+
+def test_kernels_of_candidates_by_row_gather_16_bytes_at_a_time(tmp_path: Path) -> None:
+    compile_few("benchmarks.aot_indexed", tmp_path)
+    for row in json.loads((tmp_path / "aot-indexed.json").read_text()):
+        check_gathers(row)
+
+
+def test_committed_table_of_gathers_has_every_capability() -> None:
+    rows = json.loads((RESULTS / "aot-indexed.json").read_text())
+    assert {r["capability"] for r in rows} == {80, 90, 100}
+    for row in rows:
+        check_gathers(row)
 
 
 @pytest.mark.parametrize("table", ["aot.json", "aot-3.6.json"])
