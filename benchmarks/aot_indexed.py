@@ -151,8 +151,8 @@ def rows(quick: bool) -> list[dict[str, Any]]:
 def markdown(table: list[dict[str, Any]]) -> str:
     lines = [
         f"Triton {triton.__version__}, torch {torch.__version__}. One turn of the loss takes 8",
-        "candidates of every row of a tile. One of the table gradient takes 4 places of every id:",
-        "first those of short ranges, then, of long ones, the sums of chunks and the rest.",
+        "candidates of every row of a tile (4 with Triton 3.6). One of the table gradient takes 4",
+        "places of every id: of short ranges, then, of long ones, the sums of chunks and the rest.",
         "",
         "| capability | kernel | D | dtype | registers | stack | shared KB |"
         " instructions a turn | loads, of them 128 bits | spills |",

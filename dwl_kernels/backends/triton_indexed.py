@@ -205,7 +205,8 @@ def indexed_softmax_loss_kernel(
     o = call.outputs
     common = Outputs(o.loss, o.query, None, None, o.temperature, o.domain_weights, None)
     work = Work(sizes, space, None)
-    work = weigh_rows(program, programs, Call(call.inputs, common, call.form), work)
+    sizes = weigh_rows(program, programs, Call(call.inputs, common, call.form), work)
+    work = Work(sizes, space, None)
     if call.inputs.example_weights is not None:
         for worker in range(program, workers, programs):
             clear_padding(worker, call, work)

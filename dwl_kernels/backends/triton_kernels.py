@@ -131,7 +131,7 @@ def pack_rows(worker, call, work):
 
 @triton.jit
 def weigh_rows(program, programs, call, work):
-    """All of phase 0: `work` with the number of rows and candidates that count, and the norm."""
+    """All of phase 0: the sizes, now with what counts of rows and candidates, and the norm."""
     sizes = work.sizes
     count = sizes.count
     places = sizes.places
@@ -153,7 +153,7 @@ def weigh_rows(program, programs, call, work):
             for worker in range(program, sizes.workers, programs):
                 pack_rows(worker, call, work)
             grid_barrier(work.space.barrier)
-    sizes = Sizes(
+    return Sizes(
         sizes.rows,
         sizes.stride,
         sizes.candidates,
@@ -164,7 +164,6 @@ def weigh_rows(program, programs, call, work):
         places,
         norm,
     )
-    return Work(sizes, work.space, work.dual)
 
 
 # Sums over rows ----------------------------------------------------------------------------------
@@ -324,7 +323,8 @@ def softmax_loss_kernel(
     dual = Dual(hardness, similarity, competition, slate_size, 0.0, 1.0)
     work = Work(sizes, space, dual)
 
-    work = weigh_rows(program, programs, call, work)
+    sizes = weigh_rows(program, programs, call, work)
+    work = Work(sizes, space, work.dual)
     count = work.sizes.count
     places = work.sizes.places
     if call.form.HARDNESS or call.form.SIMILARITY or call.form.COMPETITION:

@@ -118,10 +118,13 @@ def by_row(block_d: int, dtype: torch.dtype) -> Tiles:
     A thread holds 16 bytes of each of the 8 candidates that are under way, and as many threads as D
     needs share a row. 12 warps of a multiprocessor then wait for 48 KB, 16 for 64; at 4.3 TB/s and
     a latency of 1,200 clocks 22 KB must be under way. With 168 registers, 128 for float32, no form
-    of the kernel uses a stack. Not measured yet.
+    of the kernel uses a stack. Triton 3.6 needs more registers for a candidate: 4 at a time spill
+    none in the loop where 8 spill 160. Not measured yet.
     """
     warps = 4
     rows = max(warps * 32 * 16 // (block_d * dtype.itemsize), 1)
+    if before_3_7():
+        return Tiles(rows, 4, rows, 64, 1, 1, warps, 3)
     return Tiles(rows, 8, rows, 64, 1, 1, warps, 3 if dtype.itemsize == 2 else 4)
 
 
