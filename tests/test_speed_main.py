@@ -133,6 +133,15 @@ def test_figures_are_shown_and_drawn_again_without_measuring(
     assert (tmp_path / "speed-cpu.png").exists()
 
 
+def test_committed_figures_are_of_this_format_and_nothing_was_wrong(tmp_path: Path) -> None:
+    results = sorted(command.RESULTS.glob("speed-*.json"))
+    assert results
+    for path in results:
+        assert command.main(["--load", str(path), "--out", str(tmp_path)]) == 0
+        for drawn in tmp_path.glob("*.png"):
+            assert (command.RESULTS / drawn.name).exists()
+
+
 def test_refused_version_ends_the_command_with_an_error(
     report: dict[str, Any], tmp_path: Path
 ) -> None:
