@@ -123,7 +123,9 @@ def speed_table(speed: Report) -> str:
         "",
         f"Forward and backward, medians of {min(runs)} to {max(runs)} rounds in turn; memory above "
         "inputs and gradients, each in a fresh process. The bound: the three products, or the copy "
-        "of the gathered numbers for candidates per example. (twin): scaled down to fit a CPU.",
+        "of the gathered numbers for candidates per example. A fused kernel can lie below 1: the "
+        "products are timed one by one and write their logits to memory. (twin): scaled down to "
+        "fit a CPU.",
         "",
         f"Largest gradient error against float64: {', '.join(errors)}.",
         "",

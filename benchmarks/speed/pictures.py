@@ -90,8 +90,8 @@ def overview(report: Report) -> Figure:
             axis.axhline(y, color=GRID, linewidth=0.8, zorder=0)
     time.axvline(1, color=INK, linewidth=1, zorder=1)
     time.text(1, 1.01, "bound", transform=time.get_xaxis_transform(), ha="center", fontsize=8)
-    time.set_xlabel("forward and backward, times the bound (log); left is better")
-    memory.set_xlabel("peak memory above inputs and gradients, MB (log; ≤ 1 as 1)")
+    time.set_xlabel("forward and backward, times the bound (log); left is better", fontsize=8)
+    memory.set_xlabel("peak memory above inputs and gradients, MB (log; ≤ 1 as 1)", fontsize=8)
     time.set_yticks(range(len(points)), [axis_label(p) for p in points])
     time.set_ylim(len(points) - 0.5, -0.6)
     for axis in (time, memory):

@@ -62,7 +62,7 @@ def plan(device: str, mode: Mode, names: Sequence[str] = ()) -> Plan:
     """
     chosen: tuple[Shape, ...] = shapes.GPU if device == "cuda" or mode == "dry" else shapes.CPU
     growth: dict[Side, list[Shape]] = {side: shapes.growth(side, device) for side in SIDES}
-    rounds = (Rounds(11, most=30), Rounds(5, least=9, most=60), Rounds(3, most=30))
+    rounds = (Rounds(14, most=30), Rounds(5, least=9, most=60), Rounds(3, most=30))
     if device == "cuda":
         rounds = (Rounds(3, most=50), Rounds(2, least=9, most=50), Rounds(1, most=20))
     if mode == "quick":
