@@ -1,9 +1,9 @@
 """The problem that every loss builds and every backend solves.
 
 One frozen dataclass travels from the public functions to the kernels. `validation` builds it, with
-all checks of shapes and dtypes; a backend may rely on what they guarantee. Checks of tensor
-*values* would wait for the device, so they stand in :meth:`Problem.row_weights`, which backends
-call, and cost a CUDA device nothing.
+the checks of shapes and dtypes in `checks`; a backend may rely on what they guarantee. Checks of
+tensor *values* would wait for the device, so they stand in :meth:`Problem.row_weights`, which
+backends call, and cost a CUDA device nothing.
 """
 
 from __future__ import annotations

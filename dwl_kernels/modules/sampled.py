@@ -8,6 +8,7 @@ from typing import Any, cast
 from torch import Tensor
 
 from dwl_kernels.backends import Backend
+from dwl_kernels.checks import both_or_none, check_choice
 from dwl_kernels.domains import DomainWeights
 from dwl_kernels.functional import (
     in_batch_softmax_loss,
@@ -23,12 +24,7 @@ from dwl_kernels.modules.weighted import (
 )
 from dwl_kernels.problem import Correction, Reduction
 from dwl_kernels.table import shared_rows
-from dwl_kernels.validation import (
-    both_or_none,
-    check_choice,
-    indexed_ids,
-    takes_batch,
-)
+from dwl_kernels.validation import indexed_ids, takes_batch
 
 
 class DynamicWeightedSampledSoftmax(WeightedLoss):

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dwl_kernels.backends import Backend, check_name
+from dwl_kernels.checks import check_choice, check_tensor
 from dwl_kernels.domains import DomainWeights, check_range
 from dwl_kernels.problem import INTEGERS, Reduction
-from dwl_kernels.validation import check_choice, check_tensor
 
 # A learned temperature stays in here: below, float16 logits overflow; above, all scores are alike.
 TEMPERATURE_RANGE = (0.005, 50.0)

@@ -1,0 +1,225 @@
+"""Checks of single arguments, with their error messages: shape, dtype, device, choice."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast, get_args
+
+import torch
+from torch import Tensor
+from torch.nn import Embedding, EmbeddingBag, Parameter
+
+from dwl_kernels.problem import (
+    FLOATS,
+    INTEGERS,
+    Correction,
+    Reduction,
+    accumulate_dtype,
+    autocasting,
+)
+
+
+def check_embeddings(**named: Tensor) -> list[Tensor]:
+    """Query and what it is compared with, cast to the autocast dtype if there is one."""
+    for name, value in named.items():
+        check_dense(name, value)
+        if value.dtype not in FLOATS:
+            raise TypeError(
+                f"{name} has dtype {value.dtype}; wanted float32, float64, bfloat16 or float16"
+            )
+    query = named["query"]
+    if query.dim() < 2:
+        raise ValueError(
+            f"query has shape {list(query.shape)}; wanted [B, D], or [..., D] with leading "
+            "dimensions; a single query is query[None]"
+        )
+    if query.shape[-1] == 0:
+        raise ValueError("query has embeddings of size 0; wanted at least 1")
+    wanted = {
+        "positive": list(query.shape),
+        "negative": f"[N, {query.shape[-1]}]",
+        "table": f"[V, {query.shape[-1]}]",
+    }
+    for name, value in named.items():
+        if value.device != query.device:
+            raise ValueError(
+                f"{name} is on {value.device} but query is on {query.device}; move one of them"
+            )
+        if name in ("negative", "table"):
+            fits = value.dim() == 2 and value.shape[-1] == query.shape[-1]
+        else:
+            fits = value.shape == query.shape
+        if not fits:
+            raise ValueError(
+                f"{name} has shape {list(value.shape)}; wanted {wanted[name]} to match query "
+                f"{list(query.shape)}"
+            )
+    dtype = autocast_dtype(query)
+    if dtype is not None:
+        return [value.to(dtype) for value in named.values()]
+    for name, value in named.items():
+        if value.dtype != query.dtype:
+            raise TypeError(
+                f"{name} has dtype {value.dtype} but query has {query.dtype}; cast one of them, or "
+                "run under torch.autocast"
+            )
+    return list(named.values())
+
+
+def autocast_dtype(query: Tensor) -> torch.dtype | None:
+    if query.dtype == torch.float64 or not autocasting(query.device.type):
+        return None
+    return torch.get_autocast_dtype(query.device.type)
+
+
+def check_tensor(name: str, value: object) -> Tensor:
+    if isinstance(value, Tensor):
+        return value
+    mend = ": pass its .weight" if isinstance(value, (Embedding, EmbeddingBag)) else ""
+    raise TypeError(f"{name} is a {type(value).__name__}; wanted a torch.Tensor{mend}")
+
+
+def check_dense(name: str, value: object) -> None:
+    value = check_tensor(name, value)
+    if value.layout != torch.strided:
+        raise TypeError(
+            f"{name} has layout {value.layout}; wanted a dense tensor: call .to_dense()"
+        )
+    if value.is_quantized:
+        raise TypeError(f"{name} is quantised; call .dequantize() first")
+    # By name, so that importing the package does not import torch.distributed; and not of a
+    # Parameter, whose bases torch.compile does not trace.
+    if type(value) not in (Tensor, Parameter) and any(
+        kind.__name__ == "DTensor" for kind in type(value).__mro__
+    ):
+        raise TypeError(f"{name} is a DTensor; pass the local part, {name}.to_local()")
+
+
+def check_shape(name: str, value: Tensor, shape: Sequence[int], query: Tensor) -> None:
+    check_dense(name, value)
+    if list(value.shape) != list(shape):
+        raise ValueError(
+            f"{name} has shape {list(value.shape)}; wanted {list(shape)} for query "
+            f"{list(query.shape)}"
+        )
+    if value.device != query.device:
+        raise ValueError(
+            f"{name} is on {value.device} but query is on {query.device}; move one of them"
+        )
+
+
+def both_or_none(first: str, a: Tensor | None, second: str, b: Tensor | None) -> None:
+    if (a is None) != (b is None):
+        got, missing = (first, second) if b is None else (second, first)
+        raise ValueError(f"{got} is given without {missing}; pass both, or neither")
+
+
+def flat_ids(query: Tensor, **named: tuple[Tensor | None, Sequence[int]]) -> list[Tensor | None]:
+    """Ids flattened, in one common dtype: a kernel compares them bit by bit."""
+    for name, (value, shape) in named.items():
+        if value is not None:
+            check_shape(name, value, shape, query)
+            check_integer(name, value)
+    dtypes = {value.dtype for value, _ in named.values() if value is not None}
+    dtype = torch.int32 if dtypes == {torch.int32} else torch.int64
+    return [None if v is None else v.reshape(-1).to(dtype) for v, _ in named.values()]
+
+
+def check_integer(name: str, value: Tensor) -> None:
+    if value.dtype not in INTEGERS:
+        raise TypeError(f"{name} has dtype {value.dtype}; wanted integers, int64 or int32")
+
+
+def floating(name: str, value: Tensor, query: Tensor, *, differentiable: bool = False) -> Tensor:
+    if value.dtype not in FLOATS:
+        raise TypeError(f"{name} has dtype {value.dtype}; wanted a floating dtype such as float32")
+    if value.requires_grad and not differentiable and torch.is_grad_enabled():
+        raise ValueError(f"{name} requires a gradient, which this loss does not give: detach it")
+    return value.to(accumulate_dtype(query.dtype))
+
+
+def flat_log_q(
+    name: str, value: Tensor | None, shape: Sequence[int], query: Tensor
+) -> Tensor | None:
+    if value is None:
+        return None
+    check_shape(name, value, shape, query)
+    return floating(name, value, query).reshape(-1)
+
+
+def check_choice(name: str, value: str, choices: Any) -> None:
+    """ValueError for what is none of the choices of a Literal."""
+    if value not in get_args(choices):
+        raise ValueError(f"{name} is {value!r}; wanted one of {get_args(choices)}")
+
+
+def row_arguments(
+    query: Tensor,
+    domain_ids: Tensor | None,
+    domain_weights: Tensor | None,
+    example_weights: Tensor | None,
+    temperature: float | Tensor,
+    correction: str,
+    reduction: str,
+) -> dict[str, Any]:
+    """What every loss takes per row, as keyword arguments of `Problem`."""
+    leading = list(query.shape[:-1])
+    check_choice("correction", correction, Correction)
+    check_choice("reduction", reduction, Reduction)
+    if domain_ids is not None:
+        if domain_weights is None:
+            raise ValueError(
+                "domain_ids is given without domain_weights; pass the weight of every domain, "
+                "[num_domains]"
+            )
+        check_dense("domain_ids", domain_ids)
+        shape = leading
+        if list(domain_ids.shape) != leading:
+            # [B, G]: the number of slots is free
+            shape = [*leading, domain_ids.shape[-1] if domain_ids.dim() else 0]
+        check_shape("domain_ids", domain_ids, shape, query)
+        check_integer("domain_ids", domain_ids)
+        if domain_ids.dtype != torch.int32:
+            domain_ids = domain_ids.to(torch.int64)
+        slots = 1 if shape == leading else shape[-1]
+        domain_ids = domain_ids.reshape(query.shape[:-1].numel(), slots)
+    elif domain_weights is not None:
+        raise ValueError(
+            "domain_weights is given without domain_ids; pass the domains, [B] or [B, G]"
+        )
+    if domain_weights is not None:
+        check_dense("domain_weights", domain_weights)
+        if domain_weights.dim() != 1 or domain_weights.shape[0] == 0:
+            raise ValueError(
+                f"domain_weights has shape {list(domain_weights.shape)}; wanted [num_domains] with "
+                "at least one domain"
+            )
+        check_shape("domain_weights", domain_weights, domain_weights.shape, query)
+        domain_weights = floating("domain_weights", domain_weights, query, differentiable=True)
+    if example_weights is not None:
+        check_shape("example_weights", example_weights, leading, query)
+        if example_weights.dtype in (torch.bool, *INTEGERS):  # a mask is a weight of 0 or 1
+            example_weights = example_weights.to(torch.float32)
+        example_weights = floating("example_weights", example_weights, query).reshape(-1)
+    tau = 1.0
+    if isinstance(temperature, Tensor):
+        if temperature.dim():
+            check_shape("temperature", temperature, leading, query)
+        else:
+            check_shape("temperature", temperature, [], query)
+        temperature = floating("temperature", temperature, query, differentiable=True)
+        if temperature.dim():
+            temperature = temperature.reshape(-1)
+    else:
+        tau, temperature = float(temperature), cast("Tensor", None)
+        if not 0 < tau < float("inf"):
+            raise ValueError(f"temperature is {tau}; wanted a positive, finite number")
+    return {
+        "domain_ids": domain_ids,
+        "domain_weights": domain_weights,
+        "example_weights": example_weights,
+        "temperature": temperature,
+        "tau": tau,
+        "correction": correction,
+        "reduction": reduction,
+    }
