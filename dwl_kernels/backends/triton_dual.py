@@ -116,23 +116,25 @@ def competing_tile(tile, call, work):
     best = tl.full([call.form.BM], float("-inf"), dtype)
     wins = tl.zeros([call.form.BM], dtype)
     slate = tl.zeros([call.form.BM], dtype)
-    blocks = tl.cdiv(sizes.candidates, call.form.BN)
+    # Half as many as pass at a time later: their logits are two blocks of registers.
+    SIZE: tl.constexpr = max(call.form.BN // 2, 16)
+    blocks = tl.cdiv(sizes.candidates, SIZE)
     if call.form.COMPETITION:
         blocks += dual.slate_size
     start = 0
     group = 1
     for _ in tl.range(0, blocks, num_stages=call.form.STAGES_1):
-        stop = tl.minimum(start + call.form.BN, sizes.candidates)
+        stop = tl.minimum(start + SIZE, sizes.candidates)
         if call.form.COMPETITION:
             stop = tl.minimum(stop, group_start(group, call, work))
         if call.form.FEW_CANDIDATES:
-            at = start + tl.arange(0, call.form.BN)
+            at = start + tl.arange(0, SIZE)
             j = tl.minimum(at, sizes.candidates - 1)
             c = embeddings(call.inputs.candidates, j, call, work)
         else:
-            at, c = block(call.inputs.candidates, start, sizes.candidates, call.form.BN, call, work)
+            at, c = block(call.inputs.candidates, start, sizes.candidates, SIZE, call, work)
             j = at
-        nothing = tl.zeros([call.form.BM, call.form.BN], dtype)
+        nothing = tl.zeros([call.form.BM, SIZE], dtype)
         z = product(q, tl.trans(c), nothing, call, work)
         x = z * dual.hardness
         if call.form.SIMILARITY:
@@ -141,24 +143,33 @@ def competing_tile(tile, call, work):
         z = scaled(z, scale[:, None], call, work)
         if call.inputs.candidate_log_q is not None:
             z -= (tl.load(call.inputs.candidate_log_q + j) * unit_of(call, work))[None, :]
-        counts = (at >= start) & (at < stop)
-        if call.form.IN_BATCH and call.form.PACKED:
-            positive = at < sizes.rows
-            counts = counts & (~positive | is_active(j, positive, call, work))
-        counts = counts[None, :]
-        if call.form.IN_BATCH:
-            counts = counts & (at[None, :] != row[:, None])
         if call.inputs.candidate_ids is not None:
-            counts = counts & (row_id[:, None] != tl.load(call.inputs.candidate_ids + j)[None, :])
-        if call.form.HARDNESS or call.form.SIMILARITY:
+            hit = row_id[:, None] == tl.load(call.inputs.candidate_ids + j)[None, :]
+            x = tl.where(hit, float("-inf"), x)
+            z = tl.where(hit, float("-inf"), z)
+        edge = stop < start + SIZE
+        if call.form.IN_BATCH:
+            edge = edge | (start < sizes.rows)
+        if edge:
+            counts = ((at >= start) & (at < stop))[None, :]
+            if call.form.IN_BATCH:
+                counts = counts & (at[None, :] != row[:, None])
+                if call.form.PACKED:
+                    positive = at < sizes.rows
+                    counts = counts & (~positive | is_active(j, positive, call, work))[None, :]
             x = tl.where(counts, x, float("-inf"))
+            z = tl.where(counts, z, float("-inf"))
+        if call.form.HARDNESS or call.form.SIMILARITY:
             higher = tl.minimum(tl.maximum(top, tl.max(x, 1)), FINITE)
             factor = power(top - higher, call, work)
             total = total * factor + tl.sum(power(x - higher[:, None], call, work), 1)
             top = higher
-            valid += tl.sum(tl.where(counts, 1.0, 0.0).to(dtype), 1)
+            if call.form.IN_BATCH or (call.inputs.candidate_ids is not None):
+                valid += tl.sum(tl.where(x > float("-inf"), 1.0, 0.0).to(dtype), 1)
+            else:
+                valid += stop - start
         if call.form.COMPETITION:
-            best = tl.maximum(best, tl.max(tl.where(counts, z, float("-inf")), 1))
+            best = tl.maximum(best, tl.max(z, 1))
             if stop == group_start(group, call, work):
                 there = best > float("-inf")
                 win = 1 / (1 + power(z_positive - best, call, work))
