@@ -175,12 +175,16 @@ def count(
 ) -> dict[str, Any]:
     """One row of the table."""
     exact = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
-    tiles = default(host._power_of_two(d, 16), dtype, capability // 10, exact)
     problem, wanted = example(kind, d, dtype, options, reduction)
     row_grad = torch.zeros(len(problem.query)) if reduction == "none" else None
+    load = host.load_of(problem, row_grad)
+    tiles = default(host._power_of_two(d, 16), dtype, capability // 10, exact, load)
     kernel = compiled(problem, wanted, tiles, capability, row_grad)
     sass, usage = machine_code(kernel.asm["cubin"])
-    elements = tiles.BM * tiles.BN / tiles.warps / 32
+    loops = main_loops(sass)
+    logits = [tiles.BM * tiles.BN] * (len(loops) - 1) + [tiles.CM * tiles.CN]
+    if kind == "dual":
+        logits[0] //= 2
     return {
         "capability": capability,
         "problem": kind + (", everything" if options else ", plain"),
@@ -192,16 +196,27 @@ def count(
         "shared": kernel.metadata.shared,
         "wgmma": kernel.asm["ptx"].count("wgmma.mma_async"),
         "loops": [
-            {"per_element": round(loop["instructions"] / elements, 2), **loop}
-            for loop in main_loops(sass)
+            {"per_element": round(loop["instructions"] * tiles.warps * 32 / size, 2), **loop}
+            for loop, size in zip(loops, logits, strict=True)
         ],
     }
 
 
-def rows(quick: bool) -> list[tuple[str, int, torch.dtype, bool, int, str]]:
-    """What is compiled: every row of the tile table for the plain problem, the rest on 9.0."""
-    if quick:
-        return [("sampled", 64, torch.bfloat16, False, 90, "mean")]
+Row = tuple[str, int, torch.dtype, bool, int, str]
+
+
+def quick_rows() -> list[Row]:
+    """A few that between them have every loop, with what needs most registers."""
+    return [
+        ("sampled", 64, torch.bfloat16, False, 90, "mean"),
+        ("in-batch", 128, torch.bfloat16, True, 90, "none"),
+        ("full", 128, torch.bfloat16, True, 90, "mean"),
+        ("dual", 64, torch.bfloat16, True, 90, "mean"),
+    ]
+
+
+def rows() -> list[Row]:
+    """Every row of the tile tables: plain, with everything, and with a second query."""
     found = [
         ("sampled", d, dtype, False, capability, "mean")
         for capability in CAPABILITIES
@@ -209,12 +224,18 @@ def rows(quick: bool) -> list[tuple[str, int, torch.dtype, bool, int, str]]:
         for d in (16, 32, 64, 128, 256)
     ]
     found += [
-        (kind, 128, torch.bfloat16, True, 90, reduction)
-        for kind in ("sampled", "in-batch")
-        for reduction in ("weighted_mean", "none")
+        (kind, d, torch.bfloat16, True, capability, reduction)
+        for capability in CAPABILITIES
+        for d in ((16, 32, 64, 128, 256) if capability == 90 else (64, 128, 256))
+        for kind, reduction in (("in-batch", "none"), ("full", "mean"), ("dual", "none"))
     ]
-    found += [("in-batch", 128, torch.bfloat16, False, 90, "mean")]
-    found += [("sampled", 128, torch.float16, False, 90, "mean")]
+    found += [("sampled", 128, torch.bfloat16, True, 90, r) for r in ("weighted_mean", "none")]
+    found += [("in-batch", 128, torch.bfloat16, True, 90, "weighted_mean")]
+    for kind in ("in-batch", "full", "dual"):
+        found += [(kind, 128, torch.bfloat16, False, 90, "mean")]
+    for kind in ("sampled", "full", "dual"):
+        found += [(kind, 128, torch.float16, False, 90, "mean")]
+        found += [(kind, 128, torch.float32, True, 90, "mean")]
     found += [("sampled", 96, torch.bfloat16, True, 80, "mean")]
     return found
 
@@ -224,7 +245,8 @@ def markdown(table: list[dict[str, Any]]) -> str:
     lines = [
         f"Triton {triton.__version__}, torch {torch.__version__}. Per element: what one turn of a",
         "main loop executes, over the elements of the logits that a thread holds. Loops:",
-        "phase 1, the search for the maxima (float16 has it first, else rarely run), phase 2.",
+        "with the dual scale its own, phase 1, the search for the maxima (float16 has it before,",
+        "the others rarely run it), phase 2.",
         "",
         "| capability | problem | D | dtype | BM BN CM CN stages warps programs | registers |"
         " stack | shared KB | wgmma | instructions per element | spills in loops |",
@@ -245,11 +267,11 @@ def markdown(table: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--quick", action="store_true", help="one kernel, to try the tool")
+    parser.add_argument("--quick", action="store_true", help="a few kernels, to try the tool")
     arguments = parser.parse_args()
     torch.set_float32_matmul_precision("high")
     table = []
-    for row in rows(arguments.quick):
+    for row in quick_rows() if arguments.quick else rows():
         table.append(count(*row))
         print(table[-1]["capability"], table[-1]["problem"], table[-1]["D"], table[-1]["dtype"])
     arguments.out.mkdir(parents=True, exist_ok=True)

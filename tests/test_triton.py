@@ -269,7 +269,7 @@ def test_search_takes_the_fastest_and_remembers_it(
     path = f"{tmp_path}/tiles.json"
     monkeypatch.setenv("DWL_KERNELS_AUTOTUNE", "1")
     monkeypatch.setenv("DWL_KERNELS_TILES", path)
-    key = (64, torch.bfloat16, 9, False, (512, 512))
+    key = (64, torch.bfloat16, 9, False, "plain", (512, 512))
     target = around(default(64, torch.bfloat16, 9, False))[7]
     assert choose(*key, seconds=lambda tiles: 0.0 if tiles == target else 1.0) == target
     monkeypatch.delenv("DWL_KERNELS_AUTOTUNE")

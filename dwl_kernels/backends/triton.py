@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dwl_kernels.backends import eager
 from dwl_kernels.backends.triton_launch import launch
-from dwl_kernels.backends.triton_tiles import Tiles, by_row, choose
+from dwl_kernels.backends.triton_tiles import Load, Tiles, by_row, choose
 from dwl_kernels.problem import DualScale, Output, Problem, Wanted, checks_values
 
 MAX_D = 256  # a row tile keeps [BM, D] sums in registers; above, the product dominates anyway
@@ -224,7 +224,17 @@ def _tiles(problem: Problem, wanted: Wanted, row_grad: Tensor | None, exact: boo
 
     shape = (problem.query.shape[0], problem.candidates.shape[0])
     major = torch.cuda.get_device_capability()[0]
-    return choose(block_d, dtype, major, exact, shape, seconds)
+    return choose(block_d, dtype, major, exact, load_of(problem, row_grad), shape, seconds)
+
+
+def load_of(problem: Problem, row_grad: Tensor | None) -> Load:
+    """Which tiles the problem needs."""
+    p = problem
+    if p.dual is not None and p.dual.similarity:
+        return "dual"
+    by_row = p.temperature is not None and p.temperature.dim() > 0
+    given = (p.target, p.candidate_log_q, p.candidate_ids, p.example_weights, p.dual, row_grad)
+    return "options" if by_row or any(one is not None for one in given) else "plain"
 
 
 _OPTIONAL = (

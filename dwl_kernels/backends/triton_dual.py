@@ -123,10 +123,11 @@ def competing_tile(tile, call, work):
         blocks += dual.slate_size
     start = 0
     group = 1
+    close = group_start(group, call, work)  # where the group ends
     for _ in tl.range(0, blocks, num_stages=call.form.STAGES_1):
         stop = tl.minimum(start + SIZE, sizes.candidates)
         if call.form.COMPETITION:
-            stop = tl.minimum(stop, group_start(group, call, work))
+            stop = tl.minimum(stop, close)
         if call.form.FEW_CANDIDATES:
             at = start + tl.arange(0, SIZE)
             j = tl.minimum(at, sizes.candidates - 1)
@@ -170,13 +171,14 @@ def competing_tile(tile, call, work):
                 valid += stop - start
         if call.form.COMPETITION:
             best = tl.maximum(best, tl.max(z, 1))
-            if stop == group_start(group, call, work):
+            if stop == close:
                 there = best > float("-inf")
                 win = 1 / (1 + power(z_positive - best, call, work))
                 wins += tl.where(there, win, 0.0)
                 slate += tl.where(there, 1.0, 0.0)
                 best = tl.full([call.form.BM], float("-inf"), dtype)
                 group += 1
+                close = group_start(group, call, work)
         start = stop
     inside = place < sizes.count
     if call.form.HARDNESS or call.form.SIMILARITY:

@@ -23,7 +23,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -46,6 +46,9 @@ class Tiles(NamedTuple):
         limit = 65536 // (self.programs * self.warps * 32) // 8 * 8
         return None if limit >= 255 else limit
 
+
+# What a form keeps and streams: nothing but embeddings; something beside; a second query.
+Load = Literal["plain", "options", "dual"]
 
 # (D rounded up to a power of two, bytes per element, major capability) -> tiles
 TABLE: dict[tuple[int, int, int], Tiles] = {
@@ -88,6 +91,31 @@ BEFORE_3_7: dict[tuple[int, int, int], Tiles] = {
 }
 
 
+# What a row or a candidate brings along needs registers: log-Q, ids, a temperature, a gradient or a
+# place of its own. These rows spill none in the main loops, with all of it at once.
+OPTIONS: dict[tuple[int, int, int], Tiles] = {
+    (16, 2, 9): Tiles(64, 128, 64, 128, 2, 2, 4, 2),
+    (32, 2, 9): Tiles(64, 128, 64, 128, 2, 2, 4, 2),
+    (64, 2, 9): Tiles(64, 128, 64, 64, 2, 2, 4, 2),
+    (128, 2, 9): Tiles(64, 128, 64, 64, 2, 2, 4, 2),
+    (256, 2, 9): Tiles(64, 64, 64, 64, 2, 2, 8, 1),
+    (128, 2, 10): Tiles(64, 64, 64, 64, 2, 2, 4, 2),
+    (256, 2, 10): Tiles(64, 64, 64, 64, 2, 2, 8, 1),
+}
+# The positives stream past as a second query.
+DUAL: dict[tuple[int, int, int], Tiles] = {
+    (128, 2, 8): Tiles(64, 64, 64, 32, 2, 2, 4, 2),
+    (256, 2, 8): Tiles(64, 32, 32, 32, 2, 2, 4, 1),
+    (16, 2, 9): Tiles(64, 128, 64, 64, 2, 2, 4, 2),
+    (32, 2, 9): Tiles(64, 128, 64, 64, 2, 2, 4, 2),
+    (128, 2, 9): Tiles(64, 64, 64, 64, 2, 2, 4, 2),
+    (256, 2, 9): Tiles(64, 32, 64, 64, 2, 2, 8, 1),
+    (64, 2, 10): Tiles(64, 64, 64, 64, 2, 2, 4, 2),
+    (128, 2, 10): Tiles(64, 32, 64, 64, 2, 2, 4, 2),
+    (256, 2, 10): Tiles(64, 32, 64, 64, 2, 2, 8, 1),
+}
+
+
 @functools.cache
 def before_3_7() -> bool:
     """Whether the Triton that is installed is older than 3.7."""
@@ -98,7 +126,9 @@ def before_3_7() -> bool:
     return (int(major), int(minor)) < (3, 7)
 
 
-def default(block_d: int, dtype: torch.dtype, capability: int, exact: bool) -> Tiles:
+def default(
+    block_d: int, dtype: torch.dtype, capability: int, exact: bool, load: Load = "plain"
+) -> Tiles:
     """The row of the table, or of the nearest older capability.
 
     `exact` says that a float32 product is not rounded to tf32.
@@ -106,6 +136,10 @@ def default(block_d: int, dtype: torch.dtype, capability: int, exact: bool) -> T
     table = TABLE if exact else {**TABLE, **TF32}
     if before_3_7():
         table = {**table, **BEFORE_3_7}
+    if load != "plain":
+        table = {**table, **OPTIONS}
+    if load == "dual":
+        table = {**table, **DUAL}
     for major in range(capability, 7, -1):
         if (block_d, dtype.itemsize, major) in table:
             return table[block_d, dtype.itemsize, major]
@@ -133,6 +167,7 @@ def choose(
     dtype: torch.dtype,
     capability: int,
     exact: bool,
+    load: Load,
     shape: tuple[int, int],  # B, N
     seconds: Callable[[Tiles], float],
 ) -> Tiles:
@@ -141,11 +176,11 @@ def choose(
     The search runs once per shape and process. ``DWL_KERNELS_TILES`` names a JSON file that is read
     first and gets what a search finds.
     """
-    key = f"{block_d} {str(dtype).removeprefix('torch.')} {capability} {shape[0]} {shape[1]}"
+    key = f"{block_d} {str(dtype).removeprefix('torch.')} {capability} {load} {shape[0]} {shape[1]}"
     known = _file(os.environ.get("DWL_KERNELS_TILES"))
     if key in known:
         return known[key]
-    best = default(block_d, dtype, capability, exact)
+    best = default(block_d, dtype, capability, exact, load)
     if os.environ.get("DWL_KERNELS_AUTOTUNE") != "1":
         return best
     best = min(around(best), key=seconds)
