@@ -44,7 +44,7 @@ from dwl_kernels.backends.triton_dual import dual_factor, dual_ratio, dual_shift
 
 
 class Rows(NamedTuple):
-    """What phase 1 keeps of a row tile; None where it is not needed."""
+    """What phase 1 keeps of a row tile."""
 
     q: Any  # [BM, D]
     p: Any  # [BM, D], where the dual scale looks at the positive
@@ -102,20 +102,20 @@ def row_tile(tile, first, stop, part, call, work):
 @triton.jit
 def load_rows(place, row, call, work):
     q = embeddings(call.inputs.query, row, call, work)
-    p = None
-    ratio = None
-    id = None
-    own = None
+    scale = row_scale(place, row, call, work)
+    # Triton 3.6 returns no None: what is not needed is something that is there.
+    p = q
+    ratio = scale
+    id = row
+    own = place
     if call.form.SIMILARITY:
         p = positives(row, call, work)
         ratio = dual_ratio(place, call, work)
     if call.inputs.candidate_ids is not None:
         id = tl.load(call.inputs.positive_ids + row)
-    if call.form.IN_BATCH:
-        own = place
-    elif call.inputs.target is not None:
+    if call.inputs.target is not None:
         own = own_candidate(row, call, work)
-    return Rows(q, p, ratio, row_scale(place, row, call, work), id, own)
+    return Rows(q, p, ratio, scale, id, own)
 
 
 @triton.jit
