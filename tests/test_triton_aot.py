@@ -19,7 +19,7 @@ SHARED = {80: (167936, 166912), 90: (233472, 232448), 100: (233472, 232448)}
 def check(row: dict) -> None:
     """Programs fit side by side; nothing spills where the time is spent.
 
-    Forms with everything switched on may reload a few of the addresses that they keep.
+    The dual scale in tf32 with everything switched on may reload one register.
     """
     tiles, capability = row["tiles"], row["capability"]
     every, one = SHARED[capability]
@@ -27,8 +27,8 @@ def check(row: dict) -> None:
     assert tiles["programs"] * (row["shared"] + 1024) <= every
     registers = -(-row["registers"] // 8) * 8 * tiles["warps"] * 32
     assert tiles["programs"] * registers <= 65536
-    plain = row["problem"].endswith("plain")
-    assert all(loop["spills"] <= (0 if plain else 6) for loop in row["loops"])
+    one_more = (row["problem"], row["dtype"]) == ("dual, everything", "float32")
+    assert all(loop["spills"] <= int(one_more) for loop in row["loops"])
     if capability == 90 and tiles["BM"] >= 64:  # fewer rows go to mma.sync
         assert row["wgmma"] > 0
 
@@ -76,3 +76,10 @@ def test_committed_table_fits_every_capability(table: str) -> None:
     assert plain >= {(c, d) for c in (80, 90, 100) for d in (16, 32, 64, 128, 256)}
     for row in rows:
         check(row)
+
+
+def test_committed_table_has_every_form_on_every_capability() -> None:
+    rows = json.loads((RESULTS / "aot.json").read_text())
+    for kind in ("in-batch", "full", "dual"):
+        forms = {(r["capability"], r["D"]) for r in rows if r["problem"] == f"{kind}, everything"}
+        assert forms >= {(c, d) for c in (80, 90, 100) for d in (64, 128, 256)}
