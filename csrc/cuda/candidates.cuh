@@ -1,7 +1,7 @@
 // Phase 2: a tile of candidates, past which the rows stream.
 #pragma once
 
-#include "program.cuh"
+#include "stream.cuh"
 
 namespace dwl {
 

@@ -362,6 +362,10 @@ inline float fast_exp2(float x) {
   return x < -126 ? 0 : std::exp2(x);
 }
 
+inline float fast_reciprocal(float x) {
+  return 1 / x;
+}
+
 namespace emulation {
 
 template <typename R, int A, int B>

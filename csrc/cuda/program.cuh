@@ -1,4 +1,4 @@
-// What the phases of the CUDA kernel share: shapes, memory, and the loop over the streamed side.
+// What the phases of the CUDA kernel share: shapes, memory, units.
 #pragma once
 
 #include <cmath>
@@ -23,8 +23,6 @@ struct alignas(16) RowNumbers {
 // Numbers [BM] of a part, before the sums.
 enum PartArray { kReference, kTotal, kHits, kZPositive, kNumPartArrays };
 enum Integers { kId, kOwn, kNumIntegers };
-
-enum class Mode { kMaxima, kRows, kCandidates };
 
 // A block of WARPS warps owns BM rows of one side, 16 MT for each warp; BN of the other side pass
 // at a time. Rows of shared memory are 8 elements longer than BLOCK_D, against bank conflicts.
@@ -76,8 +74,6 @@ struct Program {
   typename S::Shared& shared;
   Lane lane;
   int warp;
-  bool aligned;      // embeddings are copied 16 bytes at a time
-  bool competes;     // the positive of a row is a candidate
   int rows, places;  // what streams: rows and candidates that are not padding
 
   __device__ explicit Program(const Call& given)
@@ -85,13 +81,18 @@ struct Program {
     const int index = thread_index() % 32;
     lane = {index, index / 4, index % 4};
     warp = thread_index() / 32;
-    const auto addresses = reinterpret_cast<uintptr_t>(call.row.embedding) |
-                           reinterpret_cast<uintptr_t>(call.candidate.embedding);
-    aligned = ((addresses | (call.dim * sizeof(Element))) & 15) == 0;
-    competes = call.positive == nullptr;
     rows = count_of(call.row);
     places = count_of(call.candidate);
   }
+
+  // Whether embeddings are copied 16 bytes at a time.
+  __device__ bool aligned() const {
+    const auto addresses = reinterpret_cast<uintptr_t>(call.row.embedding) |
+                           reinterpret_cast<uintptr_t>(call.candidate.embedding);
+    return ((addresses | (call.dim * sizeof(Element))) & 15) == 0;
+  }
+  // Whether the positive of a row is one of the candidates.
+  __device__ bool competes() const { return call.positive == nullptr; }
 
   __device__ static int count_of(const Side& side) {
     return static_cast<int>(side.count == nullptr ? side.length : *side.count);
@@ -113,11 +114,11 @@ struct Program {
   }
   // The place of the positive of a row among the candidates; -1 where it is none of them.
   __device__ int own(int place) const {
-    if (!competes) return -1;
+    if (!competes()) return -1;
     return call.own == nullptr ? place : static_cast<int>(call.own[place]);
   }
   __device__ const Element* positive(int place) const {
-    if (!competes) return embedding(call.positive, at(call.row, place));
+    if (!competes()) return embedding(call.positive, at(call.row, place));
     return embedding(call.candidate.embedding, at(call.candidate, own(place)));
   }
   // The row of the tile that the lane holds in c[2 h] and c[2 h + 1] of block `mt`.
@@ -126,6 +127,13 @@ struct Program {
   // Logits are in units of 1 / log2 e, so that their exponential is one instruction, or plain.
   __device__ static Number unit() { return M::EXACT ? 1 : kLog2e; }
   __device__ static Number scale_of(Number tau) { return M::EXACT ? tau : Number(kLog2e) / tau; }
+  __device__ static Number tau_of(Number scale) {
+    if constexpr (M::EXACT) {
+      return scale;
+    } else {
+      return Number(kLog2e) * fast_reciprocal(scale);
+    }
+  }
   __device__ static Number scaled(Number product, Number scale) {
     return M::EXACT ? product / scale : product * scale;
   }
@@ -163,7 +171,7 @@ struct Program {
   template <int ROWS>
   __device__ void copy_embeddings(Element* to, const Side& side, int count, int first) const {
     const int thread = opaque(thread_index());
-    if (aligned) {
+    if (aligned()) {
       constexpr int WIDTH = 16 / sizeof(Element), CHUNKS = S::BLOCK_D / WIDTH;
       constexpr int GROUP = (CHUNKS & -CHUNKS) < 32 ? (CHUNKS & -CHUNKS) : 32;
       constexpr int STEP = S::THREADS / GROUP;
@@ -206,9 +214,8 @@ struct Program {
   }
 
   // Start copying a block of the streamed side.
-  template <Mode MODE>
+  template <bool CANDIDATES>  // or rows
   __device__ void prefetch(int first, int buffer) const {
-    constexpr bool CANDIDATES = MODE != Mode::kCandidates;  // stream past rows
     const Side& side = CANDIDATES ? call.candidate : call.row;
     const int count = CANDIDATES ? places : rows;
     copy_embeddings<S::BN>(shared.streamed[buffer], side, count, first);
@@ -237,217 +244,6 @@ struct Program {
     }
   }
 };
-
-// What a lane knows of its rows of the owned side.
-template <class S>
-struct Owned {
-  using Number = typename S::M::Number;
-  int first;                // place of the tile's first row
-  Number scale[S::MT][2];   // rows: of their logits
-  Number offset[S::MT][2];  // rows: the reference; candidates: log-Q
-  int64_t id[S::MT][2];
-  int own[S::MT][2];  // rows: the place of the positive, -1 for none
-};
-
-template <class S>
-struct Totals {
-  using Number = typename S::M::Number;
-  Number total[S::MT][2];  // rows: sum_j e_ij, or the largest logit; candidates: sum_i dz_ij
-  int hits[S::MT][2];
-};
-
-// Streams the blocks of `part` past the owned tile. With e = exp(z - reference) for rows and
-// e = a p / tau for candidates, sums e times the streamed embeddings into `sums`, the columns
-// d0 : d0 + ACC_D of them.
-template <Mode MODE, class S>
-__device__ __forceinline__ void stream(const Program<S>& p, const Unit& part, const Owned<S>& own,
-                                       Totals<S>& totals, Sums<S> (&sums)[S::MT], int d0,
-                                       bool weighted) {
-  using M = typename S::M;
-  using Number = typename M::Number;
-  constexpr bool ROWS = MODE != Mode::kCandidates;
-  constexpr Number INF = INFINITY;
-  const auto& shared = p.shared;
-  const int count = ROWS ? p.places : p.rows;
-  const bool ids = p.call.row_ids != nullptr;
-  const bool log_q = p.call.candidate_log_q != nullptr;
-  const bool log_q_gradient = !ROWS && p.call.candidate_log_q_gradient != nullptr;
-  const int t2 = 2 * p.lane.t;
-  const auto* mine = shared.owned + p.warp * S::MT * 16 * S::STRIDE;
-  const auto at_a = M::template at_a<S::STRIDE>(mine, p.lane);
-
-  for (int step = part.first - 1; step < part.stop; ++step) {
-    wait_copies();
-    sync_block();  // the block of this step is here, and nobody reads the other buffer any more
-    const int buffer = (step - part.first) & 1, first = step * S::BN;
-    if (step + 1 < part.stop) p.template prefetch<MODE>(first + S::BN, buffer ^ 1);
-    if (step < part.first) continue;
-
-    const auto* tile = shared.streamed[buffer];
-    const auto at_b = M::template at_b<S::STRIDE>(tile, p.lane);
-    const auto at_b_transposed = M::template at_b_transposed<S::STRIDE>(tile + d0, p.lane);
-    Number s[S::MT][S::BN / 8][4] = {};
-#pragma unroll M::UNROLL
-    for (int d = 0; d < S::BLOCK_D; d += M::K) {
-      typename M::A a[S::MT];
-#pragma unroll
-      for (int mt = 0; mt < S::MT; ++mt) {
-        a[mt] = M::template load_a<S::STRIDE>(at_a, mt * 16 * S::STRIDE + d);
-      }
-#pragma unroll
-      for (int n = 0; n < S::BN / 16; ++n) {
-        typename M::B b[2];
-        M::template load_b<S::STRIDE>(b, at_b, n * 16 * S::STRIDE + d);
-#pragma unroll
-        for (int mt = 0; mt < S::MT; ++mt) {
-          M::multiply(s[mt][2 * n], a[mt], b[0]);
-          M::multiply(s[mt][2 * n + 1], a[mt], b[1]);
-        }
-      }
-    }
-
-    // From products to e, in place.
-    const int remaining = count - first < S::BN ? count - first : S::BN;
-    int own_column[S::MT][2];
-    bool own_here = false;
-    if (ROWS && p.competes) {
-#pragma unroll
-      for (int mt = 0; mt < S::MT; ++mt) {
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          own_column[mt][h] = own.own[mt][h] - first;
-          own_here |= own_column[mt][h] >= 0 && own_column[mt][h] < S::BN;
-        }
-      }
-    }
-#pragma unroll
-    for (int nt = 0; nt < S::BN / 8; ++nt) {
-      const int n = nt * 8 + t2;
-      Number offset[2] = {0, 0}, tau[2];
-      RowNumbers<Number> row[2];
-      int64_t id[2];
-#pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        if (ROWS) {
-          if (log_q) offset[c] = shared.log_q[buffer][n + c] * p.unit();
-        } else {
-          row[c] = shared.rows[buffer][n + c];
-          offset[c] = row[c].statistic;
-          if (log_q_gradient) tau[c] = M::EXACT ? row[c].scale : Number(kLog2e) / row[c].scale;
-        }
-        if (ids) id[c] = shared.integers[buffer][kId][n + c];
-      }
-#pragma unroll
-      for (int mt = 0; mt < S::MT; ++mt) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          Number& z = s[mt][nt][i];
-          z = p.scaled(z, ROWS ? own.scale[mt][i / 2] : row[i % 2].scale);
-          if (ROWS) {
-            z -= offset[i % 2];
-            if (MODE == Mode::kRows) z -= own.offset[mt][i / 2];
-          } else {
-            z -= own.offset[mt][i / 2];
-            z -= offset[i % 2];
-          }
-        }
-      }
-      if (ids) {
-#pragma unroll
-        for (int mt = 0; mt < S::MT; ++mt) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const bool hit = own.id[mt][i / 2] == id[i % 2];
-            if (hit) s[mt][nt][i] = -INF;
-            if (MODE == Mode::kRows && p.call.refined) {
-              const bool other = !p.competes || own_column[mt][i / 2] != n + i % 2;
-              totals.hits[mt][i / 2] += hit && other && n + i % 2 < remaining ? 1 : 0;
-            }
-          }
-        }
-      }
-      if (own_here) {
-#pragma unroll
-        for (int mt = 0; mt < S::MT; ++mt) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            if (own_column[mt][i / 2] == n + i % 2) s[mt][nt][i] = -INF;
-          }
-        }
-      }
-      if (remaining < S::BN) {
-#pragma unroll
-        for (int mt = 0; mt < S::MT; ++mt) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            if (n + i % 2 >= remaining) s[mt][nt][i] = -INF;
-          }
-        }
-      }
-#pragma unroll
-      for (int mt = 0; mt < S::MT; ++mt) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          Number& z = s[mt][nt][i];
-          if (MODE == Mode::kMaxima) {
-            totals.total[mt][i / 2] = fmax(totals.total[mt][i / 2], z);
-          } else if (MODE == Mode::kRows) {
-            z = p.power(z);
-            totals.total[mt][i / 2] += z;
-          } else {
-            z = p.power(z) * row[i % 2].coefficient;
-          }
-        }
-      }
-      if (!ROWS && p.competes) {
-#pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          int at = first + n + c - own.first;
-          if (p.call.own != nullptr) {
-            at = static_cast<int>(shared.integers[buffer][kOwn][n + c]) - own.first;
-          }
-          if (at < 0 || at >= S::BM || n + c >= remaining) continue;
-#pragma unroll
-          for (int mt = 0; mt < S::MT; ++mt) {
-#pragma unroll
-            for (int h = 0; h < 2; ++h) {
-              if (p.row_of(mt, h) == at) s[mt][nt][2 * h + c] = row[c].positive;
-            }
-          }
-        }
-      }
-      if (log_q_gradient) {
-#pragma unroll
-        for (int mt = 0; mt < S::MT; ++mt) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            if (n + i % 2 < remaining) totals.total[mt][i / 2] += s[mt][nt][i] * tau[i % 2];
-          }
-        }
-      }
-    }
-
-    if constexpr (MODE == Mode::kMaxima) continue;
-    if (!weighted) continue;
-#pragma unroll
-    for (int k = 0; k < S::BN; k += M::K) {
-      typename M::A a[S::MT];
-#pragma unroll
-      for (int mt = 0; mt < S::MT; ++mt) a[mt] = M::next_a(&s[mt][k / 8], p.lane);
-#pragma unroll
-      for (int d = 0; d < S::ACC_D / 16; ++d) {
-        typename M::B b[2];
-        M::template load_b_transposed<S::STRIDE>(b, at_b_transposed, k * S::STRIDE + d * 16);
-#pragma unroll
-        for (int mt = 0; mt < S::MT; ++mt) {
-          M::multiply(sums[mt][2 * d], a[mt], b[0]);
-          M::multiply(sums[mt][2 * d + 1], a[mt], b[1]);
-        }
-      }
-    }
-  }
-  sync_block();  // the buffers are free
-}
 
 // Where a lane leaves sums[k][i] of the 16 rows from row m of its tile on: neighbouring lanes have
 // neighbouring addresses.

@@ -1,7 +1,7 @@
 // Phase 1: a tile of rows, past which the candidates stream.
 #pragma once
 
-#include "program.cuh"
+#include "stream.cuh"
 
 namespace dwl {
 
@@ -66,7 +66,9 @@ __device__ __forceinline__ void finish_rows(const Program<S>& p, int tile, int m
       if (call.positive_log_q != nullptr) {  // log(1 - Q), also where 1 - Q would round Q away
         lse += log1p(-exp(p.numbers(call.positive_log_q)[known]));
       }
-      const Number compete = Number(p.places - (p.competes ? 1 : 0)) - hits;
+      // With ids, a row's own positive is a hit as well.
+      if (call.row_ids == nullptr) hits = p.competes() ? 1 : 0;
+      const Number compete = Number(p.places) - hits;
       r_i = 1 / (1 + exp(z_positive / unit + log(compete) - lse));
       if (lse == -INF) r_i = 0;
       row_loss = r_i == 0 ? 0 : r_i * (lse - z_positive / unit);

@@ -43,14 +43,14 @@ __global__ void __launch_bounds__(S::THREADS, DWL_BLOCKS)
   const int block = block_index(), blocks = num_blocks();
   constexpr int PIECES = S::BM / 16;  // of a tile, one for a warp
 
-  const Shares rows(divide_up(p.rows, S::BM), divide_up(p.places, S::BN), blocks);
-  for (int k = block; k < rows.units(); k += blocks) row_tile(p, rows.unit(k));
-  if (rows.splits > 1) {
+  const Shares by_row(divide_up(p.rows, S::BM), divide_up(p.places, S::BN), blocks);
+  for (int k = block; k < by_row.units(); k += blocks) row_tile(p, by_row.unit(k));
+  if (by_row.splits > 1) {
     sync_grid();
-    const int all = (rows.tiles - rows.whole) * PIECES;
-    for (int k = block * S::WARPS + p.warp; k < all; k += blocks * S::WARPS) {
-      const int tile = k / PIECES;
-      finish_rows(p, rows.whole + tile, k % PIECES * 16, tile * rows.splits, rows.splits);
+    const int pieces = (by_row.tiles - by_row.whole) * PIECES;
+    for (int k = block * S::WARPS + p.warp; k < pieces; k += blocks * S::WARPS) {
+      const int tile = k / PIECES, first = tile * by_row.splits;
+      finish_rows(p, by_row.whole + tile, k % PIECES * 16, first, by_row.splits);
     }
   }
   if (call.candidate_gradient == nullptr && call.candidate_log_q_gradient == nullptr) return;
@@ -60,11 +60,10 @@ __global__ void __launch_bounds__(S::THREADS, DWL_BLOCKS)
   for (int k = block; k < shares.units(); k += blocks) candidate_tile(p, shares.unit(k));
   if (shares.splits > 1) {
     sync_grid();
-    const int all = (shares.tiles - shares.whole) * PIECES;
-    for (int k = block * S::WARPS + p.warp; k < all; k += blocks * S::WARPS) {
-      const int tile = k / PIECES;
-      finish_candidates(p, shares.whole + tile, k % PIECES * 16, tile * shares.splits,
-                        shares.splits);
+    const int pieces = (shares.tiles - shares.whole) * PIECES;
+    for (int k = block * S::WARPS + p.warp; k < pieces; k += blocks * S::WARPS) {
+      const int tile = k / PIECES, first = tile * shares.splits;
+      finish_candidates(p, shares.whole + tile, k % PIECES * 16, first, shares.splits);
     }
   }
 }

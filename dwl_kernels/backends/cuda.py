@@ -22,6 +22,7 @@ from dwl_kernels.backends import cuda_tiles, eager
 from dwl_kernels.backends.cuda_tiles import MAX_D, Variant
 from dwl_kernels.problem import Output, Problem, Wanted
 
+MAX_LENGTH = (1 << 31) - (1 << 16)  # places are 32-bit numbers, offsets 64-bit ones
 _PROBE = cuda_tiles.variant(torch.bfloat16, 64)  # compiled to see whether anything compiles
 _MESSAGE_BYTES = 512
 
@@ -92,6 +93,8 @@ def refuses(problem: Problem) -> str | None:
             f"it takes embeddings of at most {MAX_D} elements, and these have {dim}; "
             "backend='chunked' takes them"
         )
+    if max(len(problem.query), len(problem.candidates)) > MAX_LENGTH:
+        return f"it takes at most {MAX_LENGTH} rows or candidates; backend='chunked' takes more"
     if problem.query.is_cuda:
         needs = cuda_tiles.variant(problem.query.dtype, dim).shared_bytes
         device = torch.cuda.get_device_properties(problem.query.device)

@@ -1,0 +1,245 @@
+// The loop of both phases: blocks of one side stream past an owned tile of the other.
+#pragma once
+
+#include "program.cuh"
+
+namespace dwl {
+
+enum class Mode { kMaxima, kRows, kCandidates };
+
+// What a lane knows of its rows of the owned side.
+template <class S>
+struct Owned {
+  using Number = typename S::M::Number;
+  int first;                // place of the tile's first row
+  Number scale[S::MT][2];   // rows: of their logits
+  Number offset[S::MT][2];  // rows: the reference; candidates: log-Q
+  int64_t id[S::MT][2];
+  int own[S::MT][2];  // rows: the place of the positive, -1 for none
+};
+
+template <class S>
+struct Totals {
+  using Number = typename S::M::Number;
+  Number total[S::MT][2];  // rows: sum_j e_ij, or the largest logit; candidates: sum_i dz_ij
+  int hits[S::MT][2];
+};
+
+// The block that passes.
+struct Passing {
+  int buffer;
+  int first;      // its first place
+  int remaining;  // how many of its places there are
+};
+
+// 16 by BN logits of a warp; column(nt, i) is that of entry [nt][i].
+template <class S>
+using Logits = typename S::M::Number[S::BN / 8][4];
+
+template <class S, class Visit>
+__device__ __forceinline__ void for_each(const Program<S>& p, Logits<S> (&s)[S::MT], Visit visit) {
+#pragma unroll
+  for (int nt = 0; nt < S::BN / 8; ++nt) {
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      const int column = nt * 8 + 2 * p.lane.t + c;
+#pragma unroll
+      for (int mt = 0; mt < S::MT; ++mt) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) visit(s[mt][nt][2 * h + c], column, mt, h);
+      }
+    }
+  }
+}
+
+// s = owned streamed^T
+template <class S, class At>
+__device__ __forceinline__ void products(At at_a, At at_b, Logits<S> (&s)[S::MT]) {
+  using M = typename S::M;
+#pragma unroll M::UNROLL
+  for (int d = 0; d < S::BLOCK_D; d += M::K) {
+    typename M::A a[S::MT];
+#pragma unroll
+    for (int mt = 0; mt < S::MT; ++mt) {
+      a[mt] = M::template load_a<S::STRIDE>(at_a, mt * 16 * S::STRIDE + d);
+    }
+#pragma unroll
+    for (int n = 0; n < S::BN / 16; ++n) {
+      typename M::B b[2];
+      M::template load_b<S::STRIDE>(b, at_b, n * 16 * S::STRIDE + d);
+#pragma unroll
+      for (int mt = 0; mt < S::MT; ++mt) {
+        M::multiply(s[mt][2 * n], a[mt], b[0]);
+        M::multiply(s[mt][2 * n + 1], a[mt], b[1]);
+      }
+    }
+  }
+}
+
+// From products to logits less the reference: z - reference for rows, z - lse for candidates.
+template <Mode MODE, class S>
+__device__ __forceinline__ void logits(const Program<S>& p, const Passing& block,
+                                       const Owned<S>& own, Logits<S> (&s)[S::MT]) {
+  using Number = typename S::M::Number;
+  const auto& shared = p.shared;
+  if constexpr (MODE == Mode::kCandidates) {
+    for_each<S>(p, s, [&](Number& z, int column, int mt, int h) {
+      const RowNumbers<Number>& row = shared.rows[block.buffer][column];
+      z = p.scaled(z, row.scale) - own.offset[mt][h] - row.statistic;
+    });
+    return;
+  }
+  for_each<S>(p, s, [&](Number& z, int, int mt, int h) { z = p.scaled(z, own.scale[mt][h]); });
+  if (p.call.candidate_log_q != nullptr) {
+    for_each<S>(p, s, [&](Number& z, int column, int, int) {
+      z -= shared.log_q[block.buffer][column] * p.unit();
+    });
+  }
+  if constexpr (MODE == Mode::kRows) {
+    for_each<S>(p, s, [&](Number& z, int, int mt, int h) { z -= own.offset[mt][h]; });
+  }
+}
+
+// Hits, a row's own positive, and what lies past the end have no probability.
+template <Mode MODE, class S>
+__device__ __forceinline__ void exclude(const Program<S>& p, const Passing& block,
+                                        const Owned<S>& own, Logits<S> (&s)[S::MT],
+                                        Totals<S>& totals) {
+  using Number = typename S::M::Number;
+  constexpr Number INF = INFINITY;
+  if (p.call.row_ids != nullptr) {
+    const int64_t* ids = p.shared.integers[block.buffer][kId];
+    const bool counted = MODE == Mode::kRows && p.call.refined;
+    for_each<S>(p, s, [&](Number& z, int column, int mt, int h) {
+      const bool hit = own.id[mt][h] == ids[column];
+      if (hit) z = -INF;
+      if (counted) totals.hits[mt][h] += hit && column < block.remaining ? 1 : 0;
+    });
+  }
+  if (MODE != Mode::kCandidates && p.competes()) {
+    bool here = false;
+#pragma unroll
+    for (int mt = 0; mt < S::MT; ++mt) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int column = own.own[mt][h] - block.first;
+        here |= column >= 0 && column < S::BN;
+      }
+    }
+    if (here) {
+      for_each<S>(p, s, [&](Number& z, int column, int mt, int h) {
+        if (own.own[mt][h] - block.first == column) z = -INF;
+      });
+    }
+  }
+  if (block.remaining < S::BN) {
+    for_each<S>(p, s, [&](Number& z, int column, int, int) {
+      if (column >= block.remaining) z = -INF;
+    });
+  }
+}
+
+// The positive of a row is one of the owned candidates: its gradient in the place of e.
+template <class S>
+__device__ __forceinline__ void place_positives(const Program<S>& p, const Passing& block,
+                                                const Owned<S>& own, Logits<S> (&s)[S::MT]) {
+  using Number = typename S::M::Number;
+  const int64_t* places = p.shared.integers[block.buffer][kOwn];
+  const bool own_given = p.call.own != nullptr;
+  // In a batch only blocks on the diagonal have any.
+  const int ahead = block.first - own.first;
+  if (!own_given && (ahead >= S::BM || ahead <= -S::BN)) return;
+  for_each<S>(p, s, [&](Number& e, int column, int mt, int h) {
+    const int place = own_given ? static_cast<int>(places[column]) : block.first + column;
+    if (place == own.first + p.row_of(mt, h) && column < block.remaining) {
+      e = p.shared.rows[block.buffer][column].positive;
+    }
+  });
+}
+
+// sums += e streamed
+template <class S, class At>
+__device__ __forceinline__ void weigh(const Program<S>& p, At at_b_transposed,
+                                      const Logits<S> (&s)[S::MT], Sums<S> (&sums)[S::MT]) {
+  using M = typename S::M;
+#pragma unroll
+  for (int k = 0; k < S::BN; k += M::K) {
+    typename M::A a[S::MT];
+#pragma unroll
+    for (int mt = 0; mt < S::MT; ++mt) a[mt] = M::next_a(&s[mt][k / 8], p.lane);
+#pragma unroll
+    for (int d = 0; d < S::ACC_D / 16; ++d) {
+      typename M::B b[2];
+      M::template load_b_transposed<S::STRIDE>(b, at_b_transposed, k * S::STRIDE + d * 16);
+#pragma unroll
+      for (int mt = 0; mt < S::MT; ++mt) {
+        M::multiply(sums[mt][2 * d], a[mt], b[0]);
+        M::multiply(sums[mt][2 * d + 1], a[mt], b[1]);
+      }
+    }
+  }
+}
+
+// Streams the blocks of `part` past the owned tile. With e = exp(z - reference) for rows and
+// e = a p / tau for candidates, sums e times the streamed embeddings into `sums`, the columns
+// d0 : d0 + ACC_D of them.
+template <Mode MODE, class S>
+__device__ __forceinline__ void stream(const Program<S>& p, const Unit& part, const Owned<S>& own,
+                                       Totals<S>& totals, Sums<S> (&sums)[S::MT], int d0,
+                                       bool weighted) {
+  using M = typename S::M;
+  using Number = typename M::Number;
+  constexpr bool PAST_ROWS = MODE != Mode::kCandidates;
+  const auto& shared = p.shared;
+  const int count = PAST_ROWS ? p.places : p.rows;
+  const auto* mine = shared.owned + p.warp * S::MT * 16 * S::STRIDE;
+  const auto at_a = M::template at_a<S::STRIDE>(mine, p.lane);
+
+  for (int step = part.first - 1; step < part.stop; ++step) {
+    wait_copies();
+    sync_block();  // the block of this step is here, and nobody reads the other buffer any more
+    Passing block{(step - part.first) & 1, step * S::BN, 0};
+    if (step + 1 < part.stop) {
+      p.template prefetch<PAST_ROWS>(block.first + S::BN, block.buffer ^ 1);
+    }
+    if (step < part.first) continue;
+    block.remaining = count - block.first;
+
+    const auto* tile = shared.streamed[block.buffer];
+    const auto at_b = M::template at_b<S::STRIDE>(tile, p.lane);
+    const auto at_b_transposed = M::template at_b_transposed<S::STRIDE>(tile + d0, p.lane);
+    Logits<S> s[S::MT];
+    zero(s);
+    products<S>(at_a, at_b, s);
+    logits<MODE>(p, block, own, s);
+    exclude<MODE>(p, block, own, s, totals);
+    if constexpr (MODE == Mode::kMaxima) {
+      for_each<S>(p, s, [&](Number& z, int, int mt, int h) {
+        totals.total[mt][h] = fmax(totals.total[mt][h], z);
+      });
+      continue;
+    }
+    if constexpr (MODE == Mode::kRows) {
+      for_each<S>(p, s, [&](Number& z, int, int mt, int h) {
+        z = p.power(z);
+        totals.total[mt][h] += z;
+      });
+    } else {
+      for_each<S>(p, s, [&](Number& z, int column, int, int) {
+        z = p.power(z) * shared.rows[block.buffer][column].coefficient;
+      });
+      if (p.competes()) place_positives(p, block, own, s);
+      if (p.call.candidate_log_q_gradient != nullptr) {
+        for_each<S>(p, s, [&](Number& e, int column, int mt, int h) {
+          if (column >= block.remaining) return;
+          totals.total[mt][h] += e * p.tau_of(shared.rows[block.buffer][column].scale);
+        });
+      }
+    }
+    sync_warp();  // lanes may have taken different ways; products need all of them
+    if (weighted) weigh(p, at_b_transposed, s, sums);
+  }
+  sync_block();  // the buffers are free
+}
+
+}  // namespace dwl
