@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import os
 import platform
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -63,8 +65,11 @@ def build(verbose: bool, cuda: tuple[int, int] | None = None, dims: Sequence[int
         print(_build.build(verbose))
         if cuda is not None:
             variants = {cuda_tiles.variant(dtype, dim) for dtype in cuda_tiles.MATH for dim in dims}
-            for variant in sorted(variants):
-                print(_build_cuda.build(variant, cuda, verbose))
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                paths = pool.map(
+                    lambda one: _build_cuda.build(one, cuda, verbose), sorted(variants)
+                )
+                print(*paths, sep="\n")
     except _build.BuildError as error:
         print(f"dwl_kernels: {error}", file=sys.stderr)
         return 1

@@ -139,9 +139,9 @@ def compiled_loss(dynamic: bool | None = None) -> Loss:
 
 def kernels(device: str, dry: bool = False) -> list[str]:
     """The backends of the package that are made for the device and run here."""
-    if dry:  # Triton through its interpreter
-        return ["triton"]
-    names = ("cpu",) if device == "cpu" else tuple(n for n in backends.NAMES if n in _GPU_KERNELS)
+    names: tuple[str, ...] = ("cpu",)
+    if device != "cpu" or dry:  # on a CPU interpreted and emulated
+        names = tuple(name for name in backends.NAMES if name in _GPU_KERNELS)
     return [name for name in names if backends.why_not(name, device) is None]
 
 
