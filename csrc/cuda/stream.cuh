@@ -146,9 +146,18 @@ __device__ __forceinline__ void place_positives(const Program<S>& p, const Passi
   using Number = typename S::M::Number;
   const int64_t* places = p.shared.integers[block.buffer][kOwn];
   const bool own_given = p.call.own != nullptr;
-  // In a batch only blocks on the diagonal have any.
+  // In a batch only blocks on the diagonal have any; elsewhere few lanes do.
   const int ahead = block.first - own.first;
-  if (!own_given && (ahead >= S::BM || ahead <= -S::BN)) return;
+  bool here = !own_given && ahead < S::BM && ahead > -S::BN;
+#pragma unroll
+  for (int n = 0; n < S::BN && own_given; n += 8) {
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      const int row = static_cast<int>(places[n + 2 * p.lane.t + c]) - own.first;
+      here |= row >= 0 && row < S::BM;
+    }
+  }
+  if (!here) return;
   for_each<S>(p, s, [&](Number& e, int column, int mt, int h) {
     const int place = own_given ? static_cast<int>(places[column]) : block.first + column;
     if (place == own.first + p.row_of(mt, h) && column < block.remaining) {

@@ -141,6 +141,6 @@ def pick_table_gradient(name: str, source: Tensor, dtype: torch.dtype) -> TableG
         return native.table_gradient
     wide = source.shape[1] > triton.MAX_TABLE_D
     asked = name == "triton" or (name == "auto" and device == "cuda")
-    if asked and not wide and triton.why_not(device) is None:
+    if asked and not wide and why_not("triton", device) is None:
         return triton.table_gradient
     return chunked.table_gradient
