@@ -89,7 +89,8 @@ def compiled(
     buffers = torch.empty(64), *(torch.empty(64, dtype=torch.int32) for _ in range(2))
     domains = 0 if problem.domain_weights is None else len(problem.domain_weights)
     sizes = len(problem.query), len(problem.candidates), domains, 264
-    arguments = (call, *buffers, *sizes, problem.tau, *host._dual(problem))
+    numbers = problem.tau, *host._dual(problem), problem.skip_threshold
+    arguments = (call, *buffers, *sizes, *numbers)
     return compiled_for(capability, softmax_loss_kernel, arguments, host.launch_options(tiles))
 
 

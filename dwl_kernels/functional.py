@@ -235,7 +235,8 @@ def full_softmax_loss(
 
     with sums over the rows that are not padding, times the upstream gradient (``"none"``: that of
     each row, inside the sums). Which blocks are left out depends on the backend, so the gradients
-    of two backends differ within these bounds; ``"eager"`` and ``"chunked"`` leave nothing out.
+    of two backends differ within these bounds; ``"cpu"`` and ``"triton"`` leave blocks out,
+    ``"eager"``, ``"chunked"`` and ``"cuda"`` nothing.
 
     The other arguments, what is returned and what is raised: see :func:`sampled_softmax_loss`; a
     target out of range is an ``IndexError`` on a CPU, and a loss of NaN on CUDA; a negative or

@@ -8,15 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from dwl_kernels import full_softmax_loss
+from dwl_kernels import backends, full_softmax_loss
 
 LEAVES = ("query", "table", "bias", "temperature")
 REDUCTIONS = ("mean", "weighted_mean", "sum", "none")
 TAU = 0.6
 
 
-def problem(dtype: torch.dtype = torch.float64, rows: int = 130, items: int = 3000) -> dict:
+def problem(backend: str, dtype: torch.dtype = torch.float64) -> dict:
     """Rows of unequal weight, a few of them padding; half of the items are unlikely everywhere."""
+    rows, items = (20, 96) if backend == "triton" else (130, 3000)  # in blocks of 16 x 16, slowly
     g = torch.Generator().manual_seed(5)
     inputs: dict[str, Any] = {
         "query": torch.randn(rows, 12, generator=g, dtype=torch.float64),
@@ -51,7 +52,7 @@ def solve(
 def test_gradients_stay_within_the_documented_bound(
     backend: str, reduction: str, threshold: float
 ) -> None:
-    inputs = problem()
+    inputs = problem(backend)
     q, c, weight = (inputs[k].detach() for k in ("query", "table", "example_weights"))
     upstream = torch.randn(len(q), generator=torch.Generator().manual_seed(1)).double()
     exact, expected = solve(inputs, "eager", reduction, 0.0, upstream)
@@ -78,7 +79,7 @@ def test_gradients_stay_within_the_documented_bound(
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_a_threshold_below_every_probability_changes_nothing(backend: str, reduction: str) -> None:
-    inputs = problem(torch.float32)
+    inputs = problem(backend, torch.float32)
     upstream = torch.randn(len(inputs["query"]), generator=torch.Generator().manual_seed(1))
     exact, expected = solve(inputs, backend, reduction, 0.0, upstream)
     loss, got = solve(inputs, backend, reduction, 1e-44, upstream)
@@ -87,9 +88,36 @@ def test_a_threshold_below_every_probability_changes_nothing(backend: str, reduc
 
 
 def test_nan_is_never_below_the_threshold(backend: str) -> None:
-    inputs = problem()
+    inputs = problem(backend)
     with torch.no_grad():
         inputs["query"][5, 0] = torch.nan
     _, got = solve(inputs, backend, "mean", 1e6, torch.ones(1))
     assert bool(got["query"][5].isnan().all())
     assert bool(got["table"].isnan().all())
+
+
+def test_triton_leaves_out_what_is_below_the_threshold() -> None:
+    """Of the unlikely half of the items whole blocks; above every weight all but the targets."""
+    reason = backends.why_not("triton", "cpu")
+    if reason is not None:
+        pytest.skip(reason)
+    inputs = problem("triton")
+    inputs["target"].remainder_(32)
+    inputs["target"][7] = -100
+    _, exact = solve(inputs, "triton", "sum", 0.0, torch.ones(1))
+    _, got = solve(inputs, "triton", "sum", 1e-2, torch.ones(1))
+    assert float(exact["bias"][48:].abs().min()) > 0
+    assert bool((got["bias"][48:] == 0).all())
+    assert bool((got["table"][48:] == 0).all())
+    torch.testing.assert_close(got["bias"][:32], exact["bias"][:32], rtol=1e-12, atol=0)
+    torch.testing.assert_close(got["table"][:32], exact["table"][:32], rtol=1e-12, atol=0)
+
+    _, got = solve(inputs, "triton", "sum", 100.0, torch.ones(1))
+    weight, target = inputs["example_weights"], inputs["target"]
+    q, c, bias = (inputs[name].detach() for name in ("query", "table", "bias"))
+    p = torch.softmax(q @ c.T / TAU + bias, 1)
+    active = (weight != 0) & (target != -100)
+    own = target.clamp(min=0)
+    expected = weight / TAU * active * (p.gather(1, own[:, None])[:, 0] - 1)
+    torch.testing.assert_close(got["query"], expected[:, None] * c[own])
+    assert bool((got["bias"][32:] == 0).all())  # no block of theirs holds a target

@@ -135,7 +135,7 @@ def _launch(
         0 if problem.domain_weights is None else problem.domain_weights.shape[0],
         workers,
         problem.tau,
-        *(() if problem.by_row else _dual(problem)),
+        *(() if problem.by_row else (*_dual(problem), problem.skip_threshold)),
     )
     kernel = kernel_of(problem)
     options = launch_options(tiles)
@@ -205,7 +205,7 @@ def _plan(problem: Problem, wanted: Wanted, row_grad: Tensor | None) -> tuple[Ti
     shape = (p.query.shape[0], p.candidates.shape[0])
     key = (
         *(p.query.device, p.query.shape[1], p.query.dtype, p.reduction, p.correction, exact),
-        *(tuple(strength > 0 for strength in _dual(p)[:3]), p.ignore_index),
+        *(tuple(strength > 0 for strength in _dual(p)[:3]), p.ignore_index, p.skip_threshold > 0),
         *(wanted, row_grad is None, absent, shape if searching else None),
     )
     if key not in _plans:
@@ -334,6 +334,7 @@ def form_of(problem: Problem, inputs: tuple[Tensor | None, ...], tiles: Tiles) -
         problem.candidate_ids is not None,
         problem.ignore_index,
         tuple(strength > 0 for strength in _dual(problem)[:3]),
+        problem.skip_threshold > 0,
         interpreting(),
     )
 
@@ -360,6 +361,7 @@ def _form(
     ids: bool,
     ignore_index: int,
     strengths: tuple[bool, bool, bool],
+    skip: bool,
     interpreted: bool,
 ) -> Any:
     import triton.language as tl
@@ -389,6 +391,7 @@ def _form(
         DOMAINS=min(_power_of_two(max(domains, 1), 2), 64),
         REDUCTION=reduction,
         REFINED=correction == "refined",
+        SKIP=skip,
         HARDNESS=strengths[0],
         SIMILARITY=strengths[1],
         COMPETITION=strengths[2],

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from dwl_kernels.backends.triton_common import (
+    BELOW,
     CHUNK,
     COEFFICIENT,
     HEADROOM,
@@ -91,39 +92,43 @@ def candidate_tile(tile, first, stop, part, shift, call, work):
         z = scaled(z, scale, call, work)
         if call.inputs.candidate_log_q is not None:
             z -= bias[:, None]
-        z -= statistic[None, :]
-        p = power(z, call, work)
-        if not call.form.FOLD:
-            inside = place < sizes.count
-            p *= tl.load(arrays + COEFFICIENT * sizes.stride, mask=inside, other=0.0)[None, :]
-        if call.inputs.candidate_ids is not None:
-            row_id = tl.load(call.inputs.positive_ids + row)
-            p = tl.where(candidate_id[:, None] == row_id[None, :], 0.0, p)
-        edge = start + call.form.CN > sizes.count
-        if call.inputs.target is not None:
-            own = own_candidate(row, call, work)
-            mine = (own >= tile * call.form.CM) & (own < (tile + 1) * call.form.CM)
-            edge = edge | (tl.max(mine.to(tl.int32), 0) > 0)
-        elif call.form.OWN:
-            own = place
-            begin = tile * call.form.CM
-            edge = edge | ((start < begin + call.form.CM) & (start + call.form.CN > begin))
-        if edge:
-            inside = (place >= start) & (place < sizes.count)
-            if call.form.OWN:
-                d_positive = 0.0
-                if call.inputs.target is not None:
-                    d_positive = tl.load(arrays + POSITIVE * sizes.stride)
-                    if call.form.HALF:
-                        d_positive *= tl.exp2(shift)
-                    d_positive = d_positive[None, :]
-                p = tl.where(at[:, None] == own[None, :], d_positive, p)
-            p = tl.where(inside[None, :], p, 0.0)
-        if call.outputs.candidate_log_q is not None:
-            tau = tl.load(arrays + TAU * sizes.stride, mask=place < sizes.count, other=0.0)
-            d_log_q -= tl.sum(p * tau[None, :], 1)
-        if call.outputs.candidates is not None:
-            gradient = product(narrow(p, q.dtype, call, work), q, gradient, call, work)
+        counts = True
+        if call.form.SKIP:
+            counts = any_counts(z, tile, place, row, call, work)
+        if counts:
+            z -= statistic[None, :]
+            p = power(z, call, work)
+            if not call.form.FOLD:
+                inside = place < sizes.count
+                p *= tl.load(arrays + COEFFICIENT * sizes.stride, mask=inside, other=0.0)[None, :]
+            if call.inputs.candidate_ids is not None:
+                row_id = tl.load(call.inputs.positive_ids + row)
+                p = tl.where(candidate_id[:, None] == row_id[None, :], 0.0, p)
+            edge = start + call.form.CN > sizes.count
+            if call.inputs.target is not None:
+                own = own_candidate(row, call, work)
+                mine = (own >= tile * call.form.CM) & (own < (tile + 1) * call.form.CM)
+                edge = edge | (tl.max(mine.to(tl.int32), 0) > 0)
+            elif call.form.OWN:
+                own = place
+                begin = tile * call.form.CM
+                edge = edge | ((start < begin + call.form.CM) & (start + call.form.CN > begin))
+            if edge:
+                inside = (place >= start) & (place < sizes.count)
+                if call.form.OWN:
+                    d_positive = 0.0
+                    if call.inputs.target is not None:
+                        d_positive = tl.load(arrays + POSITIVE * sizes.stride)
+                        if call.form.HALF:
+                            d_positive *= tl.exp2(shift)
+                        d_positive = d_positive[None, :]
+                    p = tl.where(at[:, None] == own[None, :], d_positive, p)
+                p = tl.where(inside[None, :], p, 0.0)
+            if call.outputs.candidate_log_q is not None:
+                tau = tl.load(arrays + TAU * sizes.stride, mask=place < sizes.count, other=0.0)
+                d_log_q -= tl.sum(p * tau[None, :], 1)
+            if call.outputs.candidates is not None:
+                gradient = product(narrow(p, q.dtype, call, work), q, gradient, call, work)
     if call.form.HALF:
         gradient *= tl.exp2(-shift)
         d_log_q *= tl.exp2(-shift)
@@ -136,6 +141,18 @@ def candidate_tile(tile, first, stop, part, shift, call, work):
         tl.store(base + r, d_log_q)
         base += call.form.CM
         tl.store(base + r[:, None] * call.form.BLOCK_D + d[None, :], gradient)
+
+
+@triton.jit
+def any_counts(z, tile, place, row, call, work):
+    """Whether the block has a pair that is likely enough, or the target of a row."""
+    arrays = work.space.rows + place
+    inside = place < work.sizes.count
+    below = tl.load(arrays + BELOW * work.sizes.stride, mask=inside, other=float("inf"))
+    own = own_candidate(row, call, work)
+    mine = (own >= tile * call.form.CM) & (own < (tile + 1) * call.form.CM)
+    below = tl.where(mine, float("-inf"), below)
+    return tl.max((~(z < below[None, :])).to(tl.int32)) > 0  # NaN counts
 
 
 @triton.jit

@@ -35,6 +35,8 @@ INTENSITY = tl.constexpr(8)  # g_i
 SHIFT = tl.constexpr(9)  # what log kappa_ij adds to all logits of the row
 RATIO = tl.constexpr(10)  # what <p, c> weighs beside <q, c>
 NUM_ROW_ARRAYS = tl.constexpr(11)
+# Of the full softmax, which has no dual scale:
+BELOW = tl.constexpr(8)  # the logit under which a pair may be left out of the gradients
 # Then what the workers leave, [workers] each, the domains, and the parts of split tiles.
 WEIGHT_SUM = tl.constexpr(0)
 LOSS_SUM = tl.constexpr(1)
@@ -105,6 +107,7 @@ class Form(NamedTuple):
     IGNORE: Any  # the target of a padded row
     REDUCTION: Any
     REFINED: Any
+    SKIP: Any  # blocks of small probabilities are left out of the gradients
     HARDNESS: Any  # whether this strength of the dual scale is not 0, as the two that follow
     SIMILARITY: Any
     COMPETITION: Any
@@ -140,6 +143,7 @@ class Sizes(NamedTuple):
     domains: Any
     workers: Any
     tau: Any  # temperature as a float
+    skip_threshold: Any  # see skippable_below
     count: Any  # rows that are not padding
     places: Any  # candidates that stream: N, less the positives of padded rows
     norm: Any  # divisor of the reduction
@@ -386,6 +390,12 @@ def row_weight(row, call, work):
         outside = (target < 0) | (target >= work.sizes.candidates)
         weight = tl.where(outside, float("nan"), weight)
     return tl.where(weight < 0, float("nan"), weight)
+
+
+@triton.jit
+def skippable_below(row, call, work):
+    """The probability under which a pair may be left out of the gradients."""
+    return work.sizes.skip_threshold / row_weight(row, call, work)
 
 
 @triton.jit

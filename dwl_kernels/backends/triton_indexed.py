@@ -199,7 +199,7 @@ def indexed_softmax_loss_kernel(
         num_draws = num_draws // 16 * 16  # says so to the compiler
     norm = tl.cast(num_rows, call.form.DTYPE)
     sizes = Sizes(
-        num_rows, stride, table_rows, num_domains, workers, tau, num_rows, num_draws, norm
+        num_rows, stride, table_rows, num_domains, workers, tau, 0.0, num_rows, num_draws, norm
     )
     # What phase 0 clears of a padded row; the products of the row have other shapes.
     o = call.outputs

@@ -30,6 +30,11 @@ next to hold one, so the others pay nothing. In a batch the columns are the diag
 does the same. In the full softmax they are the targets: a block of phase 2 that holds the target
 of a row has ``p - 1`` in its place.
 
+With a `skip_threshold` (SKIP), a block whose probabilities are all too small for it costs no second
+product. Phase 2 compares the logits with a number that phase 1 leaves for every row. Phase 1 does
+not know the probabilities yet: it divides by the total so far, which makes them larger. The total
+itself, and so the loss, leaves nothing out.
+
 The dual scale comes first: with the phase `triton_dual` every row knows how its candidates
 compete. The mean over the batch, summed by every program for itself, then moves the temperatures,
 and phases 1 and 2 take the positives as a second query.
@@ -160,6 +165,7 @@ def weigh_rows(program, programs, call, work):
         sizes.domains,
         sizes.workers,
         sizes.tau,
+        sizes.skip_threshold,
         count,
         places,
         norm,
@@ -310,6 +316,7 @@ def softmax_loss_kernel(
     similarity,
     competition,
     slate_size,
+    skip_threshold,
 ):
     """All phases; see the head of the file."""
     program = tl.program_id(0)
@@ -319,7 +326,18 @@ def softmax_loss_kernel(
     count = num_rows
     places = num_candidates
     norm = tl.cast(num_rows, call.form.DTYPE)
-    sizes = Sizes(num_rows, stride, num_candidates, num_domains, workers, tau, count, places, norm)
+    sizes = Sizes(
+        num_rows,
+        stride,
+        num_candidates,
+        num_domains,
+        workers,
+        tau,
+        skip_threshold,
+        count,
+        places,
+        norm,
+    )
     dual = Dual(hardness, similarity, competition, slate_size, 0.0, 1.0)
     work = Work(sizes, space, dual)
 

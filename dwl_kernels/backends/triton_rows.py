@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from dwl_kernels.backends.triton_common import (
+    BELOW,
     CHUNK,
     COEFFICIENT,
     D_TAU,
@@ -36,6 +37,7 @@ from dwl_kernels.backends.triton_common import (
     row_weight,
     scale_of,
     scaled,
+    skippable_below,
     store_embeddings,
     temperatures_of,
     unit_of,
@@ -52,6 +54,7 @@ class Rows(NamedTuple):
     scale: Any  # [BM], for `scaled`
     id: Any  # [BM], for hits
     own: Any  # [BM], the candidate that is the positive
+    below: Any  # [BM], the probability under which a pair may be left out
 
 
 @triton.jit
@@ -75,7 +78,9 @@ def row_tile(tile, first, stop, part, call, work):
     attempt = 0
     again = True
     while again:
-        total, compete, weighted = stream_candidates(rows, reference, first, stop, call, work)
+        total, compete, weighted = stream_candidates(
+            rows, z_positive, reference, first, stop, call, work
+        )
         again = False
         if not call.form.MAXIMA:
             again = (attempt == 0) & (tl.max((total > LIMIT).to(tl.int32), 0) > 0)
@@ -108,6 +113,7 @@ def load_rows(place, row, call, work):
     ratio = scale
     id = row
     own = place
+    below = scale
     if call.form.SIMILARITY:
         p = positives(row, call, work)
         ratio = dual_ratio(place, call, work)
@@ -115,7 +121,9 @@ def load_rows(place, row, call, work):
         id = tl.load(call.inputs.positive_ids + row)
     if call.inputs.target is not None:
         own = own_candidate(row, call, work)
-    return Rows(q, p, ratio, scale, id, own)
+    if call.form.SKIP:
+        below = skippable_below(row, call, work)
+    return Rows(q, p, ratio, scale, id, own, below)
 
 
 @triton.jit
@@ -183,7 +191,7 @@ def row_maxima(rows, first, stop, call, work):
 
 
 @triton.jit
-def stream_candidates(rows, reference, first, stop, call, work):
+def stream_candidates(rows, z_positive, reference, first, stop, call, work):
     """``sum_j e_ij``, ``sum_j e_ij c_j`` and the number of j, for ``e = exp(z - reference)``."""
     dtype: tl.constexpr = call.form.DTYPE
     total = tl.zeros([call.form.BM], dtype)
@@ -198,7 +206,12 @@ def stream_candidates(rows, reference, first, stop, call, work):
         total += tl.sum(e, 1)
         compete += more
         if (call.outputs.query is not None) or (call.outputs.temperature is not None):
-            weighted = product(narrow(e, c.dtype, call, work), c, weighted, call, work)
+            counts = True
+            if call.form.SKIP:
+                least = rows.below * (total + power(z_positive - reference, call, work))
+                counts = tl.max((~(e < least[:, None])).to(tl.int32)) > 0  # NaN counts
+            if counts:
+                weighted = product(narrow(e, c.dtype, call, work), c, weighted, call, work)
     return total, compete, weighted
 
 
@@ -346,6 +359,9 @@ def finish_rows(place, sums, weighted, call, work):
         tl.store(arrays + STATISTIC * sizes.stride, statistic, mask=inside)
         if call.form.HALF or not call.form.FOLD:
             tl.store(arrays + COEFFICIENT * sizes.stride, coefficient, mask=inside)
+        if call.form.SKIP:
+            below = results.statistic + logarithm(skippable_below(row, call, work), call, work)
+            tl.store(arrays + BELOW * sizes.stride, below, mask=inside)
         if call.form.ROW_SCALE:
             scale = row_scale(place, row, call, work)
             tl.store(arrays + SCALE * sizes.stride, scale, mask=inside)
