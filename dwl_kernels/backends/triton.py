@@ -224,7 +224,11 @@ def _tiles(problem: Problem, wanted: Wanted, row_grad: Tensor | None, exact: boo
 
     shape = (problem.query.shape[0], problem.candidates.shape[0])
     major = torch.cuda.get_device_capability()[0]
-    return choose(block_d, dtype, major, exact, load_of(problem, row_grad), shape, seconds)
+    tiles = choose(block_d, dtype, major, exact, load_of(problem, row_grad), shape, seconds)
+    if problem.skip_threshold > 0:
+        # Blocks of 64 rows spill; small ones are left out more often, too.
+        tiles = tiles._replace(CN=min(tiles.CN, 32))
+    return tiles
 
 
 def load_of(problem: Problem, row_grad: Tensor | None) -> Load:
