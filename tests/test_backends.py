@@ -384,7 +384,7 @@ def test_dual_scale_is_its_formula_written_out_row_by_row() -> None:
         log_kappa = []
         for i in rows:
             x = (h * (c @ q[i]) + s * (c @ p[i])) / tau
-            log_kappa.append(valid[i].sum().log() + x - x[valid[i]].logsumexp(0))
+            log_kappa.append(valid[i].sum().double().log() + x - x[valid[i]].logsumexp(0))
             torch.testing.assert_close(
                 log_kappa[i][valid[i]].exp().mean(), torch.ones((), dtype=torch.float64)
             )
