@@ -150,6 +150,7 @@ def main_loops(sass: str) -> list[dict[str, Any]]:
         if branch := re.search(r"\bBRA\b.*?(\.L_x_\d+)", text):
             to = labels[branch[1]]
             (back if to <= at else ahead).append((to, at) if to <= at else (at, to))
+    back = [(a, b) for a, b in back if TENSOR.intersection(names[a : b + 1])]
     loops = []
     for first, last in back:
         if any((a, b) != (first, last) and first <= a and b <= last for a, b in back):
@@ -162,15 +163,14 @@ def main_loops(sass: str) -> list[dict[str, Any]]:
             if not TENSOR.intersection(names[start + 1 : stop])
         }
         kinds = collections.Counter(names[at] for at in range(first, last + 1) if at not in skipped)
-        if kinds.keys() & TENSOR:
-            spills = kinds["LDL"] + kinds["STL"]
-            loops.append(
-                {
-                    "instructions": kinds.total(),
-                    "spills": spills,
-                    "kinds": dict(kinds.most_common()),
-                }
-            )
+        spills = kinds["LDL"] + kinds["STL"]
+        loops.append(
+            {
+                "instructions": kinds.total(),
+                "spills": spills,
+                "kinds": dict(kinds.most_common()),
+            }
+        )
     return loops
 
 

@@ -1,8 +1,10 @@
-"""The machine code of the CUDA kernel, compiled without a GPU: no warnings and nothing spilled."""
+"""The machine code of the CUDA kernel, compiled without a GPU: no warnings, nothing spilled, and as
+many registers as the committed table says."""
 
 from __future__ import annotations
 
 import ctypes
+import json
 import re
 import subprocess
 from pathlib import Path
@@ -23,6 +25,7 @@ def _missing() -> str | None:
     return None
 
 
+COMMITTED = Path(__file__).parent.parent / "benchmarks" / "results" / "aot" / "aot-cuda.json"
 pytestmark = pytest.mark.skipif(_missing() is not None, reason=f"no nvcc here: {_missing()}")
 
 BF16, F16, F32, F64 = (
@@ -63,5 +66,11 @@ def test_kernel_compiles_without_warnings_and_spills(
     threads = 32 * variant.tiles.WARPS
     assert -(-registers // 8) * 8 * threads * variant.tiles.BLOCKS <= 65536
     assert "warning" not in said
+    committed = json.loads(COMMITTED.read_text())
+    if committed["compiler"] == _build_cuda.nvcc_version():
+        key = (math.name, width, arch)
+        rows = committed["kernels"]
+        (row,) = [r for r in rows if (r["dtype"], r["D"], r["capability"]) == key]
+        assert (registers, variant.shared_bytes) == (row["registers"], row["shared"])
     # The library needs no driver until it is called.
     assert ctypes.CDLL(str(library)).dwl_shared_bytes() == variant.shared_bytes

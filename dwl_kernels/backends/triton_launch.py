@@ -29,7 +29,9 @@ def launch(
     Args:
         key: what the kernel is compiled for, but for the dtypes of `tensors` and their device.
         tensors: all tensors among the arguments.
-        arguments: numbers among them must be marked ``do_not_specialize``, or be part of the key.
+        arguments: integers among them must be marked ``do_not_specialize``, and where they can
+            pass 2^31, which changes their type, the key says whether they do; or they are part of
+            the key.
     """
     grid = (programs, 1, 1)
     device = next(t.device for t in tensors if t is not None)

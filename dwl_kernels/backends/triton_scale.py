@@ -58,5 +58,6 @@ def scaled(
     if blocks:
         arguments = (tuple(sources), tuple(results), lengths, upstream, BLOCK, len(sources))
         tensors = (*sources, *results, upstream)
-        launch(scale_kernel, blocks, len(sources), tensors, arguments, {})
+        long = tuple(n >= 2**31 for n in lengths)
+        launch(scale_kernel, blocks, long, tensors, arguments, {})
     return results

@@ -242,7 +242,7 @@ def _listed(
         factors = tuple(one.contiguous() for one in coefficients)
         tensors = (*pieces, *factors, keys, weights)
         arguments = (pieces, factors or pieces, lengths, keys, weights, table_rows)
-        key = (len(ids), table_rows < 2**31, max(lengths) < 2**31)
+        key = tuple(n >= 2**31 for n in (table_rows, *lengths))
         launch(list_kernel, blocks, key, tensors, (*arguments, BLOCK, len(ids)), {})
     return keys, weights
 
