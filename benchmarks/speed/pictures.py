@@ -95,7 +95,7 @@ def overview(report: Report) -> Figure:
     time.set_yticks(range(len(points)), [axis_label(p) for p in points])
     time.set_ylim(len(points) - 0.5, -0.6)
     for axis in (time, memory):
-        log_axis(axis, "x", (1, 2, 5) if axis is time else (1, 3))
+        log_axis(axis, "x", (1, 2, 5) if axis is time else (1,))
         axis.margins(x=0.17)
     figure.subplots_adjust(
         left=0.27, right=0.985, top=1 - 0.62 / tall, bottom=0.82 / tall, wspace=0.08
