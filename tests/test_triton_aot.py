@@ -70,10 +70,7 @@ def test_committed_table_of_gathers_has_every_capability() -> None:
 
 # What is known to reload registers: the dual scale with everything switched on, most in phase 2.
 RELOADS = {
-    ("aot-3.9.json", 90, 128, "float32"): 1,
-    ("aot-3.6.json", 80, 256, "bfloat16"): 1,
     ("aot-3.6.json", 90, 128, "bfloat16"): 1,
-    ("aot-3.6.json", 90, 128, "float32"): 3,
     ("aot-3.6.json", 100, 128, "bfloat16"): 16,
 }
 

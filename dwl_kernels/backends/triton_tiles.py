@@ -114,6 +114,13 @@ DUAL: dict[tuple[int, int, int], Tiles] = {
     (128, 2, 10): Tiles(64, 32, 64, 64, 2, 2, 4, 2),
     (256, 2, 10): Tiles(64, 32, 64, 64, 1, 2, 8, 1),
 }
+DUAL_TF32: dict[tuple[int, int, int], Tiles] = {
+    (128, 4, 9): Tiles(64, 32, 64, 32, 2, 1, 4, 2),
+}
+DUAL_BEFORE_3_7: dict[tuple[int, int, int], Tiles] = {
+    (256, 2, 8): Tiles(64, 32, 32, 16, 2, 2, 4, 1),
+    (128, 4, 9): Tiles(32, 32, 32, 32, 2, 2, 4, 2),
+}
 
 
 @functools.cache
@@ -139,7 +146,9 @@ def default(
     if load != "plain":
         table = {**table, **OPTIONS}
     if load == "dual":
-        table = {**table, **DUAL}
+        table = {**table, **DUAL} if exact else {**table, **DUAL, **DUAL_TF32}
+        if before_3_7():
+            table = {**table, **DUAL_BEFORE_3_7}
     for major in range(capability, 7, -1):
         if (block_d, dtype.itemsize, major) in table:
             return table[block_d, dtype.itemsize, major]
