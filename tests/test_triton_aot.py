@@ -19,15 +19,15 @@ RESULTS = ROOT / "benchmarks" / "results" / "aot"
 SHARED = {80: (167936, 166912), 90: (233472, 232448), 100: (233472, 232448)}
 
 
-def check(row: dict, spills: int = 0) -> None:
-    """Programs fit side by side; nothing spills where the time is spent, or `spills` registers."""
+def check(row: dict) -> None:
+    """Programs fit side by side; nothing spills where the time is spent."""
     tiles, capability = row["tiles"], row["capability"]
     every, one = SHARED[capability]
     assert row["shared"] <= one
     assert tiles["programs"] * (row["shared"] + 1024) <= every
     registers = -(-row["registers"] // 8) * 8 * tiles["warps"] * 32
     assert tiles["programs"] * registers <= 65536
-    assert max((loop["spills"] for loop in row["loops"]), default=0) <= spills
+    assert all(loop["spills"] == 0 for loop in row["loops"])
     if capability == 90 and tiles["BM"] >= 64:  # fewer rows go to mma.sync
         assert row["wgmma"] > 0
 
@@ -68,21 +68,13 @@ def test_committed_table_of_gathers_has_every_capability() -> None:
         assert row["stack"] == 0
 
 
-# What is known to reload registers: the dual scale with everything switched on, most in phase 2.
-RELOADS = {
-    ("aot-3.6.json", 90, 128, "bfloat16"): 1,
-    ("aot-3.6.json", 100, 128, "bfloat16"): 16,
-}
-
-
 @pytest.mark.parametrize("table", ["aot-3.9.json", "aot-3.7.json", "aot-3.6.json"])
 def test_committed_table_fits_every_capability(table: str) -> None:
     rows = json.loads((RESULTS / table).read_text())
     plain = {(r["capability"], r["D"]) for r in rows if r["problem"].endswith("plain")}
     assert plain >= {(c, d) for c in (80, 90, 100) for d in (16, 32, 64, 128, 256)}
     for row in rows:
-        known = (table, row["capability"], row["D"], row["dtype"])
-        check(row, RELOADS.get(known, 0) if row["problem"] == "dual, everything" else 0)
+        check(row)
 
 
 @pytest.mark.parametrize("table", ["aot-3.9.json", "aot-3.7.json", "aot-3.6.json"])

@@ -119,6 +119,8 @@ DUAL_TF32: dict[tuple[int, int, int], Tiles] = {
 }
 DUAL_BEFORE_3_7: dict[tuple[int, int, int], Tiles] = {
     (256, 2, 8): Tiles(64, 32, 32, 16, 2, 2, 4, 1),
+    (128, 2, 9): Tiles(64, 32, 64, 64, 2, 2, 4, 2),
+    (128, 2, 10): Tiles(64, 32, 32, 64, 2, 2, 4, 2),
     (128, 4, 9): Tiles(32, 32, 32, 32, 2, 2, 4, 2),
 }
 
