@@ -257,7 +257,7 @@ def autocasting(device_type: str) -> bool:
 
 
 def no_autocast(device_type: str) -> AbstractContextManager[Any]:
-    """A context without autocast. Entering one takes 3 us, so it is nothing where it is off."""
+    """A context without autocast. Entering one takes time, so it is nothing where it is off."""
     if autocasting(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()

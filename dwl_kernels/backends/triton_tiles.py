@@ -163,8 +163,8 @@ def by_row(block_d: int, dtype: torch.dtype) -> Tiles:
     A thread holds 16 bytes of each of the 8 candidates that are under way, and as many threads as D
     needs share a row. 12 warps of a multiprocessor then wait for 48 KB, 16 for 64; at 4.3 TB/s and
     a latency of 1,200 clocks 22 KB must be under way. With 168 registers, 128 for float32, no form
-    of the kernel uses a stack. Triton 3.6 needs more registers for a candidate: 4 at a time spill
-    none in the loop where 8 spill 160. Not measured yet.
+    of the kernel uses a stack. Triton 3.6 needs more registers for a candidate, so it takes 4 at a
+    time; with everything on it spills at D = 128 all the same. Not measured yet.
     """
     warps = 4
     rows = max(warps * 32 * 16 // (block_d * dtype.itemsize), 1)
