@@ -40,9 +40,12 @@ _NOTHING = Wanted(*(False,) * len(_SOURCES))
 _library = torch.library.Library("dwl_kernels", "DEF")
 _library.define(_SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
 _library.define(
-    "scale(Tensor[] gradients, Tensor upstream, ScalarType[] dtypes) -> Tensor[]",
+    "scale(Tensor[] gradients, Tensor upstream, int[] dtypes) -> Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+# Dtypes travel as places in this list: PyTorch 2.11 hands an op the numbers of a ScalarType[] list,
+# which `Tensor.to` then takes for a CUDA device.
+_DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
 def softmax_loss(problem: Problem, backend: str = "auto", sparse_grad: bool = False) -> Tensor:
@@ -110,7 +113,9 @@ class _SoftmaxLoss(torch.autograd.Function):
             draws = (query, positive_ids, candidate_ids)
             present = [k for k, g in enumerate(gradients) if g is not None]
             products = torch.ops.dwl_kernels.scale(
-                [gradients[k] for k in present], grad.detach(), [ctx.dtypes[k] for k in present]
+                [gradients[k] for k in present],
+                grad.detach(),
+                [_DTYPES.index(ctx.dtypes[k]) for k in present],
             )
             for k, product in zip(present, products, strict=True):
                 gradients[k] = product
@@ -125,11 +130,12 @@ class _SoftmaxLoss(torch.autograd.Function):
         return tuple(placed)
 
 
-def _scale(gradients: list[Tensor], upstream: Tensor, dtypes: list[torch.dtype]) -> list[Tensor]:
+def _scale(gradients: list[Tensor], upstream: Tensor, places: list[int]) -> list[Tensor]:
     """``gradient * upstream``, out of place so that backward may run twice.
 
     The product is made in float32: a loss scaler's 65536 is infinite in float16.
     """
+    dtypes = [_DTYPES[place] for place in places]
     if upstream.is_cuda and backends.why_not("triton", "cuda") is None:
         return backends.triton.scaled(gradients, upstream, dtypes)
     products = []
@@ -139,10 +145,11 @@ def _scale(gradients: list[Tensor], upstream: Tensor, dtypes: list[torch.dtype])
     return products
 
 
-def _fake_scale(
-    gradients: list[Tensor], upstream: Tensor, dtypes: list[torch.dtype]
-) -> list[Tensor]:
-    return [g.new_empty(g.shape, dtype=d) for g, d in zip(gradients, dtypes, strict=True)]
+def _fake_scale(gradients: list[Tensor], upstream: Tensor, places: list[int]) -> list[Tensor]:
+    return [
+        g.new_empty(g.shape, dtype=_DTYPES[place])
+        for g, place in zip(gradients, places, strict=True)
+    ]
 
 
 def _fields(problem: Problem) -> tuple[Any, ...]:
