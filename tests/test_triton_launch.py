@@ -7,8 +7,15 @@ from typing import Any
 import pytest
 import torch
 
-from dwl_kernels.backends import triton_launch
+pytest.importorskip("triton")
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+from dwl_kernels.backends import triton as host
+from dwl_kernels.backends import triton_launch, triton_scale, triton_table
 from dwl_kernels.backends.triton_launch import launch
+from dwl_kernels.problem import Problem, Wanted
 
 
 class Compiled:
@@ -64,3 +71,75 @@ def test_pointers_that_are_not_aligned_take_the_slow_way_and_leave_no_trace(kern
     for tensor in (x[1:], x[:8], x[1:], x[:8]):
         launch(kernel, 1, "key", (tensor,), (tensor,), {})
     assert ways(kernel) == ["looked", "looked", "looked", "direct"]
+
+
+class Binder:
+    """In place of `launch`: asks Triton what it would compile, and launches nothing."""
+
+    def __init__(self) -> None:
+        self.found: dict[Any, str] = {}
+
+    def __call__(
+        self, kernel: Any, programs: int, key: Any, tensors: Any, arguments: Any, options: Any
+    ) -> None:
+        marked = getattr(kernel, "do_not_specialize", None)
+        if marked is None:  # the interpreter's, where it is on
+            marked = kernel.kwargs["do_not_specialize"]
+        jitted = JITFunction(kernel.fn, do_not_specialize=marked)
+        backend = make_backend(GPUTarget("cuda", 90, 32))
+        bind = create_function_from_signature(jitted.signature, jitted.params, backend)
+        _, specialization, _ = bind(*arguments)
+        entry = triton_launch.entry_of(kernel, key, tensors)
+        assert self.found.setdefault(entry, str(specialization)) == str(specialization)
+
+
+@pytest.fixture
+def binder(monkeypatch: pytest.MonkeyPatch) -> Binder:
+    """Fails where one entry would take two compiled kernels."""
+    found = Binder()
+    for module in (host, triton_scale, triton_table):
+        monkeypatch.setattr(module, "launch", found)
+    return found
+
+
+NUMBERS = (1, 2, 8, 15, 16, 17, 32, 33)
+
+
+def test_gradients_of_other_lengths_may_be_another_kernel(binder: Binder) -> None:
+    """Triton takes a length of 1 for a constant, and one of 16 for a promise about addresses."""
+    upstream = torch.tensor(2.0)
+    for first in NUMBERS:
+        for second in NUMBERS:
+            gradients = [torch.zeros(first), torch.zeros(second)]
+            triton_scale.scaled(gradients, upstream, [torch.float32] * 2)
+    assert len(binder.found) == 9
+
+
+def test_places_of_other_numbers_may_be_another_kernel(binder: Binder) -> None:
+    for rows in NUMBERS:
+        for width in NUMBERS:
+            ids = [torch.zeros(rows, 1, dtype=torch.int64), torch.zeros(rows, width).long()]
+            call = (torch.zeros(rows, 16), ids, [torch.zeros(x.shape) for x in ids], 50)
+            triton_table.table_gradient(*call, torch.float32, False)
+    assert binder.found
+
+
+@pytest.mark.parametrize("by_row", [False, True])
+def test_problems_of_other_sizes_may_be_another_kernel(binder: Binder, by_row: bool) -> None:
+    for rows in NUMBERS:
+        for candidates in NUMBERS:
+            for domains in (1, 2, 16, 17):
+                own = {"positive": torch.zeros(rows, 16), "candidates": torch.zeros(candidates, 16)}
+                if by_row:
+                    own = {"positive": None, "candidates": torch.zeros(domains, 16)}
+                    own["target"] = torch.zeros(rows, dtype=torch.int64)
+                    own["candidate_rows"] = torch.zeros(rows, candidates, dtype=torch.int64)
+                problem = Problem(
+                    query=torch.zeros(rows, 16),
+                    **own,
+                    domain_ids=torch.zeros(rows, 1, dtype=torch.int64),
+                    domain_weights=torch.zeros(domains),
+                )
+                wanted = Wanted(True, True, True, False, False, True)
+                host._launch(problem, wanted, None, *host.INTERPRETER)
+    assert binder.found

@@ -12,8 +12,19 @@ from typing import Any
 
 from torch import Tensor
 
-ALIGNMENT = 16  # bytes; Triton compiles one kernel for pointers that are multiples of it
+ALIGNMENT = 16  # Triton compiles one kernel for pointers and integers that are multiples of it
 _compiled: dict[Hashable, Any] = {}
+
+
+def specialised(numbers: Sequence[int]) -> tuple[tuple[bool, bool, bool], ...]:
+    """What Triton compiles for of integers inside a tuple, whatever ``do_not_specialize`` says."""
+    return tuple((n == 1, n % ALIGNMENT == 0, n >= 2**31) for n in numbers)
+
+
+def entry_of(kernel: Any, key: Hashable, tensors: Sequence[Tensor | None]) -> Hashable:
+    """What one compiled kernel serves; the arguments are those of `launch`."""
+    device = next(t.device for t in tensors if t is not None)
+    return (kernel.fn, key, device, *[None if t is None else t.dtype for t in tensors])
 
 
 def launch(
@@ -31,11 +42,10 @@ def launch(
         tensors: all tensors among the arguments.
         arguments: integers among them must be marked ``do_not_specialize``, and where they can
             pass 2^31, which changes their type, the key says whether they do; or they are part of
-            the key.
+            the key. Of integers inside a tuple the key holds :func:`specialised`.
     """
     grid = (programs, 1, 1)
-    device = next(t.device for t in tensors if t is not None)
-    entry = (kernel.fn, key, device, *[None if t is None else t.dtype for t in tensors])
+    entry = entry_of(kernel, key, tensors)
     # One compiled kernel serves aligned pointers; the rare others take Triton's own way.
     if any(t is not None and t.data_ptr() % ALIGNMENT for t in tensors):
         kernel[grid](*arguments, **options)

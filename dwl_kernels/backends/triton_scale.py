@@ -13,12 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dwl_kernels.backends.triton_launch import launch
+from dwl_kernels.backends.triton_launch import launch, specialised
 
 BLOCK = 4096
 
 
-@triton.jit(do_not_specialize=["lengths"])
+@triton.jit
 def scale_kernel(
     gradients,  # tuple of pointers
     results,
@@ -58,6 +58,5 @@ def scaled(
     if blocks:
         arguments = (tuple(sources), tuple(results), lengths, upstream, BLOCK, len(sources))
         tensors = (*sources, *results, upstream)
-        long = tuple(n >= 2**31 for n in lengths)
-        launch(scale_kernel, blocks, long, tensors, arguments, {})
+        launch(scale_kernel, blocks, specialised(lengths), tensors, arguments, {})
     return results

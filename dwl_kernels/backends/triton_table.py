@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dwl_kernels.backends.triton_launch import launch
+from dwl_kernels.backends.triton_launch import launch, specialised
 from dwl_kernels.problem import accumulate_dtype
 
 BLOCK = 1024  # places that a program lists
@@ -39,7 +39,7 @@ class Form(NamedTuple):
     NARROW: Any  # places fit into 32 bits
 
 
-@triton.jit(do_not_specialize=["lengths", "table_rows"])
+@triton.jit(do_not_specialize=["table_rows"])
 def list_kernel(
     ids,  # tuple of pointers, each [R, J]
     coefficients,  # the same, or ()
@@ -109,7 +109,7 @@ def source_row(place, lengths, widths, NUM: tl.constexpr):
     return row
 
 
-@triton.jit(do_not_specialize=["num", "table_rows", "lengths", "widths"])
+@triton.jit(do_not_specialize=["num", "table_rows"])
 def chunk_kernel(
     keys,  # [M] sorted
     parts,  # [num, D] the sums of the chunks that have one id throughout
@@ -137,7 +137,7 @@ def chunk_kernel(
     tl.store(parts + chunk[:, None] * form.D + column, total, mask=keep)
 
 
-@triton.jit(do_not_specialize=["num", "table_rows", "lengths", "widths"])
+@triton.jit(do_not_specialize=["num", "table_rows"])
 def sum_kernel(
     values,  # [num, D]
     bounds,  # [num + 1] row i is the sum of the sorted places bounds[i] : bounds[i + 1]
@@ -208,9 +208,9 @@ def table_gradient(
 
     def run(kernel: Any, rows: int, tensors: Sequence[Tensor | None], *constants: int) -> None:
         numbers = (rows, table_rows, lengths, widths, form, *constants)
-        long = tuple(n >= 2**31 for n in (rows, table_rows, *lengths))
+        long = (rows >= 2**31, table_rows >= 2**31)
         programs = triton.cdiv(rows, form.ROWS.value)
-        key = (id(form), long, constants)
+        key = (id(form), long, specialised(lengths), specialised(widths), constants)
         launch(kernel, programs, key, tensors, (*tensors, *numbers), {"num_warps": 1})
 
     parts = []
@@ -242,7 +242,7 @@ def _listed(
         factors = tuple(one.contiguous() for one in coefficients)
         tensors = (*pieces, *factors, keys, weights)
         arguments = (pieces, factors or pieces, lengths, keys, weights, table_rows)
-        key = tuple(n >= 2**31 for n in (table_rows, *lengths))
+        key = (table_rows >= 2**31, specialised(lengths))
         launch(list_kernel, blocks, key, tensors, (*arguments, BLOCK, len(ids)), {})
     return keys, weights
 
