@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
+import types
 from typing import Any
 
 import pytest
@@ -143,3 +146,25 @@ def test_problems_of_other_sizes_may_be_another_kernel(binder: Binder, by_row: b
                 wanted = Wanted(True, True, True, False, False, True)
                 host._launch(problem, wanted, None, *host.INTERPRETER)
     assert binder.found
+
+
+def test_counter_that_is_kept_is_no_memory_of_a_graph_that_is_being_warmed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """While `torch.compile` warms a graph, what its thread allocates must be gone at the end."""
+    threads = []
+    zeros = torch.zeros
+
+    def allocated(*size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        threads.append(threading.get_ident())
+        return zeros(*size, dtype=dtype)
+
+    stream = types.SimpleNamespace(cuda_stream=7)
+    monkeypatch.setattr(torch, "zeros", allocated)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    monkeypatch.setattr(host, "_barriers", {})
+    counters = {id(host._barrier(torch.device("cuda", 0))) for _ in range(3)}
+    assert len(counters) == len(threads) == 1
+    assert threads[0] != threading.get_ident()

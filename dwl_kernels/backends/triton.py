@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
@@ -449,8 +450,24 @@ def _barrier(device: torch.device) -> Tensor:
     index = torch.cuda.current_device() if device.index is None else device.index
     key = (index, torch.cuda.current_stream(device).cuda_stream)
     if key not in _barriers:
-        _barriers[key] = torch.zeros(1, dtype=torch.int32, device=device)
+        _barriers[key] = _kept(device)
     return _barriers[key]
+
+
+def _kept(device: torch.device) -> Tensor:
+    """A zero that outlives the call.
+
+    PyTorch gives what a thread allocates while it warms a CUDA graph up to the pool of the graph,
+    and `torch.compile` then fails for memory of it that is still in use. Hence another thread.
+    """
+    stream = torch.cuda.current_stream(device)
+
+    def zero() -> Tensor:
+        with torch.cuda.stream(stream):
+            return torch.zeros(1, dtype=torch.int32, device=device)
+
+    with ThreadPoolExecutor(1) as other:
+        return other.submit(zero).result()
 
 
 def scaled(gradients: list[Tensor], upstream: Tensor, dtypes: list[torch.dtype]) -> list[Tensor]:
