@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import dwl_kernels
+from benchmarks.speed.measure import work_on_gpu
 from dwl_kernels import backends
 
 pytestmark = [
@@ -71,12 +72,7 @@ def test_forward_and_backward_are_two_launches() -> None:
         torch.autograd.grad(loss, leaves, upstream)
 
     run()
-    torch.cuda.synchronize()
-    activities = [torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
-        run()
-        torch.cuda.synchronize()
-    names = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    names = [event.name for event in work_on_gpu(run)]
     assert len(names) == 2, names
 
 

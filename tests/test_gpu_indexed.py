@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import dwl_kernels
+from benchmarks.speed.measure import work_on_gpu
 from dwl_kernels import backends, table
 from dwl_kernels.problem import Problem, Wanted
 
@@ -79,12 +80,7 @@ def test_forward_and_its_gradients_are_one_launch() -> None:
         backends.pick("triton", problem)(problem, wanted, None)
 
     run()
-    torch.cuda.synchronize()
-    activities = [torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
-        run()
-        torch.cuda.synchronize()
-    names = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    names = [event.name for event in work_on_gpu(run)]
     assert len(names) == 1, names
 
 

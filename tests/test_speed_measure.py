@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from benchmarks.speed.measure import (
     compare_levels,
     compare_padding,
     in_turn,
+    is_work,
     machine_bytes,
     peak_memories,
     peak_memory,
@@ -115,3 +118,16 @@ def test_importing_the_benchmark_does_not_import_the_compiler() -> None:
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "False"
+
+
+def test_what_the_profiler_books_beside_kernels_is_no_work() -> None:
+    def event(name: str, device: str = "CUDA", mark: bool = False) -> Any:
+        kind = SimpleNamespace(name=device)
+        return SimpleNamespace(name=name, device_type=kind, is_user_annotation=mark)
+
+    work = [event("softmax_loss_kernel"), event("Memset (Device)"), event("Memcpy DtoD")]
+    others = [
+        *(event("cuLaunchKernelEx", "CPU"), event("Activity Buffer Request")),
+        *(event("Lazy Function Loading"), event("step", mark=True)),
+    ]
+    assert [e for e in (*work, *others) if is_work(e)] == work
