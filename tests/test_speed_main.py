@@ -15,7 +15,7 @@ from rich.console import Console
 
 from benchmarks.record import write_json
 from benchmarks.speed import __main__ as command
-from benchmarks.speed import peers, pictures, suite
+from benchmarks.speed import peers, pictures, shapes, suite, warm
 from benchmarks.speed.baselines import package_loss, usual_loss
 from benchmarks.speed.measure import Rounds
 from benchmarks.speed.report import comparison, growth_table, rows_of, shape_table
@@ -216,3 +216,12 @@ def test_peers_get_the_problem_in_their_own_words(monkeypatch: pytest.MonkeyPatc
     assert len(found) == 4
     for loss in found.values():
         assert loss(inputs).item() == pytest.approx(usual_loss(inputs).item(), rel=1e-5)
+
+
+def test_every_form_that_a_shape_measures_is_compiled_ahead() -> None:
+    jobs = list(warm.jobs(shapes.GPU, "cuda"))
+    for shape in shapes.GPU:
+        assert {level for s, level, version in jobs if s == shape and version == "triton"} == set(
+            shape.levels
+        )
+        assert (shape, shape.compared_at, "torch.compile") in jobs

@@ -33,7 +33,7 @@ def losses() -> dict[str, Callable[[Inputs], Tensor]]:
 def _optional(name: str) -> Any:
     try:
         return importlib.import_module(name)
-    except ImportError:
+    except Exception:  # not installed, or not made for this PyTorch or Triton
         return None
 
 
