@@ -15,6 +15,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from dwl_kernels import _build
@@ -23,7 +24,13 @@ from dwl_kernels.backends.cuda_tiles import Variant
 
 _PLACES = ("/usr/local/cuda/bin/nvcc",)
 FLAGS = "-std=c++17 -O3 -lineinfo -shared -Xcompiler -fPIC"
-_EMULATE = "-std=c++20 -O2 -fPIC -shared -DDWL_EMULATE -Wall -Wextra -Wno-unknown-pragmas"
+# Emulated: `checks.cpp` stands in for the libraries behind -fsanitize, so the kernel is compiled
+# with it and linked without. _FORTIFY_SOURCE takes a jump to another stack for an error.
+_EMULATE = (
+    "-std=c++20 -fPIC -DDWL_EMULATE -Wall -Wextra -Wno-unknown-pragmas "
+    "-U_FORTIFY_SOURCE -D_FORTIFY_SOURCE=0"
+)
+_CHECKED = "-O1 -g1 -fsanitize=thread,undefined -fno-sanitize=vptr"
 
 
 def nvcc() -> str:
@@ -71,30 +78,51 @@ def build(
     Raises:
         BuildError: no compiler, a compiler that fails, or a cache that cannot be written.
     """
+    if capability is None:
+        return _build_emulated(variant, verbose)
     source = _build.source_dir() / "cuda" / "sampled_softmax.cu"
-    flags = [*shlex.split(_EMULATE if capability is None else FLAGS), *variant.definitions()]
-    name = "cuda-emulated"
-    if capability is not None:
-        name = f"cuda-{capability[0]}{capability[1]}"
-        flags += [f"-arch=sm_{capability[0]}{capability[1]}"]
-    library = _build.cache_dir() / f"{name}-{_key(source.parent, flags)}.so"
+    arch = f"{capability[0]}{capability[1]}"
+    flags = [*FLAGS.split(), *variant.definitions(), f"-arch=sm_{arch}"]
+    library = _build.cache_dir() / f"cuda-{arch}-{_key(source.parent.iterdir(), flags)}.so"
 
     def compile_to(work: Path) -> Path:
         target = work / library.name
-        if capability is None:
-            # A fiber jumps to another stack, which the checks of longjmp take for an error.
-            plain = ["-U_FORTIFY_SOURCE", "-D_FORTIFY_SOURCE=0", "-x", "c++"]
-            command = [*_build.compiler(), *flags, *plain, str(source), "-o", str(target)]
-        else:
-            host = shlex.split(os.environ.get("CXX", ""))
-            named = ["-ccbin", host[0]] if host else []
-            command = [nvcc(), *named, *flags, str(source), "-o", str(target)]
+        host = shlex.split(os.environ.get("CXX", ""))
+        named = ["-ccbin", host[0]] if host else []
+        command = [nvcc(), *named, *flags, str(source), "-o", str(target)]
         what = f"the CUDA kernel for {variant}"
         print(f"dwl_kernels: compiling {what} (about 20 s, once) ...", file=sys.stderr, flush=True)
-        _build.run_compiler(command, verbose, what, "CXX" if capability is None else "CUDA_HOME")
+        _build.run_compiler(command, verbose, what, "CUDA_HOME")
         return target
 
     return _build.cached(library, compile_to)
+
+
+def _build_emulated(variant: Variant, verbose: bool) -> Path:
+    folder = _build.source_dir() / "cuda"
+    sources = [folder / "emulate.cpp", folder / "checks.cpp"]
+    headers = [folder / "emulate.h", folder / "emulation.h"]
+    flags = _EMULATE.split()
+    checked = [*flags, *_CHECKED.split(), *variant.definitions()]
+
+    def compiled(target: Path, *arguments: str) -> Path:
+        command = [*_build.compiler(), *arguments, "-o", str(target)]
+        _build.run_compiler(command, verbose, f"the emulated CUDA kernel for {variant}")
+        return target
+
+    def emulator(work: Path) -> Path:  # the same for every variant
+        files = map(str, sources)
+        return compiled(work / "emulator.o", *flags, "-O2", "-r", "-nostdlib", *files)
+
+    def kernel(work: Path) -> Path:
+        print(f"dwl_kernels: compiling {variant} to run emulated ...", file=sys.stderr, flush=True)
+        source = ["-x", "c++", str(folder / "sampled_softmax.cu"), "-c"]
+        parts = [str(compiled(work / "kernel.o", *checked, *source)), str(common)]
+        return compiled(work / "library.so", "-shared", *parts)
+
+    cache = _build.cache_dir()
+    common = _build.cached(cache / f"cuda-emulator-{_key(sources + headers, flags)}.o", emulator)
+    return _build.cached(cache / f"cuda-emulated-{_key(folder.iterdir(), checked)}.so", kernel)
 
 
 @functools.cache
@@ -116,10 +144,10 @@ def load(variant: Variant, capability: tuple[int, int] | None) -> ctypes.CDLL:
     return library
 
 
-def _key(folder: Path, flags: list[str]) -> str:
+def _key(files: Iterable[Path], flags: list[str]) -> str:
     """A hash of all that the library depends on; see `_build._key`."""
     parts = [platform.machine(), os.environ.get("CXX", ""), *flags]
     digest = hashlib.sha256("\0".join(parts).encode())
-    for file in sorted(folder.iterdir()):
+    for file in sorted(files):
         digest.update(f"\0{file.name}\0".encode() + file.read_bytes())
     return digest.hexdigest()[:16]

@@ -1,27 +1,17 @@
-// The primitives of device.cuh on a CPU. Every thread of the grid is a fiber that runs until it
-// waits: at a barrier of its block or of the grid, or in a collective of its warp, where the lanes
-// exchange their registers in the fragment layouts of the PTX manual.
+// The primitives of device.cuh on a CPU. Every thread of the grid is a fiber (emulate.cpp) that
+// runs until it waits: at a barrier of its block or of the grid, or in a collective of its warp,
+// where the lanes exchange their registers in the fragment layouts of the PTX manual.
 //
-// It is stricter than a GPU where a GPU would hide a mistake: shared memory starts as NaN, a copy
-// in the background arrives only when it is waited for, addresses are checked, a barrier that not
-// all threads reach is an error, and threads can run in any order between two barriers.
+// It is stricter than a GPU where a GPU would hide a mistake. Shared memory starts as NaN, a copy
+// in the background arrives only when it is waited for, a barrier that not all threads reach is an
+// error, and threads can run in any order between two barriers. Every load and store of the kernel
+// is checked (checks.cpp): for races, for bounds, and for bytes that nobody has written.
 #pragma once
 
-#include <setjmp.h>
-#include <ucontext.h>
-
-#include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
-#include <functional>
-#include <memory>
-#include <numeric>
-#include <random>
-#include <stdexcept>
-#include <string>
-#include <vector>
 
 #define __device__
 #define __global__
@@ -32,187 +22,38 @@
 namespace dwl {
 namespace emulation {
 
-struct Barrier {
-  int size = 0, arrived = 0;
-  uint64_t generation = 0;
+// A piece of memory that the kernel may touch; only the call and inputs hold anything before.
+struct Buffer {
+  const char* name;
+  const void* begin;
+  int64_t bytes;
+  int64_t use;
+  int64_t written;  // of an output: how many of its bytes the launch has to write
 };
-
-struct Copy {
-  void* to;
-  const void* from;
-  int bytes;
-  bool valid;
-};
-
-struct Warp {
-  Barrier barrier;
-  alignas(16) unsigned char slots[2][32][32];
-};
-
-struct Block {
-  Barrier barrier;
-  bool any = false;
-  std::vector<Warp> warps;
-  std::unique_ptr<char[]> shared;
-};
-
-struct Fiber {
-  ucontext_t start;
-  jmp_buf point;
-  bool started = false, done = false;
-  int thread = 0, block = 0;
-  int parity = 0;  // of the warp's slots
-  Barrier* waiting = nullptr;
-  uint64_t generation = 0;
-  std::vector<Copy> copies;
-};
-
-struct Grid {
-  int blocks = 0, threads = 0;
-  size_t shared_bytes = 0;
-  std::function<void()> body;
-  Barrier barrier;
-  std::vector<Block> block;
-  std::vector<Fiber> fiber;
-  std::unique_ptr<char[]> stacks;
-  ucontext_t first;
-  jmp_buf scheduler;
-  Fiber* current = nullptr;
-  std::string error;
-};
-
-inline thread_local Grid* grid = nullptr;
-
-constexpr size_t kStack = 256 << 10;
-
-// To the scheduler and, later, back. No local lives across the jump.
-[[gnu::noinline]] inline void yield() {
-  if (_setjmp(grid->current->point) == 0) _longjmp(grid->scheduler, 1);
-}
-
-inline void wait(Barrier& barrier) {
-  if (++barrier.arrived == barrier.size) {
-    barrier.arrived = 0;
-    ++barrier.generation;
-    return;
-  }
-  grid->current->waiting = &barrier;
-  grid->current->generation = barrier.generation;
-  yield();
-}
-
-inline void run_fiber() {
-  try {
-    grid->body();
-  } catch (const std::exception& error) {
-    grid->error = error.what();
-  }
-  grid->current->done = true;
-  _longjmp(grid->scheduler, 1);
-}
-
-[[gnu::noinline]] inline void resume(Fiber& fiber) {
-  grid->current = &fiber;
-  if (_setjmp(grid->scheduler) != 0) return;
-  if (fiber.started) _longjmp(fiber.point, 1);
-  fiber.started = true;
-  setcontext(&fiber.start);
-}
+enum Use : int64_t { kInput, kOutput, kWorkspace };
 
 // Runs `body` once for every thread of the grid. A warp runs on until it waits for others. Order 0
 // takes the threads as they are numbered, 1 the other way round, and any other draws a new order
-// each time and lets a warp run for as long as chance has it.
-inline void launch(int blocks, int threads, size_t shared_bytes, int order,
-                   std::function<void()> body) {
-  Grid own;
-  grid = &own;
-  own.blocks = blocks;
-  own.threads = threads;
-  own.shared_bytes = shared_bytes;
-  own.body = std::move(body);
-  own.barrier.size = blocks * threads;
-  own.block.resize(blocks);
-  own.fiber.resize(size_t(blocks) * threads);
-  own.stacks.reset(new char[own.fiber.size() * kStack]);
-  for (Block& block : own.block) {
-    block.barrier.size = threads;
-    block.warps.resize(threads / 32);
-    for (Warp& warp : block.warps) warp.barrier.size = 32;
-    block.shared.reset(new char[shared_bytes + 16]);
-    std::memset(block.shared.get(), 0xff, shared_bytes + 16);  // NaN in every format
-  }
-  for (size_t k = 0; k < own.fiber.size(); ++k) {
-    Fiber& fiber = own.fiber[k];
-    fiber.thread = static_cast<int>(k % threads);
-    fiber.block = static_cast<int>(k / threads);
-    getcontext(&fiber.start);
-    fiber.start.uc_stack.ss_sp = own.stacks.get() + k * kStack;
-    fiber.start.uc_stack.ss_size = kStack;
-    fiber.start.uc_link = nullptr;
-    makecontext(&fiber.start, run_fiber, 0);
-  }
-  std::mt19937 random(order);
-  std::vector<size_t> warps(own.fiber.size() / 32), lanes(32);
-  for (auto* turn : {&warps, &lanes}) {
-    std::iota(turn->begin(), turn->end(), size_t(0));
-    if (order == 1) std::reverse(turn->begin(), turn->end());
-  }
-  // Whether any lane of the warp could run.
-  const auto run_warp = [&](size_t warp) {
-    bool ran = false;
-    if (order > 1) std::shuffle(lanes.begin(), lanes.end(), random);
-    for (size_t lane : lanes) {
-      Fiber& fiber = own.fiber[warp * 32 + lane];
-      const bool waits = fiber.waiting != nullptr && fiber.waiting->generation == fiber.generation;
-      if (fiber.done || waits || !own.error.empty()) continue;
-      fiber.waiting = nullptr;
-      resume(fiber);
-      ran = true;
-    }
-    return ran;
-  };
-  for (bool moved = true; moved && own.error.empty();) {
-    moved = false;
-    if (order > 1) std::shuffle(warps.begin(), warps.end(), random);
-    for (size_t warp : warps) {
-      while (run_warp(warp)) {
-        moved = true;
-        if (order > 1 && random() % 8 == 0) break;
-      }
-    }
-  }
-  const bool all = std::all_of(own.fiber.begin(), own.fiber.end(), [](auto& f) { return f.done; });
-  if (!all && own.error.empty()) own.error = "deadlock: a barrier that not all threads reach";
-  grid = nullptr;
-  if (!own.error.empty()) throw std::runtime_error(own.error);
-}
+// each time and lets a warp run for as long as chance has it. Returns 0, or 1 and leaves a message.
+int launch(int blocks, int threads, size_t shared_bytes, int order, void (*body)(const void*),
+           const void* argument, const Buffer* buffers, int64_t count, char* message, int64_t size);
 
-inline Block& own_block() {
-  return grid->block[grid->current->block];
-}
+// What the lanes of a warp pass to each other.
+constexpr size_t kSlot = 32;
+using Slots = unsigned char[32][kSlot];
 
-// What all lanes of the warp passed.
+// What all lanes passed to the primitive `name`.
+const Slots& exchange(const void* value, size_t bytes, const char* name);
+
 template <typename T>
-const T* exchange(const T& value, const T* (&lanes)[32]) {
-  static_assert(sizeof(T) <= 32);
-  Fiber& fiber = *grid->current;
-  Warp& warp = own_block().warps[fiber.thread / 32];
-  auto& slots = warp.slots[fiber.parity];
-  fiber.parity ^= 1;  // who reads these slots late is not overtaken: the next ones are others
-  std::memcpy(slots[fiber.thread % 32], &value, sizeof(T));
-  wait(warp.barrier);
+void exchange(const T& value, const T* (&lanes)[32], const char* name) {
+  static_assert(sizeof(T) <= kSlot);
+  const Slots& slots = exchange(&value, sizeof(T), name);
   for (int lane = 0; lane < 32; ++lane) lanes[lane] = reinterpret_cast<const T*>(slots[lane]);
-  return lanes[0];
 }
 
-inline void check_shared(const void* pointer, size_t bytes, size_t alignment) {
-  const char* base = own_block().shared.get();
-  const char* at = static_cast<const char*>(pointer);
-  if (at < base || at + bytes > base + 16 + grid->shared_bytes)
-    throw std::runtime_error("an address outside of shared memory");
-  if (reinterpret_cast<uintptr_t>(at) % alignment != 0)
-    throw std::runtime_error("a shared address that is not aligned");
-}
+void check_shared(const void* pointer, size_t bytes, size_t alignment);
+void copy_async(char* to, const void* from, int bytes, bool valid);
 
 }  // namespace emulation
 
@@ -221,52 +62,31 @@ struct Bfloat16 {
 };
 using Float16 = _Float16;
 
-inline int thread_index() {
-  return emulation::grid->current->thread;
-}
-inline int block_index() {
-  return emulation::grid->current->block;
-}
-inline int num_blocks() {
-  return emulation::grid->blocks;
-}
-inline char* shared_memory() {
-  const auto address = reinterpret_cast<uintptr_t>(emulation::own_block().shared.get());
-  return reinterpret_cast<char*>((address + 15) / 16 * 16);
-}
+int thread_index();
+int block_index();
+int num_blocks();
+char* shared_memory();
 
 inline int opaque(int x) {
   return x;
 }
 
-inline void sync_block() {
-  emulation::wait(emulation::own_block().barrier);
-}
-inline void sync_warp() {
-  emulation::wait(emulation::own_block().warps[thread_index() / 32].barrier);
-}
-inline bool any_in_block(bool value) {
-  emulation::Block& block = emulation::own_block();
-  sync_block();
-  if (thread_index() == 0) block.any = false;
-  sync_block();
-  block.any |= value;
-  sync_block();
-  return block.any;
-}
-inline void sync_grid() {
-  emulation::wait(emulation::grid->barrier);
-}
+void sync_block();
+void sync_warp();
+bool any_in_block(bool value);
+void sync_grid();
+
+// Not a barrier for memory, on a GPU either.
 template <typename T>
 T shuffle(T value, int lane) {
   const T* lanes[32];
-  emulation::exchange(value, lanes);
+  emulation::exchange(value, lanes, "shuffle");
   return *lanes[lane];
 }
 template <typename T>
 T shuffle_xor(T value, int mask) {
   const T* lanes[32];
-  emulation::exchange(value, lanes);
+  emulation::exchange(value, lanes, "shuffle_xor");
   return *lanes[(thread_index() % 32) ^ mask];
 }
 
@@ -279,28 +99,15 @@ inline SharedAddress shared_address(const void* pointer) {
 template <int BYTES>
 void copy_async(SharedAddress to, const void* from, bool valid) {
   static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16);
-  emulation::check_shared(to, BYTES, BYTES);
-  if (valid && reinterpret_cast<uintptr_t>(from) % BYTES != 0)
-    throw std::runtime_error("a copy from an address that is not aligned");
-  emulation::grid->current->copies.push_back({to, from, BYTES, valid});
+  emulation::copy_async(to, from, BYTES, valid);
 }
-inline void wait_copies() {
-  auto& copies = emulation::grid->current->copies;
-  for (const auto& copy : copies) {
-    if (copy.valid) {
-      std::memcpy(copy.to, copy.from, copy.bytes);
-    } else {
-      std::memset(copy.to, 0, copy.bytes);
-    }
-  }
-  copies.clear();
-}
+void wait_copies();
 
 // Rows of 8 by 8 matrices: lane l passes row l % 8 of matrix l / 8.
 inline void load_matrices(uint32_t (&x)[4], SharedAddress row) {
   emulation::check_shared(row, 16, 16);
   const SharedAddress* rows[32];
-  emulation::exchange(row, rows);
+  emulation::exchange(row, rows, "load_matrices");
   const int lane = thread_index() % 32;
   for (int m = 0; m < 4; ++m) {  // a lane gets two neighbours of row lane / 4
     const char* at = (*rows[m * 8 + lane / 4]);
@@ -310,7 +117,7 @@ inline void load_matrices(uint32_t (&x)[4], SharedAddress row) {
 inline void load_matrices_transposed(uint32_t (&x)[4], SharedAddress row) {
   emulation::check_shared(row, 16, 16);
   const SharedAddress* rows[32];
-  emulation::exchange(row, rows);
+  emulation::exchange(row, rows, "load_matrices");
   const int lane = thread_index() % 32;
   for (int m = 0; m < 4; ++m) {  // and here two neighbours of column lane / 4
     uint16_t pair[2];
@@ -381,7 +188,7 @@ template <typename T>
 void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], T) {
   using Lane = emulation::Operands<uint32_t, 4, 2>;
   const Lane* lanes[32];
-  emulation::exchange(Lane{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}}, lanes);
+  emulation::exchange(Lane{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}}, lanes, "mma");
   const int lane = thread_index() % 32, g = lane / 4, t = lane % 4;
   float row[2][16], column[2][16];
   const auto unpack = [](float* to, uint32_t bits) {
@@ -408,7 +215,7 @@ void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], T) {
 inline void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   using Lane = emulation::Operands<uint32_t, 4, 2>;
   const Lane* lanes[32];
-  emulation::exchange(Lane{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}}, lanes);
+  emulation::exchange(Lane{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}}, lanes, "mma");
   const int lane = thread_index() % 32, g = lane / 4, t = lane % 4;
   const auto number = [](uint32_t bits) {
     bits &= 0xffffe000;  // what a tensor core reads of it
@@ -429,7 +236,7 @@ inline void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[
 inline void mma(double& c0, double& c1, double a, double b) {
   using Lane = emulation::Operands<double, 1, 1>;
   const Lane* lanes[32];
-  emulation::exchange(Lane{{a}, {b}}, lanes);
+  emulation::exchange(Lane{{a}, {b}}, lanes, "mma");
   const int lane = thread_index() % 32, g = lane / 4, t = lane % 4;
   for (int k = 0; k < 4; ++k) {
     c0 += lanes[4 * g + k]->a[0] * lanes[4 * (2 * t) + k]->b[0];

@@ -160,8 +160,8 @@ struct Program {
     for (int k = thread_index(); k < S::BM * S::STRIDE; k += S::THREADS) {
       shared.owned[k] = Element();
     }
-    for (int k = thread_index(); k < 2 * S::BN * S::STRIDE; k += S::THREADS) {
-      shared.streamed[0][k] = Element();
+    for (auto& tile : shared.streamed) {
+      for (int k = thread_index(); k < S::BN * S::STRIDE; k += S::THREADS) tile[k] = Element();
     }
     sync_block();
   }

@@ -97,16 +97,15 @@ int dwl_unit(int tiles, int steps, int workers, int number, int* found) {
 
 #ifdef DWL_EMULATE
 
-int dwl_launch(const dwl::Call* call, int64_t blocks, int64_t order, char* message, int64_t size) {
-  try {
-    dwl::emulation::launch(static_cast<int>(blocks), dwl::Built::THREADS,
-                           sizeof(dwl::Built::Shared), static_cast<int>(order),
-                           [&] { dwl::sampled_softmax<dwl::Built>(*call); });
-    return 0;
-  } catch (const std::exception& error) {
-    std::snprintf(message, size, "%s", error.what());
-    return 1;
-  }
+// `buffers`: all memory that the call points to, and the call.
+int dwl_launch(const dwl::Call* call, int64_t blocks, int64_t order,
+               const dwl::emulation::Buffer* buffers, int64_t count, char* message, int64_t size) {
+  const auto body = [](const void* argument) {
+    dwl::sampled_softmax<dwl::Built>(*static_cast<const dwl::Call*>(argument));
+  };
+  return dwl::emulation::launch(static_cast<int>(blocks), dwl::Built::THREADS,
+                                sizeof(dwl::Built::Shared), static_cast<int>(order), body, call,
+                                buffers, count, message, size);
 }
 
 #else

@@ -241,6 +241,45 @@ class _Call(ctypes.Structure):
     )
 
 
+_INPUT, _OUTPUT, _WORKSPACE = range(3)  # `Use` of csrc/cuda/emulate.h
+
+
+class _Buffer(ctypes.Structure):
+    """What the emulated kernel may touch, `Buffer` of csrc/cuda/emulate.h."""
+
+    _fields_ = (
+        ("name", ctypes.c_char_p),
+        ("begin", ctypes.c_void_p),
+        ("bytes", ctypes.c_int64),
+        ("use", ctypes.c_int64),
+        ("written", ctypes.c_int64),
+    )
+
+    @classmethod
+    def of(cls, name: str, tensor: Tensor, use: int = _INPUT, rows: int = 0) -> _Buffer:
+        size = tensor.numel() * tensor.element_size()
+        return cls(name.encode(), tensor.data_ptr(), size, use, size * rows // len(tensor))
+
+    @classmethod
+    def all_of(cls, fields: dict[str, Any]) -> list[_Buffer]:
+        buffers = []
+        for name, value in fields.items():
+            if isinstance(value, _Side):
+                for part, tensor in zip(
+                    ("embedding", "order", "count"), value.tensors, strict=True
+                ):
+                    if tensor is not None:
+                        buffers.append(cls.of(f"{name} {part}", tensor))
+            elif isinstance(value, Tensor):
+                side = fields["candidate" if name.startswith("candidate") else "row"]
+                _, _, count = side.tensors
+                rows = side.length if count is None else int(count)  # the others are padding
+                output = name == "row_loss" or name.endswith("_gradient")
+                use = _OUTPUT if output else _WORKSPACE if name == "space" else _INPUT
+                buffers.append(cls.of(name, value, use, rows))
+        return buffers
+
+
 def _pointer(value: Any) -> Any:
     return value.data_ptr() if isinstance(value, Tensor) else value
 
@@ -256,12 +295,16 @@ def _call(problem: Problem, fields: dict[str, Any], library: ctypes.CDLL, blocks
 def _emulate(problem: Problem, fields: dict[str, Any]) -> None:
     found = cuda_tiles.variant(problem.query.dtype, problem.query.shape[1])
     library = _build_cuda.load(found._replace(tiles=EMULATION.tiles), None)
-    call, _space = _call(problem, fields, library, EMULATION.blocks)
+    call, space = _call(problem, fields, library, EMULATION.blocks)
+    buffers = [_Buffer(b"call", ctypes.addressof(call), ctypes.sizeof(call), _INPUT, 0)]
+    buffers += _Buffer.all_of(fields | {"space": space})
     message = ctypes.create_string_buffer(_MESSAGE_BYTES)
     failed = library.dwl_launch(
         ctypes.byref(call),
         ctypes.c_int64(EMULATION.blocks),
         ctypes.c_int64(EMULATION.order),
+        (_Buffer * len(buffers))(*buffers),
+        ctypes.c_int64(len(buffers)),
         message,
         ctypes.c_int64(_MESSAGE_BYTES),
     )

@@ -1,0 +1,121 @@
+"""Races, bounds and unwritten memory of the CUDA kernel, found without a GPU.
+
+The emulation checks every load and store of the kernel (`csrc/cuda/checks.cpp`), so each test that
+runs backend "cuda" on a CPU is a test of these as well. Here the telling cases run in every type,
+with whole and split tiles and threads in a random order; and mistakes planted into a copy of the
+source have to be reported.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import cases
+import pytest
+import torch
+
+from dwl_kernels import _build, _build_cuda, backends
+from dwl_kernels.backends import cuda
+from dwl_kernels.backends.cuda_tiles import EMULATED
+
+pytestmark = pytest.mark.skipif(
+    backends.why_not("cuda", "cpu") is not None, reason="the emulation is off"
+)
+BY_NAME = {case.name: case for case in cases.CASES}
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float16, torch.float32, "tf32", torch.float64], ids=str
+)
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("one of everything", "three rows", "many candidates", "many rows"),
+        *("past the tile", "refined, everything", "everything, none", "mixed, everything"),
+        *("in-batch, one row", "in-batch, NaN in the padding", "full softmax, past the tile"),
+        *("full softmax, NaN in the padding", "indexed, everything"),
+    ],
+)
+def test_no_thread_races_or_leaves_its_memory(
+    monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype | str
+) -> None:
+    monkeypatch.setattr(cuda, "EMULATION", cuda.Emulation(2, 2, EMULATED))
+    before = torch.get_float32_matmul_precision()
+    try:
+        if isinstance(dtype, str):
+            torch.set_float32_matmul_precision("high")
+            dtype = torch.float32
+        cases.loss_and_gradients(BY_NAME[name], "cuda", dtype)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+ROW_LOSS = "static_cast<Number*>(call.row_loss)[row] = row_loss;"
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "reported"),
+    [
+        # Barriers of the block, of the warp, of the grid; a copy that nobody waits for.
+        ("sync_block();  // the block of", "// ", "a race with .* of shared memory"),
+        ("sync_block();  // the buffers", "// ", "a race with .* of shared memory"),
+        ("wait_copies();", "", "a race with a copy in the background .* of shared memory"),
+        ("= z;\n  }\n  sync_warp();", "= z;\n  }\n", "a race with a write .* of shared memory"),
+        (
+            "sync_warp();\n#pragma unroll 1",
+            "#pragma unroll 1",
+            "nobody has written it: .* of space",
+        ),
+        ("sync_grid();\n  const Shares", "const Shares", "(race|nobody) .* of space"),
+        ("sync_grid();\n    const int", "const int", "(race|nobody) .* of space"),
+        (
+            "sync_warp();\n}",
+            "if (p.lane.index > 0) sync_warp();\n}",
+            "deadlock|a part of the threads",
+        ),
+        # All lanes write the same number to the same place.
+        ("if (p.lane.index == 0) p.sh", "p.sh", "a race with a write by .* writes 4 bytes"),
+        # Bounds, inputs, outputs.
+        (ROW_LOSS, ROW_LOSS.replace("row]", "row + 1]"), "out of bounds: .* of row_loss of 260 "),
+        (ROW_LOSS, ROW_LOSS.replace("] =", "] +="), "nobody has written it: .* of row_loss"),
+        (ROW_LOSS, "if (row > 0) " + ROW_LOSS, "256 bytes of row_loss are written, not 260"),
+        (
+            ROW_LOSS,
+            ROW_LOSS.replace("call.row_loss", "const_cast<void*>(call.tau)"),
+            "an input is changed: .* of tau",
+        ),
+        ("totals.hits[mt][1] = 0", "totals.hits[mt][2] = 0", "undefined behaviour: out_of_bounds"),
+        (">(from)[0]", ">(from + 1)[0]", "undefined behaviour: type_mismatch"),
+    ],
+)
+def test_planted_mistake_is_reported(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    cache: Path,
+    right: str,
+    wrong: str,
+    reported: str,
+) -> None:
+    """In one run, with threads in the order of their numbers: it does not take luck."""
+    shutil.copytree(_build.source_dir() / "cuda", tmp_path / "cuda")
+    found = 0
+    for path in (tmp_path / "cuda").iterdir():
+        text = path.read_text()
+        if path.name in ("sampled_softmax.cu",) or path.suffix == ".cuh":
+            found += text.count(right)
+            path.write_text(text.replace(right, wrong))
+    assert found > 0
+    monkeypatch.setattr(_build, "source_dir", lambda: tmp_path)
+    monkeypatch.setenv("DWL_KERNELS_CACHE", str(cache))
+    monkeypatch.setattr(_build_cuda, "load", _build_cuda.load.__wrapped__)
+    monkeypatch.setattr(cuda, "why_not", lambda device: None)
+    monkeypatch.setattr(cuda, "EMULATION", cuda.Emulation(2, 0, EMULATED))
+    case = cases.Case("planted", rows=65, candidates=70, dim=12, log_q=True, ids=True)
+    with pytest.raises(RuntimeError, match=reported):
+        cases.loss_and_gradients(case, "cuda", torch.float32)
