@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import cases
 import pytest
@@ -13,7 +14,7 @@ from dwl_kernels import backends, validation
 from dwl_kernels.backends import triton as host
 from dwl_kernels.backends import triton_tiles
 from dwl_kernels.backends.triton_tiles import TABLE, Tiles, around, choose, default
-from dwl_kernels.problem import Wanted
+from dwl_kernels.problem import Problem, Wanted
 
 interpreted = pytest.mark.skipif(
     backends.why_not("triton", "cpu") is not None, reason="the interpreter is off"
@@ -274,3 +275,33 @@ def test_search_takes_the_fastest_and_remembers_it(
     assert choose(*key, seconds=lambda tiles: 0.0 if tiles == target else 1.0) == target
     monkeypatch.delenv("DWL_KERNELS_AUTOTUNE")
     assert choose(*key, seconds=lambda tiles: 1.0) == target
+
+
+@pytest.mark.parametrize(("rows", "candidates", "named"), [(1 << 28, 3, "rows"), (3, 1 << 31, "c")])
+def test_more_than_offsets_of_32_bits_reach_is_refused(
+    rows: int, candidates: int, named: str
+) -> None:
+    many = (torch.empty(n, 1, dtype=torch.bfloat16, device="meta") for n in (rows, candidates))
+    query, table = many
+    problem = Problem(query=query, positive=query, candidates=table)
+    reason = host.refuses(problem)
+    assert reason is not None
+    assert f" {named}" in reason
+    assert host.refuses(Problem(query=query[:9], positive=query[:9], candidates=table[:9])) is None
+
+
+def test_programs_are_no_more_than_the_driver_lets_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cooperative launch of more is an error; where there is no driver, the arithmetic counts."""
+    compiled = SimpleNamespace(
+        n_regs=128, metadata=SimpleNamespace(shared=20_000), _init_handles=lambda: None, function=1
+    )
+    device = SimpleNamespace(multi_processor_count=132, shared_memory_per_multiprocessor=233_472)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
+    monkeypatch.setattr(host, "_launch", lambda *_, **__: compiled)
+    case = BY_NAME["plain"].inputs(torch.float32)
+    problem = Problem(case["query"], case["positive"], case["negative"])
+    wanted = Wanted(True, True, True, False, False, False)
+    for allowed, programs in ((None, 2), (5, 2), (1, 1)):
+        monkeypatch.setattr(host, "_resident", lambda *_, found=allowed: found)
+        workers = host._workers(problem, wanted, None, Tiles(64, 64, 64, 64, 2, 2, 8, 2))
+        assert workers == 132 * programs

@@ -6,6 +6,7 @@ works without it.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 import threading
@@ -23,6 +24,8 @@ from dwl_kernels.problem import DualScale, Output, Problem, Wanted, checks_value
 MAX_D = 256  # a row tile keeps [BM, D] sums in registers; above, the product dominates anyway
 MAX_TABLE_D = 4096  # a warp keeps the sums of one row of a table
 MAX_WORKERS = 1024  # more than any device has multiprocessors, three programs on each
+MAX_ROWS = 1 << 27  # a workspace of 11 numbers a row has 32-bit offsets
+MAX_CANDIDATES = 1 << 30  # so have places, past which a tile reaches
 MAX_DOMAINS = 1 << 16  # the workspace holds two sums for every worker and domain
 
 
@@ -83,6 +86,15 @@ def refuses(problem: Problem) -> str | None:
             f"it takes embeddings of at most {MAX_D} elements, and these have "
             f"{problem.query.shape[1]}; backend='chunked' takes them"
         )
+    for name, count, most in (
+        ("rows", problem.query.shape[0], MAX_ROWS),
+        ("candidates", num_candidates(problem), MAX_CANDIDATES),
+    ):
+        if count > most:
+            return (
+                f"it takes at most {most} {name}, and these are {count}; backend='chunked' takes "
+                "them"
+            )
     if problem.domain_weights is not None and problem.domain_weights.shape[0] > MAX_DOMAINS:
         return (
             f"it takes at most {MAX_DOMAINS} domains, and these are "
@@ -257,7 +269,24 @@ def _workers(problem: Problem, wanted: Wanted, row_grad: Tensor | None, tiles: T
     registers = -(-compiled.n_regs // 8) * 8 * tiles.warps * 32
     shared = compiled.metadata.shared + 1024  # of which the driver takes one for itself
     fit = min(65536 // registers, device.shared_memory_per_multiprocessor // shared)
-    return device.multi_processor_count * max(1, min(tiles.programs, fit))
+    fit = min(fit, _resident(compiled, tiles.warps * 32) or fit)
+    return min(device.multi_processor_count * max(1, min(tiles.programs, fit)), MAX_WORKERS)
+
+
+def _resident(compiled: Any, threads: int) -> int | None:
+    """How many programs the driver lets run at once on a multiprocessor; None where it is silent.
+
+    It refuses a cooperative launch of more, also where a tool such as compute-sanitizer adds
+    instructions of its own.
+    """
+    try:
+        ask = ctypes.CDLL("libcuda.so.1").cuOccupancyMaxActiveBlocksPerMultiprocessor
+    except (OSError, AttributeError):
+        return None
+    found = ctypes.c_int(0)
+    function, shared = ctypes.c_void_p(compiled.function), compiled.metadata.shared
+    status = ask(ctypes.byref(found), function, ctypes.c_int(threads), ctypes.c_size_t(shared))
+    return found.value if status == 0 else None
 
 
 def _seconds(problem: Problem, wanted: Wanted, row_grad: Tensor | None, tiles: Tiles) -> float:
