@@ -81,7 +81,7 @@ class _SoftmaxLoss(torch.autograd.Function):
             ctx.save_for_backward(*fields[:_NUM_TENSORS])
             ctx.constants = fields[_NUM_TENSORS:]
             return loss
-        loss, *gradients = torch.ops.dwl_kernels.softmax_loss(*fields, None, wanted, backend)
+        loss, *gradients = torch.ops.dwl_kernels.softmax_loss(*fields, None, list(wanted), backend)
         kept = [g if w else None for g, w in zip(gradients, wanted, strict=True)]
         draws = (None, None, None) if ctx.table is None else _draws(problem)
         ctx.save_for_backward(*kept, *draws, _anchor(sources, wanted))
@@ -101,7 +101,7 @@ class _SoftmaxLoss(torch.autograd.Function):
                 *(f if f is None else f.detach() for f in ctx.saved_tensors),
                 *ctx.constants,
                 grad.detach().contiguous(),
-                ctx.wanted,
+                list(ctx.wanted),
                 ctx.backend,
             )
             gradients = [
@@ -109,7 +109,8 @@ class _SoftmaxLoss(torch.autograd.Function):
                 for g, dtype, w in zip(gradients, ctx.dtypes, ctx.wanted, strict=True)
             ]
         else:
-            *gradients, query, positive_ids, candidate_ids, anchor = ctx.saved_tensors
+            gradients = list(ctx.saved_tensors[:-4])
+            query, positive_ids, candidate_ids, anchor = ctx.saved_tensors[-4:]
             draws = (query, positive_ids, candidate_ids)
             present = [k for k, g in enumerate(gradients) if g is not None]
             products = torch.ops.dwl_kernels.scale(

@@ -49,7 +49,10 @@ class _GatherRows(torch.autograd.Function):
         ctx.save_for_backward(ids)
         ctx.call = (table.shape[0], table.dtype, sparse, backend)
         rows = table[ids.clamp(0, table.shape[0] - 1)]
-        return rows.masked_fill_(((ids < 0) | (ids >= table.shape[0]))[:, None], torch.nan)
+        outside = ((ids < 0) | (ids >= table.shape[0]))[:, None]
+        # In place, a step compiled by PyTorch 2.11 loses this function from its graph.
+        fill = rows.masked_fill if torch.compiler.is_compiling() else rows.masked_fill_
+        return fill(outside, torch.nan)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
