@@ -1,5 +1,6 @@
-"""The machine code of the CUDA kernel, compiled without a GPU: no warnings, nothing spilled, and as
-many registers as the committed table says."""
+"""The machine code of the CUDA kernel, compiled without a GPU: no warnings, nothing spilled, as
+many registers as the committed table says, and tensor instructions only where the lanes of a warp
+run together."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.aot import TOOLS
 from dwl_kernels import _build, _build_cuda
 from dwl_kernels.backends import cuda_tiles
 from dwl_kernels.backends.cuda_tiles import Variant, tiles
@@ -74,3 +76,39 @@ def test_kernel_compiles_without_warnings_and_spills(
         assert (registers, variant.shared_bytes) == (row["registers"], row["shared"])
     # The library needs no driver until it is called.
     assert ctypes.CDLL(str(library)).dwl_shared_bytes() == variant.shared_bytes
+    dump = [str(TOOLS / "cuobjdump"), "-sass", str(library)]
+    sass = subprocess.run(dump, capture_output=True, text=True, check=True).stdout
+    together, apart = tensor_instructions(sass)
+    assert together > 0 or math == F32  # whose products are no tensor instructions
+    assert apart == 0
+
+
+def tensor_instructions(sass: str) -> tuple[int, int]:
+    """How many tensor and matrix instructions stand outside and inside of what a branch divides.
+
+    All lanes have to execute them together, which the emulation, where they only exchange
+    registers, does not show. BSSY starts a region in which lanes may take different ways, and
+    names the address where they meet again.
+    """
+    regions: list[int] = []
+    counts = [0, 0]
+    for address, code in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);", sass):
+        regions = [end for end in regions if end > int(address, 16)]
+        meets = re.search(r"\bBSSY\S* B\d+, 0x([0-9a-f]+)", code)
+        if meets:
+            regions.append(int(meets[1], 16))
+        if re.search(r"\b([HD]MMA|LDSM)\b", code):
+            counts[len(regions) > 0] += 1
+    return counts[0], counts[1]
+
+
+def test_a_product_in_a_divided_region_is_seen() -> None:
+    lines = [
+        "BSSY.RECONVERGENT B0, 0x30",
+        "@P0 BRA 0x20",
+        "HMMA.16816.F32 R0",
+        "BSYNC B0",
+        "DMMA R1",
+    ]
+    sass = "".join(f"  /*{16 * k:04x}*/  {line} ;\n" for k, line in enumerate(lines))
+    assert tensor_instructions(sass) == (1, 1)

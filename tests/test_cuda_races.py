@@ -73,7 +73,16 @@ ROW_LOSS = "static_cast<Number*>(call.row_loss)[row] = row_loss;"
             "nobody has written it: .* of space",
         ),
         ("sync_grid();\n  const Shares", "const Shares", "(race|nobody) .* of space"),
-        ("sync_grid();\n    const int", "const int", "(race|nobody) .* of space"),
+        (
+            "sync_grid();\n    const int pieces = (by",
+            "const int pieces = (by",
+            "a race .* of space",
+        ),
+        (
+            "sync_grid();\n    const int pieces = (sh",
+            "const int pieces = (sh",
+            "a race .* of space",
+        ),
         (
             "sync_warp();\n}",
             "if (p.lane.index > 0) sync_warp();\n}",
