@@ -12,7 +12,7 @@
 // is done again with the true maxima.
 //
 // The row coefficient scales the small matrices q and dq, never e. Hits are found by looking the
-// row's id up among the sorted candidate ids, so they cost nothing per element either. Padded rows
+// row's id up among the candidate ids by hash, so they cost nothing per element either. Padded rows
 // are left out when a block is gathered. Where there are fewer candidates than make a part for
 // every thread, groups of threads take ranges of rows, and their dc are added in their order.
 
@@ -82,7 +82,7 @@ class Kernel {
   void logits(Part& w, int64_t j0, int64_t j1, T* s, Reference reference);
   void find_tops(Part& w);
   void exponentials(Part& w, int64_t round, Reference reference);
-  void add_dq(Part& w, int64_t round, int64_t j0, int64_t columns, const T* e, int64_t width);
+  void add_dq(Part& w, int64_t round, int64_t j0, int64_t columns, const T* e);
   void finish_rows(Part& w, int64_t round);
   bool counts(Part& w, int64_t tile, int64_t segment);
   void products(Part& w, int64_t round);
@@ -175,22 +175,22 @@ void Kernel<T>::begin(Part& w, int64_t round) {
     row.count = p_.candidates - padded_ - (p_.positive == nullptr);
     if (p_.positive_ids == nullptr) continue;
     const int64_t id = p_.positive_ids[i];
-    for (auto hit = index_.find(id, 0); hit != index_.end() && hit->first == id; ++hit) {
-      const int64_t j = hit->second;
+    IdIndex::Hits hits = index_.find(id, 0);
+    IdIndex::visit(hits, id, p_.candidates, [&](int64_t j) {
       row.count -= !padding(j) && (p_.positive != nullptr || j != p_.own(i));
-    }
+    });
   }
 }
 
-// s [b, j1 - j0] = the products of the block with candidates [j0, j1), -inf where one is excluded.
+// s = the products of the block with candidates [j0, j1), -inf where one is excluded.
 // With the maximum as reference they are finished logits z, because an infinite log-Q of an
 // excluded candidate would make NaN of -inf later.
 template <typename T>
 void Kernel<T>::logits(Part& w, int64_t j0, int64_t j1, T* s, Reference reference) {
   const int width = static_cast<int>(j1 - j0), dim = static_cast<int>(p_.dim);
   gemm('T', 'N', width, static_cast<int>(w.row.size()), dim, p_.candidate + j0 * dim, dim,
-       w.query.get(), dim, T(0), s, width);
-  for (size_t r = 0; r < w.row.size(); ++r, s += width) {
+       w.query.get(), dim, T(0), s, static_cast<int>(w.stride));
+  for (size_t r = 0; r < w.row.size(); ++r, s += w.stride) {
     const int64_t i = w.row[r];
     if (reference == Reference::kMaximum) {
       const T inverse = T(1) / w.rows[r].tau;
@@ -203,11 +203,8 @@ void Kernel<T>::logits(Part& w, int64_t j0, int64_t j1, T* s, Reference referenc
     }
     if (p_.positive_ids == nullptr) continue;
     const int64_t id = p_.positive_ids[i];
-    auto& hit = w.hit[r];
-    if (j0 == w.first) hit = index_.find(id, j0);
-    for (; hit != index_.end() && hit->first == id && hit->second < j1; ++hit) {
-      s[hit->second - j0] = -kInfinity<T>;
-    }
+    if (j0 == w.first) w.hits[r] = index_.find(id, j0);
+    IdIndex::visit(w.hits[r], id, j1, [&](int64_t j) { s[j - j0] = -kInfinity<T>; });
   }
 }
 
@@ -217,7 +214,7 @@ void Kernel<T>::find_tops(Part& w) {
   team_.for_tiles(w, [&](int64_t j0, int64_t j1, int64_t, T* s) {
     logits(w, j0, j1, s, Reference::kMaximum);
     for (size_t r = 0; r < w.row.size(); ++r) {
-      w.top[r] = std::max(w.top[r], row_max(s + r * (j1 - j0), j1 - j0));
+      w.top[r] = std::max(w.top[r], row_max(s + r * w.stride, j1 - j0));
     }
   });
 }
@@ -240,7 +237,7 @@ void Kernel<T>::exponentials(Part& w, int64_t round, Reference reference) {
     const int64_t width = j1 - j0;
     logits(w, j0, j1, e, reference);
     for (int64_t r = 0; r < rows; ++r) {
-      T* own = e + r * width;
+      T* own = e + r * w.stride;
       if (reference == Reference::kMaximum) {
         report.sum[r] += row_exp<T>(own, T(1), nullptr, finite_reference(w.m[r]), width);
       } else {
@@ -254,7 +251,7 @@ void Kernel<T>::exponentials(Part& w, int64_t round, Reference reference) {
         team_.segment_top(w, tile, k / kSegment)[r] = top;
       }
     }
-    if (out_.query != nullptr && !late_) add_dq(w, round, j0, width, e, width);
+    if (out_.query != nullptr && !late_) add_dq(w, round, j0, width, e);
   });
   report.trusted = true;
   for (int64_t r = 0; r < rows; ++r) {
@@ -262,13 +259,12 @@ void Kernel<T>::exponentials(Part& w, int64_t round, Reference reference) {
   }
 }
 
-// dq += e c over some columns of a tile [b, width], from candidate j0 on.
+// dq += e c over some columns of a tile, from candidate j0 on.
 template <typename T>
-void Kernel<T>::add_dq(Part& w, int64_t round, int64_t j0, int64_t columns, const T* e,
-                       int64_t width) {
+void Kernel<T>::add_dq(Part& w, int64_t round, int64_t j0, int64_t columns, const T* e) {
   const int dim = static_cast<int>(p_.dim);
   gemm('N', 'N', dim, static_cast<int>(w.row.size()), static_cast<int>(columns),
-       p_.candidate + j0 * dim, dim, e, static_cast<int>(width), T(1), w.report(round).dq.get(),
+       p_.candidate + j0 * dim, dim, e, static_cast<int>(w.stride), T(1), w.report(round).dq.get(),
        dim);
 }
 
@@ -306,7 +302,7 @@ void Kernel<T>::products(Part& w, int64_t round) {
   team_.for_tiles(w, [&](int64_t j0, int64_t j1, int64_t tile, T* e) {
     const int64_t width = j1 - j0;
     for (int64_t r = 0; r < rows; ++r) {
-      if (w.results[r].scale == 0) std::fill_n(e + r * width, width, T(0));
+      if (w.results[r].scale == 0) std::fill_n(e + r * w.stride, width, T(0));
     }
     // Runs of segments that count; everything is one run where nothing is left out.
     for (int64_t k = 0, end; k < width; k = end) {
@@ -316,14 +312,14 @@ void Kernel<T>::products(Part& w, int64_t round) {
         end = std::min(end + kSegment, width);
       }
       if (!counting) continue;
-      if (late_ && out_.query != nullptr) add_dq(w, round, j0 + k, end - k, e + k, width);
+      if (late_ && out_.query != nullptr) add_dq(w, round, j0 + k, end - k, e + k);
       if (dc != nullptr) {
         gemm('N', 'T', dim, static_cast<int>(end - k), height, w.scaled.get(), dim, e + k,
-             static_cast<int>(width), T(1), dc + (j0 + k) * d, dim);
+             static_cast<int>(w.stride), T(1), dc + (j0 + k) * d, dim);
       }
       for (int64_t r = 0; d_log_q != nullptr && r < rows; ++r) {
         const T scale = w.results[r].scale * w.rows[r].tau;
-        const T* own = e + r * width;
+        const T* own = e + r * w.stride;
 #pragma omp simd
         for (int64_t j = k; j < end; ++j) d_log_q[j0 + j] -= scale * own[j];
       }
