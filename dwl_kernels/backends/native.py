@@ -43,7 +43,7 @@ def solve(
 ) -> Output:
     """The loss and the wanted gradients, with the logits of a block of rows in memory."""
     weights = problem.row_weights()
-    query, positive, candidates = (t.contiguous() for t in eager.embeddings(problem, weights))
+    query, positive, candidates = (t.contiguous() for t in _embeddings(problem, weights))
     if problem.candidate_rows is not None:
         output = torch.ops.dwl_kernels_native.indexed_softmax(
             query,
@@ -102,6 +102,19 @@ def table_gradient(
         compact,
     )
     return values, distinct
+
+
+def _embeddings(problem: Problem, weights: RowWeights) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`eager.embeddings`, without copies of positives that the kernel finds itself."""
+    padded_batch = problem.in_batch and weights.active is not None
+    if problem.positive is not None or problem.dual is not None or padded_batch:
+        return eager.embeddings(problem, weights)
+    query, candidates = problem.query.to(problem.accumulate), problem.candidates
+    if weights.active is not None:
+        query = query.masked_fill(~weights.active[:, None], 0)
+    if not problem.by_row:
+        candidates = candidates.to(problem.accumulate)
+    return query, query, candidates
 
 
 def _output(
