@@ -68,7 +68,8 @@ capability=$("$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_c
 shapes=small,two-tower,sequence,wide,catalogue,per-example # the growth is left to `make bench`
 part compile 75 bash -c "
     $python -m dwl_kernels build --cuda $capability --dim 16 32 64 96 128 192 256 & built=\$!
-    $python -m benchmarks.speed.warm --shapes $shapes && wait \$built"
+    $python -m benchmarks.speed.warm --shapes $shapes; warmed=\$?
+    wait \$built && exit \$warmed"
 part speed 200 "$python" -m benchmarks.speed --out "$out" --shapes $shapes
 part alone 45 $pytest -m gpu -k "$alone" $tests
 export OMP_NUM_THREADS=1

@@ -102,6 +102,42 @@ def test_graph_replay_computes_the_new_inputs(kernel: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
 
 
+@pytest.mark.parametrize("sizes", [(1, 16, 17, 128), (128, 127, 16, 1)], ids=str)
+def test_batches_of_other_sizes_follow_each_other(kernel: str, sizes: tuple[int, ...]) -> None:
+    """A kernel that was compiled for lengths of 1, or multiples of 16, takes no others."""
+    for rows in sizes:
+        case = cases.Case("device", rows=rows, candidates=rows, dim=20, **cases._FULL_ROWS)
+        cases.check(case, kernel, torch.float32, device="cuda")
+
+
+def test_embeddings_at_odd_addresses(kernel: str) -> None:
+    inputs = batch(300, 500, 64)
+    expected = step(inputs, kernel)
+    odd = {}
+    for name, value in inputs.items():
+        space = torch.empty(value.numel() + 1, dtype=value.dtype, device="cuda")
+        odd[name] = space[1:].view(value.shape).copy_(value.detach()).requires_grad_()
+    for got, wanted in zip(step(odd, kernel), expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=2e-2, atol=1e-6)
+
+
+def test_torch_compile_makes_graphs_of_the_step(kernel: str) -> None:
+    def loss(query: torch.Tensor, positive: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
+        return dwl_kernels.sampled_softmax_loss(
+            query, positive, negative, temperature=0.05, backend=kernel
+        )
+
+    inputs = batch(1024, 512, 64)
+    compiled = torch.compile(loss, mode="reduce-overhead")
+    for _ in range(4):  # it warms up, captures and replays
+        torch.compiler.cudagraph_mark_step_begin()
+        value = compiled(**inputs)
+        got = (value.detach().clone(), *torch.autograd.grad(value, list(inputs.values())))
+        assert all(torch.equal(a, b) for a, b in zip(got, step(inputs, kernel), strict=True))
+        with torch.no_grad():
+            inputs["query"].copy_(inputs["query"].roll(1, 0))
+
+
 def test_two_streams_at_once(kernel: str) -> None:
     """A cooperative launch takes the whole device; the second waits and must not hang or mix."""
     inputs = [batch(4096, 4096, 64), batch(2048, 8192, 64)]
