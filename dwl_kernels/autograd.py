@@ -12,14 +12,15 @@ Where candidates are drawn by row from a table, the op returns the gradients of 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from dwl_kernels import backends
 from dwl_kernels.once import once
-from dwl_kernels.problem import DualScale, Problem, Wanted, no_autocast
+from dwl_kernels.problem import NUM_TENSORS, DualScale, Output, Problem, Wanted, no_autocast
 from dwl_kernels.table import table_gradient
 
 # The fields of `Problem` in their order, then the call.
@@ -32,10 +33,7 @@ _SCHEMA = """softmax_loss(
     float skip_threshold, float[]? dual,
     Tensor? row_grad, bool[] wanted, str backend
 ) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"""
-_NUM_FIELDS = 19
-_NUM_TENSORS = 13  # of them, first
-_SOURCES = (0, 1, 2, 6, 12, 10)  # which fields `Wanted` speaks of, in its order
-_NOTHING = Wanted(*(False,) * len(_SOURCES))
+_NOTHING = Wanted(*(False,) * len(Wanted._fields))
 
 _library = torch.library.Library("dwl_kernels", "DEF")
 _library.define(_SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
@@ -54,89 +52,118 @@ def softmax_loss(problem: Problem, backend: str = "auto", sparse_grad: bool = Fa
     `sparse_grad` makes the gradient of a table from which candidates are drawn by row sparse.
     """
     backends.check_name(backend)
-    fields = _fields(problem)
+    if torch.compiler.is_compiling():
+        # It refuses one tensor in two places of an autograd.Function.
+        distinct: Any = [f.view_as(f) if isinstance(f, Tensor) else f for f in problem]
+        problem = Problem(*distinct)
     if torch.is_grad_enabled():
-        wanted = Wanted(*[t is not None and t.requires_grad for t in _sources(fields)])
-        if problem.by_row:
-            wanted = wanted._replace(positive=wanted.candidates)
-        if any(wanted):
-            return _SoftmaxLoss.apply(*fields, wanted, backend, sparse_grad)
-    return torch.ops.dwl_kernels.softmax_loss(*fields, None, _NOTHING, backend)[0]
+        sources = problem.sources()
+        wanted = Wanted(*[t is not None and t.requires_grad for t in sources])
+        if True in wanted:
+            leaves = [t for t, want in zip(sources, wanted, strict=True) if want]
+            if problem.by_row:  # the gradient of the table follows from those of all products
+                wanted = wanted._replace(positive=wanted.candidates)
+            return _SoftmaxLoss.apply((problem, wanted, backend, sparse_grad), *leaves)
+    return _solved(problem, None, _NOTHING, backend).loss
 
 
 class _SoftmaxLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> Tensor:
-        *fields, wanted, backend, sparse_grad = args
-        problem = _problem(fields)
-        ctx.wanted, ctx.backend, ctx.reduction = wanted, backend, problem.reduction
-        sources = _sources(fields)
-        ctx.dtypes = _dtypes(problem, sources)
-        ctx.table = None
-        if problem.by_row and wanted.candidates:
-            ctx.table = (len(problem.candidates), problem.candidates.dtype, sparse_grad, backend)
+    def forward(ctx: Any, call: Any, *leaves: Tensor) -> Tensor:
+        problem, wanted, backend, sparse_grad = call
         ctx.set_materialize_grads(False)
+        dtypes = [t.dtype for t in leaves]
+        table: Any = None
+        draws: Any = ()
+        constants = None
+        if problem.by_row and wanted.candidates:
+            at = int(wanted.query)
+            dtypes[at : at + 1] = [problem.candidate_gradient] * 2
+            table = (at, len(problem.candidates), problem.candidates.dtype, sparse_grad, backend)
+            draws = _draws(problem)
         if problem.reduction == "none":
-            loss, *_ = torch.ops.dwl_kernels.softmax_loss(*fields, None, _NOTHING, backend)
-            ctx.save_for_backward(*fields[:_NUM_TENSORS])
-            ctx.constants = fields[_NUM_TENSORS:]
-            return loss
-        loss, *gradients = torch.ops.dwl_kernels.softmax_loss(*fields, None, list(wanted), backend)
-        kept = [g if w else None for g, w in zip(gradients, wanted, strict=True)]
-        draws = (None, None, None) if ctx.table is None else _draws(problem)
-        ctx.save_for_backward(*kept, *draws, _anchor(sources, wanted))
+            loss = _solved(problem, None, _NOTHING, backend).loss
+            kept, constants = problem.tensors(), problem[NUM_TENSORS:]
+        else:
+            loss, *gradients = _solved(problem, None, wanted, backend)
+            kept = [g for g in gradients if g is not None]
+        ctx.call = wanted, backend, dtypes, table, constants, len(kept)
+        ctx.save_for_backward(*kept, leaves[0], *draws)
         return loss
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         (grad,) = upstream
-        nothing = (None,) * (_NUM_FIELDS + 3)
         if grad is None:
-            return nothing
-        gradients: list[Tensor | None]
-        if ctx.reduction == "none":
-            fields = [*ctx.saved_tensors, *ctx.constants]
-            draws, anchor = _draws(_problem(fields)), _anchor(_sources(fields), ctx.wanted)
-            _, *gradients = torch.ops.dwl_kernels.softmax_loss(
-                *(f if f is None else f.detach() for f in ctx.saved_tensors),
-                *ctx.constants,
-                grad.detach().contiguous(),
-                list(ctx.wanted),
-                ctx.backend,
-            )
-            gradients = [
-                g.to(dtype) if w else None  # type: ignore[union-attr]
-                for g, dtype, w in zip(gradients, ctx.dtypes, ctx.wanted, strict=True)
-            ]
+            return (None,) * len(ctx.needs_input_grad)
+        wanted, backend, dtypes, table, constants, num = ctx.call
+        saved, grad = ctx.saved_tensors, grad.detach()
+        kept, anchor, draws = saved[:num], saved[num], saved[num + 1 :]
+        gradients: list[Any]
+        if constants is None:
+            gradients = [*_scaled(kept, grad, dtypes)]
         else:
-            gradients = list(ctx.saved_tensors[:-4])
-            query, positive_ids, candidate_ids, anchor = ctx.saved_tensors[-4:]
-            draws = (query, positive_ids, candidate_ids)
-            present = [k for k, g in enumerate(gradients) if g is not None]
-            products = torch.ops.dwl_kernels.scale(
-                [gradients[k] for k in present],
-                grad.detach(),
-                [_DTYPES.index(ctx.dtypes[k]) for k in present],
-            )
-            for k, product in zip(present, products, strict=True):
-                gradients[k] = product
-        if ctx.table is not None:
+            detached: Any = [t if t is None else t.detach() for t in kept]
+            problem = Problem(*detached, *constants)
+            _, *found = _solved(problem, grad.contiguous(), wanted, backend)
+            present = [g for g in found if g is not None]
+            gradients = [g.to(dtype) for g, dtype in zip(present, dtypes, strict=True)]
+        if table is not None:
+            at, *options = table
             query, positive_ids, candidate_ids = draws
-            by_row: list[Any] = [gradients[1][:, None], gradients[2]]  # type: ignore[index]
+            products = [gradients[at][:, None], gradients[at + 1]]
             ids = [positive_ids[:, None], candidate_ids]
-            gradients[1:3] = None, table_gradient(query.detach(), ids, by_row, *ctx.table)
-        placed: list[Tensor | None] = [*nothing]
-        for place, gradient in zip(_SOURCES, gradients, strict=True):
-            placed[place] = None if gradient is None else once(gradient, anchor)
-        return tuple(placed)
+            gradient = table_gradient(query.detach(), ids, products, *options)
+            gradients[at : at + 2] = [gradient]
+        if torch.is_grad_enabled():
+            gradients = [once(g, anchor) for g in gradients]
+        return None, *gradients
 
 
-def _scale(gradients: list[Tensor], upstream: Tensor, places: list[int]) -> list[Tensor]:
+def _solved(problem: Problem, row_grad: Tensor | None, wanted: Wanted, backend: str) -> Output:
+    """The output of the registered op, straight from the backend where nobody watches."""
+    if not _watched(problem.tensors()):
+        return _solve(problem, row_grad, wanted, backend)
+    call = (*_fields(problem), row_grad, list(wanted), backend)
+    loss, *gradients = torch.ops.dwl_kernels.softmax_loss(*call)
+    return Output(loss, *[g if w else None for g, w in zip(gradients, wanted, strict=True)])
+
+
+def _scaled(
+    gradients: Sequence[Tensor], upstream: Tensor, dtypes: list[torch.dtype]
+) -> Sequence[Tensor]:
+    """The products of the op ``scale``, likewise."""
+    if not _watched((*gradients, upstream)):
+        return _products([*gradients], upstream, dtypes)
+    places = [_DTYPES.index(dtype) for dtype in dtypes]
+    return torch.ops.dwl_kernels.scale(gradients, upstream, places)
+
+
+def _watched(tensors: Sequence[Any]) -> bool:
+    """Whether a call must go through PyTorch's dispatcher, which takes its time.
+
+    It must where a compiler, a mode or a transform wants to see the op and not what it consists of,
+    and where tensors are of a subclass or, all of them, without memory.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or not _PLAIN.issuperset(map(type, tensors))
+        or tensors[0].is_meta
+    )
+
+
+_PLAIN = {Tensor, Parameter, type(None)}
+
+
+def _products(gradients: list[Tensor], upstream: Tensor, dtypes: list[torch.dtype]) -> list[Tensor]:
     """``gradient * upstream``, out of place so that backward may run twice.
 
     The product is made in float32: a loss scaler's 65536 is infinite in float16.
     """
-    dtypes = [_DTYPES[place] for place in places]
     if upstream.is_cuda and backends.why_not("triton", "cuda") is None:
         return backends.triton.scaled(gradients, upstream, dtypes)
     products = []
@@ -146,45 +173,11 @@ def _scale(gradients: list[Tensor], upstream: Tensor, places: list[int]) -> list
     return products
 
 
-def _fake_scale(gradients: list[Tensor], upstream: Tensor, places: list[int]) -> list[Tensor]:
-    return [
-        g.new_empty(g.shape, dtype=_DTYPES[place])
-        for g, place in zip(gradients, places, strict=True)
-    ]
-
-
-def _fields(problem: Problem) -> tuple[Any, ...]:
-    p = problem
-    return (
-        *(p.query, p.positive, p.candidates, p.target, p.candidate_rows),
-        *(p.positive_log_q, p.candidate_log_q, p.positive_ids, p.candidate_ids),
-        *(p.domain_ids, p.domain_weights, p.example_weights),
-        *(p.temperature, p.tau, p.ignore_index, p.correction, p.reduction),
-        *(p.skip_threshold, _numbers(p.dual)),
-    )
-
-
-def _numbers(dual: DualScale | None) -> list[float] | None:
-    return None if dual is None else [float(number) for number in dual]
-
-
-def _problem(fields: Sequence[Any]) -> Problem:
-    """The problem of what `_fields` gave."""
-    *others, dual = fields
-    if dual is not None:
-        hardness, similarity, slate_size, competition = dual
-        dual = DualScale(hardness, similarity, int(slate_size), competition)
-    return Problem(*[*others, dual])
-
-
-def _sources(fields: Sequence[Any]) -> list[Tensor | None]:
-    """The tensors of `Wanted`, in its order."""
-    return [fields[place] for place in _SOURCES]
-
-
-def _anchor(sources: list[Tensor | None], wanted: Wanted) -> Tensor:
-    """A tensor that takes a gradient."""
-    return cast("Tensor", sources[wanted.index(True)])
+def _solve(problem: Problem, row_grad: Tensor | None, wanted: Wanted, backend: str) -> Output:
+    solve = backends.pick(backend, problem)
+    # The problem has been cast to the autocast dtype already; the sums in between must not be.
+    with no_autocast(problem.query.device.type):
+        return solve(problem, wanted, row_grad)
 
 
 def _draws(problem: Problem) -> tuple[Any, Any, Any]:
@@ -192,32 +185,38 @@ def _draws(problem: Problem) -> tuple[Any, Any, Any]:
     return problem.query, problem.target, problem.candidate_rows
 
 
-def _dtypes(problem: Problem, sources: list[Tensor | None]) -> list[torch.dtype | None]:
-    """The dtypes of the gradients of `Wanted`, by row those of the products in their place."""
-    dtypes = [None if t is None else t.dtype for t in sources]
-    if problem.by_row:
-        dtypes[1:3] = [problem.candidate_gradient] * 2
-    return dtypes
+# The registered ops.
 
 
-def _solve(*args: Any) -> tuple[Tensor, ...]:
+def _fields(problem: Problem) -> tuple[Any, ...]:
+    """The problem as arguments of the op."""
+    dual = problem.dual
+    return *problem[:-1], None if dual is None else [float(number) for number in dual]
+
+
+def _problem(fields: list[Any]) -> Problem:
+    """The problem of what `_fields` gave."""
+    dual = fields[-1]
+    if dual is not None:
+        hardness, similarity, slate_size, competition = dual
+        dual = DualScale(hardness, similarity, int(slate_size), competition)
+    return Problem(*[*fields[:-1], dual])
+
+
+def _softmax_loss(*args: Any) -> tuple[Tensor, ...]:
     *fields, row_grad, wanted, backend = args
     problem = _problem(fields)
-    solve = backends.pick(backend, problem)
-    # The problem has been cast to the autocast dtype already; the sums in between must not be.
-    with no_autocast(problem.query.device.type):
-        output = solve(problem, Wanted(*wanted), row_grad)
+    output = _solve(problem, row_grad, Wanted(*wanted), backend)
     # An op cannot return None; a gradient that is not wanted is an empty tensor.
     return tuple([problem.query.new_empty(0) if t is None else t for t in output])
 
 
-def _fake(*args: Any) -> tuple[Tensor, ...]:
+def _fake_softmax_loss(*args: Any) -> tuple[Tensor, ...]:
     *fields, _row_grad, wanted, _backend = args
     problem = _problem(fields)
     rows = (problem.query.shape[0],) if problem.reduction == "none" else ()
     loss = problem.query.new_empty(rows, dtype=problem.accumulate)
-    sources = _sources(fields)
-    shapes = [None if t is None else t.shape for t in sources]
+    shapes = [None if t is None else t.shape for t in problem.sources()]
     if problem.candidate_rows is not None:
         shapes[1:3] = problem.query.shape[:1], problem.candidate_rows.shape
     dtypes = (problem.gradient, *(problem.candidate_gradient,) * 2, *(problem.accumulate,) * 3)
@@ -230,7 +229,18 @@ def _fake(*args: Any) -> tuple[Tensor, ...]:
     return (loss, *gradients)
 
 
-_library.impl("softmax_loss", _solve, "CompositeExplicitAutograd")
-torch.library.register_fake("dwl_kernels::softmax_loss", _fake)
+def _scale(gradients: list[Tensor], upstream: Tensor, places: list[int]) -> list[Tensor]:
+    return _products(gradients, upstream, [_DTYPES[place] for place in places])
+
+
+def _fake_scale(gradients: list[Tensor], upstream: Tensor, places: list[int]) -> list[Tensor]:
+    return [
+        g.new_empty(g.shape, dtype=_DTYPES[place])
+        for g, place in zip(gradients, places, strict=True)
+    ]
+
+
+_library.impl("softmax_loss", _softmax_loss, "CompositeExplicitAutograd")
+torch.library.register_fake("dwl_kernels::softmax_loss", _fake_softmax_loss)
 _library.impl("scale", _scale, "CompositeExplicitAutograd")
 torch.library.register_fake("dwl_kernels::scale", _fake_scale)

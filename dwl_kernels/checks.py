@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, cast, get_args
+import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,31 +28,26 @@ def check_embeddings(**named: Tensor) -> list[Tensor]:
                 f"{name} has dtype {value.dtype}; wanted float32, float64, bfloat16 or float16"
             )
     query = named["query"]
-    if query.dim() < 2:
+    shape = query.shape
+    if len(shape) < 2:
         raise ValueError(
-            f"query has shape {list(query.shape)}; wanted [B, D], or [..., D] with leading "
+            f"query has shape {list(shape)}; wanted [B, D], or [..., D] with leading "
             "dimensions; a single query is query[None]"
         )
-    if query.shape[-1] == 0:
+    if shape[-1] == 0:
         raise ValueError("query has embeddings of size 0; wanted at least 1")
-    wanted = {
-        "positive": list(query.shape),
-        "negative": f"[N, {query.shape[-1]}]",
-        "table": f"[V, {query.shape[-1]}]",
-    }
     for name, value in named.items():
-        if value.device != query.device:
-            raise ValueError(
-                f"{name} is on {value.device} but query is on {query.device}; move one of them"
-            )
-        if name in ("negative", "table"):
-            fits = value.dim() == 2 and value.shape[-1] == query.shape[-1]
+        check_device(name, value, query)
+        letter = _LETTERS.get(name)
+        if letter is None:
+            fits = value.shape == shape
         else:
-            fits = value.shape == query.shape
+            fits = value.dim() == 2 and value.shape[-1] == shape[-1]
         if not fits:
+            wanted = list(shape) if letter is None else f"[{letter}, {shape[-1]}]"
             raise ValueError(
-                f"{name} has shape {list(value.shape)}; wanted {wanted[name]} to match query "
-                f"{list(query.shape)}"
+                f"{name} has shape {list(value.shape)}; wanted {wanted} to match query "
+                f"{list(shape)}"
             )
     dtype = autocast_dtype(query)
     if dtype is not None:
@@ -64,6 +59,9 @@ def check_embeddings(**named: Tensor) -> list[Tensor]:
                 "run under torch.autocast"
             )
     return list(named.values())
+
+
+_LETTERS = {"negative": "N", "table": "V"}  # embeddings whose number is free
 
 
 def autocast_dtype(query: Tensor) -> torch.dtype | None:
@@ -80,6 +78,9 @@ def check_tensor(name: str, value: object) -> Tensor:
 
 
 def check_dense(name: str, value: object) -> None:
+    # By type, so that importing the package does not import torch.distributed; the bases of a
+    # Parameter torch.compile does not trace.
+    plain = type(value) in (Tensor, Parameter)
     value = check_tensor(name, value)
     if value.layout != torch.strided:
         raise TypeError(
@@ -87,21 +88,21 @@ def check_dense(name: str, value: object) -> None:
         )
     if value.is_quantized:
         raise TypeError(f"{name} is quantised; call .dequantize() first")
-    # By name, so that importing the package does not import torch.distributed; and not of a
-    # Parameter, whose bases torch.compile does not trace.
-    if type(value) not in (Tensor, Parameter) and any(
-        kind.__name__ == "DTensor" for kind in type(value).__mro__
-    ):
+    if not plain and any(kind.__name__ == "DTensor" for kind in type(value).__mro__):
         raise TypeError(f"{name} is a DTensor; pass the local part, {name}.to_local()")
 
 
-def check_shape(name: str, value: Tensor, shape: Sequence[int], query: Tensor) -> None:
+def check_shape(name: str, value: Tensor, shape: tuple[int, ...], query: Tensor) -> None:
     check_dense(name, value)
-    if list(value.shape) != list(shape):
+    if value.shape != shape:
         raise ValueError(
             f"{name} has shape {list(value.shape)}; wanted {list(shape)} for query "
             f"{list(query.shape)}"
         )
+    check_device(name, value, query)
+
+
+def check_device(name: str, value: Tensor, query: Tensor) -> None:
     if value.device != query.device:
         raise ValueError(
             f"{name} is on {value.device} but query is on {query.device}; move one of them"
@@ -114,15 +115,16 @@ def both_or_none(first: str, a: Tensor | None, second: str, b: Tensor | None) ->
         raise ValueError(f"{got} is given without {missing}; pass both, or neither")
 
 
-def flat_ids(query: Tensor, **named: tuple[Tensor | None, Sequence[int]]) -> list[Tensor | None]:
+def flat_ids(query: Tensor, **named: tuple[Tensor | None, tuple[int, ...]]) -> list[Tensor | None]:
     """Ids flattened, in one common dtype: a kernel compares them bit by bit."""
+    dtype = torch.int32
     for name, (value, shape) in named.items():
         if value is not None:
             check_shape(name, value, shape, query)
             check_integer(name, value)
-    dtypes = {value.dtype for value, _ in named.values() if value is not None}
-    dtype = torch.int32 if dtypes == {torch.int32} else torch.int64
-    return [None if v is None else v.reshape(-1).to(dtype) for v, _ in named.values()]
+            if value.dtype != torch.int32:
+                dtype = torch.int64
+    return [None if v is None else flat(cast_to(dtype, v)) for v, _ in named.values()]
 
 
 def check_integer(name: str, value: Tensor) -> None:
@@ -135,22 +137,37 @@ def floating(name: str, value: Tensor, query: Tensor, *, differentiable: bool = 
         raise TypeError(f"{name} has dtype {value.dtype}; wanted a floating dtype such as float32")
     if value.requires_grad and not differentiable and torch.is_grad_enabled():
         raise ValueError(f"{name} requires a gradient, which this loss does not give: detach it")
-    return value.to(accumulate_dtype(query.dtype))
+    return cast_to(accumulate_dtype(query.dtype), value)
+
+
+# Calls of an op that change nothing take longer than the question whether they would.
+
+
+def cast_to(dtype: torch.dtype, value: Tensor) -> Tensor:
+    return value if value.dtype == dtype else value.to(dtype)
+
+
+def flat(value: Tensor) -> Tensor:
+    return value if value.dim() == 1 else value.reshape(-1)
+
+
+def flat_rows(value: Tensor) -> Tensor:  # [B, D]
+    return value if value.dim() == 2 else value.reshape(-1, value.shape[-1])
 
 
 def flat_log_q(
-    name: str, value: Tensor | None, shape: Sequence[int], query: Tensor
+    name: str, value: Tensor | None, shape: tuple[int, ...], query: Tensor
 ) -> Tensor | None:
     if value is None:
         return None
     check_shape(name, value, shape, query)
-    return floating(name, value, query).reshape(-1)
+    return flat(floating(name, value, query))
 
 
 def check_choice(name: str, value: str, choices: Any) -> None:
     """ValueError for what is none of the choices of a Literal."""
-    if value not in get_args(choices):
-        raise ValueError(f"{name} is {value!r}; wanted one of {get_args(choices)}")
+    if value not in choices.__args__:
+        raise ValueError(f"{name} is {value!r}; wanted one of {choices.__args__}")
 
 
 def row_arguments(
@@ -163,7 +180,7 @@ def row_arguments(
     reduction: str,
 ) -> dict[str, Any]:
     """What every loss takes per row, as keyword arguments of `Problem`."""
-    leading = list(query.shape[:-1])
+    leading = query.shape[:-1]
     check_choice("correction", correction, Correction)
     check_choice("reduction", reduction, Reduction)
     if domain_ids is not None:
@@ -173,16 +190,16 @@ def row_arguments(
                 "[num_domains]"
             )
         check_dense("domain_ids", domain_ids)
-        shape = leading
-        if list(domain_ids.shape) != leading:
+        slots = 1
+        if domain_ids.shape != leading:
             # [B, G]: the number of slots is free
-            shape = [*leading, domain_ids.shape[-1] if domain_ids.dim() else 0]
-        check_shape("domain_ids", domain_ids, shape, query)
+            slots = domain_ids.shape[-1] if domain_ids.dim() else 0
+            check_shape("domain_ids", domain_ids, (*leading, slots), query)
+        check_device("domain_ids", domain_ids, query)
         check_integer("domain_ids", domain_ids)
         if domain_ids.dtype != torch.int32:
-            domain_ids = domain_ids.to(torch.int64)
-        slots = 1 if shape == leading else shape[-1]
-        domain_ids = domain_ids.reshape(query.shape[:-1].numel(), slots)
+            domain_ids = cast_to(torch.int64, domain_ids)
+        domain_ids = domain_ids.reshape(leading.numel(), slots)
     elif domain_weights is not None:
         raise ValueError(
             "domain_weights is given without domain_ids; pass the domains, [B] or [B, G]"
@@ -194,31 +211,29 @@ def row_arguments(
                 f"domain_weights has shape {list(domain_weights.shape)}; wanted [num_domains] with "
                 "at least one domain"
             )
-        check_shape("domain_weights", domain_weights, domain_weights.shape, query)
+        check_device("domain_weights", domain_weights, query)
         domain_weights = floating("domain_weights", domain_weights, query, differentiable=True)
     if example_weights is not None:
         check_shape("example_weights", example_weights, leading, query)
         if example_weights.dtype in (torch.bool, *INTEGERS):  # a mask is a weight of 0 or 1
             example_weights = example_weights.to(torch.float32)
-        example_weights = floating("example_weights", example_weights, query).reshape(-1)
-    tau = 1.0
+        example_weights = flat(floating("example_weights", example_weights, query))
+    tau, per_row = 1.0, None
     if isinstance(temperature, Tensor):
-        if temperature.dim():
-            check_shape("temperature", temperature, leading, query)
-        else:
-            check_shape("temperature", temperature, [], query)
-        temperature = floating("temperature", temperature, query, differentiable=True)
-        if temperature.dim():
-            temperature = temperature.reshape(-1)
+        shape = leading if temperature.dim() else ()
+        check_shape("temperature", temperature, shape, query)
+        per_row = floating("temperature", temperature, query, differentiable=True)
+        if per_row.dim():
+            per_row = flat(per_row)
     else:
-        tau, temperature = float(temperature), cast("Tensor", None)
-        if not 0 < tau < float("inf"):
+        tau = float(temperature)
+        if not 0 < tau < math.inf:
             raise ValueError(f"temperature is {tau}; wanted a positive, finite number")
     return {
         "domain_ids": domain_ids,
         "domain_weights": domain_weights,
         "example_weights": example_weights,
-        "temperature": temperature,
+        "temperature": per_row,
         "tau": tau,
         "correction": correction,
         "reduction": reduction,

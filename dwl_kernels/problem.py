@@ -1,8 +1,8 @@
 """The problem that every loss builds and every backend solves.
 
-One frozen dataclass travels from the public functions to the kernels. `validation` builds it, with
-the checks of shapes and dtypes in `checks`; a backend may rely on what they guarantee. Checks of
-tensor *values* would wait for the device, so they stand in :meth:`Problem.row_weights`, which
+One tuple of named fields travels from the public functions to the kernels. `validation` builds it,
+with the checks of shapes and dtypes in `checks`; a backend may rely on what they guarantee. Checks
+of tensor *values* would wait for the device, so they stand in :meth:`Problem.row_weights`, which
 backends call, and cost a CUDA device nothing.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -63,8 +62,7 @@ class Output(NamedTuple):
     domain_weights: Tensor | None = None  # [num_domains]
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """``B`` queries, their positives and ``N`` candidates, with everything that shapes the loss.
 
     Row ``i`` scores candidate ``j`` by ``z_ij = <q_i, c_j> / tau_i - log Q_j`` and its positive by
@@ -98,6 +96,19 @@ class Problem:
     reduction: Reduction = "mean"
     skip_threshold: float = 0.0  # see skippable_below
     dual: DualScale | None = None
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """The fields from ``query`` to ``temperature``."""
+        return self[:NUM_TENSORS]  # type: ignore[return-value]
+
+    def sources(self) -> tuple[Tensor | None, ...]:
+        """What `Wanted` speaks of, in its order."""
+        p = self
+        return p.query, p.positive, p.candidates, p.candidate_log_q, p.temperature, p.domain_weights
+
+    def choices(self) -> tuple[Any, ...]:
+        """The fields after ``tau``."""
+        return self[NUM_TENSORS + 1 :]
 
     @property
     def in_batch(self) -> bool:
@@ -209,6 +220,9 @@ class Problem:
         return self.domain_weights
 
 
+NUM_TENSORS = 13  # the first fields of `Problem`
+
+
 def ids_outside(
     name: str,
     ids: Tensor,  # [B] or [B, K]
@@ -261,7 +275,10 @@ def no_autocast(device_type: str) -> AbstractContextManager[Any]:
     """A context without autocast. Entering one takes time, so it is nothing where it is off."""
     if autocasting(device_type):
         return torch.autocast(device_type, enabled=False)
-    return nullcontext()
+    return _NOTHING
+
+
+_NOTHING = nullcontext()
 
 
 def mean_domain_weight(

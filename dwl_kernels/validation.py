@@ -19,6 +19,7 @@ from dwl_kernels.checks import (
     check_shape,
     flat_ids,
     flat_log_q,
+    flat_rows,
     floating,
     row_arguments,
 )
@@ -63,8 +64,8 @@ def sampled_problem(
         query, domain_ids, domain_weights, example_weights, temperature, correction, reduction
     )
     return Problem(
-        query=query.reshape(-1, query.shape[-1]),
-        positive=positive.reshape(-1, query.shape[-1]),
+        query=flat_rows(query),
+        positive=flat_rows(positive),
         candidates=negative,
         positive_log_q=flat_log_q("positive_log_q", positive_log_q, leading, query),
         candidate_log_q=flat_log_q("negative_log_q", negative_log_q, negative.shape[:1], query),
@@ -130,9 +131,9 @@ def in_batch_problem(
     rows = row_arguments(
         query, domain_ids, domain_weights, example_weights, temperature, correction, reduction
     )
-    positives = positive.reshape(-1, query.shape[-1])
+    positives = flat_rows(positive)
     return Problem(
-        query=query.reshape(-1, query.shape[-1]),
+        query=flat_rows(query),
         positive=None,
         candidates=positives if negative is None else torch.cat((positives, negative)),
         positive_log_q=positive_log_q,
@@ -184,7 +185,7 @@ def full_problem(
         query, domain_ids, domain_weights, example_weights, temperature, "standard", reduction
     )
     return Problem(
-        query=query.reshape(-1, query.shape[-1]),
+        query=flat_rows(query),
         positive=None,
         candidates=table,
         target=target.long(),
@@ -230,7 +231,7 @@ def indexed_problem(
     )
     shape = (leading.numel(), width)
     return Problem(
-        query=query.reshape(-1, query.shape[-1]),
+        query=flat_rows(query),
         positive=None,
         candidates=table,
         target=positive_ids.reshape(-1),
@@ -289,7 +290,4 @@ def _query_and_table(query: Tensor, table: Tensor) -> list[Tensor]:
 
 
 def _joined(first: Tensor | None, second: Tensor | None) -> Tensor | None:
-    if first is None:
-        return None
-    # A view, because torch.compile refuses one tensor in two places of an autograd.Function.
-    return first.view_as(first) if second is None else torch.cat((first, second))
+    return first if first is None or second is None else torch.cat((first, second))

@@ -4,29 +4,36 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import types
 from typing import Any
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from dwl_kernels.backends import triton as host
 from dwl_kernels.backends import triton_launch, triton_scale, triton_table
-from dwl_kernels.backends.triton_launch import launch
+from dwl_kernels.backends.triton_launch import entry_of, launch, workspace
 from dwl_kernels.problem import Problem, Wanted
 
 
 class Compiled:
+    function, packed_metadata = 1, (4, 1, 0)
+
     def __init__(self, calls: list[Any]) -> None:
         self.calls = calls
 
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        return lambda *arguments: self.calls.append(("direct", grid, arguments))
+    def run(self, x: int, y: int, z: int, *others: Any) -> None:
+        assert others[:3] == (STREAM, self.function, self.packed_metadata)
+        assert others[3:6] == (None,) * 3
+        self.calls.append(("direct", (x, y, z), others[6:]))
+
+
+STREAM = 7
 
 
 class Kernel:
@@ -47,33 +54,48 @@ class Kernel:
 @pytest.fixture
 def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
     monkeypatch.setattr(triton_launch, "_compiled", {})
+    monkeypatch.setattr(triton_launch, "_stream", lambda: STREAM)
     return Kernel()
+
+
+def launched(kernel: Kernel, programs: int, key: str, *tensors: torch.Tensor | None) -> None:
+    entry = entry_of(kernel, key, tensors)
+    launch(kernel, programs, entry, tensors, lambda t: (tuple(t), 7), {"num_warps": 4})
 
 
 def ways(kernel: Kernel) -> list[str]:
     return [way for way, *_ in kernel.calls]
 
 
-def test_second_call_goes_straight_to_the_compiled_kernel(kernel: Kernel) -> None:
-    tensors = (torch.zeros(8), None)
+def test_second_call_goes_straight_to_the_compiled_kernel_with_addresses(kernel: Kernel) -> None:
+    x = torch.zeros(8)
     for _ in range(3):
-        launch(kernel, 5, "key", tensors, (tensors, 7), {"num_warps": 4})
-    assert ways(kernel) == ["looked", "direct", "direct"]
-    assert all(call[1:] == ((5, 1, 1), (tensors, 7)) for call in kernel.calls)
+        launched(kernel, 5, "key", x, None)
+    direct = ("direct", (5, 1, 1), ((x.data_ptr(), None), 7))
+    assert kernel.calls == [("looked", (5, 1, 1), ((x, None), 7)), direct, direct]
 
 
 def test_another_key_dtype_or_absence_is_another_kernel(kernel: Kernel) -> None:
     x = torch.zeros(8)
     for key, tensors in (("a", (x,)), ("b", (x,)), ("a", (x.double(),)), ("a", (x, None))):
-        launch(kernel, 1, key, tensors, tensors, {})
+        launched(kernel, 1, key, *tensors)
     assert ways(kernel) == ["looked"] * 4
 
 
 def test_pointers_that_are_not_aligned_take_the_slow_way_and_leave_no_trace(kernel: Kernel) -> None:
     x = torch.zeros(9)
     for tensor in (x[1:], x[:8], x[1:], x[:8]):
-        launch(kernel, 1, "key", (tensor,), (tensor,), {})
+        launched(kernel, 1, "key", tensor)
     assert ways(kernel) == ["looked", "looked", "looked", "direct"]
+
+
+def test_hooks_of_triton_see_every_launch(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its profiler adds some; they are called on Triton's own way."""
+    x = torch.zeros(8)
+    launched(kernel, 1, "key", x)
+    monkeypatch.setattr(knobs.runtime.launch_enter_hook, "calls", [print])
+    launched(kernel, 1, "key", x)
+    assert ways(kernel) == ["looked", "looked"]
 
 
 class Binder:
@@ -83,7 +105,7 @@ class Binder:
         self.found: dict[Any, str] = {}
 
     def __call__(
-        self, kernel: Any, programs: int, key: Any, tensors: Any, arguments: Any, options: Any
+        self, kernel: Any, programs: int, entry: Any, tensors: Any, arguments: Any, *others: Any
     ) -> None:
         marked = getattr(kernel, "do_not_specialize", None)
         if marked is None:  # the interpreter's, where it is on
@@ -91,8 +113,7 @@ class Binder:
         jitted = JITFunction(kernel.fn, do_not_specialize=marked)
         backend = make_backend(GPUTarget("cuda", 90, 32))
         bind = create_function_from_signature(jitted.signature, jitted.params, backend)
-        _, specialization, _ = bind(*arguments)
-        entry = triton_launch.entry_of(kernel, key, tensors)
+        _, specialization, _ = bind(*arguments(tensors))
         assert self.found.setdefault(entry, str(specialization)) == str(specialization)
 
 
@@ -144,11 +165,12 @@ def test_problems_of_other_sizes_may_be_another_kernel(binder: Binder, by_row: b
                     domain_weights=torch.zeros(domains),
                 )
                 wanted = Wanted(True, True, True, False, False, True)
-                host._launch(problem, wanted, None, *host.INTERPRETER)
+                plan = host.plan_of(problem, wanted, None, *host.INTERPRETER)
+                host._launch(problem, wanted, None, plan)
     assert binder.found
 
 
-def test_counter_that_is_kept_is_no_memory_of_a_graph_that_is_being_warmed(
+def test_workspace_that_is_kept_is_no_memory_of_a_graph_that_is_being_warmed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """While `torch.compile` warms a graph, what its thread allocates must be gone at the end."""
@@ -159,12 +181,25 @@ def test_counter_that_is_kept_is_no_memory_of_a_graph_that_is_being_warmed(
         threads.append(threading.get_ident())
         return zeros(*size, dtype=dtype)
 
-    stream = types.SimpleNamespace(cuda_stream=7)
     monkeypatch.setattr(torch, "zeros", allocated)
+    monkeypatch.setattr(torch, "empty", allocated)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
     monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
-    monkeypatch.setattr(host, "_barriers", {})
-    counters = {id(host._barrier(torch.device("cuda", 0))) for _ in range(3)}
-    assert len(counters) == len(threads) == 1
-    assert threads[0] != threading.get_ident()
+    monkeypatch.setattr(triton_launch, "_stream", lambda: STREAM)
+    monkeypatch.setattr(triton_launch, "_spaces", {})
+
+    def space(floats: int, integers: int) -> triton_launch.Space:
+        found = workspace(torch.device("cuda", 0), torch.float32, floats, integers)
+        assert found.barrier.item() == 0
+        return found
+
+    first = space(8, 4)
+    assert space(5, 4) is space(8, 1) is first
+    assert len(threads) == 3
+    larger = space(9, 1)
+    assert (larger.floats.numel(), larger.integers.numel()) == (9, 4)
+    assert threading.get_ident() not in threads
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert space(1, 1).barrier is not larger.barrier
+    assert space(9, 4).floats is not larger.floats

@@ -10,16 +10,22 @@ import ctypes
 import functools
 import os
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dwl_kernels.backends import eager
-from dwl_kernels.backends.triton_launch import launch
+from dwl_kernels.backends.triton_launch import launch, on, workspace
 from dwl_kernels.backends.triton_tiles import Load, Tiles, by_row, choose
-from dwl_kernels.problem import DualScale, Output, Problem, Wanted, checks_values
+from dwl_kernels.problem import (
+    DualScale,
+    Output,
+    Problem,
+    Wanted,
+    checks_values,
+)
 
 MAX_D = 256  # a row tile keeps [BM, D] sums in registers; above, the product dominates anyway
 MAX_TABLE_D = 4096  # a warp keeps the sums of one row of a table
@@ -40,6 +46,7 @@ _one_at_a_time = threading.Lock()  # the interpreter patches `triton.language` w
 INTERPRETER = Interpreter(Tiles(16, 16, 16, 16, 1, 1, 4, 1), workers=5)
 
 
+@functools.cache  # as Triton does, which looks once, when a kernel is defined
 def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -86,15 +93,12 @@ def refuses(problem: Problem) -> str | None:
             f"it takes embeddings of at most {MAX_D} elements, and these have "
             f"{problem.query.shape[1]}; backend='chunked' takes them"
         )
-    for name, count, most in (
-        ("rows", problem.query.shape[0], MAX_ROWS),
-        ("candidates", num_candidates(problem), MAX_CANDIDATES),
-    ):
-        if count > most:
-            return (
-                f"it takes at most {most} {name}, and these are {count}; backend='chunked' takes "
-                "them"
-            )
+    rows, candidates = problem.query.shape[0], num_candidates(problem)
+    if rows > MAX_ROWS or candidates > MAX_CANDIDATES:
+        return (
+            f"it takes at most {MAX_ROWS} rows and {MAX_CANDIDATES} candidates, and these are "
+            f"{rows} rows and {candidates} candidates; backend='chunked' takes them"
+        )
     if problem.domain_weights is not None and problem.domain_weights.shape[0] > MAX_DOMAINS:
         return (
             f"it takes at most {MAX_DOMAINS} domains, and these are "
@@ -116,59 +120,54 @@ def solve(
         problem.row_weights()
     if interpreting():
         with _one_at_a_time:
-            return _launch(problem, wanted, row_grad, *INTERPRETER)
-    with torch.cuda.device(device):
-        return _launch(problem, wanted, row_grad, *_plan(problem, wanted, row_grad))
+            return _launch(problem, wanted, row_grad, _plan(problem, wanted, row_grad))
+    with on(device):
+        return _launch(problem, wanted, row_grad, _plan(problem, wanted, row_grad))
+
+
+class Plan(NamedTuple):
+    """What calls share whose shapes, dtypes and choices are the same."""
+
+    kernel: Any
+    programs: int
+    options: dict[str, Any]
+    form: Any
+    entry: Hashable  # of `launch`
+    numbers: tuple[int, ...]  # sizes, as the kernel takes them
+    floats: int  # elements of the workspace, as the next
+    integers: int
 
 
 def _launch(
-    problem: Problem,
-    wanted: Wanted,
-    row_grad: Tensor | None,
-    tiles: Tiles,
-    workers: int,
-    warm_up: bool = False,
+    problem: Problem, wanted: Wanted, row_grad: Tensor | None, plan: Plan, warm_up: bool = False
 ) -> Any:
     """Launch the kernel, or (`warm_up`) compile it and return the compiled kernel."""
-    from dwl_kernels.backends.triton_common import Call, Inputs, Outputs
+    inputs, outputs = _inputs(problem, row_grad), _outputs(problem, wanted)
+    space = workspace(
+        problem.query.device, problem.accumulate, plan.floats, plan.integers, interpreting()
+    )
+    strengths = () if problem.by_row else (*_dual(problem), problem.skip_threshold)
+    common = _common()
 
-    inputs = _inputs(problem, row_grad)
-    outputs = _outputs(problem, wanted)
-    floats, integers = _workspace(problem, outputs, tiles, workers)
-    barrier = _barrier(problem.query.device)
-    form = form_of(problem, inputs, tiles)
-    arguments = (
-        Call(Inputs(*inputs), Outputs(*outputs), form),
-        floats,
-        integers,
-        barrier,
-        problem.query.shape[0],
-        *((problem.candidates.shape[0],) if problem.by_row else ()),
-        num_candidates(problem),
-        0 if problem.domain_weights is None else problem.domain_weights.shape[0],
-        workers,
-        problem.tau,
-        *(() if problem.by_row else (*_dual(problem), problem.skip_threshold)),
-    )
-    kernel = kernel_of(problem)
-    options = launch_options(tiles)
+    def arguments(t: Sequence[Any]) -> tuple[Any, ...]:
+        inputs, outputs = common.Inputs(*t[:13]), common.Outputs(*t[13:20])
+        call = common.Call(inputs, outputs, plan.form)
+        return call, *t[20:], *plan.numbers, problem.tau, *strengths
+
+    tensors = (*inputs, *outputs, *space[:3])
     if warm_up:
-        return kernel.warmup(*arguments, grid=(1,), **options)
-    tensors = (*inputs, *outputs, floats, integers, barrier)
-    # `_form` makes one form of the same values, so that its address stands for them.
-    launch(kernel, 1 if interpreting() else workers, (id(form), tiles), tensors, arguments, options)
-    loss, *gradients = outputs
+        return plan.kernel.warmup(*arguments(tensors), grid=(1,), **plan.options)
+    launch(plan.kernel, plan.programs, plan.entry, tensors, arguments, plan.options, space.stream)
+    loss, query, positive, candidates, temperature, domain_weights, candidate_log_q = outputs
     assert loss is not None
-    query, positive, candidates, temperature, domain_weights, candidate_log_q = gradients
-    return Output(
-        loss,
-        query=query,
-        positive=positive,
-        candidates=candidates,
-        candidate_log_q=candidate_log_q,
-        temperature=temperature,
-        domain_weights=domain_weights,
-    )
+    return Output(loss, query, positive, candidates, candidate_log_q, temperature, domain_weights)
+
+
+@functools.cache
+def _common() -> Any:
+    from dwl_kernels.backends import triton_common
+
+    return triton_common
 
 
 def num_candidates(problem: Problem) -> int:
@@ -206,25 +205,73 @@ def launch_options(tiles: Tiles) -> dict[str, Any]:
     return options
 
 
-_plans: dict[tuple[Any, ...], tuple[Tiles, int]] = {}
+_plans: dict[Hashable, Plan] = {}
+_MOST_PLANS = 1024  # shapes that are new with every call do not fill the memory
+_tuned: dict[Hashable, tuple[Tiles, int]] = {}
 
 
-def _plan(problem: Problem, wanted: Wanted, row_grad: Tensor | None) -> tuple[Tiles, int]:
-    """Tiles, and how many programs the device runs at once with them."""
+def _plan(problem: Problem, wanted: Wanted, row_grad: Tensor | None) -> Plan:
     p = problem
-    absent = tuple(getattr(p, field) is None for field in _OPTIONAL)
     exact = torch.get_float32_matmul_precision() == "highest"
-    searching = os.environ.get("DWL_KERNELS_AUTOTUNE") == "1"
-    shape = (p.query.shape[0], p.candidates.shape[0])
-    key = (
-        *(p.query.device, p.query.shape[1], p.query.dtype, p.reduction, p.correction, exact),
-        *(tuple(strength > 0 for strength in _dual(p)[:3]), p.ignore_index, p.skip_threshold > 0),
-        *(wanted, row_grad is None, absent, shape if searching else None),
+    kind = (
+        *(p.query.device, p.query.shape[1], exact, wanted, row_grad is None, p.choices()),
+        *[None if t is None else t.dtype for t in p.tensors()],
+        p.temperature is not None and p.temperature.dim(),
+        INTERPRETER if interpreting() else None,
     )
-    if key not in _plans:
+    key = (kind, _sizes(p), None if p.domain_ids is None else p.domain_ids.shape[1])
+    plan = _plans.get(key)
+    if plan is None:
+        tiles, workers = INTERPRETER if interpreting() else _tune(p, wanted, row_grad, kind, exact)
+        plan = plan_of(p, wanted, row_grad, tiles, workers, kind)
+        if len(_plans) >= _MOST_PLANS:
+            _plans.clear()
+        _plans[key] = plan
+    return plan
+
+
+def _tune(
+    problem: Problem, wanted: Wanted, row_grad: Tensor | None, kind: Hashable, exact: bool
+) -> tuple[Tiles, int]:
+    """Tiles, and how many programs the device runs at once with them."""
+    searching = os.environ.get("DWL_KERNELS_AUTOTUNE") == "1"
+    key = (kind, (problem.query.shape[0], problem.candidates.shape[0]) if searching else None)
+    if key not in _tuned:
         tiles = _tiles(problem, wanted, row_grad, exact)
-        _plans[key] = tiles, _workers(problem, wanted, row_grad, tiles)
-    return _plans[key]
+        _tuned[key] = tiles, _workers(problem, wanted, row_grad, tiles)
+    return _tuned[key]
+
+
+def plan_of(
+    problem: Problem,
+    wanted: Wanted,
+    row_grad: Tensor | None,
+    tiles: Tiles,
+    workers: int,
+    kind: Hashable = None,
+) -> Plan:
+    """The plan with these tiles; `kind` tells dtypes, choices and absences apart."""
+    form = form_of(problem, _inputs(problem, row_grad), tiles)
+    return Plan(
+        kernel=kernel_of(problem),
+        programs=1 if interpreting() else workers,
+        options=launch_options(tiles),
+        form=form,
+        # `_form` makes one form of the same values, so that its address stands for them.
+        entry=(problem.by_row, id(form), tiles, kind),
+        numbers=(*_sizes(problem), workers),
+        floats=_workspace_floats(problem, wanted, tiles, workers),
+        integers=workers + problem.query.shape[0],
+    )
+
+
+def _sizes(problem: Problem) -> tuple[int, ...]:
+    return (
+        problem.query.shape[0],
+        *((problem.candidates.shape[0],) if problem.by_row else ()),
+        num_candidates(problem),
+        0 if problem.domain_weights is None else problem.domain_weights.shape[0],
+    )
 
 
 def _tiles(problem: Problem, wanted: Wanted, row_grad: Tensor | None, exact: bool) -> Tiles:
@@ -254,17 +301,12 @@ def load_of(problem: Problem, row_grad: Tensor | None) -> Load:
     return "options" if by_row or any(one is not None for one in given) else "plain"
 
 
-_OPTIONAL = (
-    *("positive", "positive_log_q", "candidate_log_q", "positive_ids", "domain_ids"),
-    *("example_weights", "temperature", "target", "candidate_rows"),
-)
-
-
 def _workers(problem: Problem, wanted: Wanted, row_grad: Tensor | None, tiles: Tiles) -> int:
     """What the registers and the shared memory of the compiled kernel leave room for."""
     device = torch.cuda.get_device_properties(problem.query.device)
     most = device.multi_processor_count * tiles.programs
-    compiled = _launch(problem, wanted, row_grad, tiles, most, warm_up=True)
+    plan = plan_of(problem, wanted, row_grad, tiles, most)
+    compiled = _launch(problem, wanted, row_grad, plan, warm_up=True)
     compiled._init_handles()
     registers = -(-compiled.n_regs // 8) * 8 * tiles.warps * 32
     shared = compiled.metadata.shared + 1024  # of which the driver takes one for itself
@@ -296,9 +338,8 @@ def _seconds(problem: Problem, wanted: Wanted, row_grad: Tensor | None, tiles: T
 
     try:
         workers = _workers(problem, wanted, row_grad, tiles)
-        return do_bench(
-            lambda: _launch(problem, wanted, row_grad, tiles, workers), return_mode="median"
-        )
+        plan = plan_of(problem, wanted, row_grad, tiles, workers, ("search", wanted))
+        return do_bench(lambda: _launch(problem, wanted, row_grad, plan), return_mode="median")
     except OutOfResources:
         return float("inf")
 
@@ -317,28 +358,31 @@ def _inputs(problem: Problem, row_grad: Tensor | None) -> tuple[Tensor | None, .
         *(*ids, p.domain_ids, p.domain_weights, p.example_weights),
         *(temperature, row_grad, None if p.by_row else p.target),
     )
-    return tuple(None if t is None else t.contiguous() for t in tensors)
+    return tuple([None if t is None else t.contiguous() for t in tensors])
 
 
 def _outputs(problem: Problem, wanted: Wanted) -> tuple[Tensor | None, ...]:
     p = problem
-
-    def like(tensor: Tensor | None, want: bool, dtype: torch.dtype) -> Tensor | None:
-        if not want or tensor is None:
-            return None
-        return torch.empty(tensor.shape, dtype=dtype, device=tensor.device)
-
-    loss = p.query.new_empty(p.query.shape[:1] if p.reduction == "none" else (), dtype=p.accumulate)
+    query, positive, candidates, log_q, temperature, weights = p.sources()
+    if p.by_row:
+        positive, candidates = p.target, p.candidate_rows
+    gradient, sums = p.candidate_gradient, p.accumulate
+    results = (
+        (query, wanted.query, p.gradient),
+        (positive, wanted.positive, gradient),
+        (candidates, wanted.candidates, gradient),
+        (temperature, wanted.temperature, sums),
+        (weights, wanted.domain_weights, sums),
+        (log_q, wanted.candidate_log_q, sums),
+    )
     return (
-        loss,
-        like(p.query, wanted.query, p.gradient),
-        like(p.target if p.by_row else p.positive, wanted.positive, p.candidate_gradient),
-        like(
-            p.candidate_rows if p.by_row else p.candidates, wanted.candidates, p.candidate_gradient
-        ),
-        like(p.temperature, wanted.temperature, p.accumulate),
-        like(p.domain_weights, wanted.domain_weights, p.accumulate),
-        like(p.candidate_log_q, wanted.candidate_log_q, p.accumulate),
+        p.query.new_empty(p.query.shape[:1] if p.reduction == "none" else (), dtype=sums),
+        *[
+            torch.empty_like(t, dtype=dtype, memory_format=torch.contiguous_format)
+            if want and t is not None
+            else None
+            for t, want, dtype in results
+        ],
     )
 
 
@@ -446,67 +490,32 @@ def _form(
     return Form(*(tl.constexpr(value) for value in values))
 
 
-def _workspace(
-    problem: Problem, outputs: tuple[Tensor | None, ...], tiles: Tiles, workers: int
-) -> tuple[Tensor, Tensor]:
-    """Two buffers, as `workspace` in the kernels cuts them up; the allocator caches them."""
-    from dwl_kernels.backends.triton_common import NUM_ROW_ARRAYS
-
+def _workspace_floats(problem: Problem, wanted: Wanted, tiles: Tiles, workers: int) -> int:
+    """As `workspace` in the kernels cuts it up."""
     rows, d = problem.query.shape
-    floats = NUM_ROW_ARRAYS.value * -(-rows // 64) * 64 + 3 * workers
-    if outputs[5] is not None:
-        floats += 2 * workers * outputs[5].shape[0]
-    floats += 64
+    floats = _common().NUM_ROW_ARRAYS.value * -(-rows // 64) * 64 + 3 * workers + 64
+    if problem.domain_weights is not None and wanted.domain_weights:
+        floats += 2 * workers * problem.domain_weights.shape[0]
     if not problem.by_row:
         floats += workers * max(tiles.BM, tiles.CM) * (_power_of_two(d, 16) + 3)
-    device = problem.query.device
-    return (
-        torch.empty(floats, dtype=problem.accumulate, device=device),
-        torch.empty(workers + rows, dtype=torch.int32, device=device),
-    )
+    return int(floats)
 
 
-_barriers: dict[tuple[int, int], Tensor] = {}
-
-
-def _barrier(device: torch.device) -> Tensor:
-    """The counter of `grid_barrier`, one per device and stream: launches in order share it."""
-    if device.type == "cpu":
-        return torch.zeros(1, dtype=torch.int32)
-    if torch.cuda.is_current_stream_capturing():
-        # A graph may be replayed on another stream than this one, beside calls that use it.
-        return torch.zeros(1, dtype=torch.int32, device=device)
-    index = torch.cuda.current_device() if device.index is None else device.index
-    key = (index, torch.cuda.current_stream(device).cuda_stream)
-    if key not in _barriers:
-        _barriers[key] = _kept(device)
-    return _barriers[key]
-
-
-def _kept(device: torch.device) -> Tensor:
-    """A zero that outlives the call.
-
-    PyTorch gives what a thread allocates while it warms a CUDA graph up to the pool of the graph,
-    and `torch.compile` then fails for memory of it that is still in use. Hence another thread.
-    """
-    stream = torch.cuda.current_stream(device)
-
-    def zero() -> Tensor:
-        with torch.cuda.stream(stream):
-            return torch.zeros(1, dtype=torch.int32, device=device)
-
-    with ThreadPoolExecutor(1) as other:
-        return other.submit(zero).result()
-
-
-def scaled(gradients: list[Tensor], upstream: Tensor, dtypes: list[torch.dtype]) -> list[Tensor]:
+def scaled(
+    gradients: Sequence[Tensor], upstream: Tensor, dtypes: list[torch.dtype]
+) -> list[Tensor]:
     """All gradients times the upstream gradient of the loss, in one launch."""
+    if not gradients or interpreting():
+        return _scale().scaled(gradients, upstream, dtypes)
+    with on(upstream.device):
+        return _scale().scaled(gradients, upstream, dtypes)
+
+
+@functools.cache
+def _scale() -> Any:
     from dwl_kernels.backends import triton_scale
 
-    if not gradients or interpreting():
-        return triton_scale.scaled(gradients, upstream, dtypes)
-    with torch.cuda.device(upstream.device):
-        return triton_scale.scaled(gradients, upstream, dtypes)
+    return triton_scale
 
 
 def table_gradient(
@@ -524,5 +533,5 @@ def table_gradient(
     if interpreting():
         with _one_at_a_time:
             return triton_table.table_gradient(*arguments)
-    with torch.cuda.device(source.device):
+    with on(source.device):
         return triton_table.table_gradient(*arguments)

@@ -2,14 +2,19 @@
 
 Triton looks at every argument of every call to find out which compiled kernel it is for, and the
 losses have dozens. What decides is known here in a few comparisons, so that a second call with the
-same key goes straight to the compiled kernel.
+same entry goes straight to the compiled kernel, with addresses in place of tensors: Triton's
+launcher would ask the driver about every tensor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 ALIGNMENT = 16  # Triton compiles one kernel for pointers and integers that are multiples of it
@@ -18,11 +23,19 @@ _compiled: dict[Hashable, Any] = {}
 
 def specialised(numbers: Sequence[int]) -> tuple[tuple[bool, bool, bool], ...]:
     """What Triton compiles for of integers inside a tuple, whatever ``do_not_specialize`` says."""
-    return tuple((n == 1, n % ALIGNMENT == 0, n >= 2**31) for n in numbers)
+    return tuple([(n == 1, n % ALIGNMENT == 0, n >= 2**31) for n in numbers])
 
 
 def entry_of(kernel: Any, key: Hashable, tensors: Sequence[Tensor | None]) -> Hashable:
-    """What one compiled kernel serves; the arguments are those of `launch`."""
+    """What one compiled kernel serves.
+
+    Args:
+        key: what the kernel is compiled for, but for the dtypes of `tensors` and their device.
+            Integers must be marked ``do_not_specialize``, and where they can pass 2^31, which
+            changes their type, the key says whether they do; or they are part of the key. Of
+            integers inside a tuple the key holds :func:`specialised`.
+        tensors: all tensors among the arguments.
+    """
     device = next(t.device for t in tensors if t is not None)
     return (kernel.fn, key, device, *[None if t is None else t.dtype for t in tensors])
 
@@ -30,28 +43,117 @@ def entry_of(kernel: Any, key: Hashable, tensors: Sequence[Tensor | None]) -> Ha
 def launch(
     kernel: Any,
     programs: int,
-    key: Hashable,
+    entry: Hashable,
     tensors: Sequence[Tensor | None],
-    arguments: Sequence[Any],
+    arguments: Callable[[Sequence[Any]], Sequence[Any]],
     options: dict[str, Any],
+    stream: int | None = None,
 ) -> None:
-    """``kernel[(programs,)](*arguments, **options)``.
+    """``kernel[(programs,)](*arguments(tensors), **options)``.
 
     Args:
-        key: what the kernel is compiled for, but for the dtypes of `tensors` and their device.
-        tensors: all tensors among the arguments.
-        arguments: integers among them must be marked ``do_not_specialize``, and where they can
-            pass 2^31, which changes their type, the key says whether they do; or they are part of
-            the key. Of integers inside a tuple the key holds :func:`specialised`.
+        entry: of :func:`entry_of`, or what changes whenever that does.
+        arguments: the arguments with what it is given in the places of the tensors.
+        stream: the handle of the current stream, where it is known.
     """
     grid = (programs, 1, 1)
-    entry = entry_of(kernel, key, tensors)
+    addresses = [None if t is None else t.data_ptr() for t in tensors]
+    low_bits = 0
+    for address in addresses:
+        low_bits |= address or 0
     # One compiled kernel serves aligned pointers; the rare others take Triton's own way.
-    if any(t is not None and t.data_ptr() % ALIGNMENT for t in tensors):
-        kernel[grid](*arguments, **options)
-    elif entry in _compiled:
-        _compiled[entry][grid](*arguments)
+    if low_bits % ALIGNMENT:
+        kernel[grid](*arguments(tensors), **options)
+    elif entry in _compiled and not _hooked():
+        compiled = _compiled[entry]
+        handles = _stream() if stream is None else stream, compiled.function
+        metadata = compiled.packed_metadata, None, None, None  # and no hooks
+        compiled.run(*grid, *handles, *metadata, *arguments(addresses))
     else:
-        compiled = kernel[grid](*arguments, **options)
+        compiled = kernel[grid](*arguments(tensors), **options)
         if compiled is not None:  # the interpreter compiles nothing
             _compiled[entry] = compiled
+
+
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """A context in which `device` is the current one; entering one takes time."""
+    current = device.index == torch.cuda.current_device()
+    return _NOTHING if current else torch.cuda.device(device)
+
+
+_NOTHING = nullcontext()
+
+
+class Space(NamedTuple):
+    """What a launch writes to besides its results."""
+
+    floats: Tensor
+    integers: Tensor  # int32
+    barrier: Tensor  # [1] int32, the counter of `grid_barrier`: zero between launches
+    stream: int | None = None
+
+
+_spaces: dict[tuple[int | None, int], Space] = {}
+
+
+def workspace(
+    device: torch.device, dtype: torch.dtype, floats: int, integers: int, once: bool = False
+) -> Space:
+    """At least so many elements, one space per device and stream: launches in order share it."""
+
+    def new(floats: int, integers: int, stream: int | None = None) -> Space:
+        return Space(
+            torch.empty(floats, dtype=dtype, device=device),
+            torch.empty(integers, dtype=torch.int32, device=device),
+            torch.zeros(1, dtype=torch.int32, device=device),
+            stream,
+        )
+
+    if once or torch.cuda.is_current_stream_capturing():
+        # A graph may be replayed on another stream than this one, beside calls that use it.
+        return new(floats, integers)
+    stream = _stream()
+    key = (device.index, stream)
+    space = _spaces.get(key)
+    if space is None or space.floats.numel() < floats or space.integers.numel() < integers:
+        if space is not None:
+            floats = max(floats, space.floats.numel())
+            integers = max(integers, space.integers.numel())
+        space = _spaces[key] = _kept(device, lambda: new(floats, integers, stream))
+    return space
+
+
+def _kept(device: torch.device, new: Callable[[], Space]) -> Space:
+    """What outlives the call.
+
+    PyTorch gives what a thread allocates while it warms a CUDA graph up to the pool of the graph,
+    and `torch.compile` then fails for memory of it that is still in use. Hence another thread.
+    """
+    stream = torch.cuda.current_stream(device)
+
+    def allocate() -> Space:
+        with torch.cuda.stream(stream):
+            return new()
+
+    with ThreadPoolExecutor(1) as other:
+        return other.submit(allocate).result()
+
+
+def _stream() -> int:
+    """The handle of the current stream, from Triton: PyTorch makes an object of it first."""
+    driver = _triton().runtime.driver.active
+    handle: int = driver.get_current_stream(driver.get_current_device())
+    return handle
+
+
+def _hooked() -> bool:
+    """Whether somebody, such as Triton's profiler, asked Triton to be called at every launch."""
+    runtime = _triton().knobs.runtime
+    return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
+
+
+@functools.cache
+def _triton() -> Any:
+    import triton
+
+    return triton

@@ -7,13 +7,14 @@ A program owns a block of one gradient. The product is made in float32 or wider:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from dwl_kernels.backends.triton_launch import launch, specialised
+from dwl_kernels.backends.triton_launch import entry_of, launch, specialised
 
 BLOCK = 4096
 
@@ -48,15 +49,17 @@ def scaled(
     gradients: Sequence[Tensor], upstream: Tensor, dtypes: Sequence[torch.dtype]
 ) -> list[Tensor]:
     """``gradient * upstream`` in the wanted dtypes, out of place so that backward may run twice."""
-    results = [
-        torch.empty(g.shape, dtype=d, device=g.device)
-        for g, d in zip(gradients, dtypes, strict=True)
-    ]
     sources = [g.contiguous() for g in gradients]
-    lengths = tuple(g.numel() for g in gradients)
-    blocks = sum(triton.cdiv(n, BLOCK) for n in lengths)
+    results = [torch.empty_like(g, dtype=d) for g, d in zip(sources, dtypes, strict=True)]
+    lengths = tuple([g.numel() for g in sources])
+    blocks = sum([-(-n // BLOCK) for n in lengths])
     if blocks:
-        arguments = (tuple(sources), tuple(results), lengths, upstream, BLOCK, len(sources))
+        num = len(sources)
         tensors = (*sources, *results, upstream)
-        launch(scale_kernel, blocks, specialised(lengths), tensors, arguments, {})
+        entry = entry_of(scale_kernel, specialised(lengths), tensors)
+
+        def arguments(t: Sequence[Any]) -> tuple[Any, ...]:
+            return tuple(t[:num]), tuple(t[num:-1]), lengths, t[-1], BLOCK, num
+
+        launch(scale_kernel, blocks, entry, tensors, arguments, {})
     return results

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dwl_kernels.backends.triton_launch import launch, specialised
+from dwl_kernels.backends.triton_launch import entry_of, launch, specialised
 from dwl_kernels.problem import accumulate_dtype
 
 BLOCK = 1024  # places that a program lists
@@ -211,7 +211,8 @@ def table_gradient(
         long = (rows >= 2**31, table_rows >= 2**31)
         programs = triton.cdiv(rows, form.ROWS.value)
         key = (id(form), long, specialised(lengths), specialised(widths), constants)
-        launch(kernel, programs, key, tensors, (*tensors, *numbers), {"num_warps": 1})
+        entry = entry_of(kernel, key, tensors)
+        launch(kernel, programs, entry, tensors, lambda t: (*t, *numbers), {"num_warps": 1})
 
     parts = []
     below: tuple[Tensor | None, ...] = (source, order, weights)
@@ -241,9 +242,15 @@ def _listed(
         pieces = tuple(one.contiguous() for one in ids)
         factors = tuple(one.contiguous() for one in coefficients)
         tensors = (*pieces, *factors, keys, weights)
-        arguments = (pieces, factors or pieces, lengths, keys, weights, table_rows)
-        key = (table_rows >= 2**31, specialised(lengths))
-        launch(list_kernel, blocks, key, tensors, (*arguments, BLOCK, len(ids)), {})
+        num = len(ids)
+        entry = entry_of(list_kernel, (table_rows >= 2**31, specialised(lengths)), tensors)
+
+        def arguments(t: Sequence[Any]) -> tuple[Any, ...]:
+            # Without coefficients the places stand for them, unread.
+            pair = tuple(t[:num]), tuple(t[num:-2]) or tuple(t[:num])
+            return *pair, lengths, t[-2], t[-1], table_rows, BLOCK, num
+
+        launch(list_kernel, blocks, entry, tensors, arguments, {})
     return keys, weights
 
 
