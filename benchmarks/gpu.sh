@@ -71,6 +71,7 @@ part compile 75 bash -c "
     $python -m benchmarks.speed.warm --shapes $shapes; warmed=\$?
     wait \$built && exit \$warmed"
 part speed 200 "$python" -m benchmarks.speed --out "$out" --shapes $shapes
+part host 20 "$python" -m benchmarks.host "$out"
 part alone 45 $pytest -m gpu -k "$alone" $tests
 export OMP_NUM_THREADS=1
 part tests $((505 - SECONDS)) bash -c "shards $(($(nproc) > 2 ? $(nproc) - 2 : 1))"
