@@ -9,11 +9,7 @@ tables are named after the version of Triton.
 from __future__ import annotations
 
 import argparse
-import collections
 import json
-import re
-import subprocess
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +21,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from benchmarks.arithmetic import predicted_us
+from benchmarks.arithmetic import clocks, predicted_us
+from benchmarks.machine_code import machine_code, main_loops
 from dwl_kernels.backends import triton as host
 from dwl_kernels.backends.triton_common import Call, Inputs, Outputs
 from dwl_kernels.backends.triton_kernels import softmax_loss_kernel
@@ -34,9 +31,7 @@ from dwl_kernels.problem import DualScale, Problem, Wanted
 from dwl_kernels.validation import full_problem, in_batch_problem, sampled_problem
 
 RESULTS = Path(__file__).parent / "results" / "aot"
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 CAPABILITIES = (80, 90, 100)
-TENSOR = {"HMMA", "HGMMA", "UTCHMMA"}  # mma.sync, wgmma, tcgen05
 
 
 def example(
@@ -112,68 +107,6 @@ def compiled_for(
     return triton.compile(source, target=target, options=parsed.__dict__)
 
 
-def machine_code(binary: bytes) -> tuple[str, dict[str, int]]:
-    """The disassembly, and registers and stack as `cuobjdump -res-usage` reports them."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary)
-        file.flush()
-        dump = [str(TOOLS / "cuobjdump")]
-        usage = subprocess.run(
-            [*dump, "-res-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-        nvdisasm = TOOLS / "nvdisasm"
-        code = [str(nvdisasm), "-c"] if nvdisasm.exists() else [*dump, "-sass"]
-        sass = subprocess.run([*code, file.name], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    assert found is not None
-    return sass, {"registers": int(found[1]), "stack": int(found[2])}
-
-
-def main_loops(sass: str) -> list[dict[str, Any]]:
-    """Innermost loops with tensor instructions: what one turn executes, and its loads and stores
-    of spilled registers.
-
-    Blocks that a branch inside the loop skips, masks at the edges, do not count. Those with tensor
-    instructions do: on 10.0 one warp goes through them for all.
-    """
-    labels: dict[str, int] = {}
-    code: list[str] = []
-    for line in sass.splitlines():
-        if label := re.match(r"\s*(\.L_x_\d+):", line):
-            labels[label[1]] = len(code)
-        elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
-            code.append(instruction[1])
-    names = [re.sub(r"^@!?U?P\w+\s+", "", text).split()[0].split(".")[0] for text in code]
-    back: list[tuple[int, int]] = []
-    ahead: list[tuple[int, int]] = []
-    for at, text in enumerate(code):
-        if branch := re.search(r"\bBRA\b.*?(\.L_x_\d+)", text):
-            to = labels[branch[1]]
-            (back if to <= at else ahead).append((to, at) if to <= at else (at, to))
-    back = [(a, b) for a, b in back if TENSOR.intersection(names[a : b + 1])]
-    loops = []
-    for first, last in back:
-        if any((a, b) != (first, last) and first <= a and b <= last for a, b in back):
-            continue
-        skipped = {
-            at
-            for start, stop in ahead
-            if first <= start and stop <= last + 1
-            for at in range(start + 1, stop)
-            if not TENSOR.intersection(names[start + 1 : stop])
-        }
-        kinds = collections.Counter(names[at] for at in range(first, last + 1) if at not in skipped)
-        spills = kinds["LDL"] + kinds["STL"]
-        loops.append(
-            {
-                "instructions": kinds.total(),
-                "spills": spills,
-                "kinds": dict(kinds.most_common()),
-            }
-        )
-    return loops
-
-
 def count(
     kind: str, d: int, dtype: torch.dtype, options: bool, capability: int, reduction: str
 ) -> dict[str, Any]:
@@ -204,7 +137,7 @@ def count(
             for loop, size in zip(loops, logits, strict=True)
         ],
     }
-    return {**row, "predicted_us": predicted_us(row)}
+    return {**row, "predicted_us": predicted_us(row, clocks(row))}
 
 
 Row = tuple[str, int, torch.dtype, bool, int, str]

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 import triton
 
-from benchmarks.aot import CAPABILITIES, compiled_for, machine_code
+from benchmarks.aot import CAPABILITIES, compiled_for
+from benchmarks.machine_code import machine_code
 from dwl_kernels.backends import triton as host
 from dwl_kernels.backends import triton_table
 from dwl_kernels.backends.triton_common import Call, Inputs, Outputs

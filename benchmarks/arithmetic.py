@@ -1,4 +1,4 @@
-"""What the machine code of the Triton kernel promises on an H200: arithmetic, not a measurement.
+"""What the machine code of a kernel promises on an H200: arithmetic, not a measurement.
 
 For every resource of a multiprocessor, the clocks that one element of the logits takes of it in all
 phases; the kernel cannot be faster than the largest. Programs side by side overlap the resources
@@ -8,6 +8,7 @@ will correct.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 CLOCK = 1.755e9  # Hz
@@ -16,6 +17,12 @@ MATMUL = 4270  # bfloat16 operations per clock and multiprocessor of tensor core
 EXPONENTIALS = 16  # per clock, multi-function unit
 LANES = 128  # instructions of one thread issued per clock
 L2 = 28  # bytes per clock: an assumption
+SHARED = 128  # bytes per clock of shared memory
+# Of the tensor core's rate, what `mma.sync` reaches on capability 9.0, where `wgmma` has all of it:
+# an assumption. arXiv 2402.13499 reports 0.63, the authors of FlashAttention-3 about two thirds.
+MMA_SYNC = 0.63
+FLOAT64_MATMUL = 256  # operations per clock of tensor core; `mma.sync` is its only instruction
+FLOAT64_LANES = 64  # instructions of one thread per clock
 SHAPE = (8192, 8192)  # B, N of the predicted time
 
 
@@ -39,10 +46,49 @@ def clocks(row: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def predicted_us(row: dict[str, Any]) -> int | None:
+# Of the CUDA kernel: bytes of an element, and how often the maxima are searched.
+TYPES = {"BrainFloat": (2, 0), "Half": (2, 1), "Tf32": (4, 0), "Float32": (4, 1), "Float64": (8, 1)}
+FLOAT64 = ("DFMA", "DADD", "DMUL", "DSETP")
+
+
+def cuda_clocks(row: dict[str, Any]) -> dict[str, float]:
+    """The same of a row of the table of `benchmarks.aot_cuda`."""
+    d, tiles = row["D"], row["tiles"]
+    element, searched = TYPES[row["dtype"]]
+    loops = row["loops"][0 if searched else 1 :]  # else the maxima are rarely searched
+    passes = row["passes"]  # over the columns, each with the logits anew
+    steps = searched + 2 * passes
+    products = steps + 2  # of 2 D operations
+    each = [1] * searched + [passes, passes]
+
+    def total(value: Callable[[dict[str, Any]], float]) -> float:
+        """Per element of the logits and lane."""
+        return sum(n * value(loop) for n, loop in zip(each, loops, strict=True)) / row["logits"]
+
+    def count(*kinds: str) -> float:
+        return total(lambda loop: sum(loop["kinds"].get(kind, 0) for kind in kinds))
+
+    rates = {2: MATMUL * MMA_SYNC, 4: MATMUL * MMA_SYNC / 2, 8: FLOAT64_MATMUL}
+    rows = 16 * tiles["MT"] * tiles["WARPS"] // tiles["TEAM"]
+    copied = element * d * steps / rows
+    written = 3 * copied if row["dtype"] == "Tf32" else copied  # and read and written to be rounded
+    found = {
+        "tensor": 2 * d * products / rates[element],
+        "shared memory": (total(lambda loop: loop["shared_bytes"]) + written) / SHARED,
+        "exponentials": count("MUFU") / EXPONENTIALS,
+        "issue": total(lambda loop: loop["instructions"]) / LANES,
+        "float64": count(*FLOAT64) / FLOAT64_LANES,
+        "L2": copied / L2,
+    }
+    if row["dtype"] == "Float32":  # its products are instructions as all others
+        del found["tensor"]
+    return found
+
+
+def predicted_us(row: dict[str, Any], clocks: dict[str, float]) -> int | None:
     """Microseconds for B, N = `SHAPE`; None for another chip than capability 9.0."""
     if row["capability"] != 90:
         return None
-    *others, largest = sorted(clocks(row).values())
+    *others, largest = sorted(clocks.values())
     elements = SHAPE[0] * SHAPE[1] / MULTIPROCESSORS
     return round((largest + sum(others) / 4) * elements / CLOCK * 1e6)

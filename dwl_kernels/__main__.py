@@ -64,7 +64,9 @@ def build(verbose: bool, cuda: tuple[int, int] | None = None, dims: Sequence[int
     try:
         print(_build.build(verbose))
         if cuda is not None:
-            variants = {cuda_tiles.variant(dtype, dim) for dtype in cuda_tiles.MATH for dim in dims}
+            variants = {
+                cuda_tiles.variant(dtype, dim, cuda) for dtype in cuda_tiles.MATH for dim in dims
+            }
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 paths = pool.map(
                     lambda one: _build_cuda.build(one, cuda, verbose), sorted(variants)

@@ -18,6 +18,8 @@ from dwl_kernels.problem import Problem
 emulated = pytest.mark.skipif(
     backends.why_not("cuda", "cpu") is not None, reason="the emulation is off"
 )
+TEAMS = Tiles(32, 1, 4, 1, TEAM=2)
+CAPABILITIES = [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]
 BY_NAME = {case.name: case for case in cases.CASES}
 
 
@@ -40,36 +42,58 @@ def test_splits_do_not_change_the_result(
 
 @emulated
 @pytest.mark.parametrize(
-    ("dtype", "dim"),
+    ("dtype", "dim", "capability"),
     [
-        (torch.bfloat16, 20),
-        (torch.bfloat16, 64),
-        (torch.bfloat16, 128),
-        (torch.float16, 256),
-        (torch.float32, 128),
-        (torch.float64, 200),
+        (torch.bfloat16, 20, (9, 0)),
+        (torch.bfloat16, 64, (9, 0)),
+        (torch.bfloat16, 128, (9, 0)),
+        (torch.float16, 256, (9, 0)),
+        (torch.float32, 128, (9, 0)),
+        (torch.float32, 256, (8, 6)),
+        (torch.float64, 200, (8, 6)),
     ],
     ids=str,
 )
 def test_default_tiles_at_their_own_sizes(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, dim: int
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, dim: int, capability: tuple[int, int]
 ) -> None:
-    """The tiles that a GPU gets; float64 of 200 dimensions takes two passes over the columns."""
-    use(monkeypatch, 2, tiles=variant(dtype, dim).tiles)
+    """The tiles that a GPU gets; float64 of 200 dimensions takes several passes."""
+    use(monkeypatch, 2, tiles=variant(dtype, dim, capability).tiles)
     case = cases.Case("wide", rows=150, candidates=140, dim=dim, **cases._FULL_ROWS)
     cases.check(case, "cuda", dtype)
 
 
 @emulated
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("name", "tiles", "dtype"),
+    [
+        *(("mixed, everything", TEAMS, dtype) for dtype in cuda_tiles.MATH),
+        ("refined, everything", TEAMS, torch.float32),
+        ("full softmax, past the tile", Tiles(32, 2, 2, 1, TEAM=2), torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_warps_that_share_rows(
+    monkeypatch: pytest.MonkeyPatch, name: str, tiles: Tiles, dtype: torch.dtype
+) -> None:
+    use(monkeypatch, 3, tiles=tiles)
+    cases.check(BY_NAME[name], "cuda", dtype)
+
+
+@emulated
+@pytest.mark.parametrize(
+    ("dtype", "tiles"),
+    [(torch.bfloat16, EMULATED), (torch.float32, EMULATED), (torch.bfloat16, TEAMS)],
+    ids=str,
+)
 @pytest.mark.parametrize("name", ["mixed, everything", "full softmax, past the tile"])
 def test_threads_may_run_in_any_order_between_barriers(
-    monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype
+    monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype, tiles: Tiles
 ) -> None:
     """A race would show: in the order of their numbers, reversed, and drawn anew at each turn."""
     results = []
     for order in (0, 1, 2, 3):
-        use(monkeypatch, 7, order)
+        use(monkeypatch, 7, order, tiles)
         results.append(cases.loss_and_gradients(BY_NAME[name], "cuda", dtype))
     for other in results[1:]:
         assert all(torch.equal(results[0][k], other[k]) for k in other)
@@ -98,7 +122,7 @@ def test_tf32_products_are_as_exact_as_their_mantissa(monkeypatch: pytest.Monkey
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("high")
-        assert variant(torch.float32, 20).math == cuda_tiles.TF32
+        assert variant(torch.float32, 20, None).math == cuda_tiles.TF32
         for name in ("log-Q", "past the tile", "mixed, everything", "full softmax, past the tile"):
             cases.check(BY_NAME[name], "cuda", torch.float32)
     finally:
@@ -124,7 +148,7 @@ def test_embeddings_that_are_not_aligned_are_copied_one_by_one(dtype: torch.dtyp
 
 @emulated
 def test_shares_deal_every_step_of_every_tile_out_once() -> None:
-    library = _build_cuda.load(variant(torch.bfloat16, 64, emulated=True), None)
+    library = _build_cuda.load(variant(torch.bfloat16, 64, None), None)
     found = (ctypes.c_int * 4)()
     for tiles in (0, 1, 3, 7, 8, 20):
         for steps in (0, 1, 2, 9):
@@ -142,20 +166,33 @@ def test_shares_deal_every_step_of_every_tile_out_once() -> None:
 
 @emulated
 def test_shared_memory_is_what_the_host_computes() -> None:
-    for dtype, dim in ((torch.bfloat16, 64), (torch.float32, 20), (torch.float64, 96)):
-        chosen = variant(dtype, dim, emulated=True)
+    for dtype, dim, tiles in (
+        (torch.bfloat16, 64, EMULATED),
+        (torch.float32, 20, TEAMS),
+        (torch.bfloat16, 200, TEAMS),
+        (torch.float64, 96, EMULATED._replace(PAD=2)),
+    ):
+        chosen = variant(dtype, dim, None)._replace(tiles=tiles)
         assert _build_cuda.load(chosen, None).dwl_shared_bytes() == chosen.shared_bytes
 
 
-def test_every_default_fits_the_gpus_that_take_it() -> None:
-    for dtype, math in cuda_tiles.MATH.items():
-        for width in cuda_tiles.WIDTHS:
-            tiles = cuda_tiles.tiles(math, width)
-            chosen = cuda_tiles.Variant(math, width, tiles)
-            assert chosen.shared_bytes <= 163 * 1024  # 8.0
-            if dtype.itemsize == 2 or (dtype == torch.float32 and width < 256):
-                assert chosen.shared_bytes <= 99 * 1024  # 8.6, 8.9 and 12.0
-            assert tiles.WARPS * 32 * tiles.BLOCKS * 255 <= 65536
+@pytest.mark.parametrize("capability", CAPABILITIES, ids=str)
+@pytest.mark.parametrize("math", [*cuda_tiles.MATH.values(), cuda_tiles.TF32], ids=lambda m: m.name)
+def test_every_width_of_every_type_fits_every_gpu(
+    math: cuda_tiles.Math, capability: tuple[int, int]
+) -> None:
+    limit = {8: 99, 12: 99, 9: 227, 10: 227}[capability[0]] * 1024
+    limit = 163 * 1024 if capability == (8, 0) else limit
+    for width in cuda_tiles.WIDTHS:
+        tiles = cuda_tiles.tiles(math, width, capability)
+        assert cuda_tiles.Variant(math, width, tiles).shared_bytes <= limit
+        assert tiles.WARPS * 32 * tiles.BLOCKS * 255 <= 65536
+
+
+def test_gpu_of_unknown_capability_gets_what_fits_all() -> None:
+    for width in cuda_tiles.WIDTHS:
+        math = cuda_tiles.MATH[torch.float64]
+        assert cuda_tiles.tiles(math, width, (13, 0)) == cuda_tiles.tiles(math, width, (8, 6))
 
 
 @emulated
@@ -215,7 +252,7 @@ def test_compiler_that_fails_is_quoted(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     monkeypatch.setenv("DWL_KERNELS_CACHE", str(tmp_path / "cache"))
     with pytest.raises(_build.BuildError, match=r"Unsupported gpu architecture(.|\n)*CUDA_HOME"):
-        _build_cuda.build(variant(torch.bfloat16, 64), (9, 0))
+        _build_cuda.build(variant(torch.bfloat16, 64, (9, 0)), (9, 0))
 
 
 def test_old_device_is_told_what_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:

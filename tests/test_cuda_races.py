@@ -17,10 +17,17 @@ import torch
 
 from dwl_kernels import _build, _build_cuda, backends
 from dwl_kernels.backends import cuda
-from dwl_kernels.backends.cuda_tiles import EMULATED
+from dwl_kernels.backends.cuda_tiles import EMULATED, Tiles
 
 pytestmark = pytest.mark.skipif(
     backends.why_not("cuda", "cpu") is not None, reason="the emulation is off"
+)
+TEAMS = Tiles(32, 1, 4, 1, TEAM=2)
+ALONE = (
+    *("one of everything", "three rows", "many candidates", "many rows"),
+    *("past the tile", "refined, everything", "everything, none", "mixed, everything"),
+    *("in-batch, one row", "in-batch, NaN in the padding", "full softmax, past the tile"),
+    *("full softmax, NaN in the padding", "indexed, everything"),
 )
 BY_NAME = {case.name: case for case in cases.CASES}
 
@@ -29,18 +36,16 @@ BY_NAME = {case.name: case for case in cases.CASES}
     "dtype", [torch.bfloat16, torch.float16, torch.float32, "tf32", torch.float64], ids=str
 )
 @pytest.mark.parametrize(
-    "name",
+    ("name", "tiles"),
     [
-        *("one of everything", "three rows", "many candidates", "many rows"),
-        *("past the tile", "refined, everything", "everything, none", "mixed, everything"),
-        *("in-batch, one row", "in-batch, NaN in the padding", "full softmax, past the tile"),
-        *("full softmax, NaN in the padding", "indexed, everything"),
+        *((name, EMULATED) for name in ALONE),
+        *((name, TEAMS) for name in ("refined, everything", "mixed, everything")),
     ],
 )
 def test_no_thread_races_or_leaves_its_memory(
-    monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype | str
+    monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype | str, tiles: Tiles
 ) -> None:
-    monkeypatch.setattr(cuda, "EMULATION", cuda.Emulation(2, 2, EMULATED))
+    monkeypatch.setattr(cuda, "EMULATION", cuda.Emulation(2, 2, tiles))
     before = torch.get_float32_matmul_precision()
     try:
         if isinstance(dtype, str):
@@ -66,30 +71,26 @@ ROW_LOSS = "static_cast<Number*>(call.row_loss)[row] = row_loss;"
         ("sync_block();  // the block of", "// ", "a race with .* of shared memory"),
         ("sync_block();  // the buffers", "// ", "a race with .* of shared memory"),
         ("wait_copies();", "", "a race with a copy in the background .* of shared memory"),
-        ("= z;\n  }\n  sync_warp();", "= z;\n  }\n", "a race with a write .* of shared memory"),
+        ("  p.sync_team();\n}", "}", "a race with a write .* of shared memory"),
+        ("p.sync_team();\n  const Unit", "const Unit", "nobody has written it: .* of space"),
+        ("sync_grid();\n  for (int k", "for (int k", "(race|nobody) .* of space"),
         (
-            "sync_warp();\n#pragma unroll 1",
-            "#pragma unroll 1",
-            "nobody has written it: .* of space",
-        ),
-        ("sync_grid();\n  const Shares", "const Shares", "(race|nobody) .* of space"),
-        (
-            "sync_grid();\n    const int pieces = (by",
-            "const int pieces = (by",
+            "sync_grid();\n    const int pieces = (by_r",
+            "const int pieces = (by_r",
             "a race .* of space",
         ),
         (
-            "sync_grid();\n    const int pieces = (sh",
-            "const int pieces = (sh",
+            "sync_grid();\n    const int pieces = (by_c",
+            "const int pieces = (by_c",
             "a race .* of space",
         ),
         (
-            "sync_warp();\n}",
-            "if (p.lane.index > 0) sync_warp();\n}",
+            "p.sync_team();\n}",
+            "if (p.lane.index > 0) p.sync_team();\n}",
             "deadlock|a part of the threads",
         ),
         # All lanes write the same number to the same place.
-        ("if (p.lane.index == 0) p.sh", "p.sh", "a race with a write by .* writes 4 bytes"),
+        ("if (p.lane.index == 0) {", "{", "a race with a write by .* writes 4 bytes"),
         # Bounds, inputs, outputs.
         (ROW_LOSS, ROW_LOSS.replace("row]", "row + 1]"), "out of bounds: .* of row_loss of 260 "),
         (ROW_LOSS, ROW_LOSS.replace("] =", "] +="), "nobody has written it: .* of row_loss"),
@@ -112,6 +113,27 @@ def test_planted_mistake_is_reported(
     reported: str,
 ) -> None:
     """In one run, with threads in the order of their numbers: it does not take luck."""
+    check_report(monkeypatch, tmp_path, cache, EMULATED, (right, wrong, reported))
+
+
+@pytest.mark.parametrize(
+    "barrier", ["sync_block();  // those of", "sync_block();  // all have told"]
+)
+def test_missing_barrier_of_warps_that_share_rows_is_reported(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cache: Path, barrier: str
+) -> None:
+    planted = barrier, "// ", "(race|nobody) .* of shared memory"
+    check_report(monkeypatch, tmp_path, cache, TEAMS, planted)
+
+
+def check_report(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    cache: Path,
+    tiles: Tiles,
+    planted: tuple[str, str, str],
+) -> None:
+    right, wrong, reported = planted
     shutil.copytree(_build.source_dir() / "cuda", tmp_path / "cuda")
     found = 0
     for path in (tmp_path / "cuda").iterdir():
@@ -124,7 +146,7 @@ def test_planted_mistake_is_reported(
     monkeypatch.setenv("DWL_KERNELS_CACHE", str(cache))
     monkeypatch.setattr(_build_cuda, "load", _build_cuda.load.__wrapped__)
     monkeypatch.setattr(cuda, "why_not", lambda device: None)
-    monkeypatch.setattr(cuda, "EMULATION", cuda.Emulation(2, 0, EMULATED))
-    case = cases.Case("planted", rows=65, candidates=70, dim=12, log_q=True, ids=True)
+    monkeypatch.setattr(cuda, "EMULATION", cuda.Emulation(2, 0, tiles))
+    case = cases.Case("planted", rows=65, candidates=70, dim=12 * tiles.TEAM, log_q=True, ids=True)
     with pytest.raises(RuntimeError, match=reported):
         cases.loss_and_gradients(case, "cuda", torch.float32)

@@ -8,15 +8,16 @@ namespace dwl {
 // Writes the gradients of 16 candidates, those from candidate m of the tile on, from the parts of
 // `splits` blocks.
 template <class S>
-__device__ __forceinline__ void finish_candidates(const Program<S>& p, int tile, int m, int block,
-                                                  int splits) {
+__device__ __forceinline__ void finish_candidates(const Program<S>& given, int tile, int m,
+                                                  int block, int splits) {
   using Number = typename S::M::Number;
+  const Program<S> p = given.anew();
   const Call& call = p.call;
   const Number lift = call.narrowing == nullptr ? 1 : *p.numbers(call.narrowing);
 #pragma unroll 1
   for (int h = 0; h < 2; ++h) {
     const int r = m + 8 * h + p.lane.g, place = tile * S::BM + r;
-    if (place >= p.places) continue;
+    if (place >= p.places()) continue;
     const int64_t row = p.at(call.candidate, place);
     if (call.candidate_log_q_gradient != nullptr && p.lane.t == 0) {
       Number total = 0;
@@ -36,12 +37,13 @@ __device__ __forceinline__ void finish_candidates(const Program<S>& p, int tile,
   }
 }
 
-// One candidate tile with the rows of `unit`.
+// The candidate tile and the rows of a unit.
 template <class S>
-__device__ __forceinline__ void candidate_tile(const Program<S>& p, const Unit& unit) {
+__device__ __forceinline__ void candidate_tile(const Program<S>& p, int number) {
   using Number = typename S::M::Number;
   const Call& call = p.call;
-  p.own_tile(call.candidate, p.places, unit.tile);
+  const Unit unit = p.template unit<Phase::kCandidates>(number);
+  p.own_tile(call.candidate, p.places(), unit.tile);
 
   Owned<S> own;
   own.first = unit.tile * S::BM;
@@ -50,36 +52,42 @@ __device__ __forceinline__ void candidate_tile(const Program<S>& p, const Unit& 
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       int place = own.first + p.row_of(mt, h);
-      place = place < p.places ? place : p.places - 1;
+      place = place < p.places() ? place : p.places() - 1;
       own.offset[mt][h] = 0;
       if (call.candidate_log_q != nullptr) {
         own.offset[mt][h] = p.numbers(call.candidate_log_q)[place] * p.unit();
       }
-      if (call.row_ids != nullptr) own.id[mt][h] = call.candidate_ids[place];
+      if (call.row_ids != nullptr && p.member == 0 && p.lane.t == 0) {
+        p.shared.id[p.row_of(mt, h)] = call.candidate_ids[place];
+      }
     }
   }
+  p.sync_team();
   const bool weighted = call.candidate_gradient != nullptr;
-  for (int d0 = 0; d0 < S::BLOCK_D; d0 += S::ACC_D) {
+  for (int d0 = 0; d0 < S::SUM_D; d0 += S::ACC_D) {
     Totals<S> totals = {};
     Sums<S> sums[S::MT];
     zero(sums);
     stream<Mode::kCandidates, S>(p, unit, own, totals, sums, d0, weighted);
     if (weighted) store_sums(p, sums, d0);
     Number* part = p.part(block_index());
+    p.join(totals.total, Sum());
 #pragma unroll
     for (int mt = 0; mt < S::MT; ++mt) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const Number total = p.add_quad(totals.total[mt][h]);
-        if (p.lane.t == 0) part[kTotal * S::BM + p.row_of(mt, h)] = total;
+        if (p.member == 0 && p.lane.t == 0) {
+          part[kTotal * S::BM + p.row_of(mt, h)] = totals.total[mt][h];
+        }
       }
     }
   }
-  if (!unit.whole) return;
-  sync_warp();
+  p.sync_team();
+  const Unit done = p.template unit<Phase::kCandidates>(number);
+  if (!done.whole) return;
 #pragma unroll 1
-  for (int mt = 0; mt < S::MT; ++mt) {
-    finish_candidates(p, unit.tile, (p.warp * S::MT + mt) * 16, block_index(), 1);
+  for (int mt = p.member; mt < S::MT; mt += S::TEAM) {
+    finish_candidates(p, done.tile, (p.team * S::MT + mt) * 16, block_index(), 1);
   }
 }
 

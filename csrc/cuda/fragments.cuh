@@ -8,6 +8,8 @@
 // without leaving registers.
 #pragma once
 
+#include <cstring>
+
 #include "device.cuh"
 
 namespace dwl {
@@ -23,7 +25,7 @@ struct HalfPrecision {
   using Number = float;
   using At = SharedAddress;
   static constexpr int K = 16, UNROLL = 16;
-  static constexpr bool EXACT = false;
+  static constexpr bool EXACT = false, ROUNDED = false;
 
   struct A {
     uint32_t x[4];
@@ -111,27 +113,37 @@ struct Pairs {
   }
 };
 
+// Its embeddings are rounded once, when they have arrived in shared memory.
 struct Tf32 : Pairs<float, uint32_t> {
   using Gradient = float;
   static constexpr int UNROLL = 4;
-  static constexpr bool EXACT = false, LARGEST = false, LIFT = false;
+  static constexpr bool EXACT = false, LARGEST = false, LIFT = false, ROUNDED = true;
 
+  __device__ static __forceinline__ uint32_t bits(float x) {
+    uint32_t found;
+    std::memcpy(&found, &x, sizeof(x));
+    return found;
+  }
+  __device__ static __forceinline__ void round(float& x) {
+    const uint32_t rounded = round_tf32(x);
+    std::memcpy(&x, &rounded, sizeof(x));
+  }
   template <int STRIDE>
   __device__ static __forceinline__ A load_a(At at, int offset) {
     const Two low = two(at + offset), high = two(at + offset + 8 * STRIDE);
-    return {round_tf32(low.x), round_tf32(high.x), round_tf32(low.y), round_tf32(high.y)};
+    return {bits(low.x), bits(high.x), bits(low.y), bits(high.y)};
   }
   template <int STRIDE>
   __device__ static __forceinline__ void load_b(B (&b)[2], At at, int offset) {
     const Two left = two(at + offset), right = two(at + offset + 8 * STRIDE);
-    b[0] = {round_tf32(left.x), round_tf32(left.y)};
-    b[1] = {round_tf32(right.x), round_tf32(right.y)};
+    b[0] = {bits(left.x), bits(left.y)};
+    b[1] = {bits(right.x), bits(right.y)};
   }
   template <int STRIDE>
   __device__ static __forceinline__ void load_b_transposed(B (&b)[2], At at, int offset) {
     at += offset;
-    b[0] = {round_tf32(at[0]), round_tf32(at[STRIDE])};
-    b[1] = {round_tf32(at[8]), round_tf32(at[STRIDE + 8])};
+    b[0] = {bits(at[0]), bits(at[STRIDE])};
+    b[1] = {bits(at[8]), bits(at[STRIDE + 8])};
   }
   __device__ static __forceinline__ A next_a(const float (*c)[4], Lane) {
     return {round_tf32(c[0][0]), round_tf32(c[0][2]), round_tf32(c[0][1]), round_tf32(c[0][3])};
@@ -144,7 +156,7 @@ struct Tf32 : Pairs<float, uint32_t> {
 struct Float64 : Pairs<double, double> {
   using Gradient = double;
   static constexpr int UNROLL = 2;
-  static constexpr bool EXACT = true, LARGEST = true, LIFT = false;
+  static constexpr bool EXACT = true, LARGEST = true, LIFT = false, ROUNDED = false;
 
   template <int STRIDE>
   __device__ static __forceinline__ A load_a(At at, int offset) {
@@ -182,7 +194,7 @@ struct Float32 {
   using Gradient = float;
   using At = const float*;
   static constexpr int K = 8, UNROLL = 2;
-  static constexpr bool EXACT = true, LARGEST = true, LIFT = false;
+  static constexpr bool EXACT = true, LARGEST = true, LIFT = false, ROUNDED = false;
 
   struct A {
     float x[2][8];
@@ -257,10 +269,13 @@ struct Float32 {
     return a;
   }
   __device__ static __forceinline__ void multiply(float (&c)[4], const A& a, const B& b) {
+    // Eight terms are summed on their own: one chain through all columns would lose digits.
 #pragma unroll
-    for (int k = 0; k < 8; ++k) {
+    for (int i = 0; i < 4; ++i) {
+      float sum = a.x[i / 2][0] * b.x[i % 2][0];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) c[i] = fmaf(a.x[i / 2][k], b.x[i % 2][k], c[i]);
+      for (int k = 1; k < 8; ++k) sum = fmaf(a.x[i / 2][k], b.x[i % 2][k], sum);
+      c[i] += sum;
     }
   }
 };

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cmath>
+#include <type_traits>
 
 #include "call.h"
 #include "fragments.cuh"
@@ -24,27 +25,40 @@ struct alignas(16) RowNumbers {
 enum PartArray { kReference, kTotal, kHits, kZPositive, kNumPartArrays };
 enum Integers { kId, kOwn, kNumIntegers };
 
-// A block of WARPS warps owns BM rows of one side, 16 MT for each warp; BN of the other side pass
-// at a time. Rows of shared memory are 8 elements longer than BLOCK_D, against bank conflicts.
-template <class Math, int BLOCK_D_, int BN_, int MT_, int WARPS_>
+// A block of WARPS warps owns BM rows of one side; BN of the other side pass at a time. Each team
+// of TEAM warps owns 16 MT rows: a warp computes a part of their logits, COLUMNS of each block that
+// passes, and sums a part of the columns of the embeddings, SUM_D, for which the warps of a team
+// exchange their logits. Rows of shared memory are PAD elements longer than BLOCK_D: 8 avoid
+// bank conflicts.
+template <class Math, int BLOCK_D_, int BN_, int MT_, int WARPS_, int TEAM_, int PAD>
 struct Shape {
   using M = Math;
-  static constexpr int BLOCK_D = BLOCK_D_, BN = BN_, MT = MT_, WARPS = WARPS_;
-  static constexpr int THREADS = 32 * WARPS, BM = 16 * MT * WARPS, STRIDE = BLOCK_D + 8;
+  static constexpr int BLOCK_D = BLOCK_D_, BN = BN_, MT = MT_, WARPS = WARPS_, TEAM = TEAM_;
+  static constexpr int THREADS = 32 * WARPS, BM = 16 * MT * WARPS / TEAM, STRIDE = BLOCK_D + PAD;
+  static constexpr int COLUMNS = BN / TEAM, SUM_D = BLOCK_D / TEAM;
   // Columns whose sums fit the registers; wider float64 embeddings take several passes.
   static constexpr bool WIDE = sizeof(typename M::Number) == 8 && BLOCK_D > 96;
-  static constexpr int ACC_D = !WIDE ? BLOCK_D : BLOCK_D % 96 == 0 ? 96 : 64;
+  static constexpr int ACC_D = !WIDE ? SUM_D : BLOCK_D % 96 == 0 ? 96 : 64;
   // What a block leaves of a tile, or of its part: four numbers and the sums of each row.
   static constexpr int PART = BM * (BLOCK_D + kNumPartArrays);
-  static_assert(BLOCK_D % 16 == 0 && BLOCK_D % ACC_D == 0 && BN % 16 == 0);
+  static_assert(BLOCK_D % 16 == 0 && SUM_D % ACC_D == 0 && ACC_D % 16 == 0 && COLUMNS % 16 == 0);
+  static_assert(WARPS % TEAM == 0);
 
-  struct alignas(16) Shared {
+  struct Alone {};
+  struct alignas(16) Exchange {
+    typename M::A exchanged[WARPS / TEAM][BN / M::K][MT][32];  // what `next_a` made
+    typename M::Number joined[TEAM][BM];
+  };
+
+  struct alignas(16) Shared : std::conditional_t<TEAM == 1, Alone, Exchange> {
     typename M::Element owned[BM * STRIDE];
     typename M::Element streamed[2][BN * STRIDE];
     RowNumbers<typename M::Number> rows[2][BN];
     typename M::Number log_q[2][BN];
     int64_t integers[2][kNumIntegers][BN];
     typename M::Number z_positive[BM];
+    int64_t id[BM];  // of the owned rows
+    int own[BM];     // rows: the place of the positive, -1 for none
   };
 };
 
@@ -63,6 +77,21 @@ __device__ __forceinline__ void zero(Row (&sums)[ROWS]) {
   }
 }
 
+enum class Phase { kRows, kCandidates };
+
+struct Sum {
+  template <class Number>
+  __device__ Number operator()(Number x, Number y) const {
+    return x + y;
+  }
+};
+struct Largest {
+  template <class Number>
+  __device__ Number operator()(Number x, Number y) const {
+    return fmax(x, y);
+  }
+};
+
 template <class S>
 struct Program {
   using M = typename S::M;
@@ -74,16 +103,19 @@ struct Program {
   typename S::Shared& shared;
   Lane lane;
   int warp;
-  int rows, places;  // what streams: rows and candidates that are not padding
+  int team, member;  // of the warp
 
   __device__ explicit Program(const Call& given)
       : call(given), shared(*reinterpret_cast<typename S::Shared*>(shared_memory())) {
-    const int index = thread_index() % 32;
+    const int thread = opaque(thread_index()), index = thread % 32;
     lane = {index, index / 4, index % 4};
-    warp = thread_index() / 32;
-    rows = count_of(call.row);
-    places = count_of(call.candidate);
+    warp = thread / 32;
+    team = warp / S::TEAM;
+    member = warp % S::TEAM;
   }
+
+  // The same, of which nothing is kept from before.
+  __device__ Program anew() const { return Program(call); }
 
   // Whether embeddings are copied 16 bytes at a time.
   __device__ bool aligned() const {
@@ -93,6 +125,21 @@ struct Program {
   }
   // Whether the positive of a row is one of the candidates.
   __device__ bool competes() const { return call.positive == nullptr; }
+
+  // What streams: rows and candidates that are not padding. Like `unit` read anew where they are
+  // needed: kept through a tile they would take registers from its sums.
+  __device__ int rows() const { return count_of(call.row); }
+  __device__ int places() const { return count_of(call.candidate); }
+  template <Phase PHASE>
+  __device__ Shares shares() const {
+    constexpr bool FIRST = PHASE == Phase::kRows;
+    return Shares(divide_up(FIRST ? rows() : places(), S::BM),
+                  divide_up(FIRST ? places() : rows(), S::BN), opaque(num_blocks()));
+  }
+  template <Phase PHASE>
+  __device__ Unit unit(int number) const {
+    return shares<PHASE>().unit(opaque(number));
+  }
 
   __device__ static int count_of(const Side& side) {
     return static_cast<int>(side.count == nullptr ? side.length : *side.count);
@@ -107,7 +154,8 @@ struct Program {
     return static_cast<RowNumbers<Number>*>(call.space);
   }
   __device__ Number* part(int block) const {
-    return reinterpret_cast<Number*>(row_numbers() + call.row.length) + int64_t(block) * S::PART;
+    return reinterpret_cast<Number*>(row_numbers() + call.row.length) +
+           int64_t(opaque(block)) * S::PART;
   }
   __device__ const Element* embedding(const void* matrix, int64_t row) const {
     return static_cast<const Element*>(matrix) + row * call.dim;
@@ -122,7 +170,7 @@ struct Program {
     return embedding(call.candidate.embedding, at(call.candidate, own(place)));
   }
   // The row of the tile that the lane holds in c[2 h] and c[2 h + 1] of block `mt`.
-  __device__ int row_of(int mt, int h) const { return (warp * S::MT + mt) * 16 + h * 8 + lane.g; }
+  __device__ int row_of(int mt, int h) const { return (team * S::MT + mt) * 16 + h * 8 + lane.g; }
 
   // Logits are in units of 1 / log2 e, so that their exponential is one instruction, or plain.
   __device__ static Number unit() { return M::EXACT ? 1 : kLog2e; }
@@ -146,13 +194,47 @@ struct Program {
   }
   __device__ static Number logarithm(Number x) { return M::EXACT ? log(x) : log2(x); }
 
+  // Waits for the warps of the team.
+  __device__ static void sync_team() {
+    if constexpr (S::TEAM == 1) {
+      sync_warp();
+    } else {
+      sync_block();
+    }
+  }
+  // From what each lane knows of its rows to what is known of them: `with` joins the lanes of a
+  // quad and, in their order, the warps of a team.
+  template <class Join>
+  __device__ void join(Number (&x)[S::MT][2], Join with) const {
+    const auto each = [&](auto visit) {
+#pragma unroll
+      for (int mt = 0; mt < S::MT; ++mt) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) visit(x[mt][h], row_of(mt, h));
+      }
+    };
+    each([&](Number& mine, int) {
+      mine = with(mine, shuffle_xor(mine, 1));
+      mine = with(mine, shuffle_xor(mine, 2));
+    });
+    if constexpr (S::TEAM > 1) {
+      auto& numbers = shared.joined;
+      each([&](Number& mine, int row) {
+        if (lane.t == 0) numbers[member][row] = mine;
+      });
+      sync_block();  // all have told
+      each([&](Number& mine, int row) {
+        mine = numbers[0][row];
+#pragma unroll
+        for (int k = 1; k < S::TEAM; ++k) mine = with(mine, numbers[k][row]);
+      });
+      sync_block();  // all have read
+    }
+  }
+
   __device__ static Number add_quad(Number x) {
     x += shuffle_xor(x, 1);
     return x + shuffle_xor(x, 2);
-  }
-  __device__ static Number max_quad(Number x) {
-    x = fmax(x, shuffle_xor(x, 1));
-    return fmax(x, shuffle_xor(x, 2));
   }
 
   // Columns past D stay zero for the whole call.
@@ -209,6 +291,38 @@ struct Program {
     }
   }
 
+  // Rounds what this thread copied and nobody else has seen.
+  template <int ROWS>
+  __device__ void round_embeddings(Element* to) const {
+    const int thread = opaque(thread_index());
+    if (aligned()) {
+      constexpr int WIDTH = 16 / sizeof(Element), CHUNKS = S::BLOCK_D / WIDTH;
+      constexpr int GROUP = (CHUNKS & -CHUNKS) < 32 ? (CHUNKS & -CHUNKS) : 32;
+      constexpr int STEP = S::THREADS / GROUP;
+      struct alignas(16) Chunk {
+        Element x[WIDTH];
+      };
+      const int r0 = thread / GROUP, d0 = thread % GROUP * WIDTH;
+#pragma unroll
+      for (int r = 0; r < ROWS; r += STEP) {
+        if (ROWS % STEP != 0 && r0 + r >= ROWS) break;
+#pragma unroll
+        for (int d = 0; d < S::BLOCK_D; d += GROUP * WIDTH) {
+          if (d0 + d >= call.dim) continue;
+          Chunk* at = reinterpret_cast<Chunk*>(to + (r0 + r) * S::STRIDE + d0 + d);
+          Chunk chunk = *at;
+#pragma unroll
+          for (Element& x : chunk.x) M::round(x);
+          *at = chunk;
+        }
+      }
+    } else {
+      for (int k = thread; k < ROWS * S::BLOCK_D; k += S::THREADS) {
+        if (k % S::BLOCK_D < call.dim) M::round(to[k / S::BLOCK_D * S::STRIDE + k % S::BLOCK_D]);
+      }
+    }
+  }
+
   __device__ void own_tile(const Side& side, int count, int tile) const {
     copy_embeddings<S::BM>(shared.owned, side, count, tile * S::BM);
   }
@@ -217,7 +331,7 @@ struct Program {
   template <bool CANDIDATES>  // or rows
   __device__ void prefetch(int first, int buffer) const {
     const Side& side = CANDIDATES ? call.candidate : call.row;
-    const int count = CANDIDATES ? places : rows;
+    const int count = CANDIDATES ? places() : rows();
     copy_embeddings<S::BN>(shared.streamed[buffer], side, count, first);
     for (int n = opaque(thread_index()); n < S::BN; n += S::THREADS) {
       const int place = first + n;
@@ -257,13 +371,14 @@ template <class S>
 __device__ __forceinline__ void store_sums(const Program<S>& p, const Sums<S> (&sums)[S::MT],
                                            int d0) {
   typename S::M::Number* part = p.part(block_index());
+  const int first = (p.member * S::SUM_D + d0) / 8;
 #pragma unroll
   for (int mt = 0; mt < S::MT; ++mt) {
     const int m = p.row_of(mt, 0) - p.lane.g;
 #pragma unroll
     for (int k = 0; k < S::ACC_D / 8; ++k) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) part[part_index(p, m, d0 / 8 + k, i)] = sums[mt][k][i];
+      for (int i = 0; i < 4; ++i) part[part_index(p, m, first + k, i)] = sums[mt][k][i];
     }
   }
 }

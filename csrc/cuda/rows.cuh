@@ -5,16 +5,16 @@
 
 namespace dwl {
 
-// Leaves <q_i, p_i> / tau_i - log Q+_i of the warp's rows in shared memory; the refined correction
-// leaves log-Q out of it.
+// Leaves <q_i, p_i> / tau_i - log Q+_i, own place and id of the team's rows in shared memory; the
+// refined correction leaves log-Q out.
 template <class S>
 __device__ __forceinline__ void positive_logits(const Program<S>& p, int first) {
   using Number = typename S::M::Number;
   const Call& call = p.call;
-  const int start = p.warp * S::MT * 16;
+  constexpr int ROWS = S::BM / S::WARPS;
 #pragma unroll 2
-  for (int r = start; r < start + S::MT * 16; ++r) {
-    const int place = first + r < p.rows ? first + r : p.rows - 1;
+  for (int r = p.warp * ROWS; r < (p.warp + 1) * ROWS; ++r) {
+    const int place = first + r < p.rows() ? first + r : p.rows() - 1;
     const auto* query = p.embedding(call.row.embedding, p.at(call.row, place));
     const auto* positive = p.positive(place);
     Number z = 0;
@@ -27,26 +27,31 @@ __device__ __forceinline__ void positive_logits(const Program<S>& p, int first) 
     if (call.positive_log_q != nullptr && !call.refined) {
       z -= p.numbers(call.positive_log_q)[place] * p.unit();
     }
-    if (p.lane.index == 0) p.shared.z_positive[r] = z;
+    if (p.lane.index == 0) {
+      p.shared.z_positive[r] = z;
+      p.shared.own[r] = p.own(place);
+      if (call.row_ids != nullptr) p.shared.id[r] = call.row_ids[place];
+    }
   }
-  sync_warp();
+  p.sync_team();
 }
 
 // From the sums over all candidates to the losses, gradients and statistics of 16 rows, those from
 // row m of the tile on. The tile was split among `splits` blocks from `block` on; their parts are
 // joined in their order.
 template <class S>
-__device__ __forceinline__ void finish_rows(const Program<S>& p, int tile, int m, int block,
+__device__ __forceinline__ void finish_rows(const Program<S>& given, int tile, int m, int block,
                                             int splits) {
   using Number = typename S::M::Number;
   constexpr Number INF = INFINITY;
+  const Program<S> p = given.anew();
   const Call& call = p.call;
   const Number unit = p.unit();
 #pragma unroll 1
   for (int h = 0; h < 2; ++h) {
     const int r = m + 8 * h + p.lane.g, place = tile * S::BM + r;
-    const bool inside = place < p.rows;
-    const int known = inside ? place : p.rows - 1;
+    const bool inside = place < p.rows();
+    const int known = inside ? place : p.rows() - 1;
     const int64_t row = p.at(call.row, known);
     const Number z_positive = p.part(block)[kZPositive * S::BM + r];
     const Number tau = p.numbers(call.tau)[known];
@@ -68,7 +73,7 @@ __device__ __forceinline__ void finish_rows(const Program<S>& p, int tile, int m
       }
       // With ids, a row's own positive is a hit as well.
       if (call.row_ids == nullptr) hits = p.competes() ? 1 : 0;
-      const Number compete = Number(p.places) - hits;
+      const Number compete = Number(p.places()) - hits;
       r_i = 1 / (1 + exp(z_positive / unit + log(compete) - lse));
       if (lse == -INF) r_i = 0;
       row_loss = r_i == 0 ? 0 : r_i * (lse - z_positive / unit);
@@ -130,14 +135,15 @@ __device__ __forceinline__ void finish_rows(const Program<S>& p, int tile, int m
   }
 }
 
-// One row tile with the candidates of `unit`.
+// The row tile and the candidates of a unit.
 template <class S>
-__device__ __forceinline__ void row_tile(const Program<S>& p, const Unit& unit) {
+__device__ __forceinline__ void row_tile(const Program<S>& p, int number) {
   using M = typename S::M;
   using Number = typename M::Number;
   const Call& call = p.call;
   const bool weighted = call.query_gradient != nullptr || call.tau_gradient != nullptr;
-  p.own_tile(call.row, p.rows, unit.tile);
+  const Unit unit = p.template unit<Phase::kRows>(number);
+  p.own_tile(call.row, p.rows(), unit.tile);
 
   Owned<S> own;
   own.first = unit.tile * S::BM;
@@ -147,12 +153,10 @@ __device__ __forceinline__ void row_tile(const Program<S>& p, const Unit& unit) 
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       int place = own.first + p.row_of(mt, h);
-      place = place < p.rows ? place : p.rows - 1;
+      place = place < p.rows() ? place : p.rows() - 1;
       own.scale[mt][h] = p.scale_of(p.numbers(call.tau)[place]);
       own.offset[mt][h] =
           fmin(fmax(p.shared.z_positive[p.row_of(mt, h)], Number(-kFinite)), Number(kFinite));
-      own.own[mt][h] = p.own(place);
-      if (call.row_ids != nullptr) own.id[mt][h] = call.row_ids[place];
     }
   }
 
@@ -166,16 +170,17 @@ __device__ __forceinline__ void row_tile(const Program<S>& p, const Unit& unit) 
     }
   };
   bool look_for_maxima = M::LARGEST;
-  for (int d0 = 0; d0 < S::BLOCK_D; d0 += S::ACC_D) {
+  for (int d0 = 0; d0 < S::SUM_D; d0 += S::ACC_D) {
     for (;;) {
       if (look_for_maxima) {
         clear(-kFinite);
         stream<Mode::kMaxima, S>(p, unit, own, totals, sums, 0, false);
+        p.join(totals.total, Largest());
 #pragma unroll
         for (int mt = 0; mt < S::MT; ++mt) {
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
-            const Number largest = fmin(p.max_quad(totals.total[mt][h]), Number(kFinite));
+            const Number largest = fmin(totals.total[mt][h], Number(kFinite));
             Number& reference = own.offset[mt][h];
             if (M::LIFT) {
               reference = fmax(largest - kHeadroom, reference - 100);
@@ -188,15 +193,11 @@ __device__ __forceinline__ void row_tile(const Program<S>& p, const Unit& unit) 
       clear(0);
       zero(sums);
       stream<Mode::kRows, S>(p, unit, own, totals, sums, d0, weighted);
+      p.join(totals.total, Sum());
       bool above = false;
 #pragma unroll
       for (int mt = 0; mt < S::MT; ++mt) {
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          totals.total[mt][h] = p.add_quad(totals.total[mt][h]);
-          totals.hits[mt][h] = p.add_quad(totals.hits[mt][h]);
-          above |= totals.total[mt][h] > kLimit;
-        }
+        above |= totals.total[mt][0] > kLimit || totals.total[mt][1] > kLimit;
       }
       if (M::LARGEST || look_for_maxima || d0 > 0) break;
       look_for_maxima = any_in_block(above);
@@ -205,24 +206,32 @@ __device__ __forceinline__ void row_tile(const Program<S>& p, const Unit& unit) 
     look_for_maxima = false;
     if (weighted) store_sums(p, sums, d0);
   }
+  Number hits[S::MT][2];
+#pragma unroll
+  for (int mt = 0; mt < S::MT; ++mt) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) hits[mt][h] = totals.hits[mt][h];
+  }
+  p.join(hits, Sum());
   Number* part = p.part(block_index());
 #pragma unroll
   for (int mt = 0; mt < S::MT; ++mt) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int r = p.row_of(mt, h);
-      if (p.lane.t != 0) continue;
+      if (p.member != 0 || p.lane.t != 0) continue;
       part[r] = own.offset[mt][h];
       part[kTotal * S::BM + r] = totals.total[mt][h];
-      part[kHits * S::BM + r] = totals.hits[mt][h];
+      part[kHits * S::BM + r] = hits[mt][h];
       part[kZPositive * S::BM + r] = p.shared.z_positive[r];
     }
   }
-  if (!unit.whole) return;
-  sync_warp();
+  p.sync_team();
+  const Unit done = p.template unit<Phase::kRows>(number);
+  if (!done.whole) return;
 #pragma unroll 1
-  for (int mt = 0; mt < S::MT; ++mt) {
-    finish_rows(p, unit.tile, (p.warp * S::MT + mt) * 16, block_index(), 1);
+  for (int mt = p.member; mt < S::MT; mt += S::TEAM) {
+    finish_rows(p, done.tile, (p.team * S::MT + mt) * 16, block_index(), 1);
   }
 }
 

@@ -9,15 +9,15 @@
 // Between the phases every block waits for all others. Each output has one owner and every sum a
 // fixed order: no atomics, and the same call gives the same bits.
 //
-// A warp owns 16 MT rows of the tile. A block of the streamed side passes through two buffers, one
-// being filled by cp.async while the other is multiplied: one product gives the logits in
-// registers, exponentials are taken in place, and as the left operand of a second product, rounded
-// to its type without leaving registers, they sum the streamed embeddings. The reference of a row
-// is the logit of its positive, which is a term of the total anyway: nothing is rescaled on the
-// way, and only where a total leaves the range of the type the tile looks for its maxima and starts
-// again. What rows leave to phase 2 is `lse` and `a / tau`: e = exp(z - lse) a / tau is the
-// gradient of <q, c>. A positive that is itself a candidate has its own gradient in its place
-// there.
+// A warp, or a team of warps, owns 16 MT rows of the tile. A block of the streamed side passes
+// through two buffers, one being filled by cp.async while the other is multiplied: one product
+// gives the logits in registers, exponentials are taken in place, and as the left operand of a
+// second product, rounded to its type without leaving registers, they sum the streamed embeddings.
+// The reference of a row is the logit of its positive, which is a term of the total anyway: nothing
+// is rescaled on the way, and only where a total leaves the range of the type the tile looks for
+// its maxima and starts again. What rows leave to phase 2 is `lse` and `a / tau`: e = exp(z - lse)
+// a / tau is the gradient of <q, c>. A positive that is itself a candidate has its own gradient in
+// its place there.
 //
 // Where tiles do not fill the last round of blocks, the streamed side of those that are left is
 // split; the parts go to the workspace and are merged in their order after a barrier.
@@ -33,22 +33,24 @@
 
 namespace dwl {
 
-using Built = Shape<DWL_MATH, DWL_BLOCK_D, DWL_BN, DWL_MT, DWL_WARPS>;
+using Built = Shape<DWL_MATH, DWL_BLOCK_D, DWL_BN, DWL_MT, DWL_WARPS, DWL_TEAM, DWL_PAD>;
 
 template <class S>
 __global__ void __launch_bounds__(S::THREADS, DWL_BLOCKS)
     sampled_softmax(const __grid_constant__ Call call) {
   const Program<S> p(call);
   p.clear();
-  const int block = block_index(), blocks = num_blocks();
   constexpr int PIECES = S::BM / 16;  // of a tile, one for a warp
+  const auto first_piece = [&] { return opaque(block_index()) * S::WARPS + p.warp; };
 
-  const Shares by_row(divide_up(p.rows, S::BM), divide_up(p.places, S::BN), blocks);
-  for (int k = block; k < by_row.units(); k += blocks) row_tile(p, by_row.unit(k));
+  for (int k = block_index(); k < p.template shares<Phase::kRows>().units(); k += num_blocks()) {
+    row_tile(p, k);
+  }
+  const Shares by_row = p.template shares<Phase::kRows>();
   if (by_row.splits > 1) {
     sync_grid();
     const int pieces = (by_row.tiles - by_row.whole) * PIECES;
-    for (int k = block * S::WARPS + p.warp; k < pieces; k += blocks * S::WARPS) {
+    for (int k = first_piece(); k < pieces; k += num_blocks() * S::WARPS) {
       const int tile = k / PIECES, first = tile * by_row.splits;
       finish_rows(p, by_row.whole + tile, k % PIECES * 16, first, by_row.splits);
     }
@@ -56,14 +58,17 @@ __global__ void __launch_bounds__(S::THREADS, DWL_BLOCKS)
   if (call.candidate_gradient == nullptr && call.candidate_log_q_gradient == nullptr) return;
 
   sync_grid();
-  const Shares shares(divide_up(p.places, S::BM), divide_up(p.rows, S::BN), blocks);
-  for (int k = block; k < shares.units(); k += blocks) candidate_tile(p, shares.unit(k));
-  if (shares.splits > 1) {
+  for (int k = block_index(); k < p.template shares<Phase::kCandidates>().units();
+       k += num_blocks()) {
+    candidate_tile(p, k);
+  }
+  const Shares by_candidate = p.template shares<Phase::kCandidates>();
+  if (by_candidate.splits > 1) {
     sync_grid();
-    const int pieces = (shares.tiles - shares.whole) * PIECES;
-    for (int k = block * S::WARPS + p.warp; k < pieces; k += blocks * S::WARPS) {
-      const int tile = k / PIECES, first = tile * shares.splits;
-      finish_candidates(p, shares.whole + tile, k % PIECES * 16, first, shares.splits);
+    const int pieces = (by_candidate.tiles - by_candidate.whole) * PIECES;
+    for (int k = first_piece(); k < pieces; k += num_blocks() * S::WARPS) {
+      const int tile = k / PIECES, first = tile * by_candidate.splits;
+      finish_candidates(p, by_candidate.whole + tile, k % PIECES * 16, first, by_candidate.splits);
     }
   }
 }

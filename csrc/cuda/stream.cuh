@@ -14,8 +14,6 @@ struct Owned {
   int first;                // place of the tile's first row
   Number scale[S::MT][2];   // rows: of their logits
   Number offset[S::MT][2];  // rows: the reference; candidates: log-Q
-  int64_t id[S::MT][2];
-  int own[S::MT][2];  // rows: the place of the positive, -1 for none
 };
 
 template <class S>
@@ -32,17 +30,17 @@ struct Passing {
   int remaining;  // how many of its places there are
 };
 
-// 16 by BN logits of a warp; column(nt, i) is that of entry [nt][i].
+// 16 by COLUMNS logits of a warp.
 template <class S>
-using Logits = typename S::M::Number[S::BN / 8][4];
+using Logits = typename S::M::Number[S::COLUMNS / 8][4];
 
 template <class S, class Visit>
 __device__ __forceinline__ void for_each(const Program<S>& p, Logits<S> (&s)[S::MT], Visit visit) {
 #pragma unroll
-  for (int nt = 0; nt < S::BN / 8; ++nt) {
+  for (int nt = 0; nt < S::COLUMNS / 8; ++nt) {
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
-      const int column = nt * 8 + 2 * p.lane.t + c;
+      const int column = p.member * S::COLUMNS + nt * 8 + 2 * p.lane.t + c;
 #pragma unroll
       for (int mt = 0; mt < S::MT; ++mt) {
 #pragma unroll
@@ -64,7 +62,7 @@ __device__ __forceinline__ void products(At at_a, At at_b, Logits<S> (&s)[S::MT]
       a[mt] = M::template load_a<S::STRIDE>(at_a, mt * 16 * S::STRIDE + d);
     }
 #pragma unroll
-    for (int n = 0; n < S::BN / 16; ++n) {
+    for (int n = 0; n < S::COLUMNS / 16; ++n) {
       typename M::B b[2];
       M::template load_b<S::STRIDE>(b, at_b, n * 16 * S::STRIDE + d);
 #pragma unroll
@@ -103,15 +101,14 @@ __device__ __forceinline__ void logits(const Program<S>& p, const Passing& block
 // Hits, a row's own positive, and what lies past the end have no probability.
 template <Mode MODE, class S>
 __device__ __forceinline__ void exclude(const Program<S>& p, const Passing& block,
-                                        const Owned<S>& own, Logits<S> (&s)[S::MT],
-                                        Totals<S>& totals) {
+                                        Logits<S> (&s)[S::MT], Totals<S>& totals) {
   using Number = typename S::M::Number;
   constexpr Number INF = INFINITY;
   if (p.call.row_ids != nullptr) {
     const int64_t* ids = p.shared.integers[block.buffer][kId];
     const bool counted = MODE == Mode::kRows && p.call.refined;
     for_each<S>(p, s, [&](Number& z, int column, int mt, int h) {
-      const bool hit = own.id[mt][h] == ids[column];
+      const bool hit = p.shared.id[p.row_of(mt, h)] == ids[column];
       if (hit) z = -INF;
       if (counted) totals.hits[mt][h] += hit && column < block.remaining ? 1 : 0;
     });
@@ -122,13 +119,13 @@ __device__ __forceinline__ void exclude(const Program<S>& p, const Passing& bloc
     for (int mt = 0; mt < S::MT; ++mt) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const int column = own.own[mt][h] - block.first;
+        const int column = p.shared.own[p.row_of(mt, h)] - block.first;
         here |= column >= 0 && column < S::BN;
       }
     }
     if (here) {
       for_each<S>(p, s, [&](Number& z, int column, int mt, int h) {
-        if (own.own[mt][h] - block.first == column) z = -INF;
+        if (p.shared.own[p.row_of(mt, h)] - block.first == column) z = -INF;
       });
     }
   }
@@ -150,10 +147,11 @@ __device__ __forceinline__ void place_positives(const Program<S>& p, const Passi
   const int ahead = block.first - own.first;
   bool here = !own_given && ahead < S::BM && ahead > -S::BN;
 #pragma unroll
-  for (int n = 0; n < S::BN && own_given; n += 8) {
+  for (int n = 0; n < S::COLUMNS && own_given; n += 8) {
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
-      const int row = static_cast<int>(places[n + 2 * p.lane.t + c]) - own.first;
+      const int column = p.member * S::COLUMNS + n + 2 * p.lane.t + c;
+      const int row = static_cast<int>(places[column]) - own.first;
       here |= row >= 0 && row < S::BM;
     }
   }
@@ -171,11 +169,28 @@ template <class S, class At>
 __device__ __forceinline__ void weigh(const Program<S>& p, At at_b_transposed,
                                       const Logits<S> (&s)[S::MT], Sums<S> (&sums)[S::MT]) {
   using M = typename S::M;
+  if constexpr (S::TEAM > 1) {
+#pragma unroll
+    for (int k = 0; k < S::COLUMNS; k += M::K) {
+#pragma unroll
+      for (int mt = 0; mt < S::MT; ++mt) {
+        p.shared.exchanged[p.team][(p.member * S::COLUMNS + k) / M::K][mt][p.lane.index] =
+            M::next_a(&s[mt][k / 8], p.lane);
+      }
+    }
+    sync_block();  // those of the other warps are here
+  }
 #pragma unroll
   for (int k = 0; k < S::BN; k += M::K) {
     typename M::A a[S::MT];
 #pragma unroll
-    for (int mt = 0; mt < S::MT; ++mt) a[mt] = M::next_a(&s[mt][k / 8], p.lane);
+    for (int mt = 0; mt < S::MT; ++mt) {
+      if constexpr (S::TEAM > 1) {
+        a[mt] = p.shared.exchanged[p.team][k / M::K][mt][p.lane.index];
+      } else {
+        a[mt] = M::next_a(&s[mt][k / 8], p.lane);
+      }
+    }
 #pragma unroll
     for (int d = 0; d < S::ACC_D / 16; ++d) {
       typename M::B b[2];
@@ -191,23 +206,31 @@ __device__ __forceinline__ void weigh(const Program<S>& p, At at_b_transposed,
 
 // Streams the blocks of `part` past the owned tile. With e = exp(z - reference) for rows and
 // e = a p / tau for candidates, sums e times the streamed embeddings into `sums`, the columns
-// d0 : d0 + ACC_D of them.
+// d0 : d0 + ACC_D of the warp's.
 template <Mode MODE, class S>
-__device__ __forceinline__ void stream(const Program<S>& p, const Unit& part, const Owned<S>& own,
-                                       Totals<S>& totals, Sums<S> (&sums)[S::MT], int d0,
-                                       bool weighted) {
+__device__ __forceinline__ void stream(const Program<S>& given, const Unit& part,
+                                       const Owned<S>& own, Totals<S>& totals,
+                                       Sums<S> (&sums)[S::MT], int d0, bool weighted) {
   using M = typename S::M;
   using Number = typename M::Number;
   constexpr bool PAST_ROWS = MODE != Mode::kCandidates;
+  const Program<S> p = given.anew();
   const auto& shared = p.shared;
-  const int count = PAST_ROWS ? p.places : p.rows;
-  const auto* mine = shared.owned + p.warp * S::MT * 16 * S::STRIDE;
+  const int count = PAST_ROWS ? p.places() : p.rows();
+  const auto* mine = shared.owned + p.team * S::MT * 16 * S::STRIDE;
   const auto at_a = M::template at_a<S::STRIDE>(mine, p.lane);
 
   for (int step = part.first - 1; step < part.stop; ++step) {
     wait_copies();
-    sync_block();  // the block of this step is here, and nobody reads the other buffer any more
     Passing block{(step - part.first) & 1, step * S::BN, 0};
+    if constexpr (M::ROUNDED) {
+      if (step < part.first) {
+        p.template round_embeddings<S::BM>(p.shared.owned);
+      } else {
+        p.template round_embeddings<S::BN>(p.shared.streamed[block.buffer]);
+      }
+    }
+    sync_block();  // the block of this step is here, and nobody reads the other buffer any more
     if (step + 1 < part.stop) {
       p.template prefetch<PAST_ROWS>(block.first + S::BN, block.buffer ^ 1);
     }
@@ -215,13 +238,14 @@ __device__ __forceinline__ void stream(const Program<S>& p, const Unit& part, co
     block.remaining = count - block.first;
 
     const auto* tile = shared.streamed[block.buffer];
-    const auto at_b = M::template at_b<S::STRIDE>(tile, p.lane);
-    const auto at_b_transposed = M::template at_b_transposed<S::STRIDE>(tile + d0, p.lane);
+    const auto at_b = M::template at_b<S::STRIDE>(tile + p.member * S::COLUMNS * S::STRIDE, p.lane);
+    const auto at_b_transposed =
+        M::template at_b_transposed<S::STRIDE>(tile + p.member * S::SUM_D + d0, p.lane);
     Logits<S> s[S::MT];
     zero(s);
     products<S>(at_a, at_b, s);
     logits<MODE>(p, block, own, s);
-    exclude<MODE>(p, block, own, s, totals);
+    exclude<MODE>(p, block, s, totals);
     if constexpr (MODE == Mode::kMaxima) {
       for_each<S>(p, s, [&](Number& z, int, int mt, int h) {
         totals.total[mt][h] = fmax(totals.total[mt][h], z);
@@ -234,8 +258,10 @@ __device__ __forceinline__ void stream(const Program<S>& p, const Unit& part, co
         totals.total[mt][h] += z;
       });
     } else {
+      // Loaded a second time: kept since `logits` they would take registers from the sums.
+      const auto* rows = shared.rows[opaque(block.buffer)];
       for_each<S>(p, s, [&](Number& z, int column, int, int) {
-        z = p.power(z) * shared.rows[block.buffer][column].coefficient;
+        z = p.power(z) * rows[column].coefficient;
       });
       if (p.competes()) place_positives(p, block, own, s);
       if (p.call.candidate_log_q_gradient != nullptr) {

@@ -23,7 +23,7 @@ from dwl_kernels.backends.cuda_tiles import MAX_D, Variant
 from dwl_kernels.problem import Output, Problem, Wanted
 
 MAX_LENGTH = (1 << 31) - (1 << 16)  # places are 32-bit numbers, offsets 64-bit ones
-_PROBE = cuda_tiles.variant(torch.bfloat16, 64)  # compiled to see whether anything compiles
+_PROBE = torch.bfloat16, 64  # compiled to see whether anything compiles
 _MESSAGE_BYTES = 512
 
 
@@ -51,7 +51,7 @@ def why_not(device_type: str) -> str | None:
     if emulating():
         if device_type != "cpu":
             return "DWL_KERNELS_CUDA_EMULATE=1 is set, which takes CPU tensors; unset it"
-        return _does_not_build(_PROBE._replace(tiles=EMULATION.tiles), None)
+        return _does_not_build(_emulated(*_PROBE), None)
     if device_type != "cuda":
         return (
             f"it runs on CUDA tensors, and these are on {device_type}; with "
@@ -67,7 +67,7 @@ def why_not(device_type: str) -> str | None:
             f"it needs compute capability 8.0, and this device has {capability[0]}.{capability[1]};"
             " backend='chunked' runs here"
         )
-    return _does_not_build(_PROBE, capability)
+    return _does_not_build(cuda_tiles.variant(*_PROBE, capability), capability)
 
 
 @functools.cache
@@ -95,15 +95,6 @@ def refuses(problem: Problem) -> str | None:
         )
     if max(len(problem.query), len(problem.candidates)) > MAX_LENGTH:
         return f"it takes at most {MAX_LENGTH} rows or candidates; backend='chunked' takes more"
-    if problem.query.is_cuda:
-        needs = cuda_tiles.variant(problem.query.dtype, dim).shared_bytes
-        device = torch.cuda.get_device_properties(problem.query.device)
-        has = getattr(device, "shared_memory_per_block_optin", needs)
-        if needs > has:
-            return (
-                f"embeddings of {dim} elements of {problem.query.dtype} need {needs} bytes of "
-                f"shared memory, and this device has {has}; backend='chunked' takes them"
-            )
     return None
 
 
@@ -292,9 +283,12 @@ def _call(problem: Problem, fields: dict[str, Any], library: ctypes.CDLL, blocks
     return _Call(**{k: _pointer(v) for k, v in fields.items()}, space=space.data_ptr()), space
 
 
+def _emulated(dtype: torch.dtype, dim: int) -> Variant:
+    return cuda_tiles.variant(dtype, dim, None)._replace(tiles=EMULATION.tiles)
+
+
 def _emulate(problem: Problem, fields: dict[str, Any]) -> None:
-    found = cuda_tiles.variant(problem.query.dtype, problem.query.shape[1])
-    library = _build_cuda.load(found._replace(tiles=EMULATION.tiles), None)
+    library = _build_cuda.load(_emulated(problem.query.dtype, problem.query.shape[1]), None)
     call, space = _call(problem, fields, library, EMULATION.blocks)
     buffers = [_Buffer(b"call", ctypes.addressof(call), ctypes.sizeof(call), _INPUT, 0)]
     buffers += _Buffer.all_of(fields | {"space": space})
@@ -317,7 +311,7 @@ def _launch(problem: Problem, fields: dict[str, Any]) -> None:
     index = torch.cuda.current_device() if device.index is None else device.index
     with torch.cuda.device(index):
         capability = torch.cuda.get_device_capability(index)
-        found = cuda_tiles.variant(problem.query.dtype, problem.query.shape[1])
+        found = cuda_tiles.variant(problem.query.dtype, problem.query.shape[1], capability)
         library = _build_cuda.load(found, capability)
         blocks = _blocks(found, capability, index)
         call, _space = _call(problem, fields, library, blocks)

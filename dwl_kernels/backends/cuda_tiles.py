@@ -1,8 +1,10 @@
 """What the CUDA kernel is compiled for: its type, D rounded up, and the shape of its tiles.
 
-None of the shapes is measured yet. They were chosen by what nvcc reports: no spilled registers, and
-where it can be two blocks on a multiprocessor, so that one computes exponentials while the tensor
-cores work for the other.
+None of the shapes is measured yet. They were chosen by what nvcc reports and what
+`benchmarks/arithmetic.py` makes of it: no spilled registers; 32 rows for a warp, because every warp
+reads each streamed embedding from shared memory, and that is what the kernel waits for most; two
+blocks on a multiprocessor or one of eight warps, so that some compute exponentials while the tensor
+cores work for others. Where shared memory does not hold the first choice, the next one is taken.
 """
 
 from __future__ import annotations
@@ -36,13 +38,15 @@ class Tiles(NamedTuple):
     """`Shape` in `csrc/cuda/program.cuh` says what each is."""
 
     BN: int  # of the streamed side at a time
-    MT: int  # blocks of 16 rows of the owned side that a warp has
+    MT: int  # blocks of 16 rows of the owned side that a team of warps has
     WARPS: int
     BLOCKS: int  # at once on a multiprocessor: bounds the registers
+    TEAM: int = 1  # warps that share rows, for sums that no single one has registers for
+    PAD: int = 8  # elements between rows of shared memory
 
     @property
     def BM(self) -> int:
-        return 16 * self.MT * self.WARPS
+        return 16 * self.MT * self.WARPS // self.TEAM
 
 
 class Variant(NamedTuple):
@@ -59,9 +63,21 @@ class Variant(NamedTuple):
     @property
     def shared_bytes(self) -> int:
         """Shared memory of a block: `Shape::Shared`."""
-        tile = (self.tiles.BM + 2 * self.tiles.BN) * (self.block_d + 8) * self.math.element
-        numbers = 2 * self.tiles.BN * (5 * self.math.number + 2 * 8)
-        return tile + numbers + self.tiles.BM * self.math.number
+        shape, math = self.tiles, self.math
+        tile = (shape.BM + 2 * shape.BN) * (self.block_d + shape.PAD) * math.element
+        streamed = 2 * shape.BN * (5 * math.number + 2 * 8)
+        owned = shape.BM * (math.number + 8 + 4)
+        if shape.TEAM == 1:
+            return tile + streamed + owned
+        exchanged = shape.BM * shape.BN * (16 if math.name == "Float32" else math.element)
+        return tile + streamed + owned + exchanged + shape.TEAM * shape.BM * math.number
+
+    @property
+    def passes(self) -> int:
+        """Over the columns, as many as `Shape::ACC_D` makes: their sums must fit the registers."""
+        if self.math.number == 4 or self.block_d <= 96:
+            return 1
+        return self.block_d // (96 if self.block_d % 96 == 0 else 64)
 
     def __str__(self) -> str:
         return f"{self.math.name}, D <= {self.block_d}"
@@ -78,19 +94,47 @@ def block_d(dim: int) -> int:
     return next(width for width in WIDTHS if width >= dim)
 
 
-def tiles(math: Math, width: int) -> Tiles:
+def shared_limit(capability: tuple[int, int]) -> int:
+    """Bytes of shared memory that a block may have: CUDA C++ Programming Guide, table "Technical
+    Specifications per Compute Capability". What is unknown is taken for the least."""
+    if capability in ((8, 0), (8, 7)):
+        return 163 * 1024
+    return (227 if 9 <= capability[0] <= 11 else 99) * 1024
+
+
+def tiles(math: Math, width: int, capability: tuple[int, int]) -> Tiles:
+    """The first choice that the shared memory of such a device holds."""
+    limit = shared_limit(capability)
+    return next(
+        shape
+        for shape in _choices(math, width, capability[0])
+        if Variant(math, width, shape).shared_bytes <= limit
+    )
+
+
+def _choices(math: Math, width: int, major: int) -> tuple[Tiles, ...]:
+    more = 9 <= major <= 11  # elsewhere 32 rows a warp spill registers above 64 columns
     if math.number == 8:
-        return Tiles(16, 1, 2, 1)
+        return Tiles(16, 1, 2, 1), Tiles(16, 1, 1, 1), Tiles(16, 1, 1, 1, PAD=2)
+    if math == TF32 and (more or width <= 64):
+        if width <= 128:
+            return Tiles(32, 2, 4, 2), Tiles(32, 1, 4, 2)
+        return Tiles(32, 2, 8, 1, TEAM=2), Tiles(16, 1, 4, 1), Tiles(16, 1, 3, 1)
     if math.element == 4:
-        return Tiles(32, 1, 4, 2) if width <= 128 else Tiles(16, 1, 4, 1)
+        if width <= 128:
+            return (Tiles(32, 1, 4, 2),)
+        return Tiles(16, 1, 4, 1), Tiles(16, 1, 3, 1)
     if width <= 64:
-        return Tiles(64, 2, 4, 2) if width <= 32 else Tiles(32, 2, 4, 2)
-    return Tiles(64, 1, 4, 2) if width <= 128 else Tiles(32, 1, 4, 2)
+        return (Tiles(64 if width <= 32 or major == 9 else 32, 2, 4, 2),)
+    if width <= 128:
+        return (Tiles(32, 2, 4, 2) if more else Tiles(64, 1, 4, 2),)
+    return (Tiles(64, 2, 8, 1, TEAM=2) if more else Tiles(32, 1, 4, 2),)
 
 
 EMULATED = Tiles(16, 1, 2, 1)
 
 
-def variant(dtype: torch.dtype, dim: int, emulated: bool = False) -> Variant:
+def variant(dtype: torch.dtype, dim: int, capability: tuple[int, int] | None) -> Variant:
+    """What a device of such a capability runs; None: a CPU, emulated."""
     math, width = math_of(dtype), block_d(dim)
-    return Variant(math, width, EMULATED if emulated else tiles(math, width))
+    return Variant(math, width, EMULATED if capability is None else tiles(math, width, capability))
