@@ -134,7 +134,9 @@ def _scaled(
 ) -> Sequence[Tensor]:
     """The products of the op ``scale``, likewise."""
     if not _watched((*gradients, upstream)):
-        return _products([*gradients], upstream, dtypes)
+        # Of a graph that is not kept nobody asks again: its gradients become the products.
+        kept = torch._C._autograd._get_current_graph_task_keep_graph()
+        return _products([*gradients], upstream, dtypes, in_place=not kept)
     places = [_DTYPES.index(dtype) for dtype in dtypes]
     return torch.ops.dwl_kernels.scale(gradients, upstream, places)
 
@@ -159,15 +161,20 @@ def _watched(tensors: Sequence[Any]) -> bool:
 _PLAIN = {Tensor, Parameter, type(None)}
 
 
-def _products(gradients: list[Tensor], upstream: Tensor, dtypes: list[torch.dtype]) -> list[Tensor]:
-    """``gradient * upstream``, out of place so that backward may run twice.
+def _products(
+    gradients: list[Tensor], upstream: Tensor, dtypes: list[torch.dtype], in_place: bool = False
+) -> list[Tensor]:
+    """``gradient * upstream``, where backward may run twice out of place.
 
     The product is made in float32: a loss scaler's 65536 is infinite in float16.
     """
     if upstream.is_cuda and backends.why_not("triton", "cuda") is None:
-        return backends.triton.scaled(gradients, upstream, dtypes)
+        return backends.triton.scaled(gradients, upstream, dtypes, in_place)
     products = []
     for gradient, dtype in zip(gradients, dtypes, strict=True):
+        if in_place and gradient.dtype == dtype == upstream.dtype:
+            products.append(gradient.mul_(upstream))
+            continue
         wide = gradient if gradient.dtype == torch.float64 else gradient.float()
         products.append((wide * upstream).to(dtype))
     return products

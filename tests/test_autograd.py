@@ -88,6 +88,19 @@ def test_native_op_of_candidates_by_row_passes_opcheck() -> None:
         torch.library.opcheck(torch.ops.dwl_kernels_native.indexed_softmax.default, arguments)
 
 
+@pytest.mark.parametrize("backend", ["eager", "chunked", "cpu", "triton"], indirect=True)
+def test_gradients_are_copied_only_where_the_graph_is_kept(backend: str) -> None:
+    query = torch.randn(5, 4, requires_grad=True)
+    loss = dwl_kernels.in_batch_softmax_loss(query, torch.randn(5, 4), backend=backend)
+    (made, *_) = loss.grad_fn.saved_tensors  # type: ignore[union-attr]
+    upstream = torch.tensor(-3.0)
+    (kept,) = torch.autograd.grad(loss, [query], upstream, retain_graph=True)
+    assert kept.data_ptr() != made.data_ptr()
+    (last,) = torch.autograd.grad(loss, [query], upstream)
+    assert last.data_ptr() == made.data_ptr()
+    torch.testing.assert_close(last, kept, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
     "name", ["everything", "everything, none", "by row, everything", "by row, none"]
 )

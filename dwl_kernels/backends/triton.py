@@ -502,13 +502,16 @@ def _workspace_floats(problem: Problem, wanted: Wanted, tiles: Tiles, workers: i
 
 
 def scaled(
-    gradients: Sequence[Tensor], upstream: Tensor, dtypes: list[torch.dtype]
+    gradients: Sequence[Tensor],
+    upstream: Tensor,
+    dtypes: list[torch.dtype],
+    in_place: bool = False,
 ) -> list[Tensor]:
     """All gradients times the upstream gradient of the loss, in one launch."""
     if not gradients or interpreting():
-        return _scale().scaled(gradients, upstream, dtypes)
+        return _scale().scaled(gradients, upstream, dtypes, in_place)
     with on(upstream.device):
-        return _scale().scaled(gradients, upstream, dtypes)
+        return _scale().scaled(gradients, upstream, dtypes, in_place)
 
 
 @functools.cache

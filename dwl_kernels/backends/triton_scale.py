@@ -46,11 +46,17 @@ def scale_kernel(
 
 
 def scaled(
-    gradients: Sequence[Tensor], upstream: Tensor, dtypes: Sequence[torch.dtype]
+    gradients: Sequence[Tensor],
+    upstream: Tensor,
+    dtypes: Sequence[torch.dtype],
+    in_place: bool = False,
 ) -> list[Tensor]:
-    """``gradient * upstream`` in the wanted dtypes, out of place so that backward may run twice."""
+    """``gradient * upstream`` in the wanted dtypes; in the place of gradients that have them."""
     sources = [g.contiguous() for g in gradients]
-    results = [torch.empty_like(g, dtype=d) for g, d in zip(sources, dtypes, strict=True)]
+    results = [
+        g if in_place and g.dtype == d else torch.empty_like(g, dtype=d)
+        for g, d in zip(sources, dtypes, strict=True)
+    ]
     lengths = tuple([g.numel() for g in sources])
     blocks = sum([-(-n // BLOCK) for n in lengths])
     if blocks:
