@@ -93,7 +93,7 @@ class Space(NamedTuple):
     stream: int | None = None
 
 
-_spaces: dict[tuple[int | None, int], Space] = {}
+_spaces: dict[tuple[int | None, int, torch.dtype], Space] = {}
 
 
 def workspace(
@@ -113,7 +113,7 @@ def workspace(
         # A graph may be replayed on another stream than this one, beside calls that use it.
         return new(floats, integers)
     stream = _stream()
-    key = (device.index, stream)
+    key = (device.index, stream, dtype)
     space = _spaces.get(key)
     if space is None or space.floats.numel() < floats or space.integers.numel() < integers:
         if space is not None:
@@ -121,6 +121,11 @@ def workspace(
             integers = max(integers, space.integers.numel())
         space = _spaces[key] = _kept(device, lambda: new(floats, integers, stream))
     return space
+
+
+def release() -> None:
+    """Free the workspaces that are kept between calls."""
+    _spaces.clear()
 
 
 def _kept(device: torch.device, new: Callable[[], Space]) -> Space:
