@@ -14,6 +14,7 @@ from benchmarks.record import ROOT
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 SPEED_CPU, SPEED_GPU = RESULTS / "speed-cpu.json", RESULTS / "speed-cuda.json"
+QUALITY_JSON = RESULTS / "quality-ml-1m.json", RESULTS / "quality-ml-1m-calibrated.json"
 
 KERNELS = ("cpu", "triton", "cuda")  # of this package
 
@@ -30,7 +31,7 @@ def filled(text: str) -> str:
     for name, content in (
         ("result", "".join(map(result, speed)) + gpu_line(speed)),
         ("speed", "\n".join(map(speed_table, speed)) + gpu_line(speed)),
-        ("quality", quality_table(read(RESULTS / "quality-ml-1m.json"))),
+        ("quality", quality_table(*map(read, QUALITY_JSON))),
     ):
         before, rest = text.split(f"<!-- {name} -->\n")
         _, after = rest.split(f"<!-- /{name} -->\n")
@@ -151,31 +152,28 @@ def cell(figures: Report, version: str) -> str:
     return f"{f'**{ratio}**' if version in KERNELS else ratio}, {memory}"
 
 
-def quality_table(quality: dict[str, Any]) -> str:
-    """Groups of test users: all, the sparsest quarter, and the smallest and largest domains."""
-    named = {g["group"]: g for g in quality["results"]}
-    domains = [g for g in quality["results"] if g["group"] in quality["data"]["domains"]]
-    domains.sort(key=lambda g: g["interactions"])
-    groups = [quality["results"][0], quality["results"][1], *domains[:4], *domains[-2:]]
-    lines = [
-        "| NDCG@10 | interactions | test users | plain | dynamic | bonus |",
-        "|---|---:|---:|---:|---:|---:|",
-    ]
-    for group in groups:
-        losses = named[group["group"]]["losses"]
-        cells = [f"{losses['plain']['NDCG@10']['mean']:.3f}"]
-        for loss in ("dynamic", "bonus"):
-            figures = losses[loss]["NDCG@10"]
-            cells.append(
-                f"{figures['mean']:.3f} ({figures['change']:+.3f} ± "
-                f"{figures['standard_error']:.3f})"
-            )
-        lines.append(
-            f"| {group['group']} | {group['interactions']:,} | {group['test_users']:,} | "
-            + " | ".join(cells)
-            + " |"
-        )
+QUALITY = ("all", "sparsest ¼", "Film-Noir", "Documentary", "Western", "Drama")
+
+
+def quality_table(quality: dict[str, Any], calibrated: dict[str, Any]) -> str:
+    """A line per loss: NDCG@10 and its paired change, for all test users and by domain."""
+    named = {group["group"]: group for group in quality["results"]}
+    users = (f"{group} ({named[group]['test_users']:,})" for group in QUALITY)
+    lines = [f"| NDCG@10 (test users) | {' | '.join(users)} |", "|---|" + "---:|" * len(QUALITY)]
+    lines += [quality_line(quality, loss) for loss in named["all"]["losses"]]
+    lines.append(quality_line(calibrated, "dynamic", "dynamic, calibrated"))
     return "\n".join(lines) + "\n"
+
+
+def quality_line(quality: dict[str, Any], loss: str, label: str | None = None) -> str:
+    named = {group["group"]: group["losses"][loss]["NDCG@10"] for group in quality["results"]}
+    cells = [f"{named[group]['mean']:.3f}" for group in QUALITY]
+    if loss != "plain":
+        cells = [
+            f"{cell} ({named[group]['change']:+.3f} ± {named[group]['standard_error']:.3f})"
+            for cell, group in zip(cells, QUALITY, strict=True)
+        ]
+    return f"| {label or loss} | {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":
