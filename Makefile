@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test demo bench lint format build clean
+.PHONY: help venv test demo bench tables lint format build clean
 
 help:
 	@echo "make demo            train the plain and the weighted loss on a synthetic catalogue, then"
@@ -17,6 +17,8 @@ help:
 	@echo "make bench           measure speed, memory and accuracy against all rivals, write figures and"
 	@echo "                     pictures to benchmarks/results/ and the README (under 15 minutes)"
 	@echo "make bench QUICK=1   a look at smaller shapes (2 minutes); COMPARE=old.json adds ratios"
+	@echo "make tables          compile the kernels for GPUs, with no need of one, and write the tables of"
+	@echo "                     machine code, as after a change to a kernel (15 minutes; needs nvcc)"
 	@echo "make lint            ruff, mypy and clang-format, in the versions of constraints.txt"
 	@echo "make format          let ruff and clang-format rewrite the files"
 	@echo "make build           build the wheel and the source archive into dist/"
@@ -55,6 +57,14 @@ bench: $(READY)
 		--disable-pip-version-check -c constraints.txt --no-build-isolation --editable '.[bench]'; fi
 	$(BIN)/python -m benchmarks.speed $(if $(QUICK),--quick) $(if $(COMPARE),--compare "$(COMPARE)")
 	$(if $(QUICK),,$(BIN)/python -m benchmarks.readme)
+
+AOT = benchmarks/results/aot
+
+# Each version of Triton has tables of its own: these are of the one in .venv.
+tables: $(READY)
+	$(BIN)/python -m benchmarks.aot $(AOT)
+	$(BIN)/python -m benchmarks.aot_indexed $(AOT)
+	$(BIN)/python -m benchmarks.aot_cuda $(AOT)
 
 CSRC = $$(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 

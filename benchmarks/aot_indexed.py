@@ -1,24 +1,25 @@
 """Compile the Triton kernels of candidates by row ahead of time and look at their gathers.
 
 ``python -m benchmarks.aot_indexed OUT`` needs no GPU. For capabilities 8.0, 9.0 and 10.0 it writes
-``OUT/aot-indexed.json`` and ``OUT/aot-indexed.md``: registers, stack and shared memory, and of each
-loop that gathers embeddings what one turn of it executes, its loads of 128 bits and its spills.
+``OUT/aot-indexed-3.9.json`` and ``OUT/aot-indexed-3.9.md``, named after the version of Triton:
+registers, stack and shared memory, and of each loop that gathers embeddings what one turn of it
+executes, its loads of 128 bits and its spills. ``make tables`` writes the committed tables anew.
 """
 
 from __future__ import annotations
 
-import argparse
 import collections
-import json
 import re
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import triton
 
-from benchmarks.aot import CAPABILITIES, compiled_for
+from benchmarks.aot import BACKENDS, CAPABILITIES, Launch, compiled_for, decided
+from benchmarks.aot_table import Table, main
 from benchmarks.machine_code import machine_code
+from benchmarks.stamp import stamp, triton_files
 from dwl_kernels.backends import triton as host
 from dwl_kernels.backends import triton_table
 from dwl_kernels.backends.triton_common import Call, Inputs, Outputs
@@ -27,7 +28,7 @@ from dwl_kernels.backends.triton_tiles import by_row
 from dwl_kernels.problem import Problem, Wanted
 
 B, K, V = 1024, 128, 4096
-WIDE = 8  # a gather of fewer loads is that of the positives
+WIDE = 8  # a gather of fewer loads, not 4 of 128 bits either, is that of the positives
 
 
 def problem(d: int, dtype: torch.dtype, options: bool, reduction: str) -> Problem:
@@ -54,8 +55,8 @@ def problem(d: int, dtype: torch.dtype, options: bool, reduction: str) -> Proble
     )
 
 
-def loss_kernel(capability: int, d: int, dtype: torch.dtype, options: bool, reduction: str) -> Any:
-    """The kernel of the loss as `host.solve` would launch it on such a device."""
+def loss_launch(d: int, dtype: torch.dtype, options: bool, reduction: str) -> Launch:
+    """The launch of the loss by `host.solve`."""
     p = problem(d, dtype, options, reduction)
     row_grad = torch.zeros(B) if reduction == "none" else None
     tiles = by_row(host._power_of_two(d, 16), dtype)
@@ -66,19 +67,17 @@ def loss_kernel(capability: int, d: int, dtype: torch.dtype, options: bool, redu
     buffers = torch.empty(64), *(torch.empty(64, dtype=torch.int32) for _ in range(2))
     domains = len(p.domain_weights) if p.domain_weights is not None else 0
     arguments = (call, *buffers, B, V, K, domains, 264, p.tau)
-    options_of = host.launch_options(tiles)
-    return compiled_for(capability, indexed_softmax_loss_kernel, arguments, options_of)
+    return Launch(arguments, host.launch_options(tiles))
 
 
-def sum_kernel(capability: int, d: int, dtype: torch.dtype) -> Any:
-    """The kernel that sums the gradient of the table."""
+def sum_launch(d: int, dtype: torch.dtype) -> Launch:
+    """The launch that sums the gradient of the table."""
     values, source = torch.zeros(V, d, dtype=dtype), torch.zeros(B, d, dtype=dtype)
     bounds, order = torch.zeros(V, dtype=torch.int32), torch.zeros(B, dtype=torch.int64)
     numbers = torch.zeros(B)
     form = triton_table._form(d, triton_table.SPAN, 2, True)
     tensors = (values, bounds, source, order, numbers, numbers, numbers)
-    arguments = (*tensors, V, V, (B, B * K), (1, K), form)
-    return compiled_for(capability, triton_table.sum_kernel, arguments, {"num_warps": 1})
+    return Launch((*tensors, V, V, (B, B * K), (1, K), form), {"num_warps": 1})
 
 
 def gathers(sass: str) -> list[dict[str, Any]]:
@@ -109,10 +108,49 @@ def gathers(sass: str) -> list[dict[str, Any]]:
                 "spills": kinds["LDL"] + kinds["STL"],
             }
         )
-    return [loop for loop in found if loop["loads"] >= WIDE]
+    return [loop for loop in found if loop["loads"] >= WIDE or loop["loads_128"] >= 4]
 
 
-def row(name: str, capability: int, d: int, dtype: torch.dtype, kernel: Any) -> dict[str, Any]:
+Row = tuple[str, int, int, torch.dtype]  # what of, capability, D, dtype
+SUM = "table gradient"
+
+
+def rows() -> list[Row]:
+    """Every D on every capability for the plain problem; the rest at D = 64 and 128."""
+    found: list[Row] = []
+    for capability in CAPABILITIES:
+        for dtype in (torch.bfloat16, torch.float32):
+            for d in (16, 32, 64, 96, 128, 256):
+                found.append(("loss, plain, mean", capability, d, dtype))
+                found.append((SUM, capability, d, dtype))
+    for reduction in ("weighted_mean", "none"):
+        for d, dtype in ((64, torch.bfloat16), (128, torch.float16), (128, torch.float32)):
+            found.append((f"loss, everything, {reduction}", 90, d, dtype))
+    for capability in (80, 100):
+        found.append(("loss, everything, none", capability, 128, torch.bfloat16))
+    return found
+
+
+def launch_of(row: Row) -> Launch:
+    name, _, d, dtype = row
+    if name == SUM:
+        return sum_launch(d, dtype)
+    _, options, reduction = name.split(", ")
+    return loss_launch(d, dtype, options == "everything", reduction)
+
+
+def stamp_of(table: Sequence[Row]) -> str:
+    """The stamp of the kernels and of the forms that these rows compile."""
+    files = (triton_files(BACKENDS / f"triton_{name}.py") for name in ("indexed", "table"))
+    forms = [(row[1], decided(launch_of(row))) for row in table]
+    return stamp({file for several in files for file in several}, *forms)
+
+
+def count(row: Row) -> dict[str, Any]:
+    """One row of the table."""
+    name, capability, d, dtype = row
+    function = triton_table.sum_kernel if name == SUM else indexed_softmax_loss_kernel
+    kernel = compiled_for(capability, function, launch_of(row))
     sass, usage = machine_code(kernel.asm["cubin"])
     return {
         "kernel": name,
@@ -125,35 +163,12 @@ def row(name: str, capability: int, d: int, dtype: torch.dtype, kernel: Any) -> 
     }
 
 
-def rows(quick: bool) -> list[dict[str, Any]]:
-    """Every D on every capability for the plain problem; the rest on 9.0."""
-    if quick:
-        kernel = loss_kernel(90, 64, torch.bfloat16, True, "mean")
-        table = sum_kernel(90, 64, torch.bfloat16)
-        return [
-            row("loss, everything, mean", 90, 64, torch.bfloat16, kernel),
-            row("table gradient", 90, 64, torch.bfloat16, table),
-        ]
-    found = []
-    for capability in CAPABILITIES:
-        for dtype in (torch.bfloat16, torch.float32):
-            for d in (16, 32, 64, 96, 128, 256):
-                kernel = loss_kernel(capability, d, dtype, False, "mean")
-                found.append(row("loss, plain, mean", capability, d, dtype, kernel))
-                kernel = sum_kernel(capability, d, dtype)
-                found.append(row("table gradient", capability, d, dtype, kernel))
-    for reduction in ("weighted_mean", "none"):
-        for d, dtype in ((64, torch.bfloat16), (128, torch.float16), (128, torch.float32)):
-            kernel = loss_kernel(90, d, dtype, True, reduction)
-            found.append(row(f"loss, everything, {reduction}", 90, d, dtype, kernel))
-    return found
-
-
 def markdown(table: list[dict[str, Any]]) -> str:
     lines = [
-        f"Triton {triton.__version__}, torch {torch.__version__}. One turn of the loss takes 8",
-        "candidates of every row of a tile (4 with Triton 3.6). One of the table gradient takes 4",
-        "places of every id: of short ranges, then, of long ones, the sums of chunks and the rest.",
+        f"Triton {triton.__version__}. One turn of the loss takes",
+        f"{by_row(64, torch.bfloat16).BN} candidates of every row of a tile. One of the table",
+        "gradient takes 4 places of every id: of short ranges, then, of long ones, the sums of",
+        "chunks and the rest.",
         "",
         "| capability | kernel | D | dtype | registers | stack | shared KB |"
         " instructions a turn | loads, of them 128 bits | spills |",
@@ -171,16 +186,19 @@ def markdown(table: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--quick", action="store_true", help="two kernels, to try the tool")
-    arguments = parser.parse_args()
-    table = rows(arguments.quick)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "aot-indexed.json").write_text(json.dumps(table, indent=1) + "\n")
-    (arguments.out / "aot-indexed.md").write_text(markdown(table))
-
+TABLE = Table(
+    name="aot-indexed",
+    rows=rows,
+    fixed=[
+        ("loss, everything, none", 90, 128, torch.float32),
+        (SUM, 90, 64, torch.bfloat16),
+    ],
+    stamp_of=stamp_of,
+    compiled=count,
+    markdown=markdown,
+    key=("kernel", "capability", "D", "dtype"),
+    precision="highest",  # that of PyTorch; the kernel has no products of tensor cores
+)
 
 if __name__ == "__main__":
-    main()
+    main(TABLE, __doc__)

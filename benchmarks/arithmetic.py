@@ -26,12 +26,17 @@ FLOAT64_LANES = 64  # instructions of one thread per clock
 SHAPE = (8192, 8192)  # B, N of the predicted time
 
 
-def clocks(row: dict[str, Any]) -> dict[str, float]:
-    """Clocks per element of the logits, by resource, of a row of the table of `benchmarks.aot`."""
+def clocks(row: dict[str, Any], left_out: bool = False) -> dict[str, float]:
+    """Clocks per element of the logits, by resource, of a row of the table of `benchmarks.aot`.
+
+    `left_out`: where a `skip_threshold` leaves every block out of the gradients.
+    """
     d, tiles = row["D"], row["tiles"]
     size = 2 if row["dtype"] in ("bfloat16", "float16") else 4
-    loops = [loop["per_element"] for loop in row["loops"]]
+    loops = [loop["per_element_left_out" if left_out else "per_element"] for loop in row["loops"]]
     products, exponentials, passes = 4, 2, 1  # passes of the candidates past a row tile
+    if left_out:
+        products, exponentials = 2, 1
     if row["problem"].startswith("dual"):
         products, exponentials, passes = products + 2, exponentials + 1, passes + 1
     if row["dtype"] == "float16":

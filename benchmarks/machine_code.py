@@ -90,6 +90,12 @@ class Code:
         }
         return [at for at in range(loop.first, loop.last + 1) if at not in skipped]
 
+    def shortest(self, loop: Span) -> int:
+        """The instructions of a turn where every branch inside of the loop skips."""
+        inside = [s for s in self.skips if loop.first < s.first and s.last <= loop.last]
+        skipped = {at for skip in inside for at in range(skip.first, skip.last + 1)}
+        return loop.last + 1 - loop.first - len(skipped)
+
 
 def innermost(loops: list[Span]) -> list[Span]:
     return [one for one in loops if not any(one.holds(other) for other in loops)]
@@ -97,12 +103,14 @@ def innermost(loops: list[Span]) -> list[Span]:
 
 def main_loops(sass: str) -> list[dict[str, Any]]:
     """Innermost loops with tensor instructions: what one turn executes, and its loads and stores
-    of spilled registers."""
+    of spilled registers. `shortest` leaves out every block that a branch can skip."""
     code = Code(sass)
+    # Past the end lie waits for barriers, which branch back to where they came from: no loops.
+    end = max(at for at, name in enumerate(code.names) if name == "EXIT")
     found = []
-    for loop in innermost([one for one in code.loops if code.multiplies(one)]):
+    for loop in innermost([one for one in code.loops if one.last < end and code.multiplies(one)]):
         kinds = collections.Counter(code.names[at] for at in code.executed(loop))
-        found.append(counts(kinds))
+        found.append({**counts(kinds), "shortest": code.shortest(loop)})
     return found
 
 

@@ -39,8 +39,28 @@ def stamp(files: Iterable[Path], *decided: object) -> str:
     return digest.hexdigest()
 
 
+def triton_files(module: Path) -> list[Path]:
+    """The file of a kernel and those of the package that its kernels import from."""
+    found = [module]
+    for path in found:
+        for node in _imports(_kept(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                other = module.parent / f"{node.module.rpartition('.')[2]}.py"
+                if node.module.startswith("dwl_kernels.") and other not in found:
+                    found.append(other)
+    return found
+
+
 def triton_source(text: str) -> str:
     """The kernels of a Python file, their constants and the names that they import."""
+    kept = _kept(text)
+    imports = sorted(map(_dump, _imports(kept)))
+    rest = [_dump(node) for node in kept if not isinstance(node, (ast.Import, ast.ImportFrom))]
+    return "\n".join(one for one in [*imports, *rest] if one)
+
+
+def _kept(text: str) -> list[ast.stmt]:
+    """What is left of a file without the functions of the host and what only they import."""
     kept = [node for node in ast.parse(text).body if not _of_the_host(node)]
     used = {
         name.id
@@ -49,14 +69,15 @@ def triton_source(text: str) -> str:
         for name in ast.walk(node)
         if isinstance(name, ast.Name)
     }
-    for node in kept:
-        if isinstance(node, (ast.Import, ast.ImportFrom)):
-            node.names = [
-                alias for alias in node.names if (alias.asname or alias.name).split(".")[0] in used
-            ]
-    imports = sorted(_dump(n) for n in kept if isinstance(n, (ast.Import, ast.ImportFrom)))
-    rest = [_dump(node) for node in kept if not isinstance(node, (ast.Import, ast.ImportFrom))]
-    return "\n".join(one for one in [*imports, *rest] if one)
+    for node in _imports(kept):
+        node.names = [
+            alias for alias in node.names if (alias.asname or alias.name).split(".")[0] in used
+        ]
+    return [n for n in kept if not isinstance(n, (ast.Import, ast.ImportFrom)) or n.names]
+
+
+def _imports(nodes: list[ast.stmt]) -> list[ast.Import | ast.ImportFrom]:
+    return [node for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom))]
 
 
 def _of_the_host(node: ast.stmt) -> bool:
@@ -74,8 +95,6 @@ def _dump(node: Any) -> str:
         return repr(node)
     if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
         return ""  # a docstring, or some other text that nothing reads
-    if isinstance(node, (ast.Import, ast.ImportFrom)) and not node.names:
-        return ""
     fields = [
         f"{name}={_dump(value)}"
         for name, value in ast.iter_fields(node)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from dwl_kernels import backends, full_softmax_loss
+from dwl_kernels.backends.triton import load_of
+from dwl_kernels.validation import full_problem
 
 LEAVES = ("query", "table", "bias", "temperature")
 REDUCTIONS = ("mean", "weighted_mean", "sum", "none")
@@ -121,3 +123,15 @@ def test_triton_leaves_out_what_is_below_the_threshold() -> None:
     expected = weight / TAU * active * (p.gather(1, own[:, None])[:, 0] - 1)
     torch.testing.assert_close(got["query"], expected[:, None] * c[own])
     assert bool((got["bias"][32:] == 0).all())  # no block of theirs holds a target
+
+
+def test_form_with_a_threshold_has_tiles_of_its_own() -> None:
+    """So that what a search finds for it is not taken for the full softmax without one."""
+    tensors = torch.ones(2, 3), torch.ones(4, 3), torch.zeros(2, dtype=torch.int64)
+    rest: dict[str, Any] = dict.fromkeys(("bias", "domain_ids", "domain_weights"))
+    rest |= {"example_weights": None, "temperature": 1.0, "reduction": "mean", "ignore_index": -1}
+    loads = [
+        load_of(full_problem(*tensors, **rest, skip_threshold=threshold), None)
+        for threshold in (0.0, 1e-6)
+    ]
+    assert loads == ["options", "skip"]

@@ -264,6 +264,21 @@ def test_every_default_has_tiles() -> None:
     assert all(t.programs * t.warps * 32 * (t.registers or 255) <= 65536 for t in TABLE.values())
 
 
+def test_threshold_has_small_blocks_for_the_default_and_for_the_search(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for old in (False, True):
+        monkeypatch.setattr(triton_tiles, "before_3_7", lambda old=old: old)
+        for capability in (8, 9, 10, 12):
+            for block_d in (16, 32, 64, 128, 256):
+                for dtype in (torch.float32, torch.bfloat16):
+                    tiles = default(block_d, dtype, capability, False, "skip")
+                    tried = around(tiles, "skip")
+                    assert tried[0] == tiles
+                    assert max(other.CN for other in tried) == 32
+                    assert len(set(tried)) == len(tried)
+
+
 def test_search_takes_the_fastest_and_remembers_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: object
 ) -> None:

@@ -284,11 +284,7 @@ def _tiles(problem: Problem, wanted: Wanted, row_grad: Tensor | None, exact: boo
 
     shape = (problem.query.shape[0], problem.candidates.shape[0])
     major = torch.cuda.get_device_capability()[0]
-    tiles = choose(block_d, dtype, major, exact, load_of(problem, row_grad), shape, seconds)
-    if problem.skip_threshold > 0:
-        # Blocks of 64 rows spill; small ones are left out more often, too.
-        tiles = tiles._replace(CN=min(tiles.CN, 32))
-    return tiles
+    return choose(block_d, dtype, major, exact, load_of(problem, row_grad), shape, seconds)
 
 
 def load_of(problem: Problem, row_grad: Tensor | None) -> Load:
@@ -296,6 +292,8 @@ def load_of(problem: Problem, row_grad: Tensor | None) -> Load:
     p = problem
     if p.dual is not None and p.dual.similarity:
         return "dual"
+    if p.skip_threshold > 0:
+        return "skip"
     by_row = p.temperature is not None and p.temperature.dim() > 0
     given = (p.target, p.candidate_log_q, p.candidate_ids, p.example_weights, p.dual, row_grad)
     return "options" if by_row or any(one is not None for one in given) else "plain"

@@ -47,8 +47,9 @@ class Tiles(NamedTuple):
         return None if limit >= 255 else limit
 
 
-# What a form keeps and streams: nothing but embeddings; something beside; a second query.
-Load = Literal["plain", "options", "dual"]
+# What a form keeps and streams: nothing but embeddings; something beside; a second query. "skip" is
+# the full softmax with a `skip_threshold`, which looks at a block before it takes it.
+Load = Literal["plain", "options", "skip", "dual"]
 
 # (D rounded up to a power of two, bytes per element, major capability) -> tiles
 TABLE: dict[tuple[int, int, int], Tiles] = {
@@ -102,6 +103,25 @@ OPTIONS: dict[tuple[int, int, int], Tiles] = {
     (128, 2, 10): Tiles(64, 64, 64, 64, 2, 2, 4, 2),
     (256, 2, 10): Tiles(64, 64, 64, 64, 2, 2, 8, 1),
 }
+# Phase 2 looks at its logits before it takes a block: 64 rows of them spill, and small blocks are
+# left out more often, too. Where registers allow, 128 candidates share what the look costs a row.
+SKIP_CN = 32
+SKIP: dict[tuple[int, int, int], Tiles] = {
+    (64, 2, 8): Tiles(64, 64, 128, 32, 2, 2, 4, 2),
+    (256, 2, 8): Tiles(64, 32, 32, 32, 2, 2, 4, 1),
+    (64, 2, 9): Tiles(64, 128, 128, 32, 2, 2, 4, 2),
+    (128, 2, 9): Tiles(64, 128, 128, 16, 2, 2, 4, 2),
+    (64, 2, 10): Tiles(64, 128, 64, 32, 2, 2, 4, 2),
+}
+SKIP_BEFORE_3_7: dict[tuple[int, int, int], Tiles] = {
+    (64, 2, 8): Tiles(64, 64, 64, 32, 2, 2, 4, 2),
+    (128, 2, 9): Tiles(64, 128, 64, 32, 2, 2, 4, 2),
+    (128, 2, 8): Tiles(64, 32, 64, 32, 2, 2, 4, 2),
+    (64, 2, 10): Tiles(64, 64, 64, 32, 2, 2, 4, 2),
+    (128, 2, 10): Tiles(64, 64, 32, 32, 2, 2, 4, 2),
+    (256, 2, 10): Tiles(64, 32, 64, 32, 2, 2, 8, 1),
+    (128, 4, 9): Tiles(64, 32, 64, 32, 2, 1, 4, 2),
+}
 # The positives stream past as a second query.
 DUAL: dict[tuple[int, int, int], Tiles] = {
     (128, 2, 8): Tiles(64, 64, 64, 32, 2, 2, 4, 2),
@@ -147,14 +167,23 @@ def default(
         table = {**table, **BEFORE_3_7}
     if load != "plain":
         table = {**table, **OPTIONS}
+    if load == "skip":
+        table = {**table, **SKIP}
+        if before_3_7():
+            table = {**table, **SKIP_BEFORE_3_7}
     if load == "dual":
         table = {**table, **DUAL} if exact else {**table, **DUAL, **DUAL_TF32}
         if before_3_7():
             table = {**table, **DUAL_BEFORE_3_7}
     for major in range(capability, 7, -1):
         if (block_d, dtype.itemsize, major) in table:
-            return table[block_d, dtype.itemsize, major]
+            return fitted(table[block_d, dtype.itemsize, major], load)
     raise KeyError((block_d, dtype, capability))
+
+
+def fitted(tiles: Tiles, load: Load) -> Tiles:
+    """The tiles with blocks that are small enough for the form."""
+    return tiles._replace(CN=min(tiles.CN, SKIP_CN)) if load == "skip" else tiles
 
 
 def by_row(block_d: int, dtype: torch.dtype) -> Tiles:
@@ -164,12 +193,14 @@ def by_row(block_d: int, dtype: torch.dtype) -> Tiles:
     needs share a row. 12 warps of a multiprocessor then wait for 48 KB, 16 for 64; at 4.3 TB/s and
     a latency of 1,200 clocks 22 KB must be under way. With 168 registers, 128 for float32, no form
     of the kernel uses a stack. Triton 3.6 needs more registers for a candidate, so it takes 4 at a
-    time; with everything on it spills at D = 128 all the same. Not measured yet.
+    time, and at D = 128 in 16 bits, where it would still reload 13 in the loop, more registers for
+    fewer programs: 16 KB are under way there, 24 elsewhere. Not measured yet.
     """
     warps = 4
     rows = max(warps * 32 * 16 // (block_d * dtype.itemsize), 1)
     if before_3_7():
-        return Tiles(rows, 4, rows, 64, 1, 1, warps, 3)
+        few = block_d == 128 and dtype.itemsize == 2
+        return Tiles(rows, 4, rows, 64, 1, 1, warps, 2 if few else 3)
     return Tiles(rows, 8, rows, 64, 1, 1, warps, 3 if dtype.itemsize == 2 else 4)
 
 
@@ -194,7 +225,7 @@ def choose(
     best = default(block_d, dtype, capability, exact, load)
     if os.environ.get("DWL_KERNELS_AUTOTUNE") != "1":
         return best
-    best = min(around(best), key=seconds)
+    best = min(around(best, load), key=seconds)
     known[key] = best
     path = os.environ.get("DWL_KERNELS_TILES")
     if path is not None:
@@ -209,14 +240,13 @@ def _file(path: str | None) -> dict[str, Tiles]:
     return {key: Tiles(*row) for key, row in json.loads(Path(path).read_text()).items()}
 
 
-def around(tiles: Tiles) -> list[Tiles]:
+def around(tiles: Tiles, load: Load = "plain") -> list[Tiles]:
     """What the search tries: rows and blocks of other sizes, more or fewer stages and programs."""
-    found = [tiles]
+    found = {tiles: None}  # in their order, each once
     for rows, block, stages, programs in itertools.product(
         (64, 128), (32, 64, 128), (2, 3, 4), (1, 2, 3)
     ):
         warps = 8 if rows == 128 else 4
         other = Tiles(rows, block, rows, block, stages, stages, warps, programs)
-        if other != tiles:
-            found.append(other)
-    return found
+        found[fitted(other, load)] = None
+    return list(found)
