@@ -252,14 +252,16 @@ def plan_of(
 ) -> Plan:
     """The plan with these tiles; `kind` tells dtypes, choices and absences apart."""
     form = form_of(problem, _inputs(problem, row_grad), tiles)
+    numbers = (*_sizes(problem), workers)
     return Plan(
         kernel=kernel_of(problem),
         programs=1 if interpreting() else workers,
         options=launch_options(tiles),
         form=form,
-        # `_form` makes one form of the same values, so that its address stands for them.
-        entry=(problem.by_row, id(form), tiles, kind),
-        numbers=(*_sizes(problem), workers),
+        # `_form` makes one form of the same values, so that its address stands for them. Sizes past
+        # 2^31, of a table, are of another type.
+        entry=(problem.by_row, id(form), tiles, kind, *(n >= 2**31 for n in numbers)),
+        numbers=numbers,
         floats=_workspace_floats(problem, wanted, tiles, workers),
         integers=workers + problem.query.shape[0],
     )
