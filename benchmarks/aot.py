@@ -23,7 +23,7 @@ from benchmarks.aot_table import Table, main
 from benchmarks.arithmetic import clocks, predicted_us
 from benchmarks.machine_code import machine_code, main_loops
 from benchmarks.stamp import stamp, triton_files
-from dwl_kernels.backends import triton as host
+from dwl_kernels.backends import triton_call as host
 from dwl_kernels.backends.triton_common import Call, Inputs, Outputs
 from dwl_kernels.backends.triton_kernels import softmax_loss_kernel
 from dwl_kernels.backends.triton_tiles import Tiles, default
@@ -85,14 +85,14 @@ class Launch(NamedTuple):
 def launch_of(
     problem: Problem, wanted: Wanted, tiles: Tiles, row_grad: Tensor | None = None
 ) -> Launch:
-    """The launch of `host.solve` on a device."""
-    inputs = host._inputs(problem, row_grad)
+    """The launch of `triton.solve` on a device."""
+    inputs = host.inputs_of(problem, row_grad)
     form = host.form_of(problem, inputs, tiles)
-    call = Call(Inputs(*inputs), Outputs(*host._outputs(problem, wanted)), form)
+    call = Call(Inputs(*inputs), Outputs(*host.outputs_of(problem, wanted)), form)
     buffers = torch.empty(64), *(torch.empty(64, dtype=torch.int32) for _ in range(2))
     domains = 0 if problem.domain_weights is None else len(problem.domain_weights)
     sizes = len(problem.query), len(problem.candidates), domains, 264
-    numbers = problem.tau, *host._dual(problem), problem.skip_threshold
+    numbers = problem.tau, *host.strengths_of(problem), problem.skip_threshold
     return Launch((call, *buffers, *sizes, *numbers), host.launch_options(tiles))
 
 
@@ -129,7 +129,7 @@ def prepared(row: Row) -> tuple[Tiles, Launch]:
     problem, wanted = example(kind, d, dtype, options, reduction)
     row_grad = torch.zeros(len(problem.query)) if reduction == "none" else None
     load = host.load_of(problem, row_grad)
-    tiles = default(host._power_of_two(d, 16), dtype, capability // 10, exact(dtype), load)
+    tiles = default(host.power_of_two(d, 16), dtype, capability // 10, exact(dtype), load)
     return tiles, launch_of(problem, wanted, tiles, row_grad)
 
 

@@ -20,7 +20,7 @@ from benchmarks.aot import BACKENDS, CAPABILITIES, Launch, compiled_for, decided
 from benchmarks.aot_table import Table, main
 from benchmarks.machine_code import machine_code
 from benchmarks.stamp import stamp, triton_files
-from dwl_kernels.backends import triton as host
+from dwl_kernels.backends import triton_call as host
 from dwl_kernels.backends import triton_table
 from dwl_kernels.backends.triton_common import Call, Inputs, Outputs
 from dwl_kernels.backends.triton_indexed import indexed_softmax_loss_kernel
@@ -56,14 +56,14 @@ def problem(d: int, dtype: torch.dtype, options: bool, reduction: str) -> Proble
 
 
 def loss_launch(d: int, dtype: torch.dtype, options: bool, reduction: str) -> Launch:
-    """The launch of the loss by `host.solve`."""
+    """The launch of the loss by `triton.solve`."""
     p = problem(d, dtype, options, reduction)
     row_grad = torch.zeros(B) if reduction == "none" else None
-    tiles = by_row(host._power_of_two(d, 16), dtype)
-    inputs = host._inputs(p, row_grad)
+    tiles = by_row(host.power_of_two(d, 16), dtype)
+    inputs = host.inputs_of(p, row_grad)
     wanted = Wanted(True, True, True, False, options, options)
     form = host.form_of(p, inputs, tiles)
-    call = Call(Inputs(*inputs), Outputs(*host._outputs(p, wanted)), form)
+    call = Call(Inputs(*inputs), Outputs(*host.outputs_of(p, wanted)), form)
     buffers = torch.empty(64), *(torch.empty(64, dtype=torch.int32) for _ in range(2))
     domains = len(p.domain_weights) if p.domain_weights is not None else 0
     arguments = (call, *buffers, B, V, K, domains, 264, p.tau)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dwl_kernels import backends, full_softmax_loss
-from dwl_kernels.backends.triton import load_of
+from dwl_kernels.backends.triton_call import load_of
 from dwl_kernels.validation import full_problem
 
 LEAVES = ("query", "table", "bias", "temperature")

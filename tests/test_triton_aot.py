@@ -14,7 +14,7 @@ import torch
 
 pytest.importorskip("triton")
 from benchmarks import aot, aot_indexed, aot_table, arithmetic
-from dwl_kernels.backends import triton as host
+from dwl_kernels.backends import triton_call as host
 from dwl_kernels.backends import triton_tiles
 
 ROOT = Path(__file__).parent.parent

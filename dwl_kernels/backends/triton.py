@@ -1,4 +1,4 @@
-"""The Triton kernel, from the host: what it takes, its tiles, its workspace, its launch.
+"""The Triton kernel, from the host: what it takes, its tiles, its launch.
 
 The device side is `triton_kernels`. This module imports Triton on first use, so that the package
 works without it.
@@ -17,19 +17,27 @@ import torch
 from torch import Tensor
 
 from dwl_kernels.backends import eager
-from dwl_kernels.backends.triton_launch import launch, on, workspace
-from dwl_kernels.backends.triton_tiles import Load, Tiles, by_row, choose
-from dwl_kernels.problem import (
-    DualScale,
-    Output,
-    Problem,
-    Wanted,
-    checks_values,
+from dwl_kernels.backends.triton_call import (
+    MAX_WORKERS,
+    common,
+    form_of,
+    inputs_of,
+    interpreting,
+    kernel_of,
+    launch_options,
+    load_of,
+    num_candidates,
+    outputs_of,
+    power_of_two,
+    strengths_of,
+    workspace_floats,
 )
+from dwl_kernels.backends.triton_launch import launch, on, workspace
+from dwl_kernels.backends.triton_tiles import Tiles, by_row, choose
+from dwl_kernels.problem import Output, Problem, Wanted, checks_values
 
 MAX_D = 256  # a row tile keeps [BM, D] sums in registers; above, the product dominates anyway
 MAX_TABLE_D = 4096  # a warp keeps the sums of one row of a table
-MAX_WORKERS = 1024  # more than any device has multiprocessors, three programs on each
 MAX_ROWS = 1 << 27  # a workspace of 11 numbers a row has 32-bit offsets
 MAX_CANDIDATES = 1 << 30  # so have places, past which a tile reaches
 MAX_DOMAINS = 1 << 16  # the workspace holds two sums for every worker and domain
@@ -44,11 +52,6 @@ class Interpreter(NamedTuple):
 
 _one_at_a_time = threading.Lock()  # the interpreter patches `triton.language` while it runs
 INTERPRETER = Interpreter(Tiles(16, 16, 16, 16, 1, 1, 4, 1), workers=5)
-
-
-@functools.cache  # as Triton does, which looks once, when a kernel is defined
-def interpreting() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @functools.cache
@@ -142,16 +145,16 @@ def _launch(
     problem: Problem, wanted: Wanted, row_grad: Tensor | None, plan: Plan, warm_up: bool = False
 ) -> Any:
     """Launch the kernel, or (`warm_up`) compile it and return the compiled kernel."""
-    inputs, outputs = _inputs(problem, row_grad), _outputs(problem, wanted)
+    inputs, outputs = inputs_of(problem, row_grad), outputs_of(problem, wanted)
     space = workspace(
         problem.query.device, problem.accumulate, plan.floats, plan.integers, interpreting()
     )
-    strengths = () if problem.by_row else (*_dual(problem), problem.skip_threshold)
-    common = _common()
+    strengths = () if problem.by_row else (*strengths_of(problem), problem.skip_threshold)
+    kernels = common()
 
     def arguments(t: Sequence[Any]) -> tuple[Any, ...]:
-        inputs, outputs = common.Inputs(*t[:13]), common.Outputs(*t[13:20])
-        call = common.Call(inputs, outputs, plan.form)
+        inputs, outputs = kernels.Inputs(*t[:13]), kernels.Outputs(*t[13:20])
+        call = kernels.Call(inputs, outputs, plan.form)
         return call, *t[20:], *plan.numbers, problem.tau, *strengths
 
     tensors = (*inputs, *outputs, *space[:3])
@@ -161,48 +164,6 @@ def _launch(
     loss, query, positive, candidates, temperature, domain_weights, candidate_log_q = outputs
     assert loss is not None
     return Output(loss, query, positive, candidates, candidate_log_q, temperature, domain_weights)
-
-
-@functools.cache
-def _common() -> Any:
-    from dwl_kernels.backends import triton_common
-
-    return triton_common
-
-
-def num_candidates(problem: Problem) -> int:
-    """How many a row has."""
-    if problem.candidate_rows is not None:
-        return problem.candidate_rows.shape[1]
-    return problem.candidates.shape[0]
-
-
-def kernel_of(problem: Problem) -> Any:
-    if problem.by_row:
-        from dwl_kernels.backends.triton_indexed import indexed_softmax_loss_kernel
-
-        return indexed_softmax_loss_kernel
-    from dwl_kernels.backends.triton_kernels import softmax_loss_kernel
-
-    return softmax_loss_kernel
-
-
-def _dual(problem: Problem) -> tuple[float, float, float, int]:
-    """The strengths of the dual scale, and its slate: at most one group for every candidate."""
-    dual = problem.dual or DualScale(0.0, 0.0, 1, 0.0)
-    slate = min(dual.slate_size, problem.candidates.shape[0])
-    return float(dual.hardness), float(dual.similarity), float(dual.competition), slate
-
-
-def launch_options(tiles: Tiles) -> dict[str, Any]:
-    options = {
-        "num_warps": tiles.warps,
-        "launch_cooperative_grid": True,
-        "enable_fp_fusion": True,  # Triton 3.10 changes the default
-    }
-    if tiles.registers is not None:
-        options["maxnreg"] = tiles.registers
-    return options
 
 
 _plans: dict[Hashable, Plan] = {}
@@ -251,7 +212,7 @@ def plan_of(
     kind: Hashable = None,
 ) -> Plan:
     """The plan with these tiles; `kind` tells dtypes, choices and absences apart."""
-    form = form_of(problem, _inputs(problem, row_grad), tiles)
+    form = form_of(problem, inputs_of(problem, row_grad), tiles)
     numbers = (*_sizes(problem), workers)
     return Plan(
         kernel=kernel_of(problem),
@@ -262,7 +223,7 @@ def plan_of(
         # 2^31, of a table, are of another type.
         entry=(problem.by_row, id(form), tiles, kind, *(n >= 2**31 for n in numbers)),
         numbers=numbers,
-        floats=_workspace_floats(problem, wanted, tiles, workers),
+        floats=workspace_floats(problem, wanted, tiles, workers),
         integers=workers + problem.query.shape[0],
     )
 
@@ -277,7 +238,7 @@ def _sizes(problem: Problem) -> tuple[int, ...]:
 
 
 def _tiles(problem: Problem, wanted: Wanted, row_grad: Tensor | None, exact: bool) -> Tiles:
-    block_d, dtype = _power_of_two(problem.query.shape[1], 16), problem.query.dtype
+    block_d, dtype = power_of_two(problem.query.shape[1], 16), problem.query.dtype
     if problem.by_row:
         return by_row(block_d, dtype)
 
@@ -287,18 +248,6 @@ def _tiles(problem: Problem, wanted: Wanted, row_grad: Tensor | None, exact: boo
     shape = (problem.query.shape[0], problem.candidates.shape[0])
     major = torch.cuda.get_device_capability()[0]
     return choose(block_d, dtype, major, exact, load_of(problem, row_grad), shape, seconds)
-
-
-def load_of(problem: Problem, row_grad: Tensor | None) -> Load:
-    """Which tiles the problem needs."""
-    p = problem
-    if p.dual is not None and p.dual.similarity:
-        return "dual"
-    if p.skip_threshold > 0:
-        return "skip"
-    by_row = p.temperature is not None and p.temperature.dim() > 0
-    given = (p.target, p.candidate_log_q, p.candidate_ids, p.example_weights, p.dual, row_grad)
-    return "options" if by_row or any(one is not None for one in given) else "plain"
 
 
 def _workers(problem: Problem, wanted: Wanted, row_grad: Tensor | None, tiles: Tiles) -> int:
@@ -342,163 +291,6 @@ def _seconds(problem: Problem, wanted: Wanted, row_grad: Tensor | None, tiles: T
         return do_bench(lambda: _launch(problem, wanted, row_grad, plan), return_mode="median")
     except OutOfResources:
         return float("inf")
-
-
-def _inputs(problem: Problem, row_grad: Tensor | None) -> tuple[Tensor | None, ...]:
-    p = problem
-    temperature = p.temperature
-    if temperature is None and p.accumulate == torch.float64:
-        # A float argument of a kernel is float32.
-        temperature = torch.full((), p.tau, dtype=torch.float64, device=p.query.device)
-    positive, ids = p.positive, (p.positive_ids, p.candidate_ids)
-    if p.by_row:  # the positives lie in the table
-        positive, ids = p.candidates, (p.target, p.candidate_rows)
-    tensors = (
-        *(p.query, positive, p.candidates, p.positive_log_q, p.candidate_log_q),
-        *(*ids, p.domain_ids, p.domain_weights, p.example_weights),
-        *(temperature, row_grad, None if p.by_row else p.target),
-    )
-    return tuple([None if t is None else t.contiguous() for t in tensors])
-
-
-def _outputs(problem: Problem, wanted: Wanted) -> tuple[Tensor | None, ...]:
-    p = problem
-    query, positive, candidates, log_q, temperature, weights = p.sources()
-    if p.by_row:
-        positive, candidates = p.target, p.candidate_rows
-    gradient, sums = p.candidate_gradient, p.accumulate
-    results = (
-        (query, wanted.query, p.gradient),
-        (positive, wanted.positive, gradient),
-        (candidates, wanted.candidates, gradient),
-        (temperature, wanted.temperature, sums),
-        (weights, wanted.domain_weights, sums),
-        (log_q, wanted.candidate_log_q, sums),
-    )
-    return (
-        p.query.new_empty(p.query.shape[:1] if p.reduction == "none" else (), dtype=sums),
-        *[
-            torch.empty_like(t, dtype=dtype, memory_format=torch.contiguous_format)
-            if want and t is not None
-            else None
-            for t, want, dtype in results
-        ],
-    )
-
-
-def _power_of_two(n: int, least: int) -> int:
-    return max(1 << (n - 1).bit_length(), least)
-
-
-def form_of(problem: Problem, inputs: tuple[Tensor | None, ...], tiles: Tiles) -> Any:
-    """What the kernel is compiled for."""
-    temperature = inputs[10]
-    return _form(
-        problem.query.shape[1],
-        problem.query.dtype,
-        problem.candidates.shape[0] < tiles.BN,
-        problem.query.shape[0] < tiles.CN,
-        problem.candidates.shape[0] < 2**31,
-        problem.by_row and num_candidates(problem) % 16 == 0,
-        1 if problem.domain_ids is None else problem.domain_ids.shape[1],
-        0 if problem.domain_weights is None else problem.domain_weights.shape[0],
-        problem.reduction,
-        problem.correction,
-        "float" if temperature is None else "row" if temperature.dim() else "scalar",
-        torch.get_float32_matmul_precision(),
-        tiles,
-        inputs[11] is not None,
-        *(problem.in_batch, inputs[12] is not None, problem.example_weights is not None),
-        problem.candidate_ids is not None,
-        problem.ignore_index,
-        tuple(strength > 0 for strength in _dual(problem)[:3]),
-        problem.skip_threshold > 0,
-        interpreting(),
-    )
-
-
-@functools.cache
-def _form(
-    d: int,
-    dtype: torch.dtype,
-    few_candidates: bool,
-    few_rows: bool,
-    narrow_ids: bool,
-    even: bool,
-    slots: int,
-    domains: int,
-    reduction: str,
-    correction: str,
-    temperature: str,
-    precision: str,
-    tiles: Tiles,
-    row_grad: bool,
-    in_batch: bool,
-    targets: bool,
-    example_weights: bool,
-    ids: bool,
-    ignore_index: int,
-    strengths: tuple[bool, bool, bool],
-    skip: bool,
-    interpreted: bool,
-) -> Any:
-    import triton.language as tl
-
-    from dwl_kernels.backends.triton_common import Form
-
-    exact = dtype == torch.float64 or (dtype == torch.float32 and precision == "highest")
-    narrow = dtype in (torch.bfloat16, torch.float16)
-    # numpy cannot multiply bfloat16, and the order of its float32 sums depends on the shapes, so
-    # that the two phases would not agree about a logit as they do on a device.
-    upcast = interpreted and dtype in (torch.bfloat16, torch.float32)
-    values = Form(
-        D=d,
-        BLOCK_D=_power_of_two(d, 16),
-        BM=tiles.BM,
-        BN=tiles.BN,
-        CM=tiles.CM,
-        CN=tiles.CN,
-        STAGES_1=tiles.stages_1,
-        STAGES_2=tiles.stages_2,
-        OWN=targets or (in_batch and not ids),
-        IN_BATCH=in_batch,
-        PACKED=targets or example_weights,
-        IGNORE=ignore_index,
-        SLOTS=slots,
-        WORKERS=MAX_WORKERS,
-        DOMAINS=min(_power_of_two(max(domains, 1), 2), 64),
-        REDUCTION=reduction,
-        REFINED=correction == "refined",
-        SKIP=skip,
-        HARDNESS=strengths[0],
-        SIMILARITY=strengths[1],
-        COMPETITION=strengths[2],
-        TEMPERATURE=temperature,
-        ROW_SCALE=temperature == "row" or strengths[0] or strengths[2],
-        DTYPE=tl.float64 if dtype == torch.float64 else tl.float32,
-        PRECISION="ieee" if exact else "tf32",
-        EXACT=exact,
-        FOLD=narrow and not row_grad,
-        HALF=dtype == torch.float16,
-        MAXIMA=exact or dtype == torch.float16,
-        FEW_CANDIDATES=few_candidates,
-        FEW_ROWS=few_rows,
-        NARROW=narrow_ids,
-        EVEN=even,
-        UPCAST=upcast,
-    )
-    return Form(*(tl.constexpr(value) for value in values))
-
-
-def _workspace_floats(problem: Problem, wanted: Wanted, tiles: Tiles, workers: int) -> int:
-    """As `workspace` in the kernels cuts it up."""
-    rows, d = problem.query.shape
-    floats = _common().NUM_ROW_ARRAYS.value * -(-rows // 64) * 64 + 3 * workers + 64
-    if problem.domain_weights is not None and wanted.domain_weights:
-        floats += 2 * workers * problem.domain_weights.shape[0]
-    if not problem.by_row:
-        floats += workers * max(tiles.BM, tiles.CM) * (_power_of_two(d, 16) + 3)
-    return int(floats)
 
 
 def scaled(

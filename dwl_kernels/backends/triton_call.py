@@ -1,0 +1,234 @@
+"""What a call hands to the Triton kernel: arguments, the form it is compiled for, its workspace.
+
+Nothing here needs a device, so that the machine code of every form can be made without one.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dwl_kernels.backends.triton_tiles import Load, Tiles
+from dwl_kernels.problem import DualScale, Problem, Wanted
+
+MAX_WORKERS = 1024  # more than any device has multiprocessors, three programs on each
+
+
+@functools.cache  # as Triton does, which looks once, when a kernel is defined
+def interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def common() -> Any:
+    from dwl_kernels.backends import triton_common
+
+    return triton_common
+
+
+def kernel_of(problem: Problem) -> Any:
+    if problem.by_row:
+        from dwl_kernels.backends.triton_indexed import indexed_softmax_loss_kernel
+
+        return indexed_softmax_loss_kernel
+    from dwl_kernels.backends.triton_kernels import softmax_loss_kernel
+
+    return softmax_loss_kernel
+
+
+def launch_options(tiles: Tiles) -> dict[str, Any]:
+    options = {
+        "num_warps": tiles.warps,
+        "launch_cooperative_grid": True,
+        "enable_fp_fusion": True,  # Triton 3.10 changes the default
+    }
+    if tiles.registers is not None:
+        options["maxnreg"] = tiles.registers
+    return options
+
+
+def load_of(problem: Problem, row_grad: Tensor | None) -> Load:
+    """Which tiles the problem needs."""
+    p = problem
+    if p.dual is not None and p.dual.similarity:
+        return "dual"
+    if p.skip_threshold > 0:
+        return "skip"
+    by_row = p.temperature is not None and p.temperature.dim() > 0
+    given = (p.target, p.candidate_log_q, p.candidate_ids, p.example_weights, p.dual, row_grad)
+    return "options" if by_row or any(one is not None for one in given) else "plain"
+
+
+def num_candidates(problem: Problem) -> int:
+    """How many a row has."""
+    if problem.candidate_rows is not None:
+        return problem.candidate_rows.shape[1]
+    return problem.candidates.shape[0]
+
+
+def strengths_of(problem: Problem) -> tuple[float, float, float, int]:
+    """The strengths of the dual scale, and its slate: at most one group for every candidate."""
+    dual = problem.dual or DualScale(0.0, 0.0, 1, 0.0)
+    slate = min(dual.slate_size, problem.candidates.shape[0])
+    return float(dual.hardness), float(dual.similarity), float(dual.competition), slate
+
+
+def inputs_of(problem: Problem, row_grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    p = problem
+    temperature = p.temperature
+    if temperature is None and p.accumulate == torch.float64:
+        # A float argument of a kernel is float32.
+        temperature = torch.full((), p.tau, dtype=torch.float64, device=p.query.device)
+    positive, ids = p.positive, (p.positive_ids, p.candidate_ids)
+    if p.by_row:  # the positives lie in the table
+        positive, ids = p.candidates, (p.target, p.candidate_rows)
+    tensors = (
+        *(p.query, positive, p.candidates, p.positive_log_q, p.candidate_log_q),
+        *(*ids, p.domain_ids, p.domain_weights, p.example_weights),
+        *(temperature, row_grad, None if p.by_row else p.target),
+    )
+    return tuple([None if t is None else t.contiguous() for t in tensors])
+
+
+def outputs_of(problem: Problem, wanted: Wanted) -> tuple[Tensor | None, ...]:
+    p = problem
+    query, positive, candidates, log_q, temperature, weights = p.sources()
+    if p.by_row:
+        positive, candidates = p.target, p.candidate_rows
+    gradient, sums = p.candidate_gradient, p.accumulate
+    results = (
+        (query, wanted.query, p.gradient),
+        (positive, wanted.positive, gradient),
+        (candidates, wanted.candidates, gradient),
+        (temperature, wanted.temperature, sums),
+        (weights, wanted.domain_weights, sums),
+        (log_q, wanted.candidate_log_q, sums),
+    )
+    return (
+        p.query.new_empty(p.query.shape[:1] if p.reduction == "none" else (), dtype=sums),
+        *[
+            torch.empty_like(t, dtype=dtype, memory_format=torch.contiguous_format)
+            if want and t is not None
+            else None
+            for t, want, dtype in results
+        ],
+    )
+
+
+def power_of_two(n: int, least: int) -> int:
+    return max(1 << (n - 1).bit_length(), least)
+
+
+def form_of(problem: Problem, inputs: tuple[Tensor | None, ...], tiles: Tiles) -> Any:
+    """What the kernel is compiled for."""
+    temperature = inputs[10]
+    return _form(
+        problem.query.shape[1],
+        problem.query.dtype,
+        problem.candidates.shape[0] < tiles.BN,
+        problem.query.shape[0] < tiles.CN,
+        problem.candidates.shape[0] < 2**31,
+        problem.by_row and num_candidates(problem) % 16 == 0,
+        1 if problem.domain_ids is None else problem.domain_ids.shape[1],
+        0 if problem.domain_weights is None else problem.domain_weights.shape[0],
+        problem.reduction,
+        problem.correction,
+        "float" if temperature is None else "row" if temperature.dim() else "scalar",
+        torch.get_float32_matmul_precision(),
+        tiles,
+        inputs[11] is not None,
+        *(problem.in_batch, inputs[12] is not None, problem.example_weights is not None),
+        problem.candidate_ids is not None,
+        problem.ignore_index,
+        tuple(strength > 0 for strength in strengths_of(problem)[:3]),
+        problem.skip_threshold > 0,
+        interpreting(),
+    )
+
+
+@functools.cache
+def _form(
+    d: int,
+    dtype: torch.dtype,
+    few_candidates: bool,
+    few_rows: bool,
+    narrow_ids: bool,
+    even: bool,
+    slots: int,
+    domains: int,
+    reduction: str,
+    correction: str,
+    temperature: str,
+    precision: str,
+    tiles: Tiles,
+    row_grad: bool,
+    in_batch: bool,
+    targets: bool,
+    example_weights: bool,
+    ids: bool,
+    ignore_index: int,
+    strengths: tuple[bool, bool, bool],
+    skip: bool,
+    interpreted: bool,
+) -> Any:
+    import triton.language as tl
+
+    from dwl_kernels.backends.triton_common import Form
+
+    exact = dtype == torch.float64 or (dtype == torch.float32 and precision == "highest")
+    narrow = dtype in (torch.bfloat16, torch.float16)
+    # numpy cannot multiply bfloat16, and the order of its float32 sums depends on the shapes, so
+    # that the two phases would not agree about a logit as they do on a device.
+    upcast = interpreted and dtype in (torch.bfloat16, torch.float32)
+    values = Form(
+        D=d,
+        BLOCK_D=power_of_two(d, 16),
+        BM=tiles.BM,
+        BN=tiles.BN,
+        CM=tiles.CM,
+        CN=tiles.CN,
+        STAGES_1=tiles.stages_1,
+        STAGES_2=tiles.stages_2,
+        OWN=targets or (in_batch and not ids),
+        IN_BATCH=in_batch,
+        PACKED=targets or example_weights,
+        IGNORE=ignore_index,
+        SLOTS=slots,
+        WORKERS=MAX_WORKERS,
+        DOMAINS=min(power_of_two(max(domains, 1), 2), 64),
+        REDUCTION=reduction,
+        REFINED=correction == "refined",
+        SKIP=skip,
+        HARDNESS=strengths[0],
+        SIMILARITY=strengths[1],
+        COMPETITION=strengths[2],
+        TEMPERATURE=temperature,
+        ROW_SCALE=temperature == "row" or strengths[0] or strengths[2],
+        DTYPE=tl.float64 if dtype == torch.float64 else tl.float32,
+        PRECISION="ieee" if exact else "tf32",
+        EXACT=exact,
+        FOLD=narrow and not row_grad,
+        HALF=dtype == torch.float16,
+        MAXIMA=exact or dtype == torch.float16,
+        FEW_CANDIDATES=few_candidates,
+        FEW_ROWS=few_rows,
+        NARROW=narrow_ids,
+        EVEN=even,
+        UPCAST=upcast,
+    )
+    return Form(*(tl.constexpr(value) for value in values))
+
+
+def workspace_floats(problem: Problem, wanted: Wanted, tiles: Tiles, workers: int) -> int:
+    """As `workspace` in the kernels cuts it up."""
+    rows, d = problem.query.shape
+    floats = common().NUM_ROW_ARRAYS.value * -(-rows // 64) * 64 + 3 * workers + 64
+    if problem.domain_weights is not None and wanted.domain_weights:
+        floats += 2 * workers * problem.domain_weights.shape[0]
+    if not problem.by_row:
+        floats += workers * max(tiles.BM, tiles.CM) * (power_of_two(d, 16) + 3)
+    return int(floats)
