@@ -18,6 +18,7 @@ import triton
 
 from benchmarks.aot import BACKENDS, CAPABILITIES, Launch, compiled_for, decided
 from benchmarks.aot_table import Table, main
+from benchmarks.arithmetic import predicted_by_row_us
 from benchmarks.machine_code import machine_code
 from benchmarks.stamp import stamp, triton_files
 from dwl_kernels.backends import triton_call as host
@@ -152,15 +153,34 @@ def count(row: Row) -> dict[str, Any]:
     function = triton_table.sum_kernel if name == SUM else indexed_softmax_loss_kernel
     kernel = compiled_for(capability, function, launch_of(row))
     sass, usage = machine_code(kernel.asm["cubin"])
-    return {
+    loops = gathers(sass)
+    found = {
         "kernel": name,
         "capability": capability,
         "D": d,
         "dtype": str(dtype).removeprefix("torch."),
         **usage,
         "shared": kernel.metadata.shared,
-        "loops": gathers(sass),
+        "loops": loops,
     }
+    return {**found, **per_pair(row, found)}
+
+
+def per_pair(row: Row, found: dict[str, Any]) -> dict[str, Any]:
+    """Instructions of a lane for each pair of a row and a candidate, in the loop that gathers most
+    pairs, and the time that they predict."""
+    name, _, d, dtype = row
+    gathering = [loop for loop in found["loops"] if loop["loads_128"]]
+    if name == SUM:
+        form = triton_table._form(d, triton_table.SPAN, 2, True)
+        lanes, pairs = 32, form.ROWS.value * form.LANES.value
+        loop = gathering[0]  # short ranges, as most are
+    else:
+        tiles = by_row(host.power_of_two(d, 16), dtype)
+        lanes, pairs = 32 * tiles.warps, tiles.BM * tiles.BN
+        loop = max(gathering, key=lambda one: one["instructions"])
+    counted = {"per_element": round(loop["instructions"] * lanes / pairs, 2)}
+    return {**counted, "predicted_us": predicted_by_row_us({**found, **counted})}
 
 
 def markdown(table: list[dict[str, Any]]) -> str:
@@ -168,11 +188,13 @@ def markdown(table: list[dict[str, Any]]) -> str:
         f"Triton {triton.__version__}. One turn of the loss takes",
         f"{by_row(64, torch.bfloat16).BN} candidates of every row of a tile. One of the table",
         "gradient takes 4 places of every id: of short ranges, then, of long ones, the sums of",
-        "chunks and the rest.",
+        "chunks and the rest. Per element: instructions of a lane for a pair of a row and a",
+        "candidate in the loop that gathers. Predicted: microseconds for the shape",
+        "`per-example` at this D on an H200, by `benchmarks/arithmetic.py`; nothing was measured.",
         "",
         "| capability | kernel | D | dtype | registers | stack | shared KB |"
-        " instructions a turn | loads, of them 128 bits | spills |",
-        "|" + "---|" * 10,
+        " instructions a turn | loads, of them 128 bits | spills | per element | predicted |",
+        "|" + "---|" * 12,
     ]
     for r in table:
         loops = [loop for loop in r["loops"] if loop["loads_128"]] or r["loops"]
@@ -182,6 +204,7 @@ def markdown(table: list[dict[str, Any]]) -> str:
         lines.append(
             f"| {r['capability']} | {r['kernel']} | {r['D']} | {r['dtype']} | {r['registers']} |"
             f" {r['stack']} | {r['shared'] / 1024:.1f} | {counts} | {loads} | {spills} |"
+            f" {r['per_element']:.1f} | {r['predicted_us'] or ''} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -23,7 +23,9 @@ SHARED = 128  # bytes per clock of shared memory
 MMA_SYNC = 0.63
 FLOAT64_MATMUL = 256  # operations per clock of tensor core; `mma.sync` is its only instruction
 FLOAT64_LANES = 64  # instructions of one thread per clock
+MEMORY = 4.3e12  # bytes per second, read plus written
 SHAPE = (8192, 8192)  # B, N of the predicted time
+PER_EXAMPLE = (65536, 128, 1 << 20)  # B, K and rows of the table, for candidates by row
 
 
 def clocks(row: dict[str, Any], left_out: bool = False) -> dict[str, float]:
@@ -97,3 +99,26 @@ def predicted_us(row: dict[str, Any], clocks: dict[str, float]) -> int | None:
     *others, largest = sorted(clocks.values())
     elements = SHAPE[0] * SHAPE[1] / MULTIPROCESSORS
     return round((largest + sum(others) / 4) * elements / CLOCK * 1e6)
+
+
+def predicted_by_row_us(row: dict[str, Any]) -> int | None:
+    """Microseconds for `PER_EXAMPLE` of a row of the table of `benchmarks.aot_indexed`.
+
+    The loss reads a table row and an id for every pair, writes its logit, reads it and writes the
+    coefficient. The gradient of the table reads order, coefficient and, from L2, a row of the
+    source for every pair, and writes the table; the sort before it is not counted.
+    """
+    if row["capability"] != 90:
+        return None
+    rows, candidates, table_rows = PER_EXAMPLE
+    pairs = rows * candidates
+    width = row["D"] * (2 if row["dtype"] in ("bfloat16", "float16") else 4)
+    clocks = MULTIPROCESSORS * CLOCK
+    times = [pairs * row["per_element"] / (LANES * clocks)]
+    if row["kernel"].startswith("loss"):
+        times.append((pairs * (width + 8 + 3 * 4) + 3 * rows * width) / MEMORY)
+    else:
+        times.append((pairs * (8 + 4) + table_rows * width) / MEMORY)
+        times.append(pairs * width / (L2 * clocks))
+    *others, largest = sorted(times)
+    return round((largest + sum(others) / 4) * 1e6)
