@@ -16,7 +16,6 @@
 #include <memory>
 #include <vector>
 
-#include "pages.h"
 #include "row.h"
 
 namespace dwl {
@@ -75,7 +74,6 @@ void indexed_softmax_cpu(const IndexedProblem<T, S>& p, const IndexedGradients<T
   }
   const int64_t num_rows = static_cast<int64_t>(rows.size());
   const int team = static_cast<int>(std::clamp<int64_t>(num_rows / 16, 1, threads));
-  prefer_huge_pages(out.candidate, out.candidate == nullptr ? 0 : p.rows * n * sizeof(T));
   std::unique_ptr<T[]> scratch;  // [team, K], where the gradient has no place for a row's logits
   if (out.candidate == nullptr) scratch.reset(new T[size_t(team) * n]);
 

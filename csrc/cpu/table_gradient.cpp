@@ -11,7 +11,6 @@
 #include <vector>
 
 #include "../indexed_softmax.h"
-#include "pages.h"
 
 namespace dwl {
 namespace {
@@ -71,7 +70,7 @@ class Entries {
     });
     for (int64_t count : starts) size_ += count;
     to_offsets(starts, team_, p.num_pieces);
-    entries_ = room();
+    entries_.reset(new Entry<T, I>[size_]);
     in_parallel(team_, [&](int part) {
       for (int k = 0; k < p.num_pieces; ++k) {
         Entry<T, I>* to = entries_.get() + starts[part * p.num_pieces + k];
@@ -94,12 +93,6 @@ class Entries {
   }
 
  private:
-  std::unique_ptr<Entry<T, I>[]> room() const {
-    std::unique_ptr<Entry<T, I>[]> entries(new Entry<T, I>[size_]);
-    prefer_huge_pages(entries.get(), size_ * sizeof(Entry<T, I>));
-    return entries;
-  }
-
   // Least significant digit first, each pass stable.
   void sort(int bits) {
     const int passes = (bits + 10) / 11;  // 2^11 streams of writes stay within the TLB
@@ -107,7 +100,7 @@ class Entries {
     const int width = (bits + passes - 1) / passes;
     const int64_t buckets = int64_t(1) << width;
     std::vector<int64_t> to(size_t(team_) * buckets);
-    std::unique_ptr<Entry<T, I>[]> sorted = room();
+    std::unique_ptr<Entry<T, I>[]> sorted(new Entry<T, I>[size_]);
     for (int pass = 0; pass < passes; ++pass) {
       std::fill(to.begin(), to.end(), 0);
       // Everything the inner loops use is their own: they write, and the compiler must not suspect
@@ -156,7 +149,6 @@ void sum_by_id(const TableGradient<T>& p, int threads,
 
   const TableRows<S> out = allocate(ranks[team]);
   const bool dense = !out.compact;
-  prefer_huge_pages(out.values, (dense ? p.table_rows : ranks[team]) * dim * sizeof(S));
   std::unique_ptr<T[]> sums(new T[size_t(team) * dim]);
   in_parallel(team, [&](int part) {
     T* sum = sums.get() + part * dim;
