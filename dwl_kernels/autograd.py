@@ -135,8 +135,7 @@ def _scaled(
     """The products of the op ``scale``, likewise."""
     if not _watched((*gradients, upstream)):
         # Of a graph that is not kept nobody asks again: its gradients become the products.
-        kept = torch._C._autograd._get_current_graph_task_keep_graph()
-        return _products([*gradients], upstream, dtypes, in_place=not kept)
+        return _products([*gradients], upstream, dtypes, in_place=not _keeps_graph())
     places = [_DTYPES.index(dtype) for dtype in dtypes]
     return torch.ops.dwl_kernels.scale(gradients, upstream, places)
 
@@ -148,7 +147,8 @@ def _watched(tensors: Sequence[Any]) -> bool:
     and where tensors are of a subclass or, all of them, without memory.
     """
     return (
-        torch.compiler.is_compiling()
+        not _CAN_ASK
+        or torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0
         or torch._C._are_functorch_transforms_active()
@@ -159,6 +159,15 @@ def _watched(tensors: Sequence[Any]) -> bool:
 
 
 _PLAIN = {Tensor, Parameter, type(None)}
+# A PyTorch that has these no more gets the slower ways, which are always right.
+_CAN_ASK = all(
+    hasattr(torch._C, name)
+    for name in (
+        *("_len_torch_dispatch_stack", "_len_torch_function_stack"),
+        *("_are_functorch_transforms_active", "_get_tracing_state"),
+    )
+)
+_keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
 def _products(
