@@ -88,11 +88,15 @@ def launch_of(
     """The launch of `triton.solve` on a device."""
     inputs = host.inputs_of(problem, row_grad)
     form = host.form_of(problem, inputs, tiles)
-    call = Call(Inputs(*inputs), Outputs(*host.outputs_of(problem, wanted)), form)
+    call = Call(
+        Inputs(*inputs),
+        Outputs(*host.outputs_of(host.results_of(problem, wanted, inputs), inputs)),
+        form,
+    )
     buffers = torch.empty(64), *(torch.empty(64, dtype=torch.int32) for _ in range(2))
     domains = 0 if problem.domain_weights is None else len(problem.domain_weights)
     sizes = len(problem.query), len(problem.candidates), domains, 264
-    numbers = problem.tau, *host.strengths_of(problem), problem.skip_threshold
+    numbers = problem.tau, *host.constants_of(problem)
     return Launch((call, *buffers, *sizes, *numbers), host.launch_options(tiles))
 
 

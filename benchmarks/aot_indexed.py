@@ -64,7 +64,9 @@ def loss_launch(d: int, dtype: torch.dtype, options: bool, reduction: str) -> La
     inputs = host.inputs_of(p, row_grad)
     wanted = Wanted(True, True, True, False, options, options)
     form = host.form_of(p, inputs, tiles)
-    call = Call(Inputs(*inputs), Outputs(*host.outputs_of(p, wanted)), form)
+    call = Call(
+        Inputs(*inputs), Outputs(*host.outputs_of(host.results_of(p, wanted, inputs), inputs)), form
+    )
     buffers = torch.empty(64), *(torch.empty(64, dtype=torch.int32) for _ in range(2))
     domains = len(p.domain_weights) if p.domain_weights is not None else 0
     arguments = (call, *buffers, B, V, K, domains, 264, p.tau)

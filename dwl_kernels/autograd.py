@@ -20,7 +20,15 @@ from torch.nn import Parameter
 
 from dwl_kernels import backends
 from dwl_kernels.once import once
-from dwl_kernels.problem import NUM_TENSORS, DualScale, Output, Problem, Wanted, no_autocast
+from dwl_kernels.problem import (
+    NUM_TENSORS,
+    DualScale,
+    Output,
+    Problem,
+    Wanted,
+    autocasting,
+    no_autocast,
+)
 from dwl_kernels.table import table_gradient
 
 # The fields of `Problem` in their order, then the call.
@@ -56,6 +64,7 @@ def softmax_loss(problem: Problem, backend: str = "auto", sparse_grad: bool = Fa
         # It refuses one tensor in two places of an autograd.Function.
         distinct: Any = [f.view_as(f) if isinstance(f, Tensor) else f for f in problem]
         problem = Problem(*distinct)
+    watched = _watched(problem.tensors())
     if torch.is_grad_enabled():
         sources = problem.sources()
         wanted = Wanted(*[t is not None and t.requires_grad for t in sources])
@@ -63,14 +72,16 @@ def softmax_loss(problem: Problem, backend: str = "auto", sparse_grad: bool = Fa
             leaves = [t for t, want in zip(sources, wanted, strict=True) if want]
             if problem.by_row:  # the gradient of the table follows from those of all products
                 wanted = wanted._replace(positive=wanted.candidates)
-            return _SoftmaxLoss.apply((problem, wanted, backend, sparse_grad), *leaves)
-    return _solved(problem, None, _NOTHING, backend).loss
+            apply = _SoftmaxLoss.apply if watched else _apply
+            loss: Tensor = apply((problem, wanted, backend, sparse_grad, watched), *leaves)
+            return loss
+    return _solved(problem, None, _NOTHING, backend, watched).loss
 
 
 class _SoftmaxLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: Any, *leaves: Tensor) -> Tensor:
-        problem, wanted, backend, sparse_grad = call
+        problem, wanted, backend, sparse_grad, watched = call
         ctx.set_materialize_grads(False)
         dtypes = [t.dtype for t in leaves]
         table: Any = None
@@ -82,10 +93,10 @@ class _SoftmaxLoss(torch.autograd.Function):
             table = (at, len(problem.candidates), problem.candidates.dtype, sparse_grad, backend)
             draws = _draws(problem)
         if problem.reduction == "none":
-            loss = _solved(problem, None, _NOTHING, backend).loss
+            loss = _solved(problem, None, _NOTHING, backend, watched).loss
             kept, constants = problem.tensors(), problem[NUM_TENSORS:]
         else:
-            loss, *gradients = _solved(problem, None, wanted, backend)
+            loss, *gradients = _solved(problem, None, wanted, backend, watched)
             kept = [g for g in gradients if g is not None]
         ctx.call = wanted, backend, dtypes, table, constants, len(kept)
         ctx.save_for_backward(*kept, leaves[0], *draws)
@@ -97,7 +108,9 @@ class _SoftmaxLoss(torch.autograd.Function):
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
         wanted, backend, dtypes, table, constants, num = ctx.call
-        saved, grad = ctx.saved_tensors, grad.detach()
+        saved = ctx.saved_tensors
+        if grad.requires_grad:
+            grad = grad.detach()
         kept, anchor, draws = saved[:num], saved[num], saved[num + 1 :]
         gradients: list[Any]
         if constants is None:
@@ -105,7 +118,8 @@ class _SoftmaxLoss(torch.autograd.Function):
         else:
             detached: Any = [t if t is None else t.detach() for t in kept]
             problem = Problem(*detached, *constants)
-            _, *found = _solved(problem, grad.contiguous(), wanted, backend)
+            watched = _watched((*problem.tensors(), grad))
+            _, *found = _solved(problem, grad.contiguous(), wanted, backend, watched)
             present = [g for g in found if g is not None]
             gradients = [g.to(dtype) for g, dtype in zip(present, dtypes, strict=True)]
         if table is not None:
@@ -120,9 +134,15 @@ class _SoftmaxLoss(torch.autograd.Function):
         return None, *gradients
 
 
-def _solved(problem: Problem, row_grad: Tensor | None, wanted: Wanted, backend: str) -> Output:
+# What `Function.apply` comes to where no transform of functions is at work.
+_apply: Any = super(torch.autograd.Function, _SoftmaxLoss).apply
+
+
+def _solved(
+    problem: Problem, row_grad: Tensor | None, wanted: Wanted, backend: str, watched: bool
+) -> Output:
     """The output of the registered op, straight from the backend where nobody watches."""
-    if not _watched(problem.tensors()):
+    if not watched:
         return _solve(problem, row_grad, wanted, backend)
     call = (*_fields(problem), row_grad, list(wanted), backend)
     loss, *gradients = torch.ops.dwl_kernels.softmax_loss(*call)
@@ -191,9 +211,11 @@ def _products(
 
 def _solve(problem: Problem, row_grad: Tensor | None, wanted: Wanted, backend: str) -> Output:
     solve = backends.pick(backend, problem)
-    # The problem has been cast to the autocast dtype already; the sums in between must not be.
-    with no_autocast(problem.query.device.type):
-        return solve(problem, wanted, row_grad)
+    if autocasting(problem.query.device.type):
+        # The problem has been cast to its dtype already; the sums in between must not be.
+        with no_autocast(problem.query.device.type):
+            return solve(problem, wanted, row_grad)
+    return solve(problem, wanted, row_grad)
 
 
 def _draws(problem: Problem) -> tuple[Any, Any, Any]:

@@ -19,15 +19,11 @@ from dwl_kernels.problem import (
 )
 
 
-def check_embeddings(**named: Tensor) -> list[Tensor]:
+def check_embeddings(query: Tensor, **others: Tensor) -> list[Tensor]:
     """Query and what it is compared with, cast to the autocast dtype if there is one."""
-    for name, value in named.items():
-        check_dense(name, value)
-        if value.dtype not in FLOATS:
-            raise TypeError(
-                f"{name} has dtype {value.dtype}; wanted float32, float64, bfloat16 or float16"
-            )
-    query = named["query"]
+    check_embedding("query", query)
+    for name, value in others.items():
+        check_embedding(name, value)
     shape = query.shape
     if len(shape) < 2:
         raise ValueError(
@@ -36,7 +32,7 @@ def check_embeddings(**named: Tensor) -> list[Tensor]:
         )
     if shape[-1] == 0:
         raise ValueError("query has embeddings of size 0; wanted at least 1")
-    for name, value in named.items():
+    for name, value in others.items():
         check_device(name, value, query)
         letter = _LETTERS.get(name)
         if letter is None:
@@ -51,14 +47,22 @@ def check_embeddings(**named: Tensor) -> list[Tensor]:
             )
     dtype = autocast_dtype(query)
     if dtype is not None:
-        return [value.to(dtype) for value in named.values()]
-    for name, value in named.items():
+        return [value.to(dtype) for value in (query, *others.values())]
+    for name, value in others.items():
         if value.dtype != query.dtype:
             raise TypeError(
                 f"{name} has dtype {value.dtype} but query has {query.dtype}; cast one of them, or "
                 "run under torch.autocast"
             )
-    return list(named.values())
+    return [query, *others.values()]
+
+
+def check_embedding(name: str, value: Tensor) -> None:
+    check_dense(name, value)
+    if value.dtype not in FLOATS:
+        raise TypeError(
+            f"{name} has dtype {value.dtype}; wanted float32, float64, bfloat16 or float16"
+        )
 
 
 _LETTERS = {"negative": "N", "table": "V"}  # embeddings whose number is free
@@ -77,11 +81,12 @@ def check_tensor(name: str, value: object) -> Tensor:
     raise TypeError(f"{name} is a {type(value).__name__}; wanted a torch.Tensor{mend}")
 
 
-def check_dense(name: str, value: object) -> None:
+def check_dense(name: str, value: Any) -> None:
     # By type, so that importing the package does not import torch.distributed; the bases of a
     # Parameter torch.compile does not trace.
     plain = type(value) in (Tensor, Parameter)
-    value = check_tensor(name, value)
+    if not plain:
+        check_tensor(name, value)
     if value.layout != torch.strided:
         raise TypeError(
             f"{name} has layout {value.layout}; wanted a dense tensor: call .to_dense()"

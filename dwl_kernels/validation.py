@@ -52,7 +52,7 @@ def sampled_problem(
     dual: DualScale | None = None,
 ) -> Problem:
     """The problem of ``sampled_softmax_loss``: candidates ``[N, D]`` shared by all rows."""
-    query, positive, negative = check_embeddings(query=query, positive=positive, negative=negative)
+    query, positive, negative = check_embeddings(query, positive=positive, negative=negative)
     leading = query.shape[:-1]
     both_or_none("positive_ids", positive_ids, "negative_ids", negative_ids)
     ids = flat_ids(
@@ -112,16 +112,15 @@ def in_batch_problem(
     `prefix` is what the names of `log_q` and `ids` start with in the function that was called.
     """
     log_q_name, ids_name = prefix + "log_q", prefix + "ids"
-    named = {"query": query, "positive": positive}
     if negative is None:
         if negative_log_q is not None or negative_ids is not None:
             raise ValueError(
                 "negative_log_q and negative_ids describe `negative`, which is not given; pass "
                 f"`negative`, or use {log_q_name} and {ids_name} for the in-batch candidates"
             )
-        query, positive = check_embeddings(**named)
+        query, positive = check_embeddings(query, positive=positive)
     else:
-        query, positive, negative = check_embeddings(**named, negative=negative)
+        query, positive, negative = check_embeddings(query, positive=positive, negative=negative)
         both_or_none(ids_name, ids, "negative_ids", negative_ids)
         both_or_none(log_q_name, log_q, "negative_log_q", negative_log_q)
     leading = query.shape[:-1]
@@ -173,7 +172,7 @@ def full_problem(
 ) -> Problem:
     """The problem of ``full_softmax_loss``: every row of the table is a candidate."""
     check_skip_threshold(skip_threshold)
-    query, table = check_embeddings(query=query, table=table)
+    query, table = check_embeddings(query, table=table)
     if table.shape[0] == 0:
         raise ValueError("table has no rows; wanted at least one item to score")
     leading = query.shape[:-1]
@@ -284,9 +283,9 @@ def _query_and_table(query: Tensor, table: Tensor) -> list[Tensor]:
     for name, value in (("query", query), ("table", table)):
         check_dense(name, value)
     if autocast_dtype(query) is None:
-        return check_embeddings(query=query, table=table)
+        return check_embeddings(query, table=table)
     with no_autocast(query.device.type):
-        return check_embeddings(query=query.to(table.dtype), table=table)
+        return check_embeddings(query.to(table.dtype), table=table)
 
 
 def _joined(first: Tensor | None, second: Tensor | None) -> Tensor | None:

@@ -258,7 +258,8 @@ def test_compiler_that_fails_is_quoted(monkeypatch: pytest.MonkeyPatch, tmp_path
 def test_old_device_is_told_what_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DWL_KERNELS_CUDA_EMULATE", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 99)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
     reason = backends.why_not("cuda", "cuda")
     assert reason is not None
     assert "capability 8.0" in reason

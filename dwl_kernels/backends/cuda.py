@@ -20,6 +20,7 @@ from dwl_kernels import _build_cuda
 from dwl_kernels._build import BuildError
 from dwl_kernels.backends import cuda_tiles, eager
 from dwl_kernels.backends.cuda_tiles import MAX_D, Variant
+from dwl_kernels.backends.device import why_unfit
 from dwl_kernels.problem import Output, Problem, Wanted
 
 MAX_LENGTH = (1 << 31) - (1 << 16)  # places are 32-bit numbers, offsets 64-bit ones
@@ -59,14 +60,10 @@ def why_not(device_type: str) -> str | None:
         )
     if not torch.cuda.is_available():
         return "PyTorch sees no CUDA device; torch.cuda.is_available() must be true"
-    if torch.version.hip is not None:
-        return "it needs an NVIDIA GPU; backend='chunked' runs on this one"
-    capability = torch.cuda.get_device_capability()
-    if capability < (8, 0):
-        return (
-            f"it needs compute capability 8.0, and this device has {capability[0]}.{capability[1]};"
-            " backend='chunked' runs here"
-        )
+    index = torch.cuda.current_device()
+    if (reason := why_unfit(index)) is not None:
+        return reason
+    capability = torch.cuda.get_device_capability(index)
     return _does_not_build(cuda_tiles.variant(*_PROBE, capability), capability)
 
 

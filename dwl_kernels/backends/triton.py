@@ -17,9 +17,12 @@ import torch
 from torch import Tensor
 
 from dwl_kernels.backends import eager
+from dwl_kernels.backends.device import why_unfit
 from dwl_kernels.backends.triton_call import (
     MAX_WORKERS,
+    Results,
     common,
+    constants_of,
     form_of,
     inputs_of,
     interpreting,
@@ -29,7 +32,7 @@ from dwl_kernels.backends.triton_call import (
     num_candidates,
     outputs_of,
     power_of_two,
-    strengths_of,
+    results_of,
     workspace_floats,
 )
 from dwl_kernels.backends.triton_launch import launch, on, workspace
@@ -76,15 +79,7 @@ def why_not(device_type: str) -> str | None:
             f"it runs on CUDA tensors, and these are on {device_type}; with TRITON_INTERPRET=1 in "
             "the environment it takes CPU tensors, slowly"
         )
-    if torch.version.hip is not None:
-        return "it needs an NVIDIA GPU; backend='chunked' runs on this one"
-    capability = torch.cuda.get_device_capability()
-    if capability < (8, 0):
-        return (
-            f"it needs compute capability 8.0, and this device has {capability[0]}.{capability[1]};"
-            " backend='chunked' runs here"
-        )
-    return None
+    return why_unfit(torch.cuda.current_device())
 
 
 def refuses(problem: Problem) -> str | None:
@@ -123,9 +118,13 @@ def solve(
         problem.row_weights()
     if interpreting():
         with _one_at_a_time:
-            return _launch(problem, wanted, row_grad, _plan(problem, wanted, row_grad))
-    with on(device):
-        return _launch(problem, wanted, row_grad, _plan(problem, wanted, row_grad))
+            return _planned(problem, wanted, row_grad)
+    return on(device, _planned, problem, wanted, row_grad)
+
+
+def _planned(problem: Problem, wanted: Wanted, row_grad: Tensor | None) -> Output:
+    output: Output = _launch(problem, wanted, row_grad, _plan(problem, wanted, row_grad))
+    return output
 
 
 class Plan(NamedTuple):
@@ -136,7 +135,9 @@ class Plan(NamedTuple):
     options: dict[str, Any]
     form: Any
     entry: Hashable  # of `launch`
-    numbers: tuple[int, ...]  # sizes, as the kernel takes them
+    results: Results
+    sizes: tuple[int, ...]  # as the kernel takes them, then `tau`, then these:
+    constants: tuple[float, ...]
     floats: int  # elements of the workspace, as the next
     integers: int
 
@@ -145,17 +146,18 @@ def _launch(
     problem: Problem, wanted: Wanted, row_grad: Tensor | None, plan: Plan, warm_up: bool = False
 ) -> Any:
     """Launch the kernel, or (`warm_up`) compile it and return the compiled kernel."""
-    inputs, outputs = inputs_of(problem, row_grad), outputs_of(problem, wanted)
+    inputs = inputs_of(problem, row_grad)
+    outputs = outputs_of(plan.results, inputs)
     space = workspace(
-        problem.query.device, problem.accumulate, plan.floats, plan.integers, interpreting()
+        problem.query.device, plan.results.sums, plan.floats, plan.integers, interpreting()
     )
-    strengths = () if problem.by_row else (*strengths_of(problem), problem.skip_threshold)
     kernels = common()
 
     def arguments(t: Sequence[Any]) -> tuple[Any, ...]:
-        inputs, outputs = kernels.Inputs(*t[:13]), kernels.Outputs(*t[13:20])
-        call = kernels.Call(inputs, outputs, plan.form)
-        return call, *t[20:], *plan.numbers, problem.tau, *strengths
+        call = t[:13], t[13:20], plan.form
+        if t is tensors:  # the names in them are for the compiler, not for the launcher
+            call = kernels.Call(kernels.Inputs(*call[0]), kernels.Outputs(*call[1]), plan.form)
+        return call, *t[20:], *plan.sizes, problem.tau, *plan.constants
 
     tensors = (*inputs, *outputs, *space[:3])
     if warm_up:
@@ -212,8 +214,9 @@ def plan_of(
     kind: Hashable = None,
 ) -> Plan:
     """The plan with these tiles; `kind` tells dtypes, choices and absences apart."""
-    form = form_of(problem, inputs_of(problem, row_grad), tiles)
-    numbers = (*_sizes(problem), workers)
+    inputs = inputs_of(problem, row_grad)
+    form = form_of(problem, inputs, tiles)
+    sizes = (*_sizes(problem), workers)
     return Plan(
         kernel=kernel_of(problem),
         programs=1 if interpreting() else workers,
@@ -221,8 +224,10 @@ def plan_of(
         form=form,
         # `_form` makes one form of the same values, so that its address stands for them. Sizes past
         # 2^31, of a table, are of another type.
-        entry=(problem.by_row, id(form), tiles, kind, *(n >= 2**31 for n in numbers)),
-        numbers=numbers,
+        entry=(problem.by_row, id(form), tiles, kind, *(n >= 2**31 for n in sizes)),
+        results=results_of(problem, wanted, inputs),
+        sizes=sizes,
+        constants=constants_of(problem),
         floats=workspace_floats(problem, wanted, tiles, workers),
         integers=workers + problem.query.shape[0],
     )
@@ -300,10 +305,10 @@ def scaled(
     in_place: bool = False,
 ) -> list[Tensor]:
     """All gradients times the upstream gradient of the loss, in one launch."""
+    arguments = gradients, upstream, dtypes, in_place
     if not gradients or interpreting():
-        return _scale().scaled(gradients, upstream, dtypes, in_place)
-    with on(upstream.device):
-        return _scale().scaled(gradients, upstream, dtypes, in_place)
+        return _scale().scaled(*arguments)
+    return on(upstream.device, _scale().scaled, *arguments)
 
 
 @functools.cache
@@ -328,5 +333,4 @@ def table_gradient(
     if interpreting():
         with _one_at_a_time:
             return triton_table.table_gradient(*arguments)
-    with on(source.device):
-        return triton_table.table_gradient(*arguments)
+    return on(source.device, triton_table.table_gradient, *arguments)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -70,6 +70,11 @@ def num_candidates(problem: Problem) -> int:
     return problem.candidates.shape[0]
 
 
+def constants_of(problem: Problem) -> tuple[float, ...]:
+    """What the kernel takes after `tau`: the strengths of the dual scale, and the threshold."""
+    return () if problem.by_row else (*strengths_of(problem), problem.skip_threshold)
+
+
 def strengths_of(problem: Problem) -> tuple[float, float, float, int]:
     """The strengths of the dual scale, and its slate: at most one group for every candidate."""
     dual = problem.dual or DualScale(0.0, 0.0, 1, 0.0)
@@ -94,29 +99,40 @@ def inputs_of(problem: Problem, row_grad: Tensor | None) -> tuple[Tensor | None,
     return tuple([None if t is None else t.contiguous() for t in tensors])
 
 
-def outputs_of(problem: Problem, wanted: Wanted) -> tuple[Tensor | None, ...]:
-    p = problem
-    query, positive, candidates, log_q, temperature, weights = p.sources()
-    if p.by_row:
-        positive, candidates = p.target, p.candidate_rows
-    gradient, sums = p.candidate_gradient, p.accumulate
-    results = (
-        (query, wanted.query, p.gradient),
-        (positive, wanted.positive, gradient),
-        (candidates, wanted.candidates, gradient),
-        (temperature, wanted.temperature, sums),
-        (weights, wanted.domain_weights, sums),
-        (log_q, wanted.candidate_log_q, sums),
+class Results(NamedTuple):
+    """The outputs of a call that have no memory yet."""
+
+    loss: tuple[int, ...]  # its shape
+    sums: torch.dtype  # of the loss and of all that is summed
+    gradients: tuple[tuple[int, torch.dtype] | None, ...]  # the place of the input, and the dtype
+
+
+def results_of(problem: Problem, wanted: Wanted, inputs: tuple[Tensor | None, ...]) -> Results:
+    p, products, sums = problem, problem.candidate_gradient, problem.accumulate
+    positive, candidates = (5, 6) if p.by_row else (1, 2)  # by row those of their products
+    gradients = (
+        (wanted.query, 0, p.gradient),
+        (wanted.positive, positive, products),
+        (wanted.candidates, candidates, products),
+        (wanted.temperature, 10, sums),
+        (wanted.domain_weights, 8, sums),
+        (wanted.candidate_log_q, 4, sums),
     )
-    return (
-        p.query.new_empty(p.query.shape[:1] if p.reduction == "none" else (), dtype=sums),
-        *[
-            torch.empty_like(t, dtype=dtype, memory_format=torch.contiguous_format)
-            if want and t is not None
-            else None
-            for t, want, dtype in results
-        ],
+    return Results(
+        p.query.shape[:1] if p.reduction == "none" else (),
+        sums,
+        tuple(
+            (place, dtype) if want and inputs[place] is not None else None
+            for want, place, dtype in gradients
+        ),
     )
+
+
+def outputs_of(results: Results, inputs: tuple[Any, ...]) -> list[Tensor | None]:
+    return [
+        inputs[0].new_empty(results.loss, dtype=results.sums),
+        *[r and torch.empty_like(inputs[r[0]], dtype=r[1]) for r in results.gradients],
+    ]
 
 
 def power_of_two(n: int, least: int) -> int:

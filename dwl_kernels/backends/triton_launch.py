@@ -11,14 +11,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+T = TypeVar("T")
 ALIGNMENT = 16  # Triton compiles one kernel for pointers and integers that are multiples of it
-_compiled: dict[Hashable, Any] = {}
+_compiled: dict[Hashable, tuple[Any, Any, Any]] = {}  # launcher, function, metadata
 
 
 def specialised(numbers: Sequence[int]) -> tuple[tuple[bool, bool, bool], ...]:
@@ -58,30 +58,26 @@ def launch(
     """
     grid = (programs, 1, 1)
     addresses = [None if t is None else t.data_ptr() for t in tensors]
-    low_bits = 0
-    for address in addresses:
-        low_bits |= address or 0
     # One compiled kernel serves aligned pointers; the rare others take Triton's own way.
-    if low_bits % ALIGNMENT:
-        kernel[grid](*arguments(tensors), **options)
-    elif entry in _compiled and not _hooked():
-        compiled = _compiled[entry]
-        handles = _stream() if stream is None else stream, compiled.function
-        metadata = compiled.packed_metadata, None, None, None  # and no hooks
-        compiled.run(*grid, *handles, *metadata, *arguments(addresses))
-    else:
-        compiled = kernel[grid](*arguments(tensors), **options)
-        if compiled is not None:  # the interpreter compiles nothing
-            _compiled[entry] = compiled
+    aligned = not [a for a in addresses if a and a % ALIGNMENT]
+    known = _compiled.get(entry) if aligned else None
+    if known is not None and not _hooked():
+        run, function, metadata = known
+        handle = _stream() if stream is None else stream
+        no_hooks = None, None, None
+        run(*grid, handle, function, metadata, *no_hooks, *arguments(addresses))
+        return
+    compiled = kernel[grid](*arguments(tensors), **options)
+    if aligned and compiled is not None:  # the interpreter compiles nothing
+        _compiled[entry] = compiled.run, compiled.function, compiled.packed_metadata
 
 
-def on(device: torch.device) -> AbstractContextManager[Any]:
-    """A context in which `device` is the current one; entering one takes time."""
-    current = device.index == torch.cuda.current_device()
-    return _NOTHING if current else torch.cuda.device(device)
-
-
-_NOTHING = nullcontext()
+def on(device: torch.device, call: Callable[..., T], *arguments: Any) -> T:
+    """``call(*arguments)`` while `device` is the current one; a context takes time to enter."""
+    if device.index == torch.cuda.current_device():
+        return call(*arguments)
+    with torch.cuda.device(device):
+        return call(*arguments)
 
 
 class Space(NamedTuple):
