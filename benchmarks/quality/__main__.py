@@ -17,7 +17,7 @@ from benchmarks.record import record, replacing, write_json
 from dwl_kernels import backends
 
 from . import report
-from .data import DataError, load
+from .data import DataError, Interactions, load
 from .metrics import LeaveOneOut, ndcg, recall
 from .synthetic import synthetic
 from .train import LOSSES, Config, Loss, Run, steps_per_epoch, train, with_bonus
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def compare_losses(options: argparse.Namespace, console: Console) -> list[Path]:
     """Train every loss with every seed, print the tables, write the picture and the JSON."""
-    data = synthetic() if options.data == "synthetic" else load(options.data)
+    data = load_data(options.data)
     split = LeaveOneOut(data)
     config = make_config(options, split)
     backend = backend_name()
@@ -83,6 +83,11 @@ def compare_losses(options: argparse.Namespace, console: Console) -> list[Path]:
         report.plot(partial, runs, groups, f"{data.name}: change against the plain loss, {seeds}")
     write_json(text, document)
     return [picture, text]
+
+
+def load_data(name: str) -> Interactions:
+    """The data set in a folder, or the synthetic one."""
+    return synthetic() if name == "synthetic" else load(name)
 
 
 def train_all(

@@ -52,21 +52,20 @@ class Group:
         return int(self.members.sum())
 
 
-def make_groups(split: LeaveOneOut) -> list[Group]:
+def make_groups(split: LeaveOneOut, part: str = "test") -> list[Group]:
     """All test users, those of the sparsest quarter of the domains, then each domain by size.
 
-    A user belongs to every domain of the test item; domains without test users are left out.
+    A user belongs to every domain of the item of that part; domains without users are left out.
     """
     data, sizes = split.data, split.data.domain_sizes()
-    domains = data.item_domains[split.target("test")]  # [E, G]
+    targets = split.target(part)
+    domains = data.item_domains[targets]  # [E, G]
     by_size = np.argsort(-sizes, kind="stable")
     sparse = by_size[len(sizes) - -(-len(sizes) // 4) :]
     in_sparse = np.any(np.isin(data.item_domains, sparse), axis=1, keepdims=False)  # [V]
     groups = [
         Group("all", len(data.items), np.ones(len(domains), bool), is_domain=False),
-        Group(
-            "sparsest ¼", int(in_sparse[data.items].sum()), in_sparse[split.target("test")], False
-        ),
+        Group("sparsest ¼", int(in_sparse[data.items].sum()), in_sparse[targets], False),
         *(Group(data.domain_names[d], int(sizes[d]), (domains == d).any(1)) for d in by_size),
     ]
     return [group for group in groups if group.users]
@@ -77,7 +76,11 @@ def compare(runs: Sequence[Run], loss: str, metric: str, group: Group) -> Change
     value, plain = (
         np.stack([METRICS[metric](r.ranks[group.members]) for r in runs if r.loss == name])
         for name in (loss, "plain")
-    )  # [seeds, users of the group]
+    )
+    return paired(value, plain)
+
+
+def paired(value: np.ndarray, plain: np.ndarray) -> Change:  # both [seeds, users of a group]
     per_user = (value - plain).mean(0)
     return Change(
         mean=float(value.mean()),
