@@ -208,6 +208,8 @@ def rows() -> list[Row]:
         found += [(kind, 128, torch.float16, False, 90, "mean")]
         found += [(kind, 128, torch.float32, True, 90, "mean")]
     found += [("sampled", 96, torch.bfloat16, True, 80, "mean")]
+    found += [("sampled", d, torch.bfloat16, False, 120, "mean") for d in (64, 128, 256)]
+    found += [("in-batch", d, torch.bfloat16, True, 120, "none") for d in (64, 128)]
     return found
 
 

@@ -94,18 +94,19 @@ def count(binary: bytes, math: Math, width: int, capability: int) -> dict[str, A
 
 
 def rows() -> list[tuple[Math, int, int]]:
-    """Everything on 9.0, what shared memory of 8.6 and 8.9 does not hold in the same tiles, and the
-    commonest of 8.0 and 10.0."""
+    """Everything on 9.0, where shared memory of 8.6, 8.9 and 12.0 asks for other tiles, and
+    the commonest of 8.0, 10.0 and 12.0."""
     found = [(math, width, 90) for math in MATHS for width in WIDTHS]
     found += [
         (math, width, arch)
-        for arch in (86, 89)
+        for arch in (86, 89, 120)
         for math in MATHS
         for width in WIDTHS
         if variant_of(math, width, 90).shared_bytes > shared_limit(divmod(arch, 10))
     ]
-    found += [(NARROW, width, arch) for width in (64, 128, 256) for arch in (80, 100)]
-    return [*found, *((MATH[torch.float32], 128, arch) for arch in (80, 100))]
+    found += [(NARROW, width, arch) for width in (64, 128, 256) for arch in (80, 100, 120)]
+    found += [(MATH[torch.float32], 128, arch) for arch in (80, 100, 120)]
+    return list(dict.fromkeys(found))
 
 
 def sources_stamp() -> str:

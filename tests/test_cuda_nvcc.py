@@ -28,7 +28,7 @@ def _missing() -> str | None:
 
 
 COMMITTED = Path(__file__).parent.parent / "benchmarks" / "results" / "aot" / "aot-cuda.json"
-SHARED = {80: 164, 86: 100, 89: 100, 90: 228, 100: 228}  # KB of a multiprocessor
+SHARED = {80: 164, 86: 100, 89: 100, 90: 228, 100: 228, 120: 100}  # KB of a multiprocessor
 needs_nvcc = pytest.mark.skipif(_missing() is not None, reason=f"no nvcc here: {_missing()}")
 
 BF16, F16, F32, F64 = (
@@ -43,6 +43,7 @@ CHOSEN = [
     *((F64, width, 90) for width in (32, 128)),
     *((BF16, width, arch) for width in (64, 128) for arch in (80, 100)),
     (F32, 128, 80),
+    (BF16, 128, 120),
     *((math, 256, 86) for math in (F32, F64)),
 ]
 

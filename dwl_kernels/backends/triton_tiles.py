@@ -160,8 +160,13 @@ def default(
 ) -> Tiles:
     """The row of the table, or of the nearest older capability.
 
-    `exact` says that a float32 product is not rounded to tf32.
+    Args:
+        capability: the major one. 12 has neither the tensor instructions of 9 and 10 nor their
+            shared memory, but those of 8.6.
+        exact: a float32 product is not rounded to tf32.
     """
+    if capability >= 12:
+        capability = 8
     table = TABLE if exact else {**TABLE, **TF32}
     if before_3_7():
         table = {**table, **BEFORE_3_7}
