@@ -34,6 +34,7 @@ from dwl_kernels.backends.triton_call import (
     power_of_two,
     results_of,
     workspace_floats,
+    workspace_integers,
 )
 from dwl_kernels.backends.triton_launch import launch, on, workspace
 from dwl_kernels.backends.triton_tiles import Tiles, by_row, choose
@@ -229,7 +230,7 @@ def plan_of(
         sizes=sizes,
         constants=constants_of(problem),
         floats=workspace_floats(problem, wanted, tiles, workers),
-        integers=workers + problem.query.shape[0],
+        integers=workspace_integers(problem, workers),
     )
 
 

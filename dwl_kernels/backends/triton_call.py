@@ -139,6 +139,15 @@ def power_of_two(n: int, least: int) -> int:
     return max(1 << (n - 1).bit_length(), least)
 
 
+def is_even(problem: Problem) -> bool:
+    """Whether loads in pairs and fours reach the end of rows and candidates, and are worth it."""
+    if num_candidates(problem) % 16 != 0:
+        return False
+    # At D = 256 they cost the last registers, so that without ids there is nothing to gain.
+    rows, d = problem.query.shape
+    return problem.by_row or (rows % 16 == 0 and (d <= 128 or problem.candidate_ids is not None))
+
+
 def form_of(problem: Problem, inputs: tuple[Tensor | None, ...], tiles: Tiles) -> Any:
     """What the kernel is compiled for."""
     temperature = inputs[10]
@@ -148,7 +157,7 @@ def form_of(problem: Problem, inputs: tuple[Tensor | None, ...], tiles: Tiles) -
         problem.candidates.shape[0] < tiles.BN,
         problem.query.shape[0] < tiles.CN,
         problem.candidates.shape[0] < 2**31,
-        problem.by_row and num_candidates(problem) % 16 == 0,
+        is_even(problem),
         1 if problem.domain_ids is None else problem.domain_ids.shape[1],
         0 if problem.domain_weights is None else problem.domain_weights.shape[0],
         problem.reduction,
@@ -248,3 +257,10 @@ def workspace_floats(problem: Problem, wanted: Wanted, tiles: Tiles, workers: in
     if not problem.by_row:
         floats += workers * max(tiles.BM, tiles.CM) * (power_of_two(d, 16) + 3)
     return int(floats)
+
+
+def workspace_integers(problem: Problem, workers: int) -> int:
+    """Counts of the workers, then the integers of the rows, as far as the problem has them."""
+    rows = -(-problem.query.shape[0] // 64) * 64 + common().ROOM.value
+    arrays = 4 if problem.candidate_ids is not None else 2 if problem.target is not None else 1
+    return -(-workers // 64) * 64 + arrays * rows

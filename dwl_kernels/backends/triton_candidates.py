@@ -11,6 +11,7 @@ from dwl_kernels.backends.triton_common import (
     COEFFICIENT,
     HEADROOM,
     MANY,
+    OWN_CANDIDATE,
     POSITIVE,
     RATIO,
     SCALE,
@@ -20,12 +21,13 @@ from dwl_kernels.backends.triton_common import (
     candidate_at,
     embeddings,
     narrow,
-    own_candidate,
     part_of,
     positives,
     power,
     product,
     row_at,
+    row_ids,
+    row_integers,
     scale_of,
     scaled,
     store_embeddings,
@@ -70,9 +72,13 @@ def candidate_tile(tile, first, stop, part, shift, call, work):
     for start in tl.range(
         first * call.form.CN, stop * call.form.CN, call.form.CN, num_stages=call.form.STAGES_2
     ):
-        if call.form.PACKED or call.form.FEW_ROWS:
+        if call.form.PACKED:
             place = start + tl.arange(0, call.form.CN)
-            row = row_at(tl.minimum(place, sizes.count - 1), call, work)
+            row = row_at(place, call, work)
+            q = embeddings(call.inputs.query, row, call, work)
+        elif call.form.FEW_ROWS:
+            place = start + tl.arange(0, call.form.CN)
+            row = tl.minimum(place, sizes.count - 1)
             q = embeddings(call.inputs.query, row, call, work)
         else:
             place, q = block(call.inputs.query, start, sizes.rows, call.form.CN, call, work)
@@ -94,19 +100,21 @@ def candidate_tile(tile, first, stop, part, shift, call, work):
             z -= bias[:, None]
         counts = True
         if call.form.SKIP:
-            counts = any_counts(z, tile, place, row, call, work)
+            counts = any_counts(z, tile, place, call, work)
         if counts:
             z -= statistic[None, :]
             p = power(z, call, work)
             if not call.form.FOLD:
-                inside = place < sizes.count
-                p *= tl.load(arrays + COEFFICIENT * sizes.stride, mask=inside, other=0.0)[None, :]
+                p *= tl.load(arrays + COEFFICIENT * sizes.stride)[None, :]
             if call.inputs.candidate_ids is not None:
-                row_id = tl.load(call.inputs.positive_ids + row)
+                if call.form.PACKED:
+                    row_id = tl.load(row_ids(call, work) + place)
+                else:
+                    row_id = tl.load(call.inputs.positive_ids + row)
                 p = tl.where(candidate_id[:, None] == row_id[None, :], 0.0, p)
             edge = start + call.form.CN > sizes.count
             if call.inputs.target is not None:
-                own = own_candidate(row, call, work)
+                own = tl.load(row_integers(OWN_CANDIDATE, work) + place)
                 mine = (own >= tile * call.form.CM) & (own < (tile + 1) * call.form.CM)
                 edge = edge | (tl.max(mine.to(tl.int32), 0) > 0)
             elif call.form.OWN:
@@ -144,12 +152,12 @@ def candidate_tile(tile, first, stop, part, shift, call, work):
 
 
 @triton.jit
-def any_counts(z, tile, place, row, call, work):
+def any_counts(z, tile, place, call, work):
     """Whether the block has a pair that is likely enough, or the target of a row."""
     arrays = work.space.rows + place
     inside = place < work.sizes.count
     below = tl.load(arrays + BELOW * work.sizes.stride, mask=inside, other=float("inf"))
-    own = own_candidate(row, call, work)
+    own = tl.load(row_integers(OWN_CANDIDATE, work) + place)
     mine = (own >= tile * call.form.CM) & (own < (tile + 1) * call.form.CM)
     below = tl.where(mine, float("-inf"), below)
     return tl.max((~(z < below[None, :])).to(tl.int32)) > 0  # NaN counts

@@ -44,6 +44,13 @@ TAU_SUM = tl.constexpr(2)
 NUM_WORKER_ARRAYS = tl.constexpr(3)
 ALIGN = tl.constexpr(64)
 
+# Integers of the rows, in packed order, and ROOM places more, so that the last block of a phase
+# reads them without a look at their number; what it makes of them is masked.
+ORDER = tl.constexpr(0)  # the row
+OWN_CANDIDATE = tl.constexpr(1)  # of the full softmax
+ID = tl.constexpr(2)  # and 3: 64 bits
+ROOM = tl.constexpr(128)
+
 
 class Inputs(NamedTuple):
     """Pointers to the tensors of `Problem`; None where absent, and no code is made for it."""
@@ -83,7 +90,7 @@ class Space(NamedTuple):
     domains: Any  # [2, workers, num_domains]
     parts: Any  # [workers, max(BM, CM) * (BLOCK_D + 3)]
     counts: Any  # [workers] int32
-    order: Any  # [B] int32, the active rows
+    integers: Any  # [4, stride + ROOM] int32, of the active rows
     barrier: Any  # [1] int32
 
 
@@ -122,7 +129,7 @@ class Form(NamedTuple):
     FEW_CANDIDATES: Any  # less than BN
     FEW_ROWS: Any  # less than CN
     NARROW: Any  # ids of a table's rows fit into 32 bits
-    EVEN: Any  # rows have a multiple of 16 candidates of their own
+    EVEN: Any  # B and N, by row K, are multiples of 16, see `is_even`
     UPCAST: Any  # products are made in float64: bfloat16 and float32 in the interpreter
 
 
@@ -223,6 +230,8 @@ def block(base, start, length, SIZE: tl.constexpr, call, work):
     one address for the whole block, a load costs no arithmetic.
     """
     first = tl.minimum(start, length - SIZE)
+    if call.form.EVEN:
+        first = tl.multiple_of(first, 16)
     row = tl.arange(0, SIZE)
     return first + row, embeddings(base + tl.cast(first, tl.int64) * call.form.D, row, call, work)
 
@@ -238,10 +247,23 @@ def store_embeddings(base, index, value, mask, call, work):
 
 
 @triton.jit
+def row_integers(which: tl.constexpr, work):
+    """The integers of the rows in their packed order."""
+    return work.space.integers + which * (work.sizes.stride + ROOM)
+
+
+@triton.jit
+def row_ids(call, work):
+    """Where the ids of the positives lie in the packed order."""
+    pointer = row_integers(ID, work)
+    return tl.cast(pointer, tl.pointer_type(call.inputs.positive_ids.dtype.element_ty))
+
+
+@triton.jit
 def row_at(place, call, work):
     """The row at `place` of the rows that are not padding."""
     if call.form.PACKED:
-        return tl.load(work.space.order + place)
+        return tl.load(row_integers(ORDER, work) + place)
     else:
         return place
 
@@ -252,7 +274,7 @@ def candidate_at(place, call, work):
     sizes = work.sizes
     if call.form.IN_BATCH and call.form.PACKED:
         packed = place < sizes.count
-        row = tl.load(work.space.order + place, mask=packed, other=0)
+        row = tl.load(row_integers(ORDER, work) + place, mask=packed, other=0)
         return tl.where(packed, row, place - sizes.count + sizes.rows)
     else:
         return place

@@ -58,6 +58,8 @@ from dwl_kernels.backends.triton_common import (
     LOSS_SUM,
     NUM_ROW_ARRAYS,
     NUM_WORKER_ARRAYS,
+    ORDER,
+    ROOM,
     ROW_LOSS,
     TAU_SUM,
     TERM,
@@ -69,6 +71,7 @@ from dwl_kernels.backends.triton_common import (
     grid_barrier,
     is_active,
     row_at,
+    row_integers,
     row_weight,
     shares,
     slice_of,
@@ -102,17 +105,19 @@ def count_rows(worker, call, work):
 
 
 @triton.jit
-def pack_rows(worker, call, work):
+def pack_rows(worker, count, call, work):
     """Write the active rows of the slice after those of earlier slices; zeros for others."""
     first, stop = slice_of(worker, work.sizes.rows, work.sizes.workers)
     other = tl.arange(0, call.form.WORKERS)
     place = tl.sum(tl.load(work.space.counts + other, mask=other < worker, other=0), 0)
+    last = -1
     for start in range(first, stop, BLOCK):
         row = start + tl.arange(0, BLOCK)
         active = is_active(row, row < stop, call, work)
         rank = tl.cumsum(active.to(tl.int32), 0)
-        tl.store(work.space.order + place + rank - 1, row, mask=active)
+        tl.store(row_integers(ORDER, work) + place + rank - 1, row, mask=active)
         place += tl.sum(active.to(tl.int32), 0)
+        last = tl.maximum(last, tl.max(tl.where(active, row, -1), 0))
         padded = (row < stop) & ~active
         nothing = tl.zeros([BLOCK], call.form.DTYPE)
         if (call.form.REDUCTION == "none") and (call.outputs.loss is not None):
@@ -121,6 +126,9 @@ def pack_rows(worker, call, work):
             tl.store(call.outputs.temperature + row, nothing, mask=padded)
         if call.form.IN_BATCH and (call.outputs.candidate_log_q is not None):
             tl.store(call.outputs.candidate_log_q + row, nothing, mask=padded)
+    if (place == count) & (last >= 0):  # it stands in the places past the end, too
+        room = count + tl.arange(0, ROOM)
+        tl.store(row_integers(ORDER, work) + room, tl.zeros_like(room) + last)
     for start in range(first, stop, CHUNK):
         row = start + tl.arange(0, CHUNK)
         inside = row < stop
@@ -156,7 +164,7 @@ def weigh_rows(program, programs, call, work):
             norm = worker_sum(WEIGHT_SUM, call, work)
         if call.form.PACKED:
             for worker in range(program, sizes.workers, programs):
-                pack_rows(worker, call, work)
+                pack_rows(worker, count, call, work)
             grid_barrier(work.space.barrier)
     return Sizes(
         sizes.rows,
@@ -294,7 +302,7 @@ def workspace(floats, integers, barrier, stride, num_domains, workers, call):
         floats + domains,
         floats + parts,
         integers,
-        integers + workers,
+        integers + tl.cdiv(workers, ALIGN) * ALIGN,
         barrier,
     )
 

@@ -15,6 +15,7 @@ from dwl_kernels.backends.triton_common import (
     FINITE,
     HEADROOM,
     LIMIT,
+    OWN_CANDIDATE,
     POSITIVE,
     RATIO,
     ROW_LOSS,
@@ -34,6 +35,8 @@ from dwl_kernels.backends.triton_common import (
     power,
     product,
     row_at,
+    row_ids,
+    row_integers,
     row_weight,
     scale_of,
     scaled,
@@ -373,6 +376,12 @@ def finish_rows(place, sums, weighted, call, work):
             tl.store(arrays + TAU * sizes.stride, tau, mask=inside)
         if call.inputs.positive is None:
             tl.store(arrays + POSITIVE * sizes.stride, results.d_positive, mask=inside)
+        if call.form.PACKED and (call.inputs.candidate_ids is not None):
+            id = tl.load(call.inputs.positive_ids + row)
+            tl.store(row_ids(call, work) + place, id, mask=inside)
+        if call.inputs.target is not None:
+            own = own_candidate(row, call, work)
+            tl.store(row_integers(OWN_CANDIDATE, work) + place, own, mask=inside)
     if (call.outputs.query is not None) or (call.outputs.temperature is not None):
         p = positives(row, call, work)
         store_query(place, row, inside, p, weighted, results, call, work)
