@@ -245,13 +245,18 @@ def test_wide_embeddings_are_refused_with_the_mend() -> None:
 
 def test_old_triton_has_rows_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = {}
-    for old in (False, True):
-        monkeypatch.setattr(triton_tiles, "before_3_7", lambda old=old: old)
-        rows[old] = [default(d, torch.bfloat16, 9, exact=True) for d in (16, 32, 64, 128, 256)]
-    assert [a != b for a, b in zip(rows[False], rows[True], strict=True)] == [True] * 3 + [
-        False,
-        True,
-    ]
+    for version in ((3, 6), (3, 7), (3, 9)):
+        monkeypatch.setattr(triton_tiles, "installed", lambda version=version: version)
+        for load in ("plain", "options"):
+            widths = (16, 32, 64, 128, 256)
+            rows[load, version] = [default(d, torch.bfloat16, 9, True, load) for d in widths]
+
+    def differ(load: str, first: tuple[int, int], second: tuple[int, int]) -> list[bool]:
+        pairs = zip(rows[load, first], rows[load, second], strict=True)
+        return [a != b for a, b in pairs]
+
+    assert differ("plain", (3, 6), (3, 7)) == [True, True, True, False, True]
+    assert differ("options", (3, 7), (3, 9)) == [False, False, False, True, False]
 
 
 def test_every_default_has_tiles() -> None:
@@ -269,8 +274,8 @@ def test_every_default_has_tiles() -> None:
 def test_threshold_has_small_blocks_for_the_default_and_for_the_search(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for old in (False, True):
-        monkeypatch.setattr(triton_tiles, "before_3_7", lambda old=old: old)
+    for version in ((3, 6), (3, 9)):
+        monkeypatch.setattr(triton_tiles, "installed", lambda version=version: version)
         for capability in (8, 9, 10, 12):
             for block_d in (16, 32, 64, 128, 256):
                 for dtype in (torch.float32, torch.bfloat16):

@@ -38,8 +38,8 @@ def test_committed_table_is_of_these_sources(monkeypatch: pytest.MonkeyPatch, ta
     module = aot_indexed if table in INDEXED else aot
     found = committed(table)
     version = found["compiler"].removeprefix("Triton ")
-    old = tuple(map(int, version.split(".")[:2])) < (3, 7)
-    monkeypatch.setattr(triton_tiles, "before_3_7", lambda: old)
+    major, minor = map(int, version.split(".")[:2])
+    monkeypatch.setattr(triton_tiles, "installed", lambda: (major, minor))
     monkeypatch.setattr(host, "interpreting", lambda: False)
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(module.TABLE.precision)

@@ -21,6 +21,7 @@ import importlib.metadata
 import itertools
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -97,11 +98,16 @@ BEFORE_3_7: dict[tuple[int, int, int], Tiles] = {
 OPTIONS: dict[tuple[int, int, int], Tiles] = {
     (16, 2, 9): Tiles(64, 128, 64, 128, 2, 2, 4, 2),
     (32, 2, 9): Tiles(64, 128, 64, 128, 2, 2, 4, 2),
-    (64, 2, 9): Tiles(64, 128, 64, 64, 2, 2, 4, 2),
+    (64, 2, 9): Tiles(64, 128, 64, 128, 2, 2, 4, 2),
     (128, 2, 9): Tiles(64, 128, 64, 64, 2, 2, 4, 2),
     (256, 2, 9): Tiles(64, 64, 64, 64, 2, 2, 8, 1),
+    (64, 2, 10): Tiles(64, 128, 64, 64, 2, 2, 4, 2),
     (128, 2, 10): Tiles(64, 64, 64, 64, 2, 2, 4, 2),
     (256, 2, 10): Tiles(64, 64, 64, 64, 2, 2, 8, 1),
+}
+# Later versions reload one to six registers with blocks of 128 rows.
+OPTIONS_BEFORE_3_8: dict[tuple[int, int, int], Tiles] = {
+    (128, 2, 9): Tiles(64, 128, 64, 128, 2, 2, 4, 2),
 }
 # Phase 2 looks at its logits before it takes a block: 64 rows of them spill, and small blocks are
 # left out more often, too. Where registers allow, 128 candidates share what the look costs a row.
@@ -130,6 +136,7 @@ DUAL: dict[tuple[int, int, int], Tiles] = {
     (256, 2, 8): Tiles(64, 32, 32, 32, 2, 2, 4, 1),
     (16, 2, 9): Tiles(64, 128, 64, 64, 2, 2, 4, 2),
     (32, 2, 9): Tiles(64, 128, 64, 64, 2, 2, 4, 2),
+    (64, 2, 9): Tiles(64, 128, 64, 64, 2, 2, 4, 2),
     (128, 2, 9): Tiles(64, 64, 64, 64, 2, 2, 4, 2),
     (256, 2, 9): Tiles(64, 32, 64, 64, 2, 2, 8, 1),
     (64, 2, 10): Tiles(64, 64, 64, 64, 2, 2, 4, 2),
@@ -147,13 +154,21 @@ DUAL_BEFORE_3_7: dict[tuple[int, int, int], Tiles] = {
 
 
 @functools.cache
-def before_3_7() -> bool:
-    """Whether the Triton that is installed is older than 3.7."""
+def installed() -> tuple[int, int]:
+    """The version of Triton; where there is none, later than any."""
     try:
         major, minor = importlib.metadata.version("triton").split(".")[:2]
     except importlib.metadata.PackageNotFoundError:
-        return False
-    return (int(major), int(minor)) < (3, 7)
+        return sys.maxsize, 0
+    return int(major), int(minor)
+
+
+def before_3_7() -> bool:
+    return installed() < (3, 7)
+
+
+def before_3_8() -> bool:
+    return installed() < (3, 8)
 
 
 def default(
@@ -173,6 +188,8 @@ def default(
         table = {**table, **BEFORE_3_7}
     if load != "plain":
         table = {**table, **OPTIONS}
+        if before_3_8():
+            table = {**table, **OPTIONS_BEFORE_3_8}
     if load == "skip":
         table = {**table, **SKIP}
         if before_3_7():
