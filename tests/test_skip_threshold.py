@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from dwl_kernels import backends, full_softmax_loss
+from dwl_kernels.backends import triton
 from dwl_kernels.backends.triton_call import load_of
+from dwl_kernels.backends.triton_launch import Space
 from dwl_kernels.validation import full_problem
 
 LEAVES = ("query", "table", "bias", "temperature")
@@ -98,11 +100,25 @@ def test_nan_is_never_below_the_threshold(backend: str) -> None:
     assert bool(got["table"].isnan().all())
 
 
-def test_triton_leaves_out_what_is_below_the_threshold() -> None:
-    """Of the unlikely half of the items whole blocks; above every weight all but the targets."""
+@pytest.mark.parametrize("before", [0, 50])
+def test_triton_leaves_out_what_is_below_the_threshold(
+    monkeypatch: pytest.MonkeyPatch, before: int
+) -> None:
+    """Of the unlikely half of the items whole blocks; above every weight all but the targets.
+
+    Whatever the workspace held `before`: past the last row that looks like a target, too.
+    """
     reason = backends.why_not("triton", "cpu")
     if reason is not None:
         pytest.skip(reason)
+    workspace = triton.workspace
+
+    def used(*size: object) -> Space:
+        space = workspace(*size)
+        space.integers.fill_(before)
+        return space
+
+    monkeypatch.setattr(triton, "workspace", used)
     inputs = problem("triton")
     inputs["target"].remainder_(32)
     inputs["target"][7] = -100

@@ -13,6 +13,7 @@ import dwl_kernels
 from dwl_kernels import backends, validation
 from dwl_kernels.backends import triton as host
 from dwl_kernels.backends import triton_tiles
+from dwl_kernels.backends.triton_launch import Space
 from dwl_kernels.backends.triton_tiles import TABLE, Tiles, around, choose, default
 from dwl_kernels.problem import Problem, Wanted
 
@@ -83,6 +84,39 @@ def test_log_q_of_a_batch_gets_the_gradient_of_both_roles() -> None:
     ours, theirs = (backends.pick(b, problem)(problem, wanted, None) for b in ("triton", "eager"))
     assert ours.candidates is ours.query is None
     torch.testing.assert_close(ours.candidate_log_q, theirs.candidate_log_q, rtol=1e-9, atol=1e-12)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("name", "skip_threshold"),
+    [
+        *(("mixed, everything", 0.0), ("in-batch, NaN in the padding", 0.0)),
+        *(("everything, none", 0.0), ("refined, everything", 0.0), ("dual scale, everything", 0.0)),
+        *(("full softmax, NaN in the padding", t) for t in (0.0, 0.02)),
+        ("by row, everything", 0.0),
+    ],
+)
+def test_what_the_workspace_held_before_does_not_matter(
+    monkeypatch: pytest.MonkeyPatch, name: str, skip_threshold: float
+) -> None:
+    """Blocks read places past the last row, which nobody has written."""
+    use(monkeypatch, (16, 16, 16, 16), 3)
+    case, workspace, results = BY_NAME[name], host.workspace, []
+    if skip_threshold:
+        options = {**case.options, "skip_threshold": skip_threshold}
+        case = dataclasses.replace(case, options=options)
+    for number, integer in ((0.0, 0), (float("nan"), 3), (1e30, 17)):
+
+        def used(*size: object, number: float = number, integer: int = integer) -> Space:
+            space = workspace(*size)
+            space.floats.fill_(number)
+            space.integers.fill_(integer)
+            return space
+
+        monkeypatch.setattr(host, "workspace", used)
+        results.append(cases.loss_and_gradients(case, "triton", torch.float32))
+    for got in results[1:]:
+        torch.testing.assert_close(got, results[0], rtol=0, atol=0, equal_nan=True)
 
 
 @interpreted

@@ -158,7 +158,7 @@ def any_counts(z, tile, place, call, work):
     inside = place < work.sizes.count
     below = tl.load(arrays + BELOW * work.sizes.stride, mask=inside, other=float("inf"))
     own = tl.load(row_integers(OWN_CANDIDATE, work) + place)
-    mine = (own >= tile * call.form.CM) & (own < (tile + 1) * call.form.CM)
+    mine = inside & (own >= tile * call.form.CM) & (own < (tile + 1) * call.form.CM)
     below = tl.where(mine, float("-inf"), below)
     return tl.max((~(z < below[None, :])).to(tl.int32)) > 0  # NaN counts
 
