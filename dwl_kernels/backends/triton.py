@@ -171,7 +171,8 @@ def _launch(
 
 _plans: dict[Hashable, Plan] = {}
 _MOST_PLANS = 1024  # shapes that are new with every call do not fill the memory
-_tuned: dict[Hashable, tuple[Tiles, int]] = {}
+_tuned: dict[Hashable, Tiles] = {}
+_room: dict[Hashable, int] = {}
 
 
 def _plan(problem: Problem, wanted: Wanted, row_grad: Tensor | None) -> Plan:
@@ -201,9 +202,13 @@ def _tune(
     searching = os.environ.get("DWL_KERNELS_AUTOTUNE") == "1"
     key = (kind, (problem.query.shape[0], problem.candidates.shape[0]) if searching else None)
     if key not in _tuned:
-        tiles = _tiles(problem, wanted, row_grad, exact)
-        _tuned[key] = tiles, _workers(problem, wanted, row_grad, tiles)
-    return _tuned[key]
+        _tuned[key] = _tiles(problem, wanted, row_grad, exact)
+    tiles = _tuned[key]
+    # Sizes decide about the form as well, and the device may have room for fewer of another form.
+    form = kind, id(form_of(problem, inputs_of(problem, row_grad), tiles))
+    if form not in _room:
+        _room[form] = _workers(problem, wanted, row_grad, tiles)
+    return tiles, _room[form]
 
 
 def plan_of(
