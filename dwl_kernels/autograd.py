@@ -12,6 +12,7 @@ Where candidates are drawn by row from a table, the op returns the gradients of 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,9 +20,18 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from dwl_kernels import backends
-from dwl_kernels.once import once
+from dwl_kernels.batching import backward_by_slices, is_batched, register_by_slices
+from dwl_kernels.once import (
+    ReverseOnly,
+    may_differentiate,
+    once,
+    refuse_tangents,
+    tracked,
+    transforms_active,
+)
 from dwl_kernels.problem import (
     NUM_TENSORS,
+    SOURCES,
     DualScale,
     Output,
     Problem,
@@ -64,74 +74,156 @@ def softmax_loss(problem: Problem, backend: str = "auto", sparse_grad: bool = Fa
         # It refuses one tensor in two places of an autograd.Function.
         distinct: Any = [f.view_as(f) if isinstance(f, Tensor) else f for f in problem]
         problem = Problem(*distinct)
-    watched = _watched(problem.tensors())
+    loss: Tensor
+    if transforms_active():
+        wanted = Wanted(*[t is not None and tracked(t) for t in problem.sources()])
+        call = _call(problem, wanted, backend, sparse_grad)
+        loss, *_ = _Transformed.apply(call, *problem.tensors())
+        return loss
+    tensors = problem.tensors()
+    refuse_tangents(tensors)
+    watched = _watched(tensors)
     if torch.is_grad_enabled():
         sources = problem.sources()
         wanted = Wanted(*[t is not None and t.requires_grad for t in sources])
         if True in wanted:
             leaves = [t for t, want in zip(sources, wanted, strict=True) if want]
-            if problem.by_row:  # the gradient of the table follows from those of all products
-                wanted = wanted._replace(positive=wanted.candidates)
             apply = _SoftmaxLoss.apply if watched else _apply
-            loss: Tensor = apply((problem, wanted, backend, sparse_grad, watched), *leaves)
+            loss, _ = apply((problem, wanted, backend, sparse_grad, watched), *leaves)
             return loss
     return _solved(problem, None, _NOTHING, backend, watched).loss
 
 
+@dataclass
+class _Call:
+    """What a backward must know besides tensors."""
+
+    wanted: Wanted  # by row with those of the products, from which that of the table follows
+    backend: str
+    dtypes: list[torch.dtype]  # of the wanted gradients
+    table: Any  # by row, if its gradient is wanted: its place among them, rows, dtype, sparse
+    constants: tuple[Any, ...]  # the fields of the problem that are no tensors
+    again: bool  # whether the backward solves the problem: the rows of "none" know no gradients yet
+
+
+def _call(problem: Problem, wanted: Wanted, backend: str, sparse_grad: bool) -> _Call:
+    sources = problem.sources()
+    dtypes = [t.dtype for t, want in zip(sources, wanted, strict=True) if want and t is not None]
+    table: Any = None
+    if problem.by_row and wanted.candidates:
+        at = int(wanted.query)
+        dtypes[at : at + 1] = [problem.candidate_gradient] * 2
+        table = (at, len(problem.candidates), problem.candidates.dtype, sparse_grad, backend)
+        wanted = wanted._replace(positive=True)
+    again = problem.reduction == "none"
+    return _Call(wanted, backend, dtypes, table, problem[NUM_TENSORS:], again)
+
+
+def _solved_forward(
+    problem: Problem, call: _Call, watched: bool
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The loss, what stands for its graph, and the gradients that its backward scales.
+
+    Second derivatives are tied to the graph through an empty tensor, an output like the loss. The
+    loss itself cannot stand for it, since users divide it in place, nor can the leaves, which would
+    be kept until the backward.
+    """
+    wanted = _NOTHING if call.again else call.wanted
+    loss, *gradients = _solved(problem, None, wanted, call.backend, watched)
+    return loss, loss.new_empty(0), [g for g in gradients if g is not None]
+
+
 class _SoftmaxLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, call: Any, *leaves: Tensor) -> Tensor:
-        problem, wanted, backend, sparse_grad, watched = call
+    def forward(ctx: Any, inputs: Any, *leaves: Tensor) -> tuple[Tensor, Tensor]:
+        problem, wanted, backend, sparse_grad, watched = inputs
         ctx.set_materialize_grads(False)
-        dtypes = [t.dtype for t in leaves]
-        table: Any = None
-        draws: Any = ()
-        constants = None
-        if problem.by_row and wanted.candidates:
-            at = int(wanted.query)
-            dtypes[at : at + 1] = [problem.candidate_gradient] * 2
-            table = (at, len(problem.candidates), problem.candidates.dtype, sparse_grad, backend)
-            draws = _draws(problem)
-        if problem.reduction == "none":
-            loss = _solved(problem, None, _NOTHING, backend, watched).loss
-            kept, constants = problem.tensors(), problem[NUM_TENSORS:]
-        else:
-            loss, *gradients = _solved(problem, None, wanted, backend, watched)
-            kept = [g for g in gradients if g is not None]
-        ctx.call = wanted, backend, dtypes, table, constants, len(kept)
-        ctx.save_for_backward(*kept, leaves[0], *draws)
-        return loss
+        call = _call(problem, wanted, backend, sparse_grad)
+        loss, root, gradients = _solved_forward(problem, call, watched)
+        kept = problem.tensors() if call.again else gradients
+        ctx.call = call, len(kept)
+        ctx.save_for_backward(*kept, root, *(_draws(problem) if call.table else ()))
+        return loss, root
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        (grad,) = upstream
+        grad = upstream[0]
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
-        wanted, backend, dtypes, table, constants, num = ctx.call
+        if is_batched(grad):
+            return backward_by_slices(_SoftmaxLoss.backward, ctx, grad)
+        call, num = ctx.call
         saved = ctx.saved_tensors
-        if grad.requires_grad:
-            grad = grad.detach()
-        kept, anchor, draws = saved[:num], saved[num], saved[num + 1 :]
-        gradients: list[Any]
-        if constants is None:
-            gradients = [*_scaled(kept, grad, dtypes)]
-        else:
-            detached: Any = [t if t is None else t.detach() for t in kept]
-            problem = Problem(*detached, *constants)
-            watched = _watched((*problem.tensors(), grad))
-            _, *found = _solved(problem, grad.contiguous(), wanted, backend, watched)
-            present = [g for g in found if g is not None]
-            gradients = [g.to(dtype) for g, dtype in zip(present, dtypes, strict=True)]
-        if table is not None:
-            at, *options = table
-            query, positive_ids, candidate_ids = draws
-            products = [gradients[at][:, None], gradients[at + 1]]
-            ids = [positive_ids[:, None], candidate_ids]
-            gradient = table_gradient(query.detach(), ids, products, *options)
-            gradients[at : at + 2] = [gradient]
-        if torch.is_grad_enabled():
-            gradients = [once(g, anchor) for g in gradients]
-        return None, *gradients
+        kept, root, draws = saved[:num], saved[num], saved[num + 1 :]
+        watched = _watched((*kept, grad))
+        return None, *_gradients(call, kept, root, draws, grad, watched)
+
+
+class _Transformed(ReverseOnly):
+    """`_SoftmaxLoss` for the transforms of ``torch.func``.
+
+    They see tensors that are inputs or outputs alone, so all of the problem goes in, and what is
+    kept for the backward comes out.
+    """
+
+    @staticmethod
+    def forward(call: _Call, *tensors: Any) -> tuple[Tensor, ...]:
+        problem = Problem(*tensors, *call.constants)
+        loss, root, gradients = _solved_forward(problem, call, watched=True)
+        return loss, root, *gradients
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.call = inputs[0]
+        ctx.save_for_backward(*inputs[1:], *output)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        found: list[Tensor | None] = [None] * NUM_TENSORS
+        if upstream[0] is None:
+            return None, *found
+        call = ctx.call
+        saved = ctx.saved_tensors
+        tensors, (_, root, *gradients) = saved[:NUM_TENSORS], saved[NUM_TENSORS:]
+        kept = tensors if call.again else gradients
+        problem = Problem(*tensors, *call.constants)
+        sources = [place for place, want in zip(SOURCES, call.wanted, strict=True) if want]
+        if call.table is not None:
+            sources.remove(SOURCES[1])  # what is wanted of the positives is part of the table's
+        gradients = _gradients(call, kept, root, _draws(problem), upstream[0], watched=True)
+        for place, gradient in zip(sources, gradients, strict=True):
+            found[place] = gradient
+        return None, *found
+
+
+def _gradients(
+    call: _Call,
+    kept: Sequence[Any],
+    root: Tensor,
+    draws: Sequence[Any],
+    grad: Tensor,
+    watched: bool,
+) -> list[Tensor]:
+    """The wanted gradients, from the ones at an upstream gradient of 1 or from the problem."""
+    refuse_tangents((grad,))
+    upstream = grad.detach() if grad.requires_grad else grad
+    gradients: list[Any]
+    if not call.again:
+        gradients = [*_scaled(kept, upstream, call.dtypes, watched)]
+    else:
+        detached: Any = [t if t is None else t.detach() for t in kept]
+        problem = Problem(*detached, *call.constants)
+        _, *found = _solved(problem, upstream.contiguous(), call.wanted, call.backend, watched)
+        present = [g for g in found if g is not None]
+        gradients = [g.to(dtype) for g, dtype in zip(present, call.dtypes, strict=True)]
+    if call.table is not None:
+        at, *options = call.table
+        query, positive_ids, candidate_ids = draws
+        products = [gradients[at][:, None], gradients[at + 1]]
+        ids = [positive_ids[:, None], candidate_ids]
+        gradients[at : at + 2] = [table_gradient(query.detach(), ids, products, *options)]
+    return [once(g, root, grad) for g in gradients] if may_differentiate() else gradients
 
 
 # What `Function.apply` comes to where no transform of functions is at work.
@@ -150,10 +242,10 @@ def _solved(
 
 
 def _scaled(
-    gradients: Sequence[Tensor], upstream: Tensor, dtypes: list[torch.dtype]
+    gradients: Sequence[Tensor], upstream: Tensor, dtypes: list[torch.dtype], watched: bool
 ) -> Sequence[Tensor]:
     """The products of the op ``scale``, likewise."""
-    if not _watched((*gradients, upstream)):
+    if not watched:
         # Of a graph that is not kept nobody asks again: its gradients become the products.
         return _products([*gradients], upstream, dtypes, in_place=not _keeps_graph())
     places = [_DTYPES.index(dtype) for dtype in dtypes]
@@ -171,7 +263,7 @@ def _watched(tensors: Sequence[Any]) -> bool:
         or torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0
-        or torch._C._are_functorch_transforms_active()
+        or transforms_active()
         or torch._C._get_tracing_state() is not None
         or not _PLAIN.issuperset(map(type, tensors))
         or tensors[0].is_meta
@@ -182,10 +274,7 @@ _PLAIN = {Tensor, Parameter, type(None)}
 # A PyTorch that has these no more gets the slower ways, which are always right.
 _CAN_ASK = all(
     hasattr(torch._C, name)
-    for name in (
-        *("_len_torch_dispatch_stack", "_len_torch_function_stack"),
-        *("_are_functorch_transforms_active", "_get_tracing_state"),
-    )
+    for name in ("_len_torch_dispatch_stack", "_len_torch_function_stack", "_get_tracing_state")
 )
 _keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
@@ -282,3 +371,5 @@ _library.impl("softmax_loss", _softmax_loss, "CompositeExplicitAutograd")
 torch.library.register_fake("dwl_kernels::softmax_loss", _fake_softmax_loss)
 _library.impl("scale", _scale, "CompositeExplicitAutograd")
 torch.library.register_fake("dwl_kernels::scale", _fake_scale)
+for _name in ("softmax_loss", "scale"):
+    register_by_slices(_library, _name)

@@ -1,32 +1,90 @@
-"""Gradients that say so when they are differentiated again."""
+"""What the losses do where their derivative is asked for in a way that they do not have: they say so.
+
+A gradient is computed together with its loss and is a constant to PyTorch, and a kernel knows
+nothing of tangents. So a second derivative and a forward-mode one would come out as 0.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+
+from dwl_kernels.batching import by_slices
 
 
-def once(gradient: Tensor, anchor: Tensor) -> Tensor:
-    """`gradient`; in a backward with ``create_graph=True`` tied to the graph of `anchor`.
+def refuse() -> NoReturn:
+    raise RuntimeError(
+        "the losses of dwl_kernels are differentiable once, in reverse mode: no gradient of their "
+        "gradients (double backward, functional.jvp) and no forward mode (jvp, jacfwd, hessian); "
+        "write the loss in plain PyTorch for these"
+    )
 
-    Differentiating it again then raises and is not just zero. PyTorch's `once_differentiable` looks
-    at the upstream gradient alone, which is a constant here.
+
+# Whether one of the transforms of `torch.func` is at work.
+transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+
+
+class ReverseOnly(torch.autograd.Function):
+    """A function for the transforms of ``torch.func``: ``vmap`` by slices, and no forward mode.
+
+    ``torch.compile`` traces no function that defines a `jvp`, and gets one without.
     """
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return _Once.apply(gradient, anchor)
-    return gradient
 
+    @classmethod
+    def vmap(cls, info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        return by_slices(cls.apply, info, in_dims, args)
 
-class _Once(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gradient: Tensor, anchor: Tensor) -> Tensor:
+    def jvp(ctx: Any, *tangents: Any) -> NoReturn:
+        refuse()
+
+
+def refuse_tangents(tensors: Sequence[Tensor | None]) -> None:
+    """RuntimeError where one of `tensors` carries a tangent; transforms find those of their own."""
+    # Only inside a `dual_level` can there be one. The attribute is no promise of PyTorch's.
+    if getattr(forward_ad, "_current_level", 0) >= 0 and not transforms_active():
+        for tensor in tensors:
+            if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+                refuse()
+
+
+def tracked(tensor: Tensor) -> bool:
+    """Whether `tensor` requires a gradient, of autograd or of any of the transforms at work."""
+    while not tensor.requires_grad:
+        if not torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            return False
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return True
+
+
+def may_differentiate() -> bool:
+    """Whether the gradients that a backward returns may be differentiated themselves."""
+    if torch.compiler.is_compiling():  # it raises of its own
+        return False
+    return torch.is_grad_enabled() or transforms_active()
+
+
+def once(gradient: Tensor, *sources: Tensor) -> Tensor:
+    """`gradient`, tied to what it depends on: differentiating it by them raises and is not just 0.
+
+    PyTorch's `once_differentiable` looks at the upstream gradient alone, often a constant here.
+    """
+    return _Once.apply(gradient, *sources)
+
+
+class _Once(ReverseOnly):
+    @staticmethod
+    def forward(gradient: Tensor, *sources: Tensor) -> Tensor:
         return gradient.detach() if gradient.is_sparse else gradient.view_as(gradient)
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[None, None]:
-        raise RuntimeError(
-            "the losses of dwl_kernels are differentiable once; for double backward write the loss "
-            "in plain PyTorch"
-        )
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> NoReturn:
+        refuse()

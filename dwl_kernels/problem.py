@@ -221,6 +221,8 @@ class Problem(NamedTuple):
 
 
 NUM_TENSORS = 13  # the first fields of `Problem`
+# The places of `Problem.sources` among them.
+SOURCES = tuple(Problem._fields.index(name) for name in Wanted._fields)
 
 
 def ids_outside(

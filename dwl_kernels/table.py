@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 
 from dwl_kernels import backends
-from dwl_kernels.once import once
+from dwl_kernels.batching import backward_by_slices, is_batched, register_by_slices
+from dwl_kernels.once import (
+    ReverseOnly,
+    may_differentiate,
+    once,
+    refuse_tangents,
+    transforms_active,
+)
 from dwl_kernels.problem import no_autocast
 
 _library = torch.library.Library("dwl_kernels", "FRAGMENT")
@@ -26,6 +33,9 @@ _library.define(
 
 def gather_rows(table: Tensor, ids: Tensor, sparse_grad: bool, backend: str) -> Tensor:  # [M, D]
     """``table[ids]`` for ids ``[M]``; a row of NaN for an id outside the table."""
+    if transforms_active():
+        return _TransformedRows.apply(table, ids, sparse_grad, backend)
+    refuse_tangents((table,))
     return _GatherRows.apply(table, ids, sparse_grad, backend)
 
 
@@ -45,9 +55,26 @@ def shared_rows(
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, table: Tensor, ids: Tensor, sparse: bool, backend: str) -> Tensor:
-        ctx.save_for_backward(ids)
-        ctx.call = (table.shape[0], table.dtype, sparse, backend)
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        _TransformedRows.setup_context(ctx, inputs, None)
+        return _TransformedRows.forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = upstream
+        if is_batched(grad):
+            return backward_by_slices(_GatherRows.backward, ctx, grad)
+        refuse_tangents((grad,))
+        (ids,) = ctx.saved_tensors
+        gradient = table_gradient(grad.detach(), [ids[:, None]], [], *ctx.call)
+        return once(gradient, grad) if may_differentiate() else gradient, None, None, None
+
+
+class _TransformedRows(ReverseOnly):
+    """`_GatherRows` for the transforms of ``torch.func``."""
+
+    @staticmethod
+    def forward(table: Tensor, ids: Tensor, sparse: bool, backend: str) -> Tensor:
         rows = table[ids.clamp(0, table.shape[0] - 1)]
         outside = ((ids < 0) | (ids >= table.shape[0]))[:, None]
         # In place, a step compiled by PyTorch 2.11 loses this function from its graph.
@@ -55,11 +82,14 @@ class _GatherRows(torch.autograd.Function):
         return fill(outside, torch.nan)
 
     @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        table, ids, sparse, backend = inputs
+        ctx.save_for_backward(ids)
+        ctx.call = (table.shape[0], table.dtype, sparse, backend)
+
+    @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = upstream
-        (ids,) = ctx.saved_tensors
-        gradient = table_gradient(grad.detach(), [ids[:, None]], [], *ctx.call)
-        return once(gradient, grad), None, None, None
+        return _GatherRows.backward(ctx, *upstream)
 
 
 def table_gradient(
@@ -116,3 +146,4 @@ def _fake(
 
 _library.impl("table_gradient", _solve, "CompositeExplicitAutograd")
 torch.library.register_fake("dwl_kernels::table_gradient", _fake)
+register_by_slices(_library, "table_gradient")

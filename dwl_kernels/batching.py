@@ -1,0 +1,82 @@
+"""Batches of problems and of upstream gradients: ``vmap`` and ``is_grads_batched``, slice by slice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def register_by_slices(library: torch.library.Library, name: str) -> None:
+    """The rule of ``vmap`` for an op of `library`."""
+    op = getattr(torch.ops.dwl_kernels, name)
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        return by_slices(op, info, in_dims, args)
+
+    torch.library.register_vmap(f"dwl_kernels::{name}", rule, lib=library)
+
+
+def by_slices(
+    function: Callable[..., Any], info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...]
+) -> tuple[Any, Any]:
+    """A call of `function` for every slice, their outputs stacked, as a rule of ``vmap``."""
+    calls = [function(*_slice(args, in_dims, place)) for place in range(info.batch_size)]
+    if isinstance(calls[0], Tensor):
+        return _stacked(calls), 0
+    outputs = tuple(_stacked(output) for output in zip(*calls, strict=True))
+    return outputs, (0,) * len(outputs)
+
+
+def _stacked(slices: Sequence[Tensor]) -> Tensor:
+    if slices[0].is_sparse or len({one.shape for one in slices}) > 1:
+        raise RuntimeError(
+            "gradients of a batch are stacked, which sparse ones of a table cannot be; pass "
+            "sparse_grad=False"
+        )
+    return torch.stack([*slices])
+
+
+def _slice(value: Any, dim: Any, place: int) -> Any:
+    if dim is None:
+        return value
+    if isinstance(value, Tensor):
+        return value.select(dim, place)
+    return [_slice(v, d, place) for v, d in zip(value, dim, strict=True)]
+
+
+def is_batched(upstream: Tensor) -> bool:
+    """Whether ``is_grads_batched`` (``jacobian(vectorize=True)``) made `upstream`.
+
+    Its batches are of an older kind than those of ``torch.func.vmap``, and no op can have a rule
+    for them.
+    """
+    return not torch.compiler.is_compiling() and _is_legacy(upstream)
+
+
+def backward_by_slices(
+    backward: Callable[..., tuple[Tensor | None, ...]], ctx: Any, upstream: Tensor
+) -> tuple[Tensor | None, ...]:
+    """What `backward` gives for a batch of upstream gradients, by ``torch.func.vmap``."""
+    # The level of a batch is that of the innermost vmap; threads of autograd do not know it.
+    level = max(torch._C._vmapmode_increment_nesting() - 1, 1)
+    torch._C._vmapmode_decrement_nesting()
+    plain = torch._remove_batch_dim(upstream, level, 0, 0)
+    missing: list[bool] = []
+
+    def gradients(grad: Tensor) -> tuple[Tensor, ...]:
+        found = backward(ctx, grad)
+        missing[:] = [g is None for g in found]
+        return tuple(g for g in found if g is not None)
+
+    stacked = iter(torch.func.vmap(gradients)(plain))
+    return tuple(
+        None if absent else torch._add_batch_dim(next(stacked), 0, level) for absent in missing
+    )
+
+
+_is_legacy: Callable[[Tensor], bool] = getattr(
+    torch._C._functorch, "is_legacy_batchedtensor", lambda tensor: False
+)
