@@ -12,18 +12,22 @@ Where candidates are drawn by row from a table, the op returns the gradients of 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from dwl_kernels import backends
-from dwl_kernels.batching import backward_by_slices, is_batched, register_by_slices
+from dwl_kernels.batching import (
+    backward_by_slices,
+    is_batched,
+    is_legacy_batched,
+    register_by_slices,
+)
 from dwl_kernels.once import (
     ReverseOnly,
-    may_differentiate,
     once,
     refuse_tangents,
     tracked,
@@ -70,32 +74,32 @@ def softmax_loss(problem: Problem, backend: str = "auto", sparse_grad: bool = Fa
     `sparse_grad` makes the gradient of a table from which candidates are drawn by row sparse.
     """
     backends.check_name(backend)
-    if torch.compiler.is_compiling():
+    compiling = torch.compiler.is_compiling()
+    if compiling:
         # It refuses one tensor in two places of an autograd.Function.
         distinct: Any = [f.view_as(f) if isinstance(f, Tensor) else f for f in problem]
         problem = Problem(*distinct)
     loss: Tensor
+    tensors, sources = problem.tensors(), problem.sources()
     if transforms_active():
-        wanted = Wanted(*[t is not None and tracked(t) for t in problem.sources()])
-        call = _call(problem, wanted, backend, sparse_grad)
-        loss, *_ = _Transformed.apply(call, *problem.tensors())
+        wanted = Wanted(*[t is not None and tracked(t) for t in sources])
+        loss, *_ = _Transformed.apply(_call(problem, wanted, backend, sparse_grad), *tensors)
         return loss
-    tensors = problem.tensors()
-    refuse_tangents(tensors)
-    watched = _watched(tensors)
+    watched = compiling or _watched(tensors)
+    if watched:
+        refuse_tangents(tensors)
     if torch.is_grad_enabled():
-        sources = problem.sources()
         wanted = Wanted(*[t is not None and t.requires_grad for t in sources])
         if True in wanted:
             leaves = [t for t, want in zip(sources, wanted, strict=True) if want]
+            call = _call(problem, wanted, backend, sparse_grad)
             apply = _SoftmaxLoss.apply if watched else _apply
-            loss, _ = apply((problem, wanted, backend, sparse_grad, watched), *leaves)
+            loss, _ = apply((problem, call, watched), *leaves)
             return loss
     return _solved(problem, None, _NOTHING, backend, watched).loss
 
 
-@dataclass
-class _Call:
+class _Call(NamedTuple):
     """What a backward must know besides tensors."""
 
     wanted: Wanted  # by row with those of the products, from which that of the table follows
@@ -119,28 +123,24 @@ def _call(problem: Problem, wanted: Wanted, backend: str, sparse_grad: bool) -> 
     return _Call(wanted, backend, dtypes, table, problem[NUM_TENSORS:], again)
 
 
-def _solved_forward(
-    problem: Problem, call: _Call, watched: bool
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """The loss, what stands for its graph, and the gradients that its backward scales.
-
-    Second derivatives are tied to the graph through an empty tensor, an output like the loss. The
-    loss itself cannot stand for it, since users divide it in place, nor can the leaves, which would
-    be kept until the backward.
-    """
-    wanted = _NOTHING if call.again else call.wanted
-    loss, *gradients = _solved(problem, None, wanted, call.backend, watched)
-    return loss, loss.new_empty(0), [g for g in gradients if g is not None]
-
-
 class _SoftmaxLoss(torch.autograd.Function):
+    """The loss, and a second output that only the backward sees: what stands for its graph.
+
+    Second derivatives are tied to it. The loss cannot stand for itself, since users divide it in
+    place, nor can the leaves, which would be kept until the backward.
+    """
+
     @staticmethod
     def forward(ctx: Any, inputs: Any, *leaves: Tensor) -> tuple[Tensor, Tensor]:
-        problem, wanted, backend, sparse_grad, watched = inputs
+        problem, call, watched = inputs
         ctx.set_materialize_grads(False)
-        call = _call(problem, wanted, backend, sparse_grad)
-        loss, root, gradients = _solved_forward(problem, call, watched)
-        kept = problem.tensors() if call.again else gradients
+        if call.again:
+            loss = _solved(problem, None, _NOTHING, call.backend, watched).loss
+            kept = problem.tensors()
+        else:
+            loss, *gradients = _solved(problem, None, call.wanted, call.backend, watched)
+            kept = [g for g in gradients if g is not None]
+        root = loss.new_empty(0) if watched else loss.data  # `data` takes a third of the time
         ctx.call = call, len(kept)
         ctx.save_for_backward(*kept, root, *(_draws(problem) if call.table else ()))
         return loss, root
@@ -150,12 +150,14 @@ class _SoftmaxLoss(torch.autograd.Function):
         grad = upstream[0]
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
-        if is_batched(grad):
-            return backward_by_slices(_SoftmaxLoss.backward, ctx, grad)
+        watched = torch.compiler.is_compiling() or transforms_active() or _watched((grad,))
+        if watched:
+            if is_batched(grad):
+                return backward_by_slices(_SoftmaxLoss.backward, ctx, grad)
+            refuse_tangents((grad,))
         call, num = ctx.call
         saved = ctx.saved_tensors
         kept, root, draws = saved[:num], saved[num], saved[num + 1 :]
-        watched = _watched((*kept, grad))
         return None, *_gradients(call, kept, root, draws, grad, watched)
 
 
@@ -169,8 +171,9 @@ class _Transformed(ReverseOnly):
     @staticmethod
     def forward(call: _Call, *tensors: Any) -> tuple[Tensor, ...]:
         problem = Problem(*tensors, *call.constants)
-        loss, root, gradients = _solved_forward(problem, call, watched=True)
-        return loss, root, *gradients
+        wanted = _NOTHING if call.again else call.wanted
+        loss, *gradients = _solved(problem, None, wanted, call.backend, watched=True)
+        return loss, loss.new_empty(0), *[g for g in gradients if g is not None]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -206,7 +209,6 @@ def _gradients(
     watched: bool,
 ) -> list[Tensor]:
     """The wanted gradients, from the ones at an upstream gradient of 1 or from the problem."""
-    refuse_tangents((grad,))
     upstream = grad.detach() if grad.requires_grad else grad
     gradients: list[Any]
     if not call.again:
@@ -223,7 +225,9 @@ def _gradients(
         products = [gradients[at][:, None], gradients[at + 1]]
         ids = [positive_ids[:, None], candidate_ids]
         gradients[at : at + 2] = [table_gradient(query.detach(), ids, products, *options)]
-    return [once(g, root, grad) for g in gradients] if may_differentiate() else gradients
+    if watched or torch.is_grad_enabled():
+        gradients = [once(g, root, grad) for g in gradients]
+    return gradients
 
 
 # What `Function.apply` comes to where no transform of functions is at work.
@@ -253,26 +257,26 @@ def _scaled(
 
 
 def _watched(tensors: Sequence[Any]) -> bool:
-    """Whether a call must go through PyTorch's dispatcher, which takes its time.
+    """Whether a call that is not compiled must go through PyTorch's dispatcher all the same.
 
-    It must where a compiler, a mode or a transform wants to see the op and not what it consists of,
-    and where tensors are of a subclass or, all of them, without memory.
+    That takes its time. It must where a mode wants to see the op and not what it consists of, where
+    tensors are of a subclass, without memory or in a batch, and where one may carry a tangent.
     """
     return (
         not _CAN_ASK
-        or torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0
-        or transforms_active()
         or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
         or not _PLAIN.issuperset(map(type, tensors))
         or tensors[0].is_meta
+        or is_legacy_batched(tensors[0])
     )
 
 
 _PLAIN = {Tensor, Parameter, type(None)}
 # A PyTorch that has these no more gets the slower ways, which are always right.
-_CAN_ASK = all(
+_CAN_ASK = hasattr(forward_ad, "_current_level") and all(
     hasattr(torch._C, name)
     for name in ("_len_torch_dispatch_stack", "_len_torch_function_stack", "_get_tracing_state")
 )

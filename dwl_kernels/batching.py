@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 
 def register_by_slices(library: torch.library.Library, name: str) -> None:
@@ -40,20 +41,23 @@ def _stacked(slices: Sequence[Tensor]) -> Tensor:
 
 
 def _slice(value: Any, dim: Any, place: int) -> Any:
-    if dim is None:
-        return value
     if isinstance(value, Tensor):
-        return value.select(dim, place)
+        return value if dim is None else value.select(dim, place)
+    if not any(one is not None for one in tree_leaves(dim)):
+        return value
     return [_slice(v, d, place) for v, d in zip(value, dim, strict=True)]
 
 
-def is_batched(upstream: Tensor) -> bool:
-    """Whether ``is_grads_batched`` (``jacobian(vectorize=True)``) made `upstream`.
+# Whether ``is_grads_batched`` (``jacobian(vectorize=True)``) made a tensor. Its batches are of an
+# older kind than those of `torch.func.vmap`, and no op can have a rule for them.
+is_legacy_batched: Callable[[Tensor], bool] = getattr(
+    torch._C._functorch, "is_legacy_batchedtensor", lambda tensor: False
+)
 
-    Its batches are of an older kind than those of ``torch.func.vmap``, and no op can have a rule
-    for them.
-    """
-    return not torch.compiler.is_compiling() and _is_legacy(upstream)
+
+def is_batched(upstream: Tensor) -> bool:
+    """`is_legacy_batched`, as ``torch.compile`` can trace it."""
+    return not torch.compiler.is_compiling() and is_legacy_batched(upstream)
 
 
 def backward_by_slices(
@@ -75,8 +79,3 @@ def backward_by_slices(
     return tuple(
         None if absent else torch._add_batch_dim(next(stacked), 0, level) for absent in missing
     )
-
-
-_is_legacy: Callable[[Tensor], bool] = getattr(
-    torch._C._functorch, "is_legacy_batchedtensor", lambda tensor: False
-)

@@ -61,19 +61,16 @@ def tracked(tensor: Tensor) -> bool:
     return True
 
 
-def may_differentiate() -> bool:
-    """Whether the gradients that a backward returns may be differentiated themselves."""
-    if torch.compiler.is_compiling():  # it raises of its own
-        return False
-    return torch.is_grad_enabled() or transforms_active()
-
-
 def once(gradient: Tensor, *sources: Tensor) -> Tensor:
     """`gradient`, tied to what it depends on: differentiating it by them raises and is not just 0.
 
     PyTorch's `once_differentiable` looks at the upstream gradient alone, often a constant here.
     """
-    return _Once.apply(gradient, *sources)
+    if torch.compiler.is_compiling():  # raises of its own
+        return gradient
+    if torch.is_grad_enabled() or transforms_active():
+        return _Once.apply(gradient, *sources)
+    return gradient
 
 
 class _Once(ReverseOnly):

@@ -16,7 +16,6 @@ from dwl_kernels import backends
 from dwl_kernels.batching import backward_by_slices, is_batched, register_by_slices
 from dwl_kernels.once import (
     ReverseOnly,
-    may_differentiate,
     once,
     refuse_tangents,
     transforms_active,
@@ -67,7 +66,7 @@ class _GatherRows(torch.autograd.Function):
         refuse_tangents((grad,))
         (ids,) = ctx.saved_tensors
         gradient = table_gradient(grad.detach(), [ids[:, None]], [], *ctx.call)
-        return once(gradient, grad) if may_differentiate() else gradient, None, None, None
+        return once(gradient, grad), None, None, None
 
 
 class _TransformedRows(ReverseOnly):
