@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dwl_kernels.buffers import Tables, int64_ids, positive_int
-from dwl_kernels.problem import INTEGERS
+from dwl_kernels.problem import INTEGERS, checks_values
 
 # Beyond this, float64 no longer tells the log-uniform borders of neighbouring ids apart, and the
 # remainder of a 62-bit random number is no longer uniform to 2^-14.
@@ -72,11 +72,11 @@ class _Sampler(Tables):
         Raises:
             TypeError: `ids` is no integer tensor.
             ValueError: `ids` is on another device than the sampler.
-            IndexError: an id is out of range, on CPU.
+            IndexError: an id is out of range, on CPU or with ``DWL_KERNELS_CHECK=1``.
         """
         ids = int64_ids(ids, self.device_marker.device)
         inside = (ids >= 0) & (ids < self.num_items)
-        if ids.device.type == "cpu" and not torch.compiler.is_compiling() and not inside.all():
+        if checks_values(ids) and not inside.all():
             raise IndexError(
                 f"ids holds {ids[~inside][0].item()}, wanted ids in [0, {self.num_items})"
             )

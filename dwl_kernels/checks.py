@@ -204,7 +204,7 @@ def row_arguments(
         check_integer("domain_ids", domain_ids)
         if domain_ids.dtype != torch.int32:
             domain_ids = cast_to(torch.int64, domain_ids)
-        domain_ids = domain_ids.reshape(leading.numel(), slots)
+        domain_ids = domain_ids.reshape(math.prod(leading), slots)
     elif domain_weights is not None:
         raise ValueError(
             "domain_weights is given without domain_ids; pass the domains, [B] or [B, G]"

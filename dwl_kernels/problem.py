@@ -15,6 +15,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from dwl_kernels.once import transforms_active
+
 Reduction = Literal["mean", "weighted_mean", "sum", "none"]
 Correction = Literal["standard", "refined"]
 
@@ -188,7 +190,7 @@ class Problem(NamedTuple):
         if active is not None:
             weight = torch.where(active, weight, 0.0)
         negative = weight < 0
-        if checks_values(weight.device):
+        if checks_values(weight):
             if bool(negative.any()):
                 row = int(negative.nonzero()[0])
                 raise ValueError(
@@ -236,7 +238,7 @@ def ids_outside(
     Raises:
         IndexError: there is one, where values are looked at.
     """
-    checks = checks_values(ids.device)
+    checks = checks_values(ids)
     if checks and ids.numel():
         low, high = ids.aminmax()
         if int(low) >= 0 and int(high) < table_rows:
@@ -260,11 +262,28 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def checks_values(device: torch.device) -> bool:
-    """Whether looking at tensor values is free, or asked for by ``DWL_KERNELS_CHECK=1``."""
-    if torch.compiler.is_compiling():  # a graph has no values
+def checks_values(value: Tensor | torch.device) -> bool:
+    """Whether looking at values is free, or asked for by ``DWL_KERNELS_CHECK=1``.
+
+    Never where there are none: in a graph, under a transform or a mode that traces, in a fake or a
+    meta tensor. Only a tensor tells whether it is fake where no mode is at work.
+    """
+    if torch.compiler.is_compiling() or transforms_active():
+        return False
+    tensor = isinstance(value, Tensor)
+    device: torch.device = value.device if tensor else value  # type: ignore[assignment]
+    if device.type == "meta" or (tensor and type(value).__name__ == "FakeTensor"):
+        return False
+    if torch._C._len_torch_dispatch_stack() > 0 and _traced():
         return False
     return device.type == "cpu" or os.environ.get("DWL_KERNELS_CHECK") == "1"
+
+
+def _traced() -> bool:
+    """Whether a mode of fake tensors, of tracing or of functionalisation is at work."""
+    key = torch._C._TorchDispatchModeKey
+    modes = (key.FAKE, key.PROXY, key.FUNCTIONAL)
+    return any(torch._C._get_dispatch_mode(mode) is not None for mode in modes)
 
 
 def autocasting(device_type: str) -> bool:
@@ -296,12 +315,12 @@ def mean_domain_weight(
     num_domains = domain_weights.shape[0]
     if active is not None:
         domain_ids = domain_ids.masked_fill(~active[:, None], -1)
-    if checks_values(domain_ids.device) and domain_ids.shape[1] == 1 and len(domain_ids):
+    if checks_values(domain_ids) and domain_ids.shape[1] == 1 and len(domain_ids):
         low, high = domain_ids.aminmax()
         if int(low) >= 0 and int(high) < num_domains:  # the usual case, in a fifth of the time
             return domain_weights.index_select(0, domain_ids[:, 0])
     outside = (domain_ids < -1) | (domain_ids >= num_domains)
-    if checks_values(domain_ids.device) and bool(outside.any()):
+    if checks_values(domain_ids) and bool(outside.any()):
         bad = int(domain_ids[outside][0])
         raise IndexError(
             f"domain_ids holds {bad}, but domain_weights has {num_domains} entries: ids must be in "

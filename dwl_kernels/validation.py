@@ -5,6 +5,7 @@ Every loss has its builder here; what is wrong with a single argument, `checks` 
 
 from __future__ import annotations
 
+import math
 from typing import cast
 
 import torch
@@ -228,7 +229,7 @@ def indexed_problem(
     rows = row_arguments(
         query, domain_ids, domain_weights, example_weights, temperature, correction, reduction
     )
-    shape = (leading.numel(), width)
+    shape = (math.prod(leading), width)
     return Problem(
         query=flat_rows(query),
         positive=None,
@@ -269,7 +270,7 @@ def indexed_ids(
     check_shape("negative_ids", negative_ids, negative_ids.shape, query)
     check_integer("positive_ids", positive_ids)
     check_integer("negative_ids", negative_ids)
-    if shared and checks_values(query.device):
+    if shared and checks_values(query):
         active = None
         if example_weights is not None and example_weights.shape == leading:
             active = example_weights.reshape(-1) != 0
