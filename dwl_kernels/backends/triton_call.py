@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dwl_kernels.backends.triton_tiles import Load, Tiles
-from dwl_kernels.problem import DualScale, Problem, Wanted
+from dwl_kernels.problem import DualScale, Problem, Wanted, accumulate_dtype
 
 MAX_WORKERS = 1024  # more than any device has multiprocessors, three programs on each
 
@@ -167,7 +167,6 @@ def form_of(problem: Problem, inputs: tuple[Tensor | None, ...], tiles: Tiles) -
         tiles,
         inputs[11] is not None,
         *(problem.in_batch, inputs[12] is not None, problem.example_weights is not None),
-        problem.candidate_ids is not None,
         problem.ignore_index,
         tuple(strength > 0 for strength in strengths_of(problem)[:3]),
         problem.skip_threshold > 0,
@@ -194,7 +193,6 @@ def _form(
     in_batch: bool,
     targets: bool,
     example_weights: bool,
-    ids: bool,
     ignore_index: int,
     strengths: tuple[bool, bool, bool],
     skip: bool,
@@ -218,7 +216,7 @@ def _form(
         CN=tiles.CN,
         STAGES_1=tiles.stages_1,
         STAGES_2=tiles.stages_2,
-        OWN=targets or (in_batch and not ids),
+        OWN=targets or in_batch,
         IN_BATCH=in_batch,
         PACKED=targets or example_weights,
         IGNORE=ignore_index,
@@ -234,6 +232,7 @@ def _form(
         TEMPERATURE=temperature,
         ROW_SCALE=temperature == "row" or strengths[0] or strengths[2],
         DTYPE=tl.float64 if dtype == torch.float64 else tl.float32,
+        LARGEST=torch.finfo(accumulate_dtype(dtype)).max,
         PRECISION="ieee" if exact else "tf32",
         EXACT=exact,
         FOLD=narrow and not row_grad,
