@@ -64,7 +64,7 @@ def candidate_tile(tile, first, stop, part, shift, call, work):
     j = candidate_at(tl.minimum(at, sizes.places - 1), call, work)
     c = embeddings(call.inputs.candidates, j, call, work)
     if call.inputs.candidate_log_q is not None:
-        bias = candidate_log_q(j, True, call, work) * unit_of(call, work)
+        bias = candidate_log_q(j, call, work) * unit_of(call, work)
     if call.inputs.candidate_ids is not None:
         candidate_id = tl.load(call.inputs.candidate_ids + j)
         known = candidate_id != NO_ITEM

@@ -89,6 +89,7 @@ class Space(NamedTuple):
     rows: Any  # [NUM_ROW_ARRAYS, stride] accumulation dtype, as the three that follow
     sums: Any  # [NUM_WORKER_ARRAYS, workers]
     domains: Any  # [2, workers, num_domains]
+    log_q: Any  # [candidates], where positives that are never drawn may have to be left out
     parts: Any  # [workers, max(BM, CM) * (BLOCK_D + 3)]
     counts: Any  # [workers] int32
     integers: Any  # [4, stride + ROOM] int32, of the active rows
@@ -111,6 +112,7 @@ class Form(NamedTuple):
     DOMAINS: Any  # domains summed at a time
     OWN: Any  # the positive is among the candidates
     IN_BATCH: Any  # candidate i is the positive of row i
+    DRAWN: Any  # a candidate is left out where its log-Q says that it is never drawn
     PACKED: Any  # rows may be padding
     IGNORE: Any  # the target of a padded row
     REDUCTION: Any
@@ -399,17 +401,28 @@ def positive_log_q(row, call, work):
 
 
 @triton.jit
-def candidate_log_q(j, LOOK: tl.constexpr, call, work):
-    """``log Q_j``. A positive of the batch that is never drawn (-inf) is no candidate of others.
-
-    Where candidates stream past, a look at every one costs too much: those of -inf make a total
-    infinite, and the tile then starts again with LOOK.
-    """
+def candidate_log_q(j, call, work):
+    """``log Q_j``; +inf for a positive of the batch that is never drawn (-inf): it is nobody's."""
     log_q = tl.load(call.inputs.candidate_log_q + j)
-    if LOOK and call.form.IN_BATCH:
-        never = (log_q == float("-inf")) & (j < work.sizes.rows)
-        log_q = tl.where(never, float("inf"), log_q)
+    if call.form.DRAWN:
+        log_q = tl.where((log_q == float("-inf")) & (j < work.sizes.rows), float("inf"), log_q)
     return log_q
+
+
+@triton.jit
+def list_drawn(call, work):
+    """Leave `candidate_log_q` of all candidates in the workspace.
+
+    Where candidates stream past a row tile, a look at each would cost too much. A positive that is
+    never drawn makes totals infinite, so the tile starts again with what is listed here. Programs
+    that do so at the same time write the same values.
+    """
+    for start in range(0, work.sizes.candidates, MANY):
+        j = start + tl.arange(0, MANY)
+        inside = j < work.sizes.candidates
+        log_q = candidate_log_q(tl.where(inside, j, 0), call, work)
+        tl.store(work.space.log_q + j, log_q, mask=inside)
+    tl.debug_barrier()
 
 
 @triton.jit

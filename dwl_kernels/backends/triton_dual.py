@@ -145,7 +145,7 @@ def competing_tile(tile, call, work):
         x = scaled(x, scale[:, None], call, work)
         z = scaled(z, scale[:, None], call, work)
         if call.inputs.candidate_log_q is not None:
-            z -= (candidate_log_q(j, True, call, work) * unit_of(call, work))[None, :]
+            z -= (candidate_log_q(j, call, work) * unit_of(call, work))[None, :]
         if call.inputs.candidate_ids is not None:
             hit = row_id[:, None] == tl.load(call.inputs.candidate_ids + j)[None, :]
             hit = hit & (row_id != NO_ITEM)[:, None]

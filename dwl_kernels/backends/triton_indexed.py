@@ -195,7 +195,7 @@ def indexed_softmax_loss_kernel(
     program = tl.program_id(0)
     programs = tl.num_programs(0)
     stride = tl.cdiv(num_rows, ALIGN) * ALIGN
-    space = workspace(floats, integers, barrier, stride, num_domains, workers, call)
+    space = workspace(floats, integers, barrier, stride, 0, num_domains, workers, call)
     if call.form.EVEN:
         num_draws = num_draws // 16 * 16  # says so to the compiler
     norm = tl.cast(num_rows, call.form.DTYPE)

@@ -26,9 +26,9 @@ from dwl_kernels.backends.triton_common import (
     TERM,
     block,
     candidate_at,
-    candidate_log_q,
     embeddings,
     finite,
+    list_drawn,
     logarithm,
     narrow,
     own_candidate,
@@ -73,24 +73,34 @@ def row_tile(tile, first, stop, part, call, work):
     dtype: tl.constexpr = call.form.DTYPE
     z_positive = positive_logits(rows.q.to(dtype), place, row, call, work)
     reference = finite(z_positive, call, work)
-    if call.form.MAXIMA:
-        largest = row_maxima(rows, first, stop, call, work)
-        if call.form.HALF:
-            reference = tl.maximum(largest - HEADROOM, reference - 100)
-        else:
-            reference = tl.maximum(largest, reference)
+    total = tl.zeros([call.form.BM], dtype)
+    compete = tl.zeros([call.form.BM], dtype)
+    weighted = tl.zeros([call.form.BM, call.form.BLOCK_D], dtype)
+    attempt = 0
+    again = True
+    while again:
+        log_q = call.inputs.candidate_log_q
+        if call.form.DRAWN:
+            if attempt > 0:
+                list_drawn(call, work)
+            log_q = tl.where(attempt > 0, work.space.log_q, log_q)
+        if call.form.MAXIMA:
+            largest = row_maxima(rows, log_q, first, stop, call, work)
+            reference = finite(z_positive, call, work)
+            if call.form.HALF:
+                reference = tl.maximum(largest - HEADROOM, reference - 100)
+            else:
+                reference = tl.maximum(largest, reference)
+        elif attempt > 0:
+            largest = row_maxima(rows, log_q, first, stop, call, work)
+            reference = tl.maximum(reference, largest)
         total, compete, weighted = stream_candidates(
-            rows, z_positive, reference, first, stop, True, call, work
+            rows, log_q, z_positive, reference, first, stop, call, work
         )
-    else:
-        total, compete, weighted = stream_candidates(
-            rows, z_positive, reference, first, stop, False, call, work
-        )
-        if tl.max((total > LIMIT).to(tl.int32), 0) > 0:
-            reference = tl.maximum(reference, row_maxima(rows, first, stop, call, work))
-            total, compete, weighted = stream_candidates(
-                rows, z_positive, reference, first, stop, True, call, work
-            )
+        again = False
+        if call.form.DRAWN or (not call.form.MAXIMA):
+            again = (attempt == 0) & (tl.max((total > LIMIT).to(tl.int32), 0) > 0)
+        attempt += 1
     if part < 0:
         sums = Sums(z_positive, reference, total, compete)
         finish_rows(place, sums, weighted, call, work)
@@ -146,7 +156,7 @@ def next_own(rows, start, call, work):
 
 
 @triton.jit
-def row_logits(rows, reference, start, coming, LOOK: tl.constexpr, call, work):
+def row_logits(rows, log_q, reference, start, coming, call, work):
     """``z_ij - reference`` of a row tile, its candidates ``c_j``, and how many compete."""
     sizes = work.sizes
     if (call.form.IN_BATCH and call.form.PACKED) or call.form.FEW_CANDIDATES:
@@ -164,7 +174,7 @@ def row_logits(rows, reference, start, coming, LOOK: tl.constexpr, call, work):
     z = scaled(z, rows.scale[:, None], call, work)
     compete = tl.zeros([call.form.BM], dtype)
     if call.inputs.candidate_log_q is not None:
-        z -= (candidate_log_q(j, LOOK, call, work) * unit_of(call, work))[None, :]
+        z -= (tl.load(log_q + j) * unit_of(call, work))[None, :]
     z -= reference
     if call.inputs.candidate_ids is not None:
         # The own column in the batch of a row that has an id is a hit as well.
@@ -186,20 +196,20 @@ def row_logits(rows, reference, start, coming, LOOK: tl.constexpr, call, work):
 
 
 @triton.jit
-def row_maxima(rows, first, stop, call, work):
+def row_maxima(rows, log_q, first, stop, call, work):
     """The largest ``z_ij`` of each row."""
     largest = tl.full([call.form.BM], float("-inf"), call.form.DTYPE)
     coming = next_own(rows, first * call.form.BN, call, work)
     for start in tl.range(
         first * call.form.BN, stop * call.form.BN, call.form.BN, num_stages=call.form.STAGES_1
     ):
-        z, _, _, coming = row_logits(rows, 0.0, start, coming, True, call, work)
+        z, _, _, coming = row_logits(rows, log_q, 0.0, start, coming, call, work)
         largest = tl.maximum(largest, tl.max(z, 1))
     return finite(largest, call, work)
 
 
 @triton.jit
-def stream_candidates(rows, z_positive, reference, first, stop, LOOK: tl.constexpr, call, work):
+def stream_candidates(rows, log_q, z_positive, reference, first, stop, call, work):
     """``sum_j e_ij``, ``sum_j e_ij c_j`` and the number of j, for ``e = exp(z - reference)``."""
     dtype: tl.constexpr = call.form.DTYPE
     total = tl.zeros([call.form.BM], dtype)
@@ -209,7 +219,7 @@ def stream_candidates(rows, z_positive, reference, first, stop, LOOK: tl.constex
     for start in tl.range(
         first * call.form.BN, stop * call.form.BN, call.form.BN, num_stages=call.form.STAGES_1
     ):
-        z, c, more, coming = row_logits(rows, reference[:, None], start, coming, LOOK, call, work)
+        z, c, more, coming = row_logits(rows, log_q, reference[:, None], start, coming, call, work)
         e = power(z, call, work)
         total += tl.sum(e, 1)
         compete += more
