@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import dwl_kernels
-from dwl_kernels import _build, _build_cuda, backends
+from dwl_kernels import _build, _build_cuda, _cache, backends
 from dwl_kernels.__main__ import main
 from dwl_kernels.backends.cuda_tiles import Variant
 
@@ -26,7 +26,7 @@ def test_versions_and_devices_are_printed(capsys: pytest.CaptureFixture[str]) ->
     assert rows["dwl_kernels"] == dwl_kernels.__version__
     assert rows["python"].startswith(f"{sys.version_info.major}.{sys.version_info.minor}.")
     assert rows["torch"] == torch.__version__
-    assert rows["cache"] == str(_build.cache_dir())
+    assert rows["cache"] == str(_cache.cache_dir())
     assert rows["cpu"]  # the device, or the backend below it
     assert "triton" in rows
     assert "compiler" in rows
