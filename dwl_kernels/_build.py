@@ -217,7 +217,7 @@ def run_compiler(
     if verbose and errors:
         print(errors, file=sys.stderr, flush=True)
     if process.returncode != 0:
-        lines = (errors or output or "(it said nothing)").splitlines()
+        lines = list(dict.fromkeys((errors or output or "(it said nothing)").splitlines()))
         raise BuildError(
             "\n".join(
                 [
