@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+pytest.importorskip("triton")
 from dwl_kernels import backends
 from dwl_kernels.backends import triton as host
 from dwl_kernels.backends import triton_indexed, triton_kernels
