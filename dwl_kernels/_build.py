@@ -6,13 +6,16 @@ not fit: its lock hangs for ever after a killed build, and its headers take 40 s
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import platform
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -202,7 +205,13 @@ def run_compiler(
     pipe = subprocess.PIPE
     try:
         process = subprocess.Popen(
-            command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, errors="replace"
+            command,
+            stdin=pipe,
+            stdout=pipe,
+            stderr=pipe,
+            text=True,
+            errors="replace",
+            start_new_session=True,  # so that `_kill` reaches the processes that it starts
         )
     except OSError as error:
         raise BuildError(
@@ -212,7 +221,7 @@ def run_compiler(
     try:
         output, errors = process.communicate(text)
     finally:
-        process.kill()  # nothing, unless Ctrl-C came
+        _kill(process)  # nothing, unless Ctrl-C came
         _running.discard(process)
     if verbose and errors:
         print(errors, file=sys.stderr, flush=True)
@@ -241,7 +250,14 @@ def in_parallel(
             return [future.result() for future in futures]
         except BaseException as error:
             pool.shutdown(wait=False, cancel_futures=True)
-            if isinstance(error, KeyboardInterrupt):
+            while isinstance(error, KeyboardInterrupt) and any(one.running() for one in futures):
                 for process in _running.copy():
-                    process.kill()
+                    _kill(process)
+                time.sleep(0.01)
             raise
+
+
+def _kill(process: subprocess.Popen[str]) -> None:
+    if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)

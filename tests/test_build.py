@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -150,7 +151,7 @@ def test_killed_build_does_not_block_the_next(
 ) -> None:
     # The first build runs a compiler that never ends, and is killed while it holds the lock.
     real, started, mended = " ".join(_build.compiler()), tmp_path / "started", tmp_path / "mended"
-    hang = f'test -e "{mended}" || {{ touch "{started}"; exec sleep 60; }}'
+    hang = f'test -e "{mended}" || {{ echo $$ >> "{started}"; exec sleep 60; }}'
     script = tmp_path / "c++"
     script.write_text(f'#!/bin/sh\ncase " $* " in *" -c "*) {hang};; esac\nexec {real} "$@"\n')
     script.chmod(0o755)
@@ -177,6 +178,8 @@ def test_killed_build_does_not_block_the_next(
     mended.touch()
     assert answer(_build.build(csrc=csrc)) == 42
     assert list(cache.glob("*.tmp")) == []
+    for compiler in started.read_text().split():
+        os.kill(int(compiler), signal.SIGKILL)
 
 
 def test_failed_build_names_the_error_and_leaves_nothing(cache: Path, csrc: Path) -> None:
