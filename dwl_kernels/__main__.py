@@ -22,13 +22,14 @@ from dwl_kernels.backends import cuda_tiles
 _WIDTH = 60  # characters of a line
 
 _AHEAD = """\
-A container image whose processes run as another user than the build:
+In a container image whose processes run as another user
+than the build:
 
   RUN mkdir -m 755 /opt/dwl_kernels
   ENV DWL_KERNELS_CACHE=/opt/dwl_kernels
   RUN python -m dwl_kernels build
 
-A compiled kernel is used where it and its folder belong to
+A compiled kernel is used if it and its folder belong to
 the user or to root, and nobody else can write them."""
 
 
