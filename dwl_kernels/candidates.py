@@ -1,7 +1,8 @@
 """Samplers: where candidates come from and how likely each one was.
 
 They draw ids with replacement, and their log-Q is the log of the probability of one draw. All of
-them are modules whose state lives in buffers; drawing and looking up never wait for the device.
+them are modules that follow their model to its device. They follow from their arguments alone, so
+a `state_dict` holds nothing of them. Drawing and looking up never wait for the device.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dwl_kernels.buffers import Tables, int64_ids, positive_int
+from dwl_kernels.buffers import Tables, difference, int64_ids, positive_int
 from dwl_kernels.problem import INTEGERS
 
 # Beyond this, float64 no longer tells the log-uniform borders of neighbouring ids apart, and the
@@ -193,10 +194,21 @@ class UnigramSampler(_Sampler):
         weights = torch.where(counts > 0, relative**power, 0.0)
         probability, alias = _alias_table(weights)
         log_weights = torch.where(counts > 0, power * relative.log(), -math.inf)
-        self.register_buffer("probability", probability)  # [V] of keeping a cell's own id
-        self.register_buffer("alias", alias)  # [V] the cell's other id
-        self.register_buffer("log_probability", (log_weights - weights.sum().log()).float())  # [V]
+        for name, table in (
+            ("probability", probability),  # [V] of keeping a cell's own id
+            ("alias", alias),  # [V] the cell's other id
+            ("log_probability", (log_weights - weights.sum().log()).float()),  # [V]
+        ):
+            self.register_buffer(name, table, persistent=False)  # the counts say it all
         self.device_marker = self.device_marker.to(counts.device)
+
+    def contradiction(self, saved: dict[str, Tensor]) -> str | None:
+        text = difference("log_probability", saved, self.log_probability)
+        return text and (
+            f"{text}, since the checkpoint holds the tables of other counts; give the sampler "
+            "those counts, or, to go on with these, delete probability, alias and log_probability "
+            "from the checkpoint"
+        )
 
     def _draw(
         self, shape: tuple[int, ...], device: torch.device, generator: torch.Generator | None

@@ -180,7 +180,7 @@ def row_arguments(
     domain_ids: Tensor | None,
     domain_weights: Tensor | None,
     example_weights: Tensor | None,
-    temperature: float | Tensor,
+    temperature: float | Tensor | None,
     correction: str,
     reduction: str,
 ) -> dict[str, Any]:
@@ -230,7 +230,7 @@ def row_arguments(
         per_row = floating("temperature", temperature, query, differentiable=True)
         if per_row.dim():
             per_row = flat(per_row)
-    else:
+    elif temperature is not None:
         tau = float(temperature)
         if not 0 < tau < math.inf:
             raise ValueError(f"temperature is {tau}; wanted a positive, finite number")

@@ -10,25 +10,27 @@ item entropy ``H_d``, belong to domain ``d``:
     entropy_d = 1 - H_d / log I
     s_d = (alpha idf_d + beta users_d + gamma entropy_d) / (alpha + beta + gamma)     in [0, 1]
     w*_d = w_min + (w_max - w_min) s_d
-    average <- m average + (1 - m) w*                                       in [w_min, w_max]
+    average <- m^(n/1024) average + (1 - m^(n/1024)) w*     for n rows      in [w_min, w_max]
     weights = average / (mean of `average` over all interactions seen)      in (0, w_max / w_min]
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dwl_kernels.buffers import Tables
+from dwl_kernels.buffers import Tables, difference
 from dwl_kernels.problem import INTEGERS, checks_values, mean_domain_weight
 
 # An interaction with an item of G domains counts 1/G for each of them. Kept as integers in units
 # that every G up to 16 divides: exact, the same in every run on a GPU, and safe from `.half()`.
 _WHOLE = 720_720
 _LONGEST_TABLE = 40  # rows; longer tables leave out their middle
+MOMENTUM_ROWS = 1024  # rows after which `momentum` of the old average is left
 
 
 class DomainWeights(Tables):
@@ -38,7 +40,9 @@ class DomainWeights(Tables):
     sparsity at once; :meth:`update` streams domain ids during training and refreshes the counts
     and with them ``idf`` alone (users and entropy stay as measured offline, and have no say where
     they never were). The state lives in buffers, so ``state_dict`` carries it: float buffers stay
-    float32 under ``.half()``, counts are int64.
+    float32 under ``.half()``, counts are int64. Constant weights follow from their argument and are
+    not in it. A checkpoint of another ``weight_range``, of other ``measures`` or of the other kind
+    of weights raises.
 
     ``average`` is the moving average, exactly within ``weight_range``. ``weights`` is ``average``
     divided by its mean over all interactions seen, so that the average example weighs 1 and the
@@ -51,7 +55,9 @@ class DomainWeights(Tables):
         measures: ``(alpha, beta, gamma)``, the say of idf, users and entropy in the sparsity.
         weight_range: ``(w_min, w_max)`` with ``0 < w_min <= w_max``, for the densest and the
             sparsest domain there could be. A domain never seen gets ``w_max``.
-        momentum: ``m`` in [0, 1), the share of the old average that survives one update.
+        momentum: ``m`` in [0, 1), the share of the old average that survives 1,024 counted rows;
+            ``n`` rows leave ``m ** (n / 1024)`` of it, in one update or in many. With 0 the weights
+            follow the counts at once.
 
     Raises:
         ValueError: if a size is not positive, a range is reversed or holds a number that is not
@@ -76,6 +82,7 @@ class DomainWeights(Tables):
     entropy: Tensor  # [num_domains] float32, H_d in nats
     num_users: Tensor  # [] int64, U; 0 while users and entropy are not measured
     num_items: Tensor  # [] int64, I
+    arguments: Tensor  # [5] float32, what the average depends on; for checkpoints to be compared
 
     def __init__(
         self,
@@ -125,6 +132,7 @@ class DomainWeights(Tables):
         self.register_buffer("entropy", torch.zeros(num_domains, dtype=torch.float32))
         for name in ("num_users", "num_items"):
             self.register_buffer(name, torch.zeros((), dtype=torch.int64))
+        self.register_buffer("arguments", self._arguments())
 
     @classmethod
     def from_interactions(
@@ -207,7 +215,7 @@ class DomainWeights(Tables):
             )
             n = measured.interactions.clamp(min=1).double()
             measured.entropy.copy_((n.log() - surprise / n).clamp(min=0))
-        measured._move(momentum=0.0)
+        measured._move(1.0)
         return measured
 
     @classmethod
@@ -243,8 +251,9 @@ class DomainWeights(Tables):
             )
         built = cls(values.shape[0], names=names).to(values.device)
         built.fixed = True
-        built.weights.copy_(values)
-        built.average.copy_(values)
+        for name in ("weights", "average"):
+            built.register_buffer(name, values.clone(), persistent=False)
+        del built.arguments
         return built
 
     @torch.no_grad()
@@ -264,10 +273,15 @@ class DomainWeights(Tables):
             IndexError: if an id is outside ``[-1, num_domains)``, on a CPU. On other devices, and
                 under ``torch.compile``, such an id is not counted, unless ``DWL_KERNELS_CHECK=1``.
         """
-        ids = self._domain_slots(domain_ids)  # [B, G]
-        self._count(ids, (ids >= 0) & (ids < self.num_domains))
-        if not self.fixed:
-            self._move(self.momentum)
+        ids = self.slots(domain_ids)  # [B, G]
+        rows = self._count(ids, (ids >= 0) & (ids < self.num_domains))
+        if self.fixed:
+            return
+        if self.momentum:
+            # 1 - m^(rows / 1024); a few rows change so little that float32 needs expm1 for it.
+            self._move(-torch.expm1(rows.float() * (math.log(self.momentum) / MOMENTUM_ROWS)))
+        else:
+            self._move((rows > 0).float())
 
     def forward(self) -> Tensor:
         """The weights, ``[num_domains]``; a copy, so updates do not disturb a pending backward."""
@@ -299,7 +313,7 @@ class DomainWeights(Tables):
             IndexError: if an id is outside ``[-1, num_domains)``, on a CPU. On other devices, and
                 under ``torch.compile``, such a row gets NaN, unless ``DWL_KERNELS_CHECK=1``.
         """
-        return mean_domain_weight(self._domain_slots(domain_ids), self.weights)
+        return mean_domain_weight(self.slots(domain_ids), self.weights)
 
     def log_weight(
         self,
@@ -318,7 +332,11 @@ class DomainWeights(Tables):
         """
         return self.example_weight(domain_ids).log()
 
-    def _domain_slots(self, domain_ids: Tensor) -> Tensor:
+    def slots(
+        self,
+        domain_ids: Tensor,  # [B] or [B, G]
+    ) -> Tensor:  # [B, G] int64
+        """The ids, checked."""
         ids = _slots("domain_ids", domain_ids)
         if ids.device != self.weights.device:
             raise ValueError(
@@ -332,7 +350,7 @@ class DomainWeights(Tables):
         self,
         ids: Tensor,  # [B, G] int64
         counted: Tensor,  # [B, G] bool, within [0, num_domains)
-    ) -> None:
+    ) -> Tensor:  # [] rows with a domain
         # One bin more takes what is not counted: no shape depends on the data, hence no sync.
         bins = torch.where(counted, ids, self.num_domains).flatten()
         per_slot = torch.div(
@@ -344,16 +362,70 @@ class DomainWeights(Tables):
         ):
             new = total.new_zeros(self.num_domains + 1)
             total.add_(new.index_add_(0, bins, amount.flatten())[:-1])
+        return counted.any(1).sum()
 
-    def _move(self, momentum: float) -> None:
+    def _move(self, share: float | Tensor) -> None:
+        """The average goes this share of its way."""
         low, high = self.weight_range
         target = low + (high - low) * self.sparsity()
-        moved = momentum * self.average + (1 - momentum) * target
+        moved = torch.lerp(self.average, target, share)
         self.average.copy_(moved.clamp(low, high))  # the clamp only removes rounding
-        seen = self.shares.float()
-        seen = torch.where(seen.sum() > 0, seen, 1.0)
-        mean = (seen / seen.sum() * self.average).sum()
-        self.weights.copy_(self.average / mean)
+        self.weights.copy_(_of_mean_one(self.average, self.shares))
+
+    def _arguments(self) -> Tensor:  # [5]
+        shares = [measure / sum(self.measures) for measure in self.measures]
+        return torch.tensor([*self.weight_range, *shares], dtype=torch.float32)
+
+    def contradiction(self, saved: dict[str, Tensor]) -> str | None:
+        if self.fixed:
+            text = difference("weights", saved, self.weights)
+            text = text or difference("average", saved, self.average)
+            return text and (
+                f"{text}, where weights are constant; build the module with the weights of the "
+                "checkpoint, or, to go on with these, delete weights and average from it"
+            )
+        if "interactions" in saved and "average" not in saved:
+            return (
+                "the checkpoint was written with constant weights, but those of this module are "
+                f"measured, with weight_range={self.weight_range}; give the module the constant "
+                "weights, or load the checkpoint without this part"
+            )
+        with torch.device("cpu"):  # not from the buffer, which has no values before it is loaded
+            own = self._arguments()
+        if "arguments" in saved and saved["arguments"] is not self.arguments:
+            if difference("arguments", saved, own) is None:
+                return None
+            theirs = [float(f"{number:.6g}") for number in saved["arguments"].tolist()]
+            return (
+                f"weight_range is {tuple(theirs[:2])} and measures is in proportion to "
+                f"{tuple(theirs[2:])} in the checkpoint, but {self.weight_range} and "
+                f"{self.measures} here; build the module with those of the checkpoint"
+            )
+        # Earlier versions saved no arguments, but an average that lies within its range, and
+        # weights that follow from it, unlike constant ones.
+        average, shares = saved.get("average"), saved.get("shares")
+        if average is None or shares is None or average.shape != shares.shape:
+            return None
+        low, high = own[:2].tolist()
+        rounding = torch.finfo(average.dtype).eps
+        if bool(((average < low * (1 - rounding)) | (average > high * (1 + rounding))).any()):
+            extremes = f"[{average.min().item():.6g}, {average.max().item():.6g}]"
+            return (
+                f"average lies within {extremes} in the checkpoint, but weight_range is "
+                f"{self.weight_range} here; build the module with that of the checkpoint"
+            )
+        text = difference("weights", saved, _of_mean_one(average, shares))
+        return text and (
+            f"{text} by its average and shares: the checkpoint was written with constant weights, "
+            "but those of this module are measured; give the module the constant weights"
+        )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *more: Any) -> None:
+        if self.fixed:
+            state_dict.pop(prefix + "arguments", None)
+        else:  # earlier versions did not save them
+            state_dict.setdefault(prefix + "arguments", self.arguments)
+        super()._load_from_state_dict(state_dict, prefix, *more)
 
     def extra_repr(self) -> str:
         if self.fixed:
@@ -393,6 +465,16 @@ class DomainWeights(Tables):
             for row in [header, ["-" * width for width in widths], *rows]
         ]
         return "\n".join([repr(self), *lines])
+
+
+def _of_mean_one(
+    average: Tensor,  # [num_domains]
+    shares: Tensor,  # [num_domains]
+) -> Tensor:  # [num_domains]
+    """The average over its mean, in which a domain has the share of its interactions."""
+    seen = shares.float()
+    seen = torch.where(seen.sum() > 0, seen, 1.0)
+    return average / (seen / seen.sum() * average).sum()
 
 
 def _integer(name: str, value: Tensor) -> None:

@@ -36,7 +36,7 @@ def sampled_softmax_loss(
     domain_ids: Tensor | None = None,  # [B] or [B, G]
     domain_weights: Tensor | None = None,  # [num_domains]
     example_weights: Tensor | None = None,  # [B]
-    temperature: float | Tensor = 1.0,  # [] or [B]
+    temperature: float | Tensor | None = None,  # [] or [B]
     correction: Correction = "standard",
     reduction: Reduction = "mean",
     backend: Backend = "auto",
@@ -69,7 +69,7 @@ def sampled_softmax_loss(
             it has none.
         example_weights: further weights, not negative. 0 marks a padded row: it gives exact zeros,
             does not count in any norm, and NaN in its embeddings does not leak. A bool mask works.
-        temperature: a positive number, or a tensor, for all rows or per row.
+        temperature: a positive number, or a tensor, for all rows or per row; None is 1.
         correction: ``"standard"``, or ``"refined"`` (arXiv 2507.09331): the positive leaves the
             denominator, is not corrected itself, and the row weighs
             ``r_i = sigmoid(lse_i - log n_i - z_i+)``, detached, with ``lse_i = log sum_j exp z_ij +
@@ -136,7 +136,7 @@ def in_batch_softmax_loss(
     domain_ids: Tensor | None = None,  # [B] or [B, G]
     domain_weights: Tensor | None = None,  # [num_domains]
     example_weights: Tensor | None = None,  # [B]
-    temperature: float | Tensor = 1.0,  # [] or [B]
+    temperature: float | Tensor | None = None,  # [] or [B]
     correction: Correction = "standard",
     reduction: Reduction = "mean",
     backend: Backend = "auto",
@@ -197,7 +197,7 @@ def full_softmax_loss(
     domain_ids: Tensor | None = None,  # [T] or [T, G]
     domain_weights: Tensor | None = None,  # [num_domains]
     example_weights: Tensor | None = None,  # [T]
-    temperature: float | Tensor = 1.0,  # [] or [T]
+    temperature: float | Tensor | None = None,  # [] or [T]
     reduction: Reduction = "mean",
     skip_threshold: float = 0.0,
     backend: Backend = "auto",
@@ -280,7 +280,7 @@ def indexed_sampled_softmax_loss(
     domain_ids: Tensor | None = None,  # [B] or [B, G]
     domain_weights: Tensor | None = None,  # [num_domains]
     example_weights: Tensor | None = None,  # [B]
-    temperature: float | Tensor = 1.0,  # [] or [B]
+    temperature: float | Tensor | None = None,  # [] or [B]
     correction: Correction = "standard",
     reduction: Reduction = "mean",
     backend: Backend = "auto",
@@ -360,7 +360,7 @@ def dual_scale_softmax_loss(
     domain_ids: Tensor | None = None,  # [B] or [B, G]
     domain_weights: Tensor | None = None,  # [num_domains]
     example_weights: Tensor | None = None,  # [B]
-    temperature: float | Tensor = 1.0,  # [] or [B]
+    temperature: float | Tensor | None = None,  # [] or [B]
     correction: Correction = "standard",
     reduction: Reduction = "mean",
     backend: Backend = "auto",

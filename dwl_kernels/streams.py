@@ -1,7 +1,8 @@
 """Log-Q of ids seen in a stream, for in-batch candidates.
 
 Both estimates are modules whose state lives in buffers; updating and looking up never wait for the
-device.
+device. What was counted with some hash functions means nothing to others, so a `state_dict` names
+them, and loading it into a module of another `seed` raises.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import operator
 import torch
 from torch import Tensor
 
-from dwl_kernels.buffers import Tables, int64_ids, positive_int
+from dwl_kernels.buffers import Tables, difference, int64_ids, positive_int
 
 
 class StreamingFrequency(Tables):
@@ -92,6 +93,7 @@ class StreamingFrequency(Tables):
         gap = torch.full((size,), initial_gap or 1, dtype=torch.float32)
         self.register_buffer("gap", gap)  # B, in batches
         self.register_buffer("sightings", torch.zeros(size, dtype=torch.int32))
+        self.seed = operator.index(seed)
         self.register_buffer("seeds", _hash_seeds(num_hashes, seed))
 
     @torch.no_grad()
@@ -138,6 +140,19 @@ class StreamingFrequency(Tables):
         # Q = 1 - (1 - P)^(1 / n) through expm1 and log1p: P and Q are tiny for most ids.
         share = gap.double().clamp(min=1 + self.learning_rate).reciprocal()
         return (-torch.expm1(torch.log1p(-share) / self.batch_size)).log().float()
+
+    def contradiction(self, saved: dict[str, Tensor]) -> str | None:
+        text = _other_hashes(saved, self.seeds.numel(), self.seed)
+        if text is None and saved.keys() >= {"gap", "last_step"}:
+            start = saved["gap"].new_tensor(self.initial_gap or 1)
+            untouched = saved["gap"][saved["last_step"] == 0]
+            if bool((untouched != start).any()):
+                got = untouched[untouched != start][0].item()
+                text = (
+                    f"initial_gap is {got:g} in the checkpoint but {start.item():g} here; build "
+                    "the module with that of the checkpoint"
+                )
+        return text
 
     def extra_repr(self) -> str:
         return (
@@ -186,6 +201,7 @@ class CountMinSketch(Tables):
         size = self.width * positive_int("depth", depth)
         self.register_buffer("counts", torch.zeros(size, dtype=torch.int64))  # rows end to end
         self.register_buffer("total", torch.zeros((), dtype=torch.int64))  # ids seen
+        self.seed = operator.index(seed)
         self.register_buffer("seeds", _hash_seeds(depth, seed))
 
     @torch.no_grad()
@@ -228,6 +244,9 @@ class CountMinSketch(Tables):
         count = self.count(ids).clamp(min=1).double()
         return (count.log() - self.total.clamp(min=1).double().log()).float()
 
+    def contradiction(self, saved: dict[str, Tensor]) -> str | None:
+        return _other_hashes(saved, self.seeds.numel(), self.seed)
+
     def extra_repr(self) -> str:
         return f"width={self.width}, depth={self.seeds.numel()}"
 
@@ -238,6 +257,16 @@ class CountMinSketch(Tables):
 def _hash_seeds(rows: int, seed: int) -> Tensor:  # [rows]
     start = (operator.index(seed) + 2**63) % 2**64 - 2**63
     return _mix64(_mix64(torch.tensor(start)) + torch.arange(1, rows + 1))
+
+
+def _other_hashes(saved: dict[str, Tensor], rows: int, seed: int) -> str | None:
+    """That a checkpoint was counted with other hash functions."""
+    with torch.device("cpu"):  # not from the buffer, which has no values before it is loaded
+        text = difference("seeds", saved, _hash_seeds(rows, seed))
+    return text and (
+        f"{text}: the checkpoint was counted with other hash functions; build the module with the "
+        "seed and the sizes of the checkpoint"
+    )
 
 
 def _flat_buckets(ids: Tensor, seeds: Tensor, width: int) -> Tensor:  # [...], [H] -> [H, ...]

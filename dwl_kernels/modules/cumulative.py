@@ -38,10 +38,10 @@ class CumulativeCrossEntropy(WeightedLoss):
             domains follow from the target.
         calibration: ``c`` in [0, 1]: ``c log w(v)`` is added to the bias of every item. Needs
             ``item_domains``.
-        temperature: Positive number that divides the scores, 1 in the paper; where learned, the one
-            to start from.
-        learn_temperature: Whether the temperature is a parameter, kept in ``[0.005, 50]``.
-        normalize: Whether to scale query and table to length 1.
+        temperature, learn_temperature: As for :class:`DynamicWeightedSampledSoftmax`; 1 in the
+            paper.
+        normalize: Whether to scale query and table to length 1. An embedding of zeros, a padding
+            row say, stays zero and gets no gradient.
         ignore_index: The target that marks a padded step: it gives exact zeros, does not count in
             any norm, nor do its domains, and NaN in its embedding does not leak.
         reduction: ``"mean"`` over the steps that are not padded, ``"weighted_mean"``, ``"sum"`` or
@@ -71,7 +71,7 @@ class CumulativeCrossEntropy(WeightedLoss):
         weights: DomainWeights | Tensor | Sequence[float] | None = None,
         item_domains: Any = None,
         calibration: float = 0.0,
-        temperature: float = 1.0,
+        temperature: float | Tensor | None = None,
         learn_temperature: bool = False,
         normalize: bool = False,
         ignore_index: int = -100,
@@ -134,7 +134,7 @@ class CumulativeCrossEntropy(WeightedLoss):
         weightless = padding(example_weights, leading)
         padded = padded if weightless is None else padded | weightless
         domain_ids, weights = self.weigh_domains(
-            ("domain_ids", domain_ids), ("target", target), leading, padded
+            ("domain_ids", domain_ids), ("target", target), query, padded
         )
         if weights is not None and self.calibration:
             assert self.item_domains is not None  # the constructor has looked
@@ -143,7 +143,7 @@ class CumulativeCrossEntropy(WeightedLoss):
                     f"table has {len(table)} rows but item_domains has {len(self.item_domains)}; "
                     "calibration needs the domains of every row"
                 )
-            tilt = self.tilt(self.item_domains)
+            tilt = self.tilt(self.item_domains, weights)
             if bias is not None:
                 check_rows("bias", bias, table.shape[:1])
             bias = tilt if bias is None else bias + tilt

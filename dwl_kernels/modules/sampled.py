@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -37,8 +38,11 @@ class DynamicWeightedSampledSoftmax(WeightedLoss):
         L = \frac{1}{norm} \sum_i w_i \Big(
             \log\big(e^{z_i^+} + \sum_j e^{z_{ij}}\big) - z_i^+ \Big)
 
-    In training mode every call feeds the domains of its rows to :class:`DomainWeights`, so domains
-    that turn out sparse gain weight as training goes; in evaluation mode nothing is counted. With
+    In training mode, with gradients enabled, every call feeds the domains of its rows to
+    :class:`DomainWeights`, so domains that turn out sparse gain weight as training goes; in
+    evaluation mode or under ``torch.no_grad()`` nothing is counted. A forward that activation
+    checkpointing runs again, in a backward, is not counted again and keeps the weights of its first
+    run: of the last 256 first runs, that whose query and domains look most like its own. With
     neither ``num_domains`` nor ``weights`` it is the plain loss.
 
     Weighted training also tilts the scores: its optimum is ``p(j|x) w(j)``, normalised, for the
@@ -52,11 +56,15 @@ class DynamicWeightedSampledSoftmax(WeightedLoss):
         weights: Measured :class:`DomainWeights` instead; or ``[num_domains]`` constant weights.
         item_domains: ``[V]`` or ``[V, G]`` integers, the domains of every item, -1 = none. Domains
             then follow from the ids, which index it. Not in ``state_dict``.
-        calibration: ``c`` in [0, 1].
+        calibration: ``c`` in [0, 1]. A candidate whose domains weigh 0 is then left out.
         temperature: Positive number that divides the scores; where learned, the one to start from.
-        learn_temperature: Whether the temperature is a parameter, kept in ``[0.005, 50]``.
-        normalize: Whether to scale query, positive and negative to length 1. Negatives per row of
-            a ``table`` take a scaled copy of all of it.
+            By default 1, and 0.05 with ``normalize``: a low temperature belongs to cosines.
+        learn_temperature: Whether the temperature is a parameter, kept in ``[0.005, 50]``: float32,
+            ``[1]``, whatever the model is cast to, and no candidate for weight decay; see
+            :meth:`no_decay_parameters`.
+        normalize: Whether to scale query, positive and negative to length 1. An embedding of zeros,
+            a padding row say, stays zero and gets no gradient. Negatives per row of a ``table``
+            take a scaled copy of all of it.
         correction: ``"standard"``, or ``"refined"`` (arXiv 2507.09331).
         reduction: ``"mean"`` over the rows whose example weight is not zero, ``"weighted_mean"``,
             ``"sum"`` or ``"none"``, as for :func:`sampled_softmax_loss`.
@@ -98,7 +106,7 @@ class DynamicWeightedSampledSoftmax(WeightedLoss):
         weights: DomainWeights | Tensor | Sequence[float] | None = None,
         item_domains: Any = None,
         calibration: float = 0.0,
-        temperature: float = 0.05,
+        temperature: float | Tensor | None = None,
         learn_temperature: bool = False,
         normalize: bool = False,
         correction: Correction = "standard",
@@ -158,7 +166,10 @@ class DynamicWeightedSampledSoftmax(WeightedLoss):
             negative_domain_ids: ``[N]`` or ``[N, G]``, or with another dimension for every row's
                 own, used by ``calibration``; by default the domains of ``negative_ids`` in
                 ``item_domains``.
-            positive_ids, negative_ids: ``[B]``, ``[N]`` integers, -1 = no item.
+            positive_ids, negative_ids: ``[B]``, ``[N]`` integers, -1 = no item: nobody's hit, not
+                even another -1's. A negative of id -1 given by its embedding stays a candidate, and
+                every other integer is an id; a ``table`` and ``item_domains`` take ids that index
+                them.
             positive_log_q, negative_log_q: ``[B]``, ``[N]``, log-probability of one draw. In a
                 batch ``positive_log_q`` also corrects the positives as candidates.
             example_weights: ``[B]``, 0 marks a padded row, whose domain is not counted either.
@@ -187,10 +198,13 @@ class DynamicWeightedSampledSoftmax(WeightedLoss):
             both_or_none("positive_log_q", positive_log_q, "negative_log_q", negative_log_q)
 
         domain_ids, weights = self.weigh_domains(
-            ("domain_ids", domain_ids), ("positive_ids", positive_ids), leading, padded
+            ("domain_ids", domain_ids), ("positive_ids", positive_ids), query, padded
         )
-        if domain_ids is not None and self.calibration:
-            positive_log_q = _calibrated("positive_log_q", positive_log_q, self.tilt(domain_ids))
+        if domain_ids is not None and weights is not None and self.calibration:
+            tilt = self.tilt(domain_ids, weights)
+            if not in_batch:  # a row of weight 0 is nobody's candidate, and needs no correction
+                tilt = tilt.masked_fill(tilt == -math.inf, 0.0)
+            positive_log_q = _calibrated("positive_log_q", positive_log_q, tilt)
             if negatives is not None:
                 candidate_domains = self.domains_of(
                     ("negative_domain_ids", negative_domain_ids),
@@ -199,7 +213,7 @@ class DynamicWeightedSampledSoftmax(WeightedLoss):
                     padded[..., None] if by_row and padded is not None else None,
                 )
                 negative_log_q = _calibrated(
-                    "negative_log_q", negative_log_q, self.tilt(candidate_domains)
+                    "negative_log_q", negative_log_q, self.tilt(candidate_domains, weights)
                 )
 
         draws: dict[str, Any] = {
@@ -342,8 +356,8 @@ def _check_candidates(
 
 
 def _calibrated(name: str, log_q: Tensor | None, tilt: Tensor) -> Tensor:  # both [...]
-    """``log Q - c log w``."""
+    """``log Q - c log w``; inf, which takes a candidate out, where ``w`` is 0."""
     if log_q is None:
         return -tilt
     check_rows(name, log_q, tilt.shape)
-    return log_q - tilt
+    return (log_q - tilt).masked_fill(tilt == -math.inf, math.inf)

@@ -7,19 +7,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dwl_kernels.backends import Backend, check_name
+from dwl_kernels.buffers import Tables
 from dwl_kernels.checks import check_choice, check_tensor
 from dwl_kernels.domains import DomainWeights, check_range
-from dwl_kernels.problem import INTEGERS, Reduction
+from dwl_kernels.modules.repeats import Runs
+from dwl_kernels.problem import INTEGERS, Reduction, accumulate_dtype, mean_domain_weight
 
 # A learned temperature stays in here: below, float16 logits overflow; above, all scores are alike.
 TEMPERATURE_RANGE = (0.005, 50.0)
 
 
-class WeightedLoss(nn.Module):
+class WeightedLoss(Tables):
     """A loss whose rows weigh what their domains need. The modules say what the options mean."""
 
     item_domains: Tensor | None  # [V, G] int64
@@ -31,7 +32,7 @@ class WeightedLoss(nn.Module):
         weights: DomainWeights | Tensor | Sequence[float] | None,
         item_domains: Any,
         calibration: float,
-        temperature: float,
+        temperature: float | Tensor | None,
         learn_temperature: bool,
         normalize: bool,
         reduction: Reduction,
@@ -53,25 +54,28 @@ class WeightedLoss(nn.Module):
             raise ValueError(
                 "calibration needs domain weights to calibrate for; pass num_domains or weights"
             )
-        if not 0 < temperature < float("inf"):
-            raise ValueError(f"temperature is {temperature}; wanted a positive finite number")
         check_choice("reduction", reduction, Reduction)
         check_name(backend)
         self.calibration = calibration
         self.normalize = normalize
         self.reduction: Reduction = reduction
         self.backend: Backend = backend
-        self._temperature = float(temperature)
+        self.runs = Runs()
+        if temperature is None:
+            temperature = 0.05 if normalize else 1.0
+        self._temperature = _positive("temperature", temperature)
         self.temperature_logit: nn.Parameter | None = None
         if learn_temperature:
             low, high = (math.log(bound) for bound in TEMPERATURE_RANGE)
-            place = (math.log(temperature) - low) / (high - low)
+            place = (math.log(self._temperature) - low) / (high - low)
             if not 0 < place < 1:
                 raise ValueError(
                     f"temperature is {temperature}; a learned one must start strictly within "
                     f"{TEMPERATURE_RANGE}"
                 )
-            self.temperature_logit = nn.Parameter(torch.tensor(math.log(place / (1 - place))))
+            # [1] and not []: sharding over devices wants a dimension.
+            logit = torch.tensor([math.log(place / (1 - place))], dtype=torch.float32)
+            self.temperature_logit = nn.Parameter(logit)
 
     @property
     def temperature(self) -> float | Tensor:
@@ -79,26 +83,62 @@ class WeightedLoss(nn.Module):
 
         ``log temperature`` runs between the bounds as a sigmoid of the parameter does, so it stays
         positive and bounded under any optimiser, and a bound, unlike that of a clamp, lets go.
+
+        A number may be set at any time, ``loss_fn.temperature = 0.1``.
         """
         if self.temperature_logit is None:
             return self._temperature
         low, high = (math.log(bound) for bound in TEMPERATURE_RANGE)
-        return (low + (high - low) * self.temperature_logit.float().sigmoid()).exp()
+        return (low + (high - low) * self.temperature_logit[0].float().sigmoid()).exp()
+
+    @temperature.setter
+    def temperature(self, value: float | Tensor) -> None:
+        if self.temperature_logit is not None:
+            raise AttributeError(
+                f"temperature cannot be set to {value}, because this module learns it; build the "
+                "module with it and learn_temperature=True to start there, or with "
+                "learn_temperature=False to set it at any time"
+            )
+        self._temperature = _positive("temperature", value)
+
+    def no_decay_parameters(self) -> list[nn.Parameter]:
+        """The parameters that weight decay must leave alone: the learned temperature, if any.
+
+        Decay would pull it to 0.5, the middle of its range. Two lines make the groups of an
+        optimiser, of a model that contains the loss or of both next to each other:
+
+            >>> import torch
+            >>> from dwl_kernels import DynamicWeightedSampledSoftmax
+            >>> model = torch.nn.ModuleDict({"tower": torch.nn.Linear(8, 8)})
+            >>> model["loss"] = DynamicWeightedSampledSoftmax(learn_temperature=True)
+            >>> whole = model["loss"].no_decay_parameters()
+            >>> decayed = [p for p in model.parameters() if all(p is not w for w in whole)]
+            >>> groups = [{"params": decayed}, {"params": whole, "weight_decay": 0.0}]
+            >>> optimizer = torch.optim.AdamW(groups)
+        """
+        return [] if self.temperature_logit is None else [self.temperature_logit]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *more: Any) -> None:
+        name = prefix + "temperature_logit"
+        saved = state_dict.get(name)
+        if isinstance(saved, Tensor) and saved.dim() == 0:  # as earlier versions saved it
+            state_dict[name] = saved[None]
+        super()._load_from_state_dict(state_dict, prefix, *more)
 
     def weigh_domains(
         self,
         given: tuple[str, Tensor | None],  # [...] or [..., G]
         items: tuple[str, Tensor | None],  # [...]
-        leading: torch.Size,
+        query: Tensor,  # [..., D]
         padded: Tensor | None,  # [...] bool
     ) -> tuple[Tensor | None, Tensor | None]:  # [..., G], [num_domains]
-        """The domains of the rows and what domains weigh; in training mode the rows count."""
+        """The domains of the rows and what domains weigh; rows that train are counted."""
         if self.domain_weights is None:
             return given[1], None
-        domain_ids = self.domains_of(given, items, leading, padded)
-        if self.training:
-            self.domain_weights.update(_flat(domain_ids))
-        return domain_ids, self.domain_weights()
+        domain_ids = self.domains_of(given, items, query.shape[:-1], padded)
+        if not self.training:
+            return domain_ids, self.domain_weights()
+        return domain_ids, self.runs.weigh(self.domain_weights, _flat(domain_ids), query)
 
     def domains_of(
         self,
@@ -140,11 +180,12 @@ class WeightedLoss(nn.Module):
     def tilt(
         self,
         domains: Tensor,  # [..., G]
+        weights: Tensor,  # [num_domains]
     ) -> Tensor:  # [...]
         """``c log w``, what weighted training adds to a score and calibration takes out again."""
         assert self.domain_weights is not None  # the constructor has looked
-        log_weight = self.domain_weights.log_weight(_flat(domains))
-        return self.calibration * log_weight.reshape(domains.shape[:-1])
+        weight = mean_domain_weight(self.domain_weights.slots(_flat(domains)), weights)
+        return self.calibration * weight.log().reshape(domains.shape[:-1])
 
     def extra_repr(self) -> str:
         temperature = self._temperature if self.temperature_logit is None else "learned"
@@ -186,12 +227,25 @@ def normalised(
     embedding: Tensor,  # [..., D]
     padded: Tensor | None = None,  # [...] bool
 ) -> Tensor:  # [..., D]
-    """Every embedding scaled to length 1."""
-    # What stands in a padded row, NaN say, must not come back through this gradient either. A
-    # wrong shape is left to the loss, which names it.
+    """Every embedding scaled to length 1; zero, with gradient zero, where it is zero or padded.
+
+    What lies in a padded row, NaN say, does not come back through the gradient either. An embedding
+    that holds NaN or Inf becomes NaN, and takes no gradient.
+    """
+    wide = embedding.to(accumulate_dtype(embedding.dtype))
+    # Over its largest entry first: the square of a small or large one is 0 or infinite. That
+    # divisor needs no gradient, since the length of an embedding changes nothing.
+    largest = torch.linalg.vector_norm(wide.detach(), math.inf, dim=-1, keepdim=True)
+    broken, masked = ~largest.isfinite(), largest == 0
+    # A wrong shape is left to the loss, which names it.
     if padded is not None and padded.shape == embedding.shape[:-1]:
-        embedding = embedding.masked_fill(padded[..., None], 0.0)
-    return F.normalize(embedding, dim=-1)
+        masked |= padded[..., None]
+        broken &= ~masked
+    masked |= broken
+    scaled = (wide / largest.masked_fill(masked, 1.0)).masked_fill(masked, 0.0)
+    length = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
+    length = length.masked_fill(masked, 1.0).masked_fill(broken, math.nan)
+    return (scaled / length).to(embedding.dtype)
 
 
 def _item_domains(item_domains: Any) -> Tensor:
@@ -205,6 +259,23 @@ def _item_domains(item_domains: Any) -> Tensor:
             "domains per item"
         )
     return table.reshape(table.shape[0], -1).long()
+
+
+def _positive(name: str, value: float | Tensor) -> float:
+    """A positive number, also from a tensor of one element that is no part of a graph."""
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise ValueError(
+            f"{name} requires a gradient, which a module does not give; pass "
+            f"learn_{name}=True, or the tensor to the function of the loss"
+        )
+    try:
+        number = float(value)
+    except (TypeError, ValueError, RuntimeError):
+        got = list(value.shape) if isinstance(value, Tensor) else repr(value)
+        raise TypeError(f"{name} is {got}; wanted a positive finite number") from None
+    if not 0 < number < math.inf:
+        raise ValueError(f"{name} is {value}; wanted a positive finite number")
+    return number
 
 
 def _domain_weights(
