@@ -29,7 +29,7 @@ from dwl_kernels import (
 WEIGHTS = {"domain_weights": torch.tensor([0.5, 1.0, 3.0]), "temperature": 0.7}
 SIGNATURES = {
     "__init__": "self num_domains=None * weights=None item_domains=None calibration=0.0 "
-    "temperature=0.05 learn_temperature=False normalize=False correction='standard' "
+    "temperature=None learn_temperature=False normalize=False correction='standard' "
     "reduction='mean' remove_accidental_hits=True backend='auto'",
     "forward": "self query positive negative=None * domain_ids=None negative_domain_ids=None "
     "positive_ids=None negative_ids=None positive_log_q=None negative_log_q=None "

@@ -12,8 +12,8 @@ from __future__ import annotations
 import itertools
 import sys
 import weakref
-from collections import deque
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,11 +21,9 @@ from torch.autograd.function import FunctionCtx
 
 from dwl_kernels.domains import DomainWeights
 
-# First runs whose weights are kept, the last ones; more of them before their backward are rare.
-_KEPT = 256
-
 
 class _FirstRun(NamedTuple):
+    owner: Callable[[], Any]  # see _owner; gives None when no backward can come any more
     shape: torch.Size  # of the query
     traits: Tensor  # [2]
     weights: Tensor  # [num_domains]
@@ -36,7 +34,7 @@ class Runs:
     """Counts the domains of forwards and says what they weigh, in every run of a forward alike."""
 
     def __init__(self) -> None:
-        self.kept: deque[_FirstRun] = deque(maxlen=_KEPT)
+        self.first: list[_FirstRun] = []
         self.handle = next(_handles)  # a compiled graph holds no objects
         _by_handle[self.handle] = self
 
@@ -69,15 +67,18 @@ class Runs:
     def settle(self, weights: Tensor, ids: Tensor, query: Tensor, recording: bool) -> Tensor:
         """`weights`, or in a second run those of its first."""
         second = _backward_runs()
-        if not (second or _may_run_twice(recording)):
+        owner = None if second else _owner(recording)
+        if not second and owner is None:
             return weights
         traits = _traits(query, ids)
-        place = query.shape, query.device
-        alike = [run for run in reversed(self.kept) if (run.shape, run.traits.device) == place]
+        self.first = [run for run in self.first if run.owner() is not None]
         if not second:
             uses = torch.zeros((), dtype=torch.int64, device=weights.device)
-            self.kept.append(_FirstRun(query.shape, traits, weights.clone(), uses))
+            run = _FirstRun(_weak(owner), query.shape, traits, weights.clone(), uses)
+            self.first.append(run)
             return weights
+        place = query.shape, query.device
+        alike = [run for run in reversed(self.first) if (run.shape, run.traits.device) == place]
         if not alike:
             return weights
         # Of runs that are alike altogether the one used least, then the newest. On the device: a
@@ -102,22 +103,31 @@ def _backward_runs() -> bool:
 
 def _counts(recording: bool) -> bool:
     """Whether this is the first run of a forward whose gradients are wanted."""
-    return not _backward_runs() and (recording or _run_by_function())
+    return not _backward_runs() and (recording or _function() is not None)
 
 
-def _may_run_twice(recording: bool) -> bool:
-    """Whether the backward of what is computed now may compute it again."""
+def _owner(recording: bool) -> Any:
+    """What may run this forward again, an object that lives until its backward; None if nothing."""
     if not recording:
-        return _run_by_function()
-    # Checkpointing sees to it by hooks on saved tensors. Without this question every step would
-    # take the traits of its query, 0.1 to 3 ms on a CPU.
-    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+        return _function()
+    # Checkpointing by hooks on saved tensors: the tensors that are saved hold the one that unpacks
+    # them. Without this question every step would take the traits of its query, 0.1 to 3 ms on a
+    # CPU.
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return None if hooks is None else hooks[1]
 
 
-def _run_by_function() -> bool:
-    """Whether an autograd.Function that will have a backward runs what is computed now.
+def _weak(owner: Any) -> Callable[[], Any]:
+    try:
+        return weakref.ref(owner)
+    except TypeError:  # hooks of the user's, of a class without room for weak references
+        return lambda: owner
 
-    Gradients are off in its forward, as they are in a validation. Unlike there its context is on
+
+def _function() -> Any:
+    """The context of an autograd.Function that runs this and will have a backward, or None.
+
+    In its forward gradients are off, as they are in a validation. Unlike there its context is on
     the stack, and is part of a graph if gradients were on around it.
     """
     frame = sys._getframe()
@@ -127,8 +137,8 @@ def _run_by_function() -> bool:
         if code.co_name == "forward" and code.co_argcount:
             context = frame.f_locals.get(code.co_varnames[0])
             if isinstance(context, FunctionCtx) and getattr(context, "next_functions", ()):
-                return True
-    return False
+                return context
+    return None
 
 
 def _traits(
