@@ -10,11 +10,11 @@ from torch import Tensor
 from dwl_kernels.backends import Backend
 from dwl_kernels.domains import DomainWeights
 from dwl_kernels.functional import full_softmax_loss
+from dwl_kernels.modules.normalize import normalised
 from dwl_kernels.modules.weighted import (
     WeightedLoss,
     check_rows,
     check_tensors,
-    normalised,
     padding,
 )
 from dwl_kernels.problem import Reduction

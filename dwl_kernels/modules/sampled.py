@@ -16,11 +16,11 @@ from dwl_kernels.functional import (
     indexed_sampled_softmax_loss,
     sampled_softmax_loss,
 )
+from dwl_kernels.modules.normalize import normalised
 from dwl_kernels.modules.weighted import (
     WeightedLoss,
     check_rows,
     check_tensors,
-    normalised,
     padding,
 )
 from dwl_kernels.problem import Correction, Reduction
@@ -234,7 +234,7 @@ class DynamicWeightedSampledSoftmax(WeightedLoss):
         if by_row:
             assert table is not None  # only its negatives are by row
             if self.normalize:
-                query, table = normalised(query, padded), normalised(table)
+                query, table = normalised(query, padded), normalised(table, drawn=True)
             return indexed_sampled_softmax_loss(
                 query, table, sparse_grad=self.sparse_grad, **draws, **rows
             )

@@ -14,7 +14,7 @@ from dwl_kernels.buffers import Tables
 from dwl_kernels.checks import check_choice, check_tensor
 from dwl_kernels.domains import DomainWeights, check_range
 from dwl_kernels.modules.repeats import Runs
-from dwl_kernels.problem import INTEGERS, Reduction, accumulate_dtype, mean_domain_weight
+from dwl_kernels.problem import INTEGERS, Reduction, mean_domain_weight
 
 # A learned temperature stays in here: below, float16 logits overflow; above, all scores are alike.
 TEMPERATURE_RANGE = (0.005, 50.0)
@@ -223,31 +223,6 @@ def padding(example_weights: Tensor | None, leading: torch.Size) -> Tensor | Non
     return example_weights == 0
 
 
-def normalised(
-    embedding: Tensor,  # [..., D]
-    padded: Tensor | None = None,  # [...] bool
-) -> Tensor:  # [..., D]
-    """Every embedding scaled to length 1; zero, with gradient zero, where it is zero or padded.
-
-    What lies in a padded row, NaN say, does not come back through the gradient either. An embedding
-    that holds NaN or Inf becomes NaN, and takes no gradient.
-    """
-    wide = embedding.to(accumulate_dtype(embedding.dtype))
-    # Over its largest entry first: the square of a small or large one is 0 or infinite. That
-    # divisor needs no gradient, since the length of an embedding changes nothing.
-    largest = torch.linalg.vector_norm(wide.detach(), math.inf, dim=-1, keepdim=True)
-    broken, masked = ~largest.isfinite(), largest == 0
-    # A wrong shape is left to the loss, which names it.
-    if padded is not None and padded.shape == embedding.shape[:-1]:
-        masked |= padded[..., None]
-        broken &= ~masked
-    masked |= broken
-    scaled = (wide / largest.masked_fill(masked, 1.0)).masked_fill(masked, 0.0)
-    length = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
-    length = length.masked_fill(masked, 1.0).masked_fill(broken, math.nan)
-    return (scaled / length).to(embedding.dtype)
-
-
 def _item_domains(item_domains: Any) -> Tensor:
     """``item_domains`` as ``[V, G]`` int64."""
     table = torch.as_tensor(item_domains)
@@ -269,10 +244,14 @@ def _positive(name: str, value: float | Tensor) -> float:
             f"learn_{name}=True, or the tensor to the function of the loss"
         )
     try:
+        if isinstance(value, (bool, str)):
+            raise TypeError
         number = float(value)
     except (TypeError, ValueError, RuntimeError):
-        got = list(value.shape) if isinstance(value, Tensor) else repr(value)
-        raise TypeError(f"{name} is {got}; wanted a positive finite number") from None
+        shape = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else ""
+        raise TypeError(
+            f"{name} is {shape or repr(value)}; wanted a positive finite number"
+        ) from None
     if not 0 < number < math.inf:
         raise ValueError(f"{name} is {value}; wanted a positive finite number")
     return number
