@@ -39,6 +39,7 @@ class Tables(nn.Module):
         if message is not None:
             error_msgs: list[str] = more[-1]
             error_msgs.append(f"{prefix.removesuffix('.') or type(self).__name__}: {message}.")
+            return
         for name, own in (*self._parameters.items(), *self._buffers.items()):
             if name in self._non_persistent_buffers_set:
                 state_dict.pop(prefix + name, None)  # earlier versions saved some of them
