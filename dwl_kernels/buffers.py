@@ -31,6 +31,9 @@ class Tables(nn.Module):
         """How a checkpoint contradicts the constructor's arguments, and the mend; None if not."""
         return None
 
+    def bring_up_to_date(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Makes a checkpoint of an earlier version one of this."""
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *more: Any) -> None:
         named = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
         # Tensors without values, of a subclass or on `meta`, cannot be compared.
@@ -40,11 +43,12 @@ class Tables(nn.Module):
             error_msgs: list[str] = more[-1]
             error_msgs.append(f"{prefix.removesuffix('.') or type(self).__name__}: {message}.")
             return
+        self.bring_up_to_date(state_dict, prefix)
         for name, own in (*self._parameters.items(), *self._buffers.items()):
             if name in self._non_persistent_buffers_set:
                 state_dict.pop(prefix + name, None)  # earlier versions saved some of them
             elif name in saved and own is not None:  # which it replaces with assign=True
-                state_dict[prefix + name] = saved[name].to(own.dtype)
+                state_dict[prefix + name] = state_dict[prefix + name].to(own.dtype)
         super()._load_from_state_dict(state_dict, prefix, *more)
 
 

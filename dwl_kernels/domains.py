@@ -132,7 +132,7 @@ class DomainWeights(Tables):
         self.register_buffer("entropy", torch.zeros(num_domains, dtype=torch.float32))
         for name in ("num_users", "num_items"):
             self.register_buffer(name, torch.zeros((), dtype=torch.int64))
-        self.register_buffer("arguments", self._arguments())
+        self.register_buffer("arguments", self._arguments(self.weights.device))
 
     @classmethod
     def from_interactions(
@@ -372,9 +372,9 @@ class DomainWeights(Tables):
         self.average.copy_(moved.clamp(low, high))  # the clamp only removes rounding
         self.weights.copy_(_of_mean_one(self.average, self.shares))
 
-    def _arguments(self) -> Tensor:  # [5]
+    def _arguments(self, device: torch.device | str = "cpu") -> Tensor:  # [5]
         shares = [measure / sum(self.measures) for measure in self.measures]
-        return torch.tensor([*self.weight_range, *shares], dtype=torch.float32)
+        return torch.tensor([*self.weight_range, *shares], dtype=torch.float32, device=device)
 
     def contradiction(self, saved: dict[str, Tensor]) -> str | None:
         if self.fixed:
@@ -390,9 +390,8 @@ class DomainWeights(Tables):
                 f"measured, with weight_range={self.weight_range}; give the module the constant "
                 "weights, or load the checkpoint without this part"
             )
-        with torch.device("cpu"):  # not from the buffer, which has no values before it is loaded
-            own = self._arguments()
-        if "arguments" in saved and saved["arguments"] is not self.arguments:
+        own = self._arguments()
+        if "arguments" in saved:
             if difference("arguments", saved, own) is None:
                 return None
             theirs = [float(f"{number:.6g}") for number in saved["arguments"].tolist()]
@@ -420,12 +419,10 @@ class DomainWeights(Tables):
             "but those of this module are measured; give the module the constant weights"
         )
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *more: Any) -> None:
-        if self.fixed:
-            state_dict.pop(prefix + "arguments", None)
-        else:  # earlier versions did not save them
-            state_dict.setdefault(prefix + "arguments", self.arguments)
-        super()._load_from_state_dict(state_dict, prefix, *more)
+    def bring_up_to_date(self, state_dict: dict[str, Any], prefix: str) -> None:
+        if not self.fixed and prefix + "average" in state_dict:
+            # Anew, because a module that was made on `meta` holds anything before it is loaded.
+            state_dict.setdefault(prefix + "arguments", self._arguments())
 
     def extra_repr(self) -> str:
         if self.fixed:

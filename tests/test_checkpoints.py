@@ -85,6 +85,22 @@ def test_checkpoint_of_the_same_arguments_is_loaded(name, version, assign, stric
     }
 
 
+@pytest.mark.parametrize("version", ["this", "earlier"])
+@pytest.mark.parametrize("assign", [False, True])
+def test_module_made_on_meta_has_its_state_from_a_checkpoint(version, assign):
+    source = measured()
+    state = source.state_dict() if version == "this" else saved_by_earlier(source)
+    with torch.device("meta"):
+        loaded = DomainWeights(DOMAINS)
+    if not assign:
+        loaded.to_empty(device="cpu")
+        loaded.arguments.fill_(torch.nan)
+    loaded.load_state_dict(state, assign=assign)
+    for key, value in source.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], value), key
+    DomainWeights(DOMAINS).load_state_dict(loaded.state_dict())
+
+
 @pytest.mark.parametrize("name", AGREE)
 def test_copies_and_pickles_hold_all_buffers(name):
     source = AGREE[name]()
@@ -122,7 +138,8 @@ def test_item_domains_are_those_of_the_module(kind):
 
 def test_half_precision_checkpoint_assigned_is_float32_again():
     source = measured(measures=(1.0, 1.0, 1.0), weight_range=(0.7, 3.3))
-    state = {k: v.bfloat16() if v.is_floating_point() else v for k, v in source.state_dict().items()}
+    state = source.state_dict()
+    state = {k: v.bfloat16() if v.is_floating_point() else v for k, v in state.items()}
     loaded = DomainWeights(DOMAINS, measures=(1.0, 1.0, 1.0), weight_range=(0.7, 3.3))
     loaded.load_state_dict(state, assign=True)
     for key, value in loaded.named_buffers():

@@ -141,9 +141,7 @@ def test_hits_stay_when_asked_to():
     removed = DynamicWeightedSampledSoftmax(backend="eager")(*inputs, **ids)
     kept = DynamicWeightedSampledSoftmax(remove_accidental_hits=False, backend="eager")
     assert removed.item() == 0  # every candidate is a hit
-    torch.testing.assert_close(
-        kept(*inputs, **ids), sampled_softmax_loss(*inputs, backend="eager")
-    )
+    torch.testing.assert_close(kept(*inputs, **ids), sampled_softmax_loss(*inputs, backend="eager"))
 
 
 @pytest.mark.parametrize("calibration", [0.3, 1.0])

@@ -1,4 +1,4 @@
-"""Forwards that activation checkpointing runs again: counted once, weighed as in their first run."""
+"""Forwards that activation checkpointing runs again: counted once, and weighed as at first."""
 
 import copy
 import gc

@@ -38,7 +38,8 @@ def extremes(dtype):
     shapes[0] = torch.tensor([1.0, -1.0]).repeat(8)
     shapes[1, 5] = 1.0
     shapes[1, :5] = 0.0
-    return (torch.tensor(sizes, dtype=torch.float64)[:, None, None] * shapes).to(dtype).flatten(0, 1)
+    scaled = torch.tensor(sizes, dtype=torch.float64)[:, None, None] * shapes
+    return scaled.to(dtype).flatten(0, 1)
 
 
 @EVERY_DTYPE

@@ -24,6 +24,7 @@ from dwl_kernels import (
     DynamicWeightedSampledSoftmax,
     in_batch_softmax_loss,
     indexed_sampled_softmax_loss,
+    sampled_softmax_loss,
 )
 
 WEIGHTS = {"domain_weights": torch.tensor([0.5, 1.0, 3.0]), "temperature": 0.7}
@@ -200,6 +201,48 @@ def test_calibration_reaches_both_kinds_of_mixed_negatives():
     ids["negative_log_q"] = ids["negative_log_q"] - log_w[negative_domain_ids]
     wanted = fixed(in_batch=True)(*inputs, **ids)
     torch.testing.assert_close(got, wanted, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("in_batch", [None, True])
+def test_ids_of_minus_one_go_to_the_function_as_they_are(in_batch):
+    """What they mean, nobody's hit, is the function's to know; hashes below 0 are ids."""
+    inputs, ids = embeddings(), draws()
+    ids["positive_ids"] = torch.tensor([-1, 5, -1, -7, 5, 3])
+    ids["negative_ids"] = torch.tensor([-1, 7, 5, -7, -1, 3, 0, -7, -2])
+    domains = item_domains(seed=1)[:8]
+    got = fixed(in_batch=in_batch, item_domains=domains)(*inputs, **ids)
+    log_q = {k: v for k, v in ids.items() if k.endswith("log_q")}
+    if in_batch:
+        wanted = in_batch_softmax_loss(
+            *inputs[:2],
+            ids=ids["positive_ids"],
+            log_q=log_q.pop("positive_log_q"),
+            negative=inputs[2],
+            negative_ids=ids["negative_ids"],
+            domain_ids=ids["domain_ids"],
+            **(log_q | WEIGHTS),
+            backend="eager",
+        )
+    else:
+        wanted = sampled_softmax_loss(*inputs, **(ids | WEIGHTS), backend="eager")
+    assert_same(got, wanted, inputs)
+
+
+@pytest.mark.parametrize("side", ["positive_ids", "negative_ids"])
+def test_minus_one_has_no_domain_and_other_negative_ids_index_nothing(side):
+    inputs, ids = embeddings(), draws()
+    del ids["domain_ids"]
+    losses = []
+    for unknown in (-1, -2):
+        ids[side] = ids[side].clone()
+        ids[side][3] = unknown
+        loss_fn = fixed(item_domains=item_domains(), calibration=0.5, remove_accidental_hits=False)
+        if unknown == -1:
+            losses.append(loss_fn(*inputs, **ids))
+        else:
+            with pytest.raises(IndexError, match=f"{side} holds -2, but there are {ITEMS} items"):
+                loss_fn(*inputs, **ids)
+    assert losses[0].isfinite()
 
 
 # ---------------------------------------------------------------- what does not go together

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
+from torch.autograd.function import BackwardCFunction
 
 from dwl_kernels.domains import DomainWeights
 
@@ -136,7 +136,7 @@ def _function() -> Any:
         code = frame.f_code
         if code.co_name == "forward" and code.co_argcount:
             context = frame.f_locals.get(code.co_varnames[0])
-            if isinstance(context, FunctionCtx) and getattr(context, "next_functions", ()):
+            if isinstance(context, BackwardCFunction) and context.next_functions:
                 return context
     return None
 

@@ -40,10 +40,10 @@ class DynamicWeightedSampledSoftmax(WeightedLoss):
 
     In training mode, with gradients enabled, every call feeds the domains of its rows to
     :class:`DomainWeights`, so domains that turn out sparse gain weight as training goes; in
-    evaluation mode or under ``torch.no_grad()`` nothing is counted. A forward that activation
-    checkpointing runs again, in the middle of a backward, is not counted again and keeps the weights
-    of its first run, which it finds by the likeness of query and domains. With neither
-    ``num_domains`` nor ``weights`` it is the plain loss.
+    evaluation mode or under ``torch.no_grad()`` nothing is counted. A forward in the middle of a
+    backward, which activation checkpointing runs again, is not counted again and keeps the weights
+    of its first run, found by the likeness of query and domains. With neither ``num_domains`` nor
+    ``weights`` it is the plain loss.
 
     Weighted training also tilts the scores: its optimum is ``p(j|x) w(j)``, normalised, for the
     weight ``w(j)`` that an example with target ``j`` would get. ``calibration`` ``c`` takes the

@@ -118,12 +118,11 @@ class WeightedLoss(Tables):
         """
         return [] if self.temperature_logit is None else [self.temperature_logit]
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *more: Any) -> None:
+    def bring_up_to_date(self, state_dict: dict[str, Any], prefix: str) -> None:
         name = prefix + "temperature_logit"
         saved = state_dict.get(name)
-        if isinstance(saved, Tensor) and saved.dim() == 0:  # as earlier versions saved it
+        if isinstance(saved, Tensor) and saved.dim() == 0:
             state_dict[name] = saved[None]
-        super()._load_from_state_dict(state_dict, prefix, *more)
 
     def weigh_domains(
         self,
