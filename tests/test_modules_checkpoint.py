@@ -189,6 +189,26 @@ def test_backward_twice_runs_forward_three_times_and_counts_once():
     assert torch.equal(loss_fn.domain_weights.interactions, counts)
 
 
+@REENTRANT
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_autocast_and_default_dtype_change_nothing(reentrant, dtype):
+    torch.set_default_dtype(dtype)
+    try:
+        outcomes = []
+        for wrap in (plain, checkpointed(reentrant)):
+            loss_fn, queries = make(), [query_of(seed).detach().float() for seed in range(3)]
+            for query in queries:
+                query.requires_grad_()
+            with torch.autocast("cpu", torch.bfloat16):
+                losses = losses_of(wrap, loss_fn, [(query, draws()) for query in queries])
+            together(losses)
+            outcomes.append([*losses, *(query.grad for query in queries)])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for one, other in zip(*outcomes, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
 def test_region_that_is_not_stopped_early_counts_once():
     with set_checkpoint_early_stop(False):
         assert_as_without(WAYS["hooks"], [(query_of(s), draws(s)) for s in range(2)], together)

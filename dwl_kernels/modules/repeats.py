@@ -20,11 +20,12 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
 from dwl_kernels.domains import DomainWeights
+from dwl_kernels.problem import no_autocast
 
 
 class _FirstRun(NamedTuple):
     owner: Callable[[], Any]  # see _owner; gives None when no backward can come any more
-    shape: torch.Size  # of the query
+    kind: tuple[Any, ...]  # shapes of query and weights, their device
     traits: Tensor  # [2]
     weights: Tensor  # [num_domains]
     uses: Tensor  # [] int64, second runs that have taken these weights
@@ -72,13 +73,12 @@ class Runs:
             return weights
         traits = _traits(query, ids)
         self.first = [run for run in self.first if run.owner() is not None]
+        kind = query.shape, weights.shape, weights.device
         if not second:
             uses = torch.zeros((), dtype=torch.int64, device=weights.device)
-            run = _FirstRun(_weak(owner), query.shape, traits, weights.clone(), uses)
-            self.first.append(run)
+            self.first.append(_FirstRun(_weak(owner), kind, traits, weights.clone(), uses))
             return weights
-        place = query.shape, query.device
-        alike = [run for run in reversed(self.first) if (run.shape, run.traits.device) == place]
+        alike = [run for run in reversed(self.first) if run.kind == kind]
         if not alike:
             return weights
         # Of runs that are alike altogether the one used least, then the newest. On the device: a
@@ -148,10 +148,12 @@ def _traits(
     """Two numbers that tell one forward from another: sums with weights of no period."""
     rows = query.reshape(-1, query.shape[-1]).float()
     along, across = (
-        (torch.arange(1.0, size + 1, device=rows.device) * 0.6180339887).frac() - 0.5
+        (torch.arange(1, size + 1, device=rows.device).float() * 0.6180339887).frac() - 0.5
         for size in rows.shape
     )
-    return torch.stack((along @ (rows @ across), along @ ids.sum(1).float())).nan_to_num()
+    with no_autocast(rows.device.type):
+        sums = along @ (rows @ across), along @ ids.sum(1).float()
+    return torch.stack(sums).nan_to_num()
 
 
 # The same questions, asked by a compiled graph when it runs.

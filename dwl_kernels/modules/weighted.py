@@ -195,7 +195,7 @@ class WeightedLoss(Tables):
 
 
 def _flat(domains: Tensor) -> Tensor:  # [..., G] -> [B, G]
-    return domains.reshape(domains.shape[:-1].numel(), domains.shape[-1])
+    return domains.reshape(math.prod(domains.shape[:-1]), domains.shape[-1])
 
 
 def check_tensors(**named: Tensor | None) -> None:
