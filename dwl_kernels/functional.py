@@ -13,7 +13,7 @@ from torch import Tensor
 from dwl_kernels.autograd import softmax_loss
 from dwl_kernels.backends import Backend, check_name
 from dwl_kernels.problem import Correction, DualScale, Problem, Reduction
-from dwl_kernels.table import shared_rows
+from dwl_kernels.table import ids_in_use, shared_rows
 from dwl_kernels.validation import (
     full_problem,
     in_batch_problem,
@@ -304,8 +304,8 @@ def indexed_sampled_softmax_loss(
             (``[..., K]`` with leading dimensions), ``K`` of every query's own. A negative that is
             the positive of a row (an accidental hit) is always removed from that row.
         sparse_grad: whether the gradient of the table is a coalesced sparse COO tensor of the rows
-            that were used, as ``torch.optim.SparseAdam`` takes it, or dense. ``torch.compile`` does
-            not trace sparse gradients.
+            that were used, as ``torch.optim.SparseAdam`` takes it, or dense. The ids of padded rows
+            are not among them. ``torch.compile`` does not trace sparse gradients.
         negative_log_q: log-probability (nats) of one draw of every negative.
 
     The other arguments, what is returned and what is raised: see :func:`sampled_softmax_loss`. An
@@ -335,6 +335,8 @@ def indexed_sampled_softmax_loss(
         "reduction": reduction,
     }
     ids = indexed_ids(query, table, positive_ids, negative_ids, example_weights)
+    if sparse_grad:
+        ids = ids_in_use(*ids, example_weights)
     if negative_ids.dim() != 1:
         problem = indexed_problem(query, table, *ids, **arguments)
         return _loss(problem, query, backend, sparse_grad)

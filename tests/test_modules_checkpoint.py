@@ -338,3 +338,12 @@ def test_copies_have_nothing_in_flight():
         assert not twin.runs.first
         assert twin.runs.handle != loss_fn.runs.handle
         assert torch.equal(twin.domain_weights(), loss_fn.domain_weights())
+
+
+def test_registered_ops_pass_opcheck():
+    ids, weights = torch.tensor([[0, -1], [2, 1]]), torch.tensor([1.0, 2.0, 0.5])
+    for recording in (True, False):
+        torch.library.opcheck(torch.ops.dwl_kernels.rows_to_count.default, (ids, recording))
+        for handle in (make().runs.handle, 1 << 40):
+            call = (weights, ids, torch.randn(2, D), handle, recording)
+            torch.library.opcheck(torch.ops.dwl_kernels.weights_of_run.default, call)

@@ -162,6 +162,41 @@ def test_sparse_gradient_of_the_table_is_its_dense_one(shared):
     optimiser.step()
 
 
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("negatives", [True, False])
+def test_ids_of_padding_are_not_in_a_sparse_gradient(negatives, shared):
+    """Zeros there would have SparseAdam move their rows on old momentum."""
+    query, table = embeddings()[0], table_of()
+    ids = draws() if shared else by_row(draws())
+    if not negatives:
+        ids = {k: v for k, v in draws().items() if not k.startswith("negative")}
+    ids["example_weights"] = torch.tensor([0.0, 1.0, 0.0, 1.0, 1.0, 1.0])
+    padded = ids["example_weights"] == 0
+    ids["positive_ids"] = torch.tensor([18, 3, 19, 4, 4, 5])
+    if negatives:
+        ids["negative_ids"] = ids["negative_ids"].clamp(max=15)
+        if not shared:
+            ids["negative_ids"][padded] = 17
+    outcomes = []
+    for sparse in (True, False):
+        loss = fixed(sparse_grad=sparse)(query, table=table, **ids)
+        outcomes.append([loss, *torch.autograd.grad(loss, [query, table])])
+    assert not {17, 18, 19} & {*outcomes[0][2].indices()[0].tolist()}
+    outcomes[0][2] = outcomes[0][2].to_dense()
+    for one, other in zip(*outcomes, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_sparse_gradient_of_padding_alone_is_zero():
+    query, table = embeddings()[0], table_of()
+    for ids in (draws(), by_row(draws())):
+        ids["example_weights"] = torch.zeros(B)
+        loss = fixed(sparse_grad=True)(query, table=table, **ids)
+        (gradient,) = torch.autograd.grad(loss, table)
+        assert loss == 0
+        assert not gradient.to_dense().any()
+
+
 # ---------------------------------------------------------------- the batch and more
 
 

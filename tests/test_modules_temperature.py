@@ -194,10 +194,10 @@ def test_no_decay_parameters_are_the_learned_temperature():
 
 def test_temperature_without_gradient_stays_where_it_is_in_its_group():
     model = Recommender(learn_temperature=True, temperature=0.05)
-    whole = model.loss_fn.no_decay_parameters()
-    decayed = [p for p in model.parameters() if all(p is not w for w in whole)]
+    whole = set(model.loss_fn.no_decay_parameters())
+    decayed = [p for p in model.parameters() if p not in whole]
     assert len(decayed) == 1
-    groups = [{"params": decayed}, {"params": whole, "weight_decay": 0.0}]
+    groups = [{"params": [*whole], "weight_decay": 0.0}, {"params": decayed}]
     optimizer = torch.optim.AdamW(groups, lr=1e-2, weight_decay=0.1)
     norm = model.item.weight.norm().item()
     for _ in range(100):

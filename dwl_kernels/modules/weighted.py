@@ -105,15 +105,15 @@ class WeightedLoss(Tables):
         """The parameters that weight decay must leave alone: the learned temperature, if any.
 
         Decay would pull it to 0.5, the middle of its range. Two lines make the groups of an
-        optimiser, of a model that contains the loss or of both next to each other:
+        optimiser, here of a model that contains the loss:
 
             >>> import torch
             >>> from dwl_kernels import DynamicWeightedSampledSoftmax
             >>> model = torch.nn.ModuleDict({"tower": torch.nn.Linear(8, 8)})
             >>> model["loss"] = DynamicWeightedSampledSoftmax(learn_temperature=True)
-            >>> whole = model["loss"].no_decay_parameters()
-            >>> decayed = [p for p in model.parameters() if all(p is not w for w in whole)]
-            >>> groups = [{"params": decayed}, {"params": whole, "weight_decay": 0.0}]
+            >>> whole = set(model["loss"].no_decay_parameters())
+            >>> groups = [{"params": [*whole], "weight_decay": 0.0},
+            ...           {"params": [p for p in model.parameters() if p not in whole]}]
             >>> optimizer = torch.optim.AdamW(groups)
         """
         return [] if self.temperature_logit is None else [self.temperature_logit]
