@@ -53,7 +53,10 @@ def ids_in_use(
     A sparse gradient then has no entry of zeros for the ids of padding, by which an optimiser would
     move those rows of the table further on their old momentum.
     """
-    if example_weights is None or not positive_ids.numel():
+    # A wrong shape is left to the loss, which names it.
+    if example_weights is None or getattr(example_weights, "shape", ()) != positive_ids.shape:
+        return positive_ids, negative_ids
+    if not positive_ids.numel():
         return positive_ids, negative_ids
     padded = example_weights == 0
     first = (~padded).flatten().int().argmax(keepdim=True)

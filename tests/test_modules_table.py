@@ -187,6 +187,20 @@ def test_ids_of_padding_are_not_in_a_sparse_gradient(negatives, shared):
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("sparse", [True, False])
+@pytest.mark.parametrize("shared", [True, False])
+def test_example_weights_of_another_shape_are_named_with_a_sparse_gradient_too(shared, sparse):
+    query, table = embeddings()[0], table_of()
+    ids = draws() if shared else by_row(draws())
+    positive_ids, negative_ids = ids["positive_ids"], ids["negative_ids"]
+    with pytest.raises(ValueError, match=r"example_weights has shape \[7\]; wanted \[6\]"):
+        indexed_sampled_softmax_loss(
+            *(query, table, positive_ids, negative_ids),
+            example_weights=torch.ones(B + 1),
+            sparse_grad=sparse,
+        )
+
+
 def test_sparse_gradient_of_padding_alone_is_zero():
     query, table = embeddings()[0], table_of()
     for ids in (draws(), by_row(draws())):
