@@ -19,7 +19,10 @@ Reduction = Literal["mean", "weighted_mean", "sum", "none"]
 Correction = Literal["standard", "refined"]
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+INTEGERS = (
+    *(torch.int64, torch.int32, torch.int16, torch.int8),
+    *(torch.uint32, torch.uint16, torch.uint8),
+)
 
 
 class Wanted(NamedTuple):
@@ -253,6 +256,24 @@ def ids_outside(
     return outside if ids.dim() == 1 else outside.any(1)
 
 
+def check_distinct(
+    name: str,
+    domain_ids: Tensor,  # [M, G], -1 = none
+) -> None:
+    """ValueError for a domain that a row names twice, as flags of 0 and 1 taken for ids do."""
+    rows, slots = domain_ids.shape
+    if rows == 0 or slots < 2:
+        return
+    ids = domain_ids if slots == 2 else domain_ids.sort(1).values
+    twice = (ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] >= 0)
+    if bool(twice.any()):
+        row, slot = twice.nonzero()[0].tolist()
+        raise ValueError(
+            f"{name} names domain {int(ids[row, slot])} twice in row {row}, which looks multi-hot; "
+            "pass ids, each domain once and -1 for none, or domains_from_multi_hot(flags)"
+        )
+
+
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64, float32 for everything narrower."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -290,6 +311,7 @@ def mean_domain_weight(
 
     Raises:
         IndexError: an id out of range, where values are looked at; elsewhere the row gets NaN.
+        ValueError: a domain twice in a row, where values are looked at.
     """
     num_domains = domain_weights.shape[0]
     if active is not None:
@@ -305,6 +327,8 @@ def mean_domain_weight(
             f"domain_ids holds {bad}, but domain_weights has {num_domains} entries: ids must be in "
             f"[0, {num_domains}), or -1 for none"
         )
+    if checks_values(domain_ids.device):
+        check_distinct("domain_ids", domain_ids)
     present = domain_ids >= 0
     gathered = domain_weights[domain_ids.clamp(0, num_domains - 1).long()]
     gathered = torch.where(present, gathered, 0.0).masked_fill(outside, torch.nan)

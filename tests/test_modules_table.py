@@ -57,7 +57,7 @@ def test_documented_arguments_keep_their_names_places_and_defaults(name):
 def by_row(ids):
     """The same draws, with negatives of every row's own."""
     negative_ids = (ids["negative_ids"] + torch.arange(B)[:, None]) % ITEMS
-    log_q = ids["negative_log_q"] + torch.arange(B, dtype=torch.float64)[:, None]
+    log_q = ids["negative_log_q"] - torch.arange(B, dtype=torch.float64)[:, None]
     return ids | {"negative_ids": negative_ids, "negative_log_q": log_q}
 
 
@@ -239,7 +239,7 @@ def test_calibration_reaches_both_kinds_of_mixed_negatives():
 def test_arguments_that_do_not_go_together_are_named(options, change, message):
     arguments = {"table": table_of(), **draws()} | change
     if arguments["negative_ids"] is not None and arguments["negative_ids"].dim() == 2:
-        arguments["negative_log_q"] = None
+        arguments["positive_log_q"] = arguments["negative_log_q"] = None
     with pytest.raises(ValueError, match=message):
         fixed(**options)(embeddings()[0], **arguments)
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
+from dwl_kernels.arguments import integer
 from dwl_kernels.backends import Backend
 from dwl_kernels.domains import DomainWeights
 from dwl_kernels.functional import full_softmax_loss
@@ -14,11 +15,12 @@ from dwl_kernels.modules.weighted import (
     WeightedLoss,
     check_rows,
     check_tensors,
+    checked_ids,
     normalised,
     padding,
 )
 from dwl_kernels.problem import Reduction
-from dwl_kernels.validation import check_skip_threshold
+from dwl_kernels.validation import checked_skip_threshold
 
 
 class CumulativeCrossEntropy(WeightedLoss):
@@ -95,9 +97,8 @@ class CumulativeCrossEntropy(WeightedLoss):
                 "calibration needs the domains of all items, which are the candidates; pass "
                 "item_domains"
             )
-        check_skip_threshold(skip_threshold)
-        self.ignore_index = ignore_index
-        self.skip_threshold = skip_threshold
+        self.ignore_index = integer("ignore_index", ignore_index)
+        self.skip_threshold = checked_skip_threshold(skip_threshold)
 
     def forward(
         self,
@@ -114,7 +115,8 @@ class CumulativeCrossEntropy(WeightedLoss):
         Args:
             query: ``[..., D]``, ``[batch, time, D]`` say, the states of the time steps.
             table: ``[V, D]``, the embeddings of all items.
-            target: ``[...]`` integers, the row of the table that follows each step.
+            target: ``[...]`` integers, the row of the table that follows each step. Ids and domains
+                may be NumPy arrays or pandas columns.
             bias: ``[V]``, added to the logit of every item, with a gradient.
             domain_ids: ``[...]`` or ``[..., G]`` integers, -1 = none; by default the domains of
                 ``target`` in ``item_domains``.
@@ -124,10 +126,14 @@ class CumulativeCrossEntropy(WeightedLoss):
             ``[]``, or ``[...]`` for ``reduction="none"``.
 
         Raises:
-            ValueError: if domains are needed and not given, or as :func:`full_softmax_loss`.
+            ValueError: if domains are needed and not given, if ``table`` and ``item_domains`` are
+                not of the same length, or as :func:`full_softmax_loss`.
             IndexError: if a target or a domain is out of range, on a CPU.
         """
-        check_tensors(query=query, table=table)
+        check_tensors(query=query, table=table, bias=bias, example_weights=example_weights)
+        checked = checked_ids(query, target=target, domain_ids=domain_ids)
+        target, domain_ids = cast("Tensor", checked[0]), checked[1]
+        self.check_items(table)
         leading = query.shape[:-1]
         check_rows("target", target, leading)
         padded = target == self.ignore_index
@@ -138,11 +144,6 @@ class CumulativeCrossEntropy(WeightedLoss):
         )
         if weights is not None and self.calibration:
             assert self.item_domains is not None  # the constructor has looked
-            if len(self.item_domains) != len(table):
-                raise ValueError(
-                    f"table has {len(table)} rows but item_domains has {len(self.item_domains)}; "
-                    "calibration needs the domains of every row"
-                )
             tilt = self.tilt(self.item_domains)
             if bias is not None:
                 check_rows("bias", bias, table.shape[:1])

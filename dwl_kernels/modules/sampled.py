@@ -7,8 +7,9 @@ from typing import Any, cast
 
 from torch import Tensor
 
+from dwl_kernels.arguments import flag
 from dwl_kernels.backends import Backend
-from dwl_kernels.checks import both_or_none, check_choice
+from dwl_kernels.checks import Calibrated, both_or_none, check_choice
 from dwl_kernels.domains import DomainWeights
 from dwl_kernels.functional import (
     in_batch_softmax_loss,
@@ -17,8 +18,8 @@ from dwl_kernels.functional import (
 )
 from dwl_kernels.modules.weighted import (
     WeightedLoss,
-    check_rows,
     check_tensors,
+    checked_ids,
     normalised,
     padding,
 )
@@ -126,9 +127,9 @@ class DynamicWeightedSampledSoftmax(WeightedLoss):
                 "pass correction='standard', or calibration=0"
             )
         self.correction: Correction = correction
-        self.remove_accidental_hits = remove_accidental_hits
-        self.in_batch = in_batch
-        self.sparse_grad = sparse_grad
+        self.remove_accidental_hits = flag("remove_accidental_hits", remove_accidental_hits)
+        self.in_batch = None if in_batch is None else flag("in_batch", in_batch)
+        self.sparse_grad = flag("sparse_grad", sparse_grad)
 
     def forward(
         self,
@@ -158,8 +159,10 @@ class DynamicWeightedSampledSoftmax(WeightedLoss):
             negative_domain_ids: ``[N]`` or ``[N, G]``, or with another dimension for every row's
                 own, used by ``calibration``; by default the domains of ``negative_ids`` in
                 ``item_domains``.
-            positive_ids, negative_ids: ``[B]``, ``[N]`` integers, -1 = no item.
-            positive_log_q, negative_log_q: ``[B]``, ``[N]``, log-probability of one draw. In a
+            positive_ids, negative_ids: ``[B]``, ``[N]`` integers, -1 = no item. Ids and domains may
+                be NumPy arrays or pandas columns.
+            positive_log_q, negative_log_q: ``[B]``, ``[N]``, log-probability of one draw, before
+                ``calibration``; both or neither, where there are negatives. In a
                 batch ``positive_log_q`` also corrects the positives as candidates.
             example_weights: ``[B]``, 0 marks a padded row, whose domain is not counted either.
 
@@ -168,12 +171,29 @@ class DynamicWeightedSampledSoftmax(WeightedLoss):
 
         Raises:
             ValueError: if domains are needed and not given, if embeddings and a table are given
-                together, if the options do not go with negatives per row, or as
-                :func:`sampled_softmax_loss`.
+                together, if ``table`` and ``item_domains`` are not of the same length, if the
+                options do not go with negatives per row, or as :func:`sampled_softmax_loss`.
             IndexError: if an id is out of range, on a CPU.
         """
-        check_tensors(query=query, negative=negative, table=table, negative_ids=negative_ids)
+        check_tensors(
+            query=query,
+            positive=positive,
+            negative=negative,
+            table=table,
+            positive_log_q=positive_log_q,
+            negative_log_q=negative_log_q,
+            example_weights=example_weights,
+        )
+        domain_ids, negative_domain_ids, positive_ids, negative_ids = checked_ids(
+            query,
+            domain_ids=domain_ids,
+            negative_domain_ids=negative_domain_ids,
+            positive_ids=positive_ids,
+            negative_ids=negative_ids,
+        )
         _check_candidates(positive, negative, table, positive_ids, negative_ids, negative_log_q)
+        if table is not None:
+            self.check_items(table)
         leading = query.shape[:-1]
         padded = padding(example_weights, leading)
         negatives = None if negative is None else negative.shape[:1]  # [N] or [B, K]
@@ -183,14 +203,20 @@ class DynamicWeightedSampledSoftmax(WeightedLoss):
         by_row = negatives is not None and len(negatives) != 1
         if by_row:
             self._check_by_row()
-        elif in_batch and negatives is not None:
+        if negatives is not None:  # before calibration, which makes both
             both_or_none("positive_log_q", positive_log_q, "negative_log_q", negative_log_q)
 
         domain_ids, weights = self.weigh_domains(
             ("domain_ids", domain_ids), ("positive_ids", positive_ids), leading, padded
         )
+        draws: dict[str, Any] = {
+            "positive_ids": positive_ids,
+            "negative_ids": negative_ids,
+            "positive_log_q": positive_log_q,
+            "negative_log_q": negative_log_q,
+        }
         if domain_ids is not None and self.calibration:
-            positive_log_q = _calibrated("positive_log_q", positive_log_q, self.tilt(domain_ids))
+            draws["positive_log_q"] = Calibrated(positive_log_q, self.tilt(domain_ids))
             if negatives is not None:
                 candidate_domains = self.domains_of(
                     ("negative_domain_ids", negative_domain_ids),
@@ -198,16 +224,8 @@ class DynamicWeightedSampledSoftmax(WeightedLoss):
                     negatives,
                     padded[..., None] if by_row and padded is not None else None,
                 )
-                negative_log_q = _calibrated(
-                    "negative_log_q", negative_log_q, self.tilt(candidate_domains)
-                )
+                draws["negative_log_q"] = Calibrated(negative_log_q, self.tilt(candidate_domains))
 
-        draws: dict[str, Any] = {
-            "positive_ids": positive_ids,
-            "negative_ids": negative_ids,
-            "positive_log_q": positive_log_q,
-            "negative_log_q": negative_log_q,
-        }
         rows: dict[str, Any] = {
             "domain_ids": domain_ids,
             "domain_weights": weights,
@@ -339,11 +357,3 @@ def _check_candidates(
             "negative_ids and negative_log_q describe negatives, which are not given; pass "
             "negative, or a table whose rows negative_ids names"
         )
-
-
-def _calibrated(name: str, log_q: Tensor | None, tilt: Tensor) -> Tensor:  # both [...]
-    """``log Q - c log w``."""
-    if log_q is None:
-        return -tilt
-    check_rows(name, log_q, tilt.shape)
-    return log_q - tilt

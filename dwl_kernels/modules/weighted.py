@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dwl_kernels.arguments import check_dense, check_order, flag, integer, integers, number
 from dwl_kernels.backends import Backend, check_name
-from dwl_kernels.checks import check_choice, check_tensor
+from dwl_kernels.checks import check_choice
 from dwl_kernels.domains import DomainWeights, check_range
-from dwl_kernels.problem import INTEGERS, Reduction
+from dwl_kernels.problem import Reduction, check_distinct, checks_values
 
 # A learned temperature stays in here: below, float16 logits overflow; above, all scores are alike.
 TEMPERATURE_RANGE = (0.005, 50.0)
@@ -38,6 +39,9 @@ class WeightedLoss(nn.Module):
         backend: Backend,
     ) -> None:
         super().__init__()
+        learn_temperature = flag("learn_temperature", learn_temperature)
+        normalize = flag("normalize", normalize)
+        calibration = number("calibration", calibration, "a number in [0, 1]")
         table = None if item_domains is None else _item_domains(item_domains)
         if weights is None and num_domains is None and table is not None:
             num_domains = max(int(table.max()) + 1, 1)
@@ -53,6 +57,7 @@ class WeightedLoss(nn.Module):
             raise ValueError(
                 "calibration needs domain weights to calibrate for; pass num_domains or weights"
             )
+        temperature = number("temperature", temperature, "a positive finite number")
         if not 0 < temperature < float("inf"):
             raise ValueError(f"temperature is {temperature}; wanted a positive finite number")
         check_choice("reduction", reduction, Reduction)
@@ -61,7 +66,7 @@ class WeightedLoss(nn.Module):
         self.normalize = normalize
         self.reduction: Reduction = reduction
         self.backend: Backend = backend
-        self._temperature = float(temperature)
+        self._temperature = temperature
         self.temperature_logit: nn.Parameter | None = None
         if learn_temperature:
             low, high = (math.log(bound) for bound in TEMPERATURE_RANGE)
@@ -112,7 +117,12 @@ class WeightedLoss(nn.Module):
         if domains is not None:
             check_rows(name, domains, leading, slots=True)
             domains = domains if domains.dim() > len(leading) else domains[..., None]
-            return domains if padded is None else domains.masked_fill(padded[..., None], -1)
+            if padded is not None:
+                domains = domains.masked_fill(padded[..., None], -1)
+            # The loss looks at `domain_ids` itself, and the weights at all by that name.
+            if name != "domain_ids" and checks_values(domains.device):
+                check_distinct(name, _flat(domains))
+            return domains
         if self.item_domains is None or ids is None:
             raise ValueError(
                 f"the domains are unknown: pass {name}, or {item_name} together with item_domains "
@@ -124,8 +134,6 @@ class WeightedLoss(nn.Module):
                 f"{item_name} is on {ids.device} but item_domains of the module is on "
                 f"{self.item_domains.device}; move the module, loss_fn.to({str(ids.device)!r})"
             )
-        if ids.dtype not in INTEGERS:
-            raise TypeError(f"{item_name} has dtype {ids.dtype}; wanted integers, int64 or int32")
         ids = ids.long() if padded is None else ids.long().masked_fill(padded, -1)
         num_items = self.item_domains.shape[0]
         check_range(item_name, ids, num_items, "items in item_domains")
@@ -136,6 +144,18 @@ class WeightedLoss(nn.Module):
         # makes the row NaN rather than wrong.
         unknown = (ids < -1) | (ids >= num_items)
         return found.masked_fill(unknown[..., None], torch.iinfo(torch.int32).max)
+
+    def check_items(
+        self,
+        table: Tensor,  # [V, D]
+    ) -> None:
+        """ValueError unless ``item_domains`` has an entry for every row of the table."""
+        if self.item_domains is not None and table.dim() and len(table) != len(self.item_domains):
+            raise ValueError(
+                f"table has {len(table)} rows but item_domains has {len(self.item_domains)}; both "
+                "are to be of the same items: pass the domains of every row, -1 for a row that is "
+                "no item"
+            )
 
     def tilt(
         self,
@@ -159,15 +179,23 @@ def _flat(domains: Tensor) -> Tensor:  # [..., G] -> [B, G]
 
 
 def check_tensors(**named: Tensor | None) -> None:
-    """TypeError for what is given and no tensor."""
+    """TypeError for what is given and no dense tensor."""
     for name, value in named.items():
         if value is not None:
-            check_tensor(name, value)
+            check_dense(name, value)
+
+
+def checked_ids(query: Tensor, **named: Tensor | None) -> list[Tensor | None]:
+    """Ids and domains as tensors of int64 or int32; those of no tensor go to the query's device."""
+    return [
+        None if value is None else integers(name, value, query.device)
+        for name, value in named.items()
+    ]
 
 
 def check_rows(name: str, value: Tensor, leading: torch.Size, *, slots: bool = False) -> None:
     """One entry per row, or with `slots` several."""
-    check_tensor(name, value)
+    check_dense(name, value)
     if value.shape == leading or (slots and value.dim() and value.shape[:-1] == leading):
         return
     wanted = f"{list(leading)}" + (f", or {[*leading, 'G']}".replace("'", "") if slots else "")
@@ -196,20 +224,28 @@ def normalised(
 
 def _item_domains(item_domains: Any) -> Tensor:
     """``item_domains`` as ``[V, G]`` int64."""
-    table = torch.as_tensor(item_domains)
-    if table.dtype not in INTEGERS:
-        raise TypeError(f"item_domains has dtype {table.dtype}; wanted integers, int64 or int32")
+    check_order(
+        "item_domains",
+        item_domains,
+        "item",
+        "item_domains.reindex(range(num_items), fill_value=-1)",
+    )
+    table = integers("item_domains", item_domains, lists=True)
     if table.dim() not in (1, 2) or not table.numel():
         raise ValueError(
             f"item_domains has shape {list(table.shape)}; wanted [V], or [V, G] with several "
             "domains per item"
         )
-    return table.reshape(table.shape[0], -1).long()
+    table = table.reshape(table.shape[0], -1).long()
+    check_distinct("item_domains", table)
+    return table
 
 
 def _domain_weights(
     num_domains: int | None, weights: DomainWeights | Tensor | Sequence[float] | None
 ) -> DomainWeights | None:
+    if num_domains is not None:
+        num_domains = integer("num_domains", num_domains, least=1)
     if weights is None:
         return None if num_domains is None else DomainWeights(num_domains)
     built = weights if isinstance(weights, DomainWeights) else DomainWeights.constant(weights)
