@@ -160,7 +160,7 @@ def test_calibration_equals_explicit_log_q(calibration, with_log_q):
         negative_domain_ids=negative_domain_ids,
     )
     # A constant for all cancels in the loss, and keeps what is given at most 0.
-    base = log_q if with_log_q else {name: -1.5 for name in log_q}
+    base = log_q if with_log_q else dict.fromkeys(log_q, -1.5)
     wanted = fixed()(
         *inputs,
         **given_ids,
