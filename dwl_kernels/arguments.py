@@ -50,7 +50,7 @@ def several_numbers(name: str, value: Any, wanted: str) -> tuple[float, ...]:
     """`value` as floats; how many they are is for the caller to look at."""
     if isinstance(value, (str, bytes, Mapping, set)) or not hasattr(value, "__iter__"):
         raise wrong_type(name, value, wanted)
-    return tuple(number(name, entry, wanted) for entry in value)
+    return tuple(number(f"{name}[{place}]", entry) for place, entry in enumerate(value))
 
 
 def flag(name: str, value: Any) -> bool:
@@ -148,21 +148,20 @@ def integers(
     """Ids or domains as int64 or int32; what is no tensor goes to `device`.
 
     Raises:
-        TypeError: anything but integers, or with `lists` off a list.
+        TypeError: anything but integers, or a list without `lists`.
+        ValueError: rows of different lengths, or an integer that int64 does not hold.
     """
     if isinstance(value, Tensor):
         check_dense(name, value)
         if value.dtype not in INTEGERS:
-            raise TypeError(_no_integers(name, str(value.dtype), ".long()", "tensor"))
+            kind = "f" if value.is_floating_point() else "b" if value.dtype == torch.bool else ""
+            raise _no_integers(name, value.dtype, kind, ".long()", "tensor")
         return value if value.dtype in (torch.int64, torch.int32) else value.long()
     array = _array(name, value, "integers", lists)
     if array.dtype.kind not in "iu" and array.size:
         if array.dtype.kind == "f" and bool(np.isnan(array).any()):
-            raise TypeError(
-                f"{name} has dtype {array.dtype} and holds NaN, a missing value; wanted integers: "
-                "leave such rows out, or fill in -1 where it means none, then .astype('int64')"
-            )
-        raise TypeError(_no_integers(name, str(array.dtype), ".astype('int64')", "array"))
+            raise TypeError(f"{name} has dtype {array.dtype} and holds NaN; wanted {_PRESENT}")
+        raise _no_integers(name, array.dtype, array.dtype.kind, ".astype('int64')", "array")
     if array.dtype == np.uint64 and array.size and int(array.max()) >= 2**63:
         raise ValueError(
             f"{name} holds {int(array.max())}, which int64 does not; .astype('int64') takes 2**64 "
@@ -171,21 +170,20 @@ def integers(
     return _tensor(array, np.int64).to(device)
 
 
-def _no_integers(name: str, dtype: str, cast: str, kind: str) -> str:
-    if "domain" in name:
-        mend = f"{cast} makes them of whole numbers, domains_from_multi_hot of flags of 0 and 1"
-    elif "bool" in dtype:
-        mend = f"where {name} is a mask, its .nonzero() makes an integer {kind}"
-    else:
-        mend = f"where {name} is whole numbers, {cast} makes an integer {kind}"
-    return f"{name} has dtype {dtype}; wanted integers such as int64: {mend}"
+def ids_on(device: torch.device, ids: Any) -> Tensor:
+    """The argument `ids` of what lives on `device`, as int64."""
+    ids = integers("ids", ids, device)
+    if ids.device != device:
+        raise ValueError(f"ids is on {ids.device}, wanted {device}; move one with .to(device)")
+    return ids.long()
 
 
 def real_numbers(name: str, value: Any) -> Tensor:
-    """Counts or weights: a tensor in its dtype, or what is no tensor as int64 or float64.
+    """Counts or weights: a tensor in its dtype, what is no tensor as int64 or float64.
 
     Raises:
         TypeError: anything but integers or floats.
+        ValueError: rows of different lengths.
     """
     if isinstance(value, Tensor):
         check_dense(name, value)
@@ -194,22 +192,22 @@ def real_numbers(name: str, value: Any) -> Tensor:
         return value
     array = _array(name, value, "numbers", lists=True)
     if array.dtype.kind not in "iuf":
-        raise TypeError(f"{name} is of dtype {array.dtype}; wanted integers or floats")
+        raise TypeError(f"{name} is {array.dtype}; wanted integers or floats")
     return _tensor(array, np.float64 if array.dtype.kind == "f" else np.int64)
 
 
 def flags_of(name: str, value: Any) -> Tensor:
-    """Flags of 0 and 1, of any dtype and of lists too, as a tensor of bools.
+    """Numbers that are all 0 or 1, or bools, as a tensor of bools.
 
     Raises:
         TypeError: what holds no numbers.
-        ValueError: another number than 0 and 1.
+        ValueError: another number than 0 and 1, or rows of different lengths.
     """
     given: Any = value
     if isinstance(value, Tensor):
         check_dense(name, value)
     else:
-        given = _array(name, value, "flags of 0 and 1", lists=True)
+        given = _array(name, value, "flags", lists=True)
         if given.dtype.kind not in "biuf":
             raise TypeError(f"{name} has dtype {given.dtype}; wanted flags of 0 and 1")
     on = given == 1
@@ -217,14 +215,6 @@ def flags_of(name: str, value: Any) -> Tensor:
     if bool(other.any()):
         raise ValueError(f"{name} holds {given[other][0].item():g}; wanted flags of 0 and 1")
     return on if isinstance(on, Tensor) else torch.from_numpy(np.asarray(on))
-
-
-def ids_on(device: torch.device, ids: Any) -> Tensor:
-    """The argument `ids` of what lives on `device`, as int64."""
-    ids = integers("ids", ids, device)
-    if ids.device != device:
-        raise ValueError(f"ids is on {ids.device}, wanted {device}; move one with .to(device)")
-    return ids.long()
 
 
 def check_order(name: str, value: Any, of: str, mend: str) -> None:
@@ -243,19 +233,45 @@ def check_order(name: str, value: Any, of: str, mend: str) -> None:
         )
 
 
+_PRESENT = (
+    "integers, none of them missing: leave such rows out, or fill in -1 where it means none, then "
+    ".astype('int64')"
+)
+
+
+def _no_integers(name: str, dtype: object, kind: str, cast: str, whole: str) -> TypeError:
+    """The error for a tensor or an array (`whole`) of another kind of numbers."""
+    if "domain" in name and kind in ("b", "f"):
+        mend = f": {cast} makes them of whole numbers, domains_from_multi_hot of flags of 0 and 1"
+    elif kind == "b":
+        mend = f": where {name} is a mask, its .nonzero() makes an integer {whole}"
+    elif kind == "f":
+        mend = f": where {name} is whole numbers, {cast} makes an integer {whole}"
+    else:
+        mend = ""
+    return TypeError(f"{name} has dtype {dtype}; wanted integers such as int64{mend}")
+
+
 def _array(name: str, value: Any, wanted: str, lists: bool) -> np.ndarray[Any, Any]:
     """`value` as a NumPy array, of any dtype but objects and strings."""
     of_lists = isinstance(value, (list, tuple, range))
+    kind = type(value).__name__
     if of_lists and not lists:
-        kind = type(value).__name__
         raise TypeError(
             f"{name} is a {kind}; wanted a torch.Tensor or an array of {wanted}: "
             f"torch.tensor({name}) makes an integer tensor"
         )
+    if isinstance(value, Mapping):
+        none = -1 if wanted == "integers" else 0
+        raise TypeError(
+            f"{name} is a {kind}; wanted an array of {wanted}, whose entry k is that of k: "
+            f"[{name}.get(k, {none}) for k in range(n)]"
+        )
     if not (of_lists or hasattr(value, "__array__")):
-        raise wrong_type(name, value, f"a torch.Tensor or an array of {wanted}")
+        more = ", an array or a list" if lists else " or an array"
+        raise wrong_type(name, value, f"a torch.Tensor{more} of {wanted}")
     if np.ma.is_masked(value):
-        raise TypeError(f"{name} has masked entries; wanted {wanted}: fill them in, .filled(-1)")
+        raise TypeError(f"{name} has masked entries; wanted {_PRESENT}")
     try:
         array = np.asarray(value)
         if array.dtype == object:  # as pandas holds what can be missing, or rows as lists
@@ -265,15 +281,21 @@ def _array(name: str, value: Any, wanted: str, lists: bool) -> np.ndarray[Any, A
             f"{name} has rows of different lengths; wanted a full array: fill shorter rows up, "
             "with -1 where it means none"
         ) from None
+    except (TypeError, RuntimeError) as error:  # of a list of tensors that are on a GPU, say
+        raise TypeError(f"{name} does not become an array of {wanted}: {error}") from None
     if array.dtype.kind in "USTO":
         others = [entry for entry in array.ravel().tolist() if not isinstance(entry, int)]
         if not others:
             raise ValueError(f"{name} holds integers that int64 does not; wanted smaller ones")
-        got, mend = reprlib.repr(others[0]), "and none that is missing"
-        if isinstance(others[0], str):
-            got = f"strings such as {got}"
-            mend = f"as numpy.unique({name}, return_inverse=True)[1] numbers them"
-        raise TypeError(f"{name} holds {got}; wanted {wanted}, {mend}")
+        got = reprlib.repr(others[0])
+        if not isinstance(others[0], (str, bytes)):
+            raise TypeError(f"{name} holds {got}; wanted {_PRESENT}")
+        mend = ""
+        if all(entry.isdigit() for entry in others):
+            mend = f", as numpy.asarray({name}).astype('int64') makes of them"
+        elif wanted == "integers":
+            mend = f", as numpy.unique({name}, return_inverse=True)[1] numbers them"
+        raise TypeError(f"{name} holds strings such as {got}; wanted {wanted}{mend}")
     return array
 
 

@@ -129,7 +129,7 @@ def sampled_softmax_loss(
         correction=correction,
         reduction=reduction,
     )
-    return _loss(problem, query, backend)
+    return loss_of(problem, query, backend)
 
 
 def in_batch_softmax_loss(
@@ -192,7 +192,7 @@ def in_batch_softmax_loss(
         correction=correction,
         reduction=reduction,
     )
-    return _loss(problem, query, backend)
+    return loss_of(problem, query, backend)
 
 
 def full_softmax_loss(
@@ -273,7 +273,7 @@ def full_softmax_loss(
         reduction=reduction,
         skip_threshold=skip_threshold,
     )
-    return _loss(problem, query, backend)
+    return loss_of(problem, query, backend)
 
 
 def indexed_sampled_softmax_loss(
@@ -346,10 +346,10 @@ def indexed_sampled_softmax_loss(
     ids = indexed_ids(query, table, positive_ids, negative_ids, example_weights)
     if ids[1].dim() != 1:
         problem = indexed_problem(query, table, *ids, **arguments)
-        return _loss(problem, query, backend, sparse_grad)
+        return loss_of(problem, query, backend, sparse_grad)
     positive, negative = shared_rows(table, *ids, sparse_grad, backend)
     named: dict[str, Any] = {"positive_ids": ids[0], "negative_ids": ids[1]}
-    return _loss(sampled_problem(query, positive, negative, **named, **arguments), query, backend)
+    return loss_of(sampled_problem(query, positive, negative, **named, **arguments), query, backend)
 
 
 def dual_scale_softmax_loss(
@@ -444,9 +444,10 @@ def dual_scale_softmax_loss(
             positive_ids=positive_ids,
             **arguments,
         )
-    return _loss(problem, query, backend)
+    return loss_of(problem, query, backend)
 
 
-def _loss(problem: Problem, query: Tensor, backend: str, sparse_grad: bool = False) -> Tensor:
+def loss_of(problem: Problem, query: Tensor, backend: str, sparse_grad: bool = False) -> Tensor:
+    """The loss of `problem`, in the leading dimensions of `query` for reduction "none"."""
     loss = softmax_loss(problem, backend, sparse_grad)
     return loss.reshape(query.shape[:-1]) if problem.reduction == "none" else loss

@@ -205,9 +205,10 @@ class CountMinSketch(Tables):
         Raises:
             TypeError, ValueError: `ids` is no tensor or array of integers, or on another device.
         """
-        bucket = self._buckets(ids).flatten()  # [depth n]
+        bucket = self._buckets(ids)  # [depth, ...]
+        self.total += bucket[0].numel()
+        bucket = bucket.flatten()
         self.counts.index_add_(0, bucket, torch.ones_like(bucket))
-        self.total += ids.numel()
 
     def count(self, ids: Tensor) -> Tensor:
         """Estimated occurrences of each id, int64 of the shape of `ids`, never too low.

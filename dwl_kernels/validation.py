@@ -181,6 +181,7 @@ def full_problem(
     if table.shape[0] == 0:
         raise ValueError("table has no rows; wanted at least one item to score")
     leading = query.shape[:-1]
+    target = integers("target", target, query.device)
     (target,) = cast("list[Tensor]", flat_ids(query, target=(target, leading)))
     if bias is not None:
         check_shape("bias", bias, table.shape[:1], query)

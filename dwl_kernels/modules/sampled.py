@@ -12,8 +12,8 @@ from dwl_kernels.backends import Backend
 from dwl_kernels.checks import Calibrated, both_or_none, check_choice
 from dwl_kernels.domains import DomainWeights
 from dwl_kernels.functional import (
-    in_batch_softmax_loss,
     indexed_sampled_softmax_loss,
+    loss_of,
     sampled_softmax_loss,
 )
 from dwl_kernels.modules.weighted import (
@@ -25,7 +25,7 @@ from dwl_kernels.modules.weighted import (
 )
 from dwl_kernels.problem import Correction, Reduction
 from dwl_kernels.table import shared_rows
-from dwl_kernels.validation import indexed_ids, takes_batch
+from dwl_kernels.validation import in_batch_problem, indexed_ids, takes_batch
 
 
 class DynamicWeightedSampledSoftmax(WeightedLoss):
@@ -286,15 +286,18 @@ class DynamicWeightedSampledSoftmax(WeightedLoss):
         """The loss of candidates that all rows share."""
         if not in_batch:
             return sampled_softmax_loss(query, positive, cast("Tensor", negative), **draws, **rows)
-        return in_batch_softmax_loss(
+        backend = rows.pop("backend")
+        problem = in_batch_problem(
             query,
             positive,
             log_q=draws.pop("positive_log_q"),
             ids=draws.pop("positive_ids"),
             negative=negative,
+            prefix="positive_",
             **draws,
             **rows,
         )
+        return loss_of(problem, query, backend)
 
     def _check_by_row(self) -> None:
         """ValueError where an option does not go with negatives of every row's own."""
