@@ -248,8 +248,12 @@ def row_arguments(
         check_dense("temperature", temperature)
         if temperature.shape == (1,):  # as models keep a parameter: one for all rows
             temperature = temperature.reshape(())
-        shape = leading if temperature.dim() else ()
-        check_shape("temperature", temperature, shape, query)
+        if temperature.dim() and temperature.shape != leading:
+            raise ValueError(
+                f"temperature has shape {list(temperature.shape)}; wanted {list(leading)}, one per "
+                "row, or [] or [1], one for all"
+            )
+        check_device("temperature", temperature, query)
         per_row = floating("temperature", temperature, query, differentiable=True)
         if per_row.dim():
             per_row = flat(per_row)
