@@ -145,7 +145,7 @@ def _whole_or_local(name: str, value: Any) -> str:
 def integers(
     name: str, value: Any, device: torch.device | None = None, *, lists: bool = False
 ) -> Tensor:
-    """Ids or domains as int64 or int32; what is no tensor goes to `device`.
+    """Ids or domains as int64 or int32; what is no tensor goes to `device`, or the default one.
 
     Raises:
         TypeError: anything but integers, or a list without `lists`.
@@ -167,7 +167,7 @@ def integers(
             f"{name} holds {int(array.max())}, which int64 does not; .astype('int64') takes 2**64 "
             "off such numbers, and they stay distinct"
         )
-    return _tensor(array, np.int64).to(device)
+    return _tensor(array, np.int64, device)
 
 
 def ids_on(device: torch.device, ids: Any) -> Tensor:
@@ -214,7 +214,7 @@ def flags_of(name: str, value: Any) -> Tensor:
     other = ~(on | (given == 0))
     if bool(other.any()):
         raise ValueError(f"{name} holds {given[other][0].item():g}; wanted flags of 0 and 1")
-    return on if isinstance(on, Tensor) else torch.from_numpy(np.asarray(on))
+    return torch.as_tensor(on)
 
 
 def check_order(name: str, value: Any, of: str, mend: str) -> None:
@@ -299,6 +299,6 @@ def _array(name: str, value: Any, wanted: str, lists: bool) -> np.ndarray[Any, A
     return array
 
 
-def _tensor(array: np.ndarray[Any, Any], dtype: Any) -> Tensor:
+def _tensor(array: np.ndarray[Any, Any], dtype: Any, device: torch.device | None = None) -> Tensor:
     """A tensor of what may be read-only, reversed, or in the byte order of another machine."""
-    return torch.from_numpy(np.require(array, dtype, ["C", "W"]))
+    return torch.as_tensor(np.require(array, dtype, ["C", "W"]), device=device)

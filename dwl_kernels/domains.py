@@ -64,6 +64,7 @@ class DomainWeights(Tables):
         momentum: ``m`` in [0, 1), the share of the old average that survives one update.
 
     Raises:
+        TypeError: if a size is no integer, a number none, or ``names`` no list.
         ValueError: if a size is not positive, a range is reversed or holds a number that is not
             finite and positive, or ``names`` has the wrong length.
 
@@ -313,6 +314,7 @@ class DomainWeights(Tables):
         """Mean weight of each row's domains, ``[B]``; 1 for a row that has none.
 
         Raises:
+            TypeError, ValueError: As for :meth:`update`.
             IndexError: if an id is outside ``[-1, num_domains)``, on a CPU. On other devices, and
                 under ``torch.compile``, such a row gets NaN, unless ``DWL_KERNELS_CHECK=1``.
         """

@@ -53,8 +53,10 @@ class CumulativeCrossEntropy(WeightedLoss):
         backend: As for :func:`full_softmax_loss`.
 
     Raises:
+        TypeError: if an argument is of another type than named above.
         ValueError: if a number or a choice is not among those named above, if ``weights`` and
-            ``num_domains`` disagree, or if ``calibration`` lacks weights or ``item_domains``.
+            ``num_domains`` disagree, if ``item_domains`` names a domain twice for an item, or if
+            ``calibration`` lacks weights or ``item_domains``.
 
     Source: Li et al. 2023, arXiv 2301.00979; domain weights as in arXiv 2510.04375.
 

@@ -51,8 +51,9 @@ class DynamicWeightedSampledSoftmax(WeightedLoss):
         num_domains: Number of domains, for weights that all start at 1 and are measured while
             training.
         weights: Measured :class:`DomainWeights` instead; or ``[num_domains]`` constant weights.
-        item_domains: ``[V]`` or ``[V, G]`` integers, the domains of every item, -1 = none. Domains
-            then follow from the ids, which index it. Not in ``state_dict``.
+        item_domains: ``[V]`` or ``[V, G]`` integers, the domains of every item, each named once, -1
+            = none; a tensor, array, pandas object or list. :func:`domains_from_multi_hot` makes
+            them of flags. Domains then follow from the ids, which index it. Not in ``state_dict``.
         calibration: ``c`` in [0, 1].
         temperature: Positive number that divides the scores; where learned, the one to start from.
         learn_temperature: Whether the temperature is a parameter, kept in ``[0.005, 50]``.
@@ -70,9 +71,11 @@ class DynamicWeightedSampledSoftmax(WeightedLoss):
         backend: As for :func:`sampled_softmax_loss`.
 
     Raises:
+        TypeError: if an argument is of another type than named above.
         ValueError: if a number or a choice is not among those named above, if ``weights`` and
-            ``num_domains`` disagree, or if ``calibration`` is asked for without weights or with the
-            refined correction, which does not correct the positive.
+            ``num_domains`` disagree, if ``item_domains`` names a domain twice for an item, as flags
+            do, or if ``calibration`` is asked for without weights or with the refined correction,
+            which does not correct the positive.
 
     Source: Mittal et al. 2025, arXiv 2510.04375, in this package's form; the calibration is this
     package's.
