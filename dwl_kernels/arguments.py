@@ -23,7 +23,7 @@ from dwl_kernels.problem import INTEGERS
 # ---------------------------------------------------------------- scalars
 
 
-def integer(name: str, value: Any, *, least: int | None = None) -> int:
+def integer(name: str, value: Any, wanted: str = "an integer", *, least: int | None = None) -> int:
     """`value` as an int, at least `least`."""
     if type(value) is not int:
         try:
@@ -31,7 +31,7 @@ def integer(name: str, value: Any, *, least: int | None = None) -> int:
                 raise TypeError
             value = operator.index(value)
         except TypeError:
-            raise wrong_type(name, value, "an integer") from None
+            raise wrong_type(name, value, wanted) from None
     if least is not None and value < least:
         raise ValueError(f"{name} is {value}; wanted at least {least}")
     return value

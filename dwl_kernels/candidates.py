@@ -36,7 +36,8 @@ class _Sampler(Tables):
 
     def __init__(self, num_items: int) -> None:
         super().__init__()
-        self.num_items = integer("num_items", num_items, least=1)
+        wanted = "an integer, the size of the catalogue (UnigramSampler takes counts)"
+        self.num_items = integer("num_items", num_items, wanted, least=1)
         if self.num_items > _MAX_ITEMS:
             raise ValueError(f"num_items is {num_items}, at most 2**48 items can be told apart")
         # Without state of its own a sampler still follows `.to(device)`.

@@ -410,6 +410,14 @@ def test_what_is_no_integer_is_named(name: str, use: Any, value: Any) -> None:
         use(value)
 
 
+def test_counts_and_weights_in_the_place_of_a_size_are_sent_where_they_belong() -> None:
+    with pytest.raises(TypeError, match=r"num_items is a Tensor; .*UnigramSampler takes counts"):
+        UniformSampler(torch.tensor([1, 2]))  # type: ignore[arg-type]
+    for weights in ([1.0, 2.0], DomainWeights(2)):
+        with pytest.raises(TypeError, match=r"num_domains is a .*weights go in by name, weights="):
+            DynamicWeightedSampledSoftmax(weights)  # type: ignore[arg-type]
+
+
 def test_integers_of_numpy_and_of_one_element_are_taken() -> None:
     for value in (np.int64(3), np.uint8(3), torch.tensor(3)):
         assert DomainWeights(value).num_domains == 3

@@ -245,7 +245,8 @@ def _domain_weights(
     num_domains: int | None, weights: DomainWeights | Tensor | Sequence[float] | None
 ) -> DomainWeights | None:
     if num_domains is not None:
-        num_domains = integer("num_domains", num_domains, least=1)
+        wanted = "an integer (weights go in by name, weights=)"
+        num_domains = integer("num_domains", num_domains, wanted, least=1)
     if weights is None:
         return None if num_domains is None else DomainWeights(num_domains)
     built = weights if isinstance(weights, DomainWeights) else DomainWeights.constant(weights)
