@@ -1,15 +1,12 @@
-"""What the modules of this package share about their state and ids."""
+"""What the modules of this package share about their state."""
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from dwl_kernels.problem import INTEGERS
 
 
 class Tables(nn.Module):
@@ -73,20 +70,3 @@ def difference(
     place = int(differs.nonzero()[0])
     got, wanted = (format(values[place].item(), style) for values in (theirs, own))
     return f"{name}[{place}] is {got} in the checkpoint but {wanted} here"
-
-
-def int64_ids(ids: Tensor, device: torch.device) -> Tensor:
-    if not isinstance(ids, Tensor) or ids.dtype not in INTEGERS:
-        got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
-        raise TypeError(f"ids is {got}, wanted an integer tensor such as torch.int64")
-    if ids.device != device:
-        raise ValueError(f"ids is on {ids.device}, wanted {device}; move one with .to(device)")
-    return ids.long()
-
-
-def positive_int(name: str, value: int) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name} is {type(value).__name__}, wanted an integer")
-    if value <= 0:
-        raise ValueError(f"{name} is {value}, wanted at least 1")
-    return operator.index(value)

@@ -17,14 +17,24 @@ item entropy ``H_d``, belong to domain ``d``:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dwl_kernels.arguments import (
+    check_order,
+    flags_of,
+    integer,
+    integers,
+    number,
+    real_numbers,
+    several_numbers,
+    wrong_type,
+)
 from dwl_kernels.buffers import Tables, difference
-from dwl_kernels.problem import INTEGERS, checks_values, mean_domain_weight
+from dwl_kernels.problem import check_distinct, checks_values, mean_domain_weight
 
 # An interaction with an item of G domains counts 1/G for each of them. Kept as integers in units
 # that every G up to 16 divides: exact, the same in every run on a GPU, and safe from `.half()`.
@@ -60,6 +70,7 @@ class DomainWeights(Tables):
             follow the counts at once.
 
     Raises:
+        TypeError: if a size is no integer, a number none, or ``names`` no list.
         ValueError: if a size is not positive, a range is reversed or holds a number that is not
             finite and positive, or ``names`` has the wrong length.
 
@@ -94,32 +105,24 @@ class DomainWeights(Tables):
         momentum: float = 0.99,
     ) -> None:
         super().__init__()
-        if num_domains < 1:
-            raise ValueError(f"num_domains is {num_domains}; wanted at least 1")
-        if names is not None and len(names) != num_domains:
-            raise ValueError(
-                f"names has {len(names)} entries for {num_domains} domains; wanted one per domain"
-            )
-        if (
-            len(measures) != 3
-            or not all(0 <= m < float("inf") for m in measures)
-            or not any(measures)
-        ):
-            raise ValueError(
-                f"measures is {measures}; wanted three finite numbers (idf, users, entropy), none "
-                "negative and at least one positive"
-            )
-        if len(weight_range) != 2 or not 0 < weight_range[0] <= weight_range[1] < float("inf"):
-            raise ValueError(
-                f"weight_range is {weight_range}; wanted finite (w_min, w_max) with "
-                "0 < w_min <= w_max"
-            )
+        num_domains = integer("num_domains", num_domains, least=1)
+        wanted = (
+            "three finite numbers (idf, users, entropy), none negative and at least one positive"
+        )
+        parts = several_numbers("measures", measures, wanted)
+        if len(parts) != 3 or not all(0 <= m < float("inf") for m in parts) or not any(parts):
+            raise ValueError(f"measures is {measures}; wanted {wanted}")
+        wanted = "finite (w_min, w_max) with 0 < w_min <= w_max"
+        bounds = several_numbers("weight_range", weight_range, wanted)
+        if len(bounds) != 2 or not 0 < bounds[0] <= bounds[1] < float("inf"):
+            raise ValueError(f"weight_range is {weight_range}; wanted {wanted}")
+        momentum = number("momentum", momentum)
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum is {momentum}; wanted a number in [0, 1)")
         self.num_domains = num_domains
-        self.names = None if names is None else [str(name) for name in names]
-        self.measures = measures
-        self.weight_range = weight_range
+        self.names = None if names is None else _names(names, num_domains)
+        self.measures = parts
+        self.weight_range = bounds
         self.momentum = momentum
         self.fixed = False
         # Nothing seen yet: every domain is as sparse as can be, and all weigh the same.
@@ -153,16 +156,18 @@ class DomainWeights(Tables):
         the moving average starts from there.
 
         Args:
-            users: ``[M]`` integers, tensor or NumPy array; any ids, they need not be dense.
+            users: ``[M]`` integers, a tensor, NumPy array, pandas column or list, of which an
+                index is not looked at; any ids, they need not be dense.
             items: ``[M]`` integers, likewise.
             domains: ``[M]`` or ``[M, G]`` integers, the domains of each interaction's item, each
-                named once per row, -1 = no domain in that slot.
+                named once per row, -1 = no domain in that slot. :func:`domains_from_multi_hot`
+                makes them of flags.
             num_domains: Number of domains; by default ``len(names)``, else the largest id plus 1.
             names, measures, weight_range, momentum: As for the class.
 
         Raises:
             TypeError: if ids are not integers.
-            ValueError: if lengths differ.
+            ValueError: if lengths differ, or if a row names a domain twice, as flags do.
             IndexError: if a domain id is outside ``[-1, num_domains)``.
 
         Example:
@@ -172,10 +177,12 @@ class DomainWeights(Tables):
             >>> weights.users.tolist(), weights.entropy.tolist()
             ([2, 1], [0.6365141868591309, 0.0])
         """
-        columns = {"users": torch.as_tensor(users), "items": torch.as_tensor(items)}
-        slots = _slots("domains", torch.as_tensor(domains))  # [M, G]
+        given = {"users": users, "items": items, "domains": domains}
+        device = next((v.device for v in given.values() if isinstance(v, Tensor)), None)
+        columns = {name: integers(name, value, device, lists=True) for name, value in given.items()}
+        slots = _slots("domains", columns.pop("domains"))  # [M, G]
+        check_distinct("domains", slots)
         for name, value in columns.items():
-            _integer(name, value)
             if value.shape != slots.shape[:1]:
                 raise ValueError(
                     f"{name} has shape {list(value.shape)}; wanted [{slots.shape[0]}], one per "
@@ -183,6 +190,7 @@ class DomainWeights(Tables):
                 )
             if value.device != slots.device:
                 raise ValueError(f"{name} is on {value.device} but domains is on {slots.device}")
+        names = None if names is None else _names(names, num_domains)
         if num_domains is None:
             largest = int(slots.max()) if slots.numel() else -1
             num_domains = max(largest + 1, 1) if names is None else len(names)
@@ -225,11 +233,13 @@ class DomainWeights(Tables):
         """Weights that never change, the fixed method; :meth:`update` then only counts.
 
         Args:
-            weights: ``[num_domains]``, finite and not negative, used as they are.
+            weights: ``[num_domains]`` numbers, finite and not negative, used as they are.
             names: Names for the printed table, one per domain.
 
         Raises:
-            ValueError: if a weight is negative or not finite, or if they require a gradient.
+            TypeError: if they are no numbers.
+            ValueError: if a weight is negative or not finite, if they require a gradient, or if
+                they are a pandas Series whose index is not that of the domains.
 
         Source: the loss weights of PinnerFormer, arXiv 2205.04507.
 
@@ -242,9 +252,13 @@ class DomainWeights(Tables):
                 "weights requires a gradient, but constant weights are not trained: detach it, or "
                 "pass it as domain_weights to sampled_softmax_loss"
             )
-        values = torch.as_tensor(weights, dtype=torch.float32)
-        if values.dim() != 1:
-            raise ValueError(f"weights has shape {list(values.shape)}; wanted [num_domains]")
+        check_order("weights", weights, "domain", "weights.reindex(range(num_domains))")
+        values = real_numbers("weights", weights).to(torch.float32)
+        if values.dim() != 1 or not len(values):
+            raise ValueError(
+                f"weights has shape {list(values.shape)}; wanted [num_domains] with at least one "
+                "domain"
+            )
         if not bool((values.isfinite() & (values >= 0)).all()):
             raise ValueError(
                 f"weights is {values.tolist()}; wanted finite numbers that are not negative"
@@ -264,16 +278,20 @@ class DomainWeights(Tables):
         """Count the domains of a batch and move the weights; no wait for the device.
 
         Args:
-            domain_ids: ``[B]`` or ``[B, G]`` integers, each domain named once per row, -1 = none.
-                A row of -1 alone, such as padding, does not count.
+            domain_ids: ``[B]`` or ``[B, G]`` integers, a tensor, NumPy array or pandas column, each
+                domain named once per row, -1 = none. A row of -1 alone, such as padding, does not
+                count.
 
         Raises:
             TypeError: if ids are not integers.
-            ValueError: if the shape or the device does not fit.
+            ValueError: if the shape or the device does not fit, or on a CPU, if a row names a
+                domain twice.
             IndexError: if an id is outside ``[-1, num_domains)``, on a CPU. On other devices, and
                 under ``torch.compile``, such an id is not counted, unless ``DWL_KERNELS_CHECK=1``.
         """
         ids = self.slots(domain_ids)  # [B, G]
+        if checks_values(ids.device):
+            check_distinct("domain_ids", ids)
         rows = self._count(ids, (ids >= 0) & (ids < self.num_domains))
         if self.fixed:
             return
@@ -310,6 +328,7 @@ class DomainWeights(Tables):
         """Mean weight of each row's domains, ``[B]``; 1 for a row that has none.
 
         Raises:
+            TypeError, ValueError: As for :meth:`update`.
             IndexError: if an id is outside ``[-1, num_domains)``, on a CPU. On other devices, and
                 under ``torch.compile``, such a row gets NaN, unless ``DWL_KERNELS_CHECK=1``.
         """
@@ -337,7 +356,7 @@ class DomainWeights(Tables):
         domain_ids: Tensor,  # [B] or [B, G]
     ) -> Tensor:  # [B, G] int64
         """The ids, checked."""
-        ids = _slots("domain_ids", domain_ids)
+        ids = _slots("domain_ids", integers("domain_ids", domain_ids, self.weights.device))
         if ids.device != self.weights.device:
             raise ValueError(
                 f"domain_ids is on {ids.device} but the domain weights are on "
@@ -474,16 +493,59 @@ def _of_mean_one(
     return average / (seen / seen.sum() * average).sum()
 
 
-def _integer(name: str, value: Tensor) -> None:
-    if value.dtype not in INTEGERS:
-        raise TypeError(f"{name} has dtype {value.dtype}; wanted integers, int64 or int32")
+def domains_from_multi_hot(
+    flags: Any,  # [..., C]
+) -> Tensor:  # [..., G]
+    """The domains of each row, from one flag of 0 or 1 per domain.
+
+    Genres often come this way, one column for each. Losses and :class:`DomainWeights` take ids.
+
+    Args:
+        flags: ``[..., C]`` of 0 and 1, for ``C`` domains: bool, integers or floats; a tensor, NumPy
+            array, pandas DataFrame or lists. Row ``k`` of a DataFrame is row ``k`` of the result,
+            whatever its index says.
+
+    Returns:
+        ``[..., G]`` int64, the ids of each row's domains in increasing order, then -1. ``G`` is the
+        most that a row has, at least 1.
+
+    Raises:
+        TypeError: if they are no numbers.
+        ValueError: if one is neither 0 nor 1.
+
+    Example:
+        >>> domains_from_multi_hot([[1, 0, 1], [0, 1, 0], [0, 0, 0]])
+        tensor([[ 0,  2],
+                [ 1, -1],
+                [-1, -1]])
+    """
+    on = flags_of("flags", flags)
+    if on.dim() == 0:
+        raise ValueError("flags has shape []; wanted [..., C], a flag per domain")
+    per_row = on.reshape(on.shape[:-1].numel(), on.shape[-1])
+    row, domain = per_row.nonzero(as_tuple=True)  # row by row
+    count = per_row.sum(1)
+    slot = torch.arange(len(row), device=on.device) - (count.cumsum(0) - count)[row]
+    slots = max(int(slot.max()) + 1, 1) if len(slot) else 1
+    ids = torch.full((len(per_row), slots), -1, device=on.device)
+    ids[row, slot] = domain
+    return ids.reshape(*on.shape[:-1], slots)
+
+
+def _names(names: Any, num_domains: int | None) -> list[str]:
+    """One name per domain."""
+    if isinstance(names, (str, bytes, Mapping, Set)) or not hasattr(names, "__iter__"):
+        raise wrong_type("names", names, "a list with a name per domain")
+    named = [str(name) for name in names]
+    if num_domains is not None and len(named) != num_domains:
+        raise ValueError(
+            f"names has {len(named)} entries for {num_domains} domains; wanted one per domain"
+        )
+    return named
 
 
 def _slots(name: str, ids: Tensor) -> Tensor:
     """Ids as ``[B, G]`` int64."""
-    if not isinstance(ids, Tensor):
-        raise TypeError(f"{name} is a {type(ids).__name__}; wanted a torch.Tensor of integers")
-    _integer(name, ids)
     if ids.dim() not in (1, 2):
         raise ValueError(
             f"{name} has shape {list(ids.shape)}; wanted [B], or [B, G] with several domains per "

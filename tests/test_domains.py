@@ -6,9 +6,16 @@ import math
 import numpy as np
 import pytest
 import torch
+from cases import each_once
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dwl_kernels import (
+    CumulativeCrossEntropy,
+    DualScaleSampledSoftmax,
+    DynamicWeightedSampledSoftmax,
+    domains_from_multi_hot,
+)
 from dwl_kernels.domains import DomainWeights
 
 # Small data shrinks to readable examples; a handful of domains and slots already meets every case:
@@ -384,7 +391,7 @@ def test_built_on_the_meta_device_and_moved():
 
 
 def test_updates_repeat_to_the_bit():
-    ids = torch.randint(-1, 6, (2000, 3), generator=torch.Generator().manual_seed(0))
+    ids = each_once(torch.randint(-1, 6, (2000, 3), generator=torch.Generator().manual_seed(0)))
     first, second = DomainWeights(6), DomainWeights(6)
     for weights in (first, second):
         for part in ids.split(500):
@@ -406,6 +413,7 @@ def test_compiled_update_equals_eager():
     step = torch.compile(compiled.update, fullgraph=True, backend="aot_eager")
     for seed in range(3):
         ids = torch.randint(-1, 4, (16, 2), generator=torch.Generator().manual_seed(seed))
+        ids = each_once(ids)
         eager.update(ids)
         step(ids)
     assert torch.equal(eager.interactions, compiled.interactions)
@@ -483,3 +491,50 @@ def test_bad_ids_say_what_is_wanted():
         DomainWeights.from_interactions([1.5], [1], [0])
     with pytest.raises(IndexError, match="domains holds 7"):
         DomainWeights.from_interactions([1], [1], [7], num_domains=3)
+
+
+FLAGS = (torch.arange(50)[:, None] % torch.arange(2, 20) == 0).long()  # [50, 18] of 0 and 1
+
+
+@pytest.mark.parametrize(
+    ("name", "use"),
+    [
+        ("domain_ids", lambda flags: DomainWeights(18).update(flags)),
+        ("domain_ids", lambda flags: DomainWeights(18).example_weight(flags)),
+        ("domain_ids", lambda flags: DomainWeights(18).log_weight(flags)),
+        ("domains", lambda flags: DomainWeights.from_interactions(range(50), range(50), flags)),
+        ("item_domains", lambda flags: DynamicWeightedSampledSoftmax(item_domains=flags)),
+        ("item_domains", lambda flags: CumulativeCrossEntropy(item_domains=flags.numpy())),
+        ("item_domains", lambda flags: DualScaleSampledSoftmax(item_domains=flags.tolist())),
+    ],
+)
+def test_flags_taken_for_ids_are_refused_with_the_mend(name, use):
+    message = rf"^{name} names domain [01] twice in row 0, .*domains_from_multi_hot\(flags\)$"
+    with pytest.raises(ValueError, match=message):
+        use(FLAGS)
+    use(domains_from_multi_hot(FLAGS))
+    for other in (FLAGS.bool(), FLAGS.float()):
+        with pytest.raises(
+            TypeError, match=rf"^{name} has dtype .*domains_from_multi_hot of flags"
+        ):
+            use(other)
+
+
+def test_refused_batch_is_not_counted():
+    weights = DomainWeights(3)
+    with pytest.raises(ValueError, match="names domain 1 twice in row 1"):
+        weights.update(torch.tensor([[0, 1], [1, 1]]))
+    assert weights.interactions.tolist() == [0, 0, 0]
+
+
+def test_flags_and_their_ids_measure_the_same_domains():
+    weights = DomainWeights.from_interactions(range(50), range(50), domains_from_multi_hot(FLAGS))
+    assert weights.interactions.tolist() == FLAGS.sum(0).tolist()
+
+
+def test_domains_named_twice_are_not_looked_for_where_that_would_wait():
+    ids = torch.zeros(5, 2, dtype=torch.int64, device="meta")
+    DomainWeights(3).to("meta").update(ids)
+    compiled = DomainWeights(3)
+    torch.compile(compiled.update, fullgraph=True, backend="aot_eager")(torch.zeros(5, 2).long())
+    assert compiled.interactions.tolist() == [10, 0, 0]

@@ -13,6 +13,7 @@ from module_inputs import (
     D,
     N,
     assert_same,
+    call,
     draws,
     embeddings,
     fixed,
@@ -58,7 +59,7 @@ def test_documented_arguments_keep_their_names_places_and_defaults(name):
 def by_row(ids):
     """The same draws, with negatives of every row's own."""
     negative_ids = (ids["negative_ids"] + torch.arange(B)[:, None]) % ITEMS
-    log_q = ids["negative_log_q"] + torch.arange(B, dtype=torch.float64)[:, None]
+    log_q = ids["negative_log_q"] - torch.arange(B, dtype=torch.float64)[:, None]
     return ids | {"negative_ids": negative_ids, "negative_log_q": log_q}
 
 
@@ -331,7 +332,7 @@ def test_minus_one_has_no_domain_and_other_negative_ids_index_nothing(side):
 def test_arguments_that_do_not_go_together_are_named(options, change, message):
     arguments = {"table": table_of(), **draws()} | change
     if arguments["negative_ids"] is not None and arguments["negative_ids"].dim() == 2:
-        arguments["negative_log_q"] = None
+        arguments["positive_log_q"] = arguments["negative_log_q"] = None
     with pytest.raises(ValueError, match=message):
         fixed(**options)(embeddings()[0], **arguments)
 
@@ -370,6 +371,37 @@ def test_ids_of_one_side_alone_find_no_hits():
     with pytest.raises(ValueError, match="pass both, or remove_accidental_hits=False"):
         fixed()(*inputs, **ids)
     fixed(remove_accidental_hits=False)(*inputs, **ids)
+
+
+@pytest.mark.parametrize("calibration", [0.0, 1.0])
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("rows", [ITEMS - 1, ITEMS + 1])
+@pytest.mark.parametrize("kind", ["table", "by row", "cross-entropy"])
+def test_table_and_item_domains_are_of_the_same_items(kind, rows, given, calibration):
+    domains = torch.arange(rows) % DOMAINS
+    more = {"domain_ids": draws()["domain_ids"]} if given else {}
+    loss_fn = KINDS[kind](item_domains=domains, calibration=calibration, backend="eager")
+    message = f"table has {ITEMS} rows but item_domains has {rows}; .*-1 for a row that is no item"
+    with pytest.raises(ValueError, match=message):
+        call(kind, loss_fn, embeddings()[0], table_of(), **more)
+    assert loss_fn.domain_weights.interactions.sum() == 0
+
+
+def test_table_of_the_dual_scale_is_of_the_items_of_item_domains_too():
+    loss_fn = KINDS["dual scale"](item_domains=[0, 1], backend="eager")
+    ids = {k: v for k, v in draws().items() if k.endswith("_ids") and k != "domain_ids"}
+    with pytest.raises(ValueError, match=f"table has {ITEMS} rows but item_domains has 2"):
+        loss_fn(embeddings()[0], table=table_of(), **ids)
+
+
+def test_flags_of_negatives_are_refused_by_their_name():
+    flags = torch.eye(N, 4, dtype=torch.int64)
+    loss_fn = fixed(calibration=1.0)
+    with pytest.raises(ValueError, match="negative_domain_ids names domain 0 twice in row 0"):
+        loss_fn(*embeddings(), **draws(), negative_domain_ids=flags)
+    by_rows = flags.expand(B, N, 4)
+    with pytest.raises(ValueError, match="negative_domain_ids names domain 0 twice in row 0"):
+        loss_fn(embeddings()[0], table=table_of(), **by_row(draws()), negative_domain_ids=by_rows)
 
 
 def test_id_outside_the_table_is_named():

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
+from dwl_kernels.arguments import integer
 from dwl_kernels.backends import Backend
 from dwl_kernels.domains import DomainWeights
 from dwl_kernels.functional import full_softmax_loss
@@ -15,10 +16,11 @@ from dwl_kernels.modules.weighted import (
     WeightedLoss,
     check_rows,
     check_tensors,
+    checked_ids,
     padding,
 )
 from dwl_kernels.problem import Reduction
-from dwl_kernels.validation import check_skip_threshold
+from dwl_kernels.validation import checked_skip_threshold
 
 
 class CumulativeCrossEntropy(WeightedLoss):
@@ -51,8 +53,10 @@ class CumulativeCrossEntropy(WeightedLoss):
         backend: As for :func:`full_softmax_loss`.
 
     Raises:
+        TypeError: if an argument is of another type than named above.
         ValueError: if a number or a choice is not among those named above, if ``weights`` and
-            ``num_domains`` disagree, or if ``calibration`` lacks weights or ``item_domains``.
+            ``num_domains`` disagree, if ``item_domains`` names a domain twice for an item, or if
+            ``calibration`` lacks weights or ``item_domains``.
 
     Source: Li et al. 2023, arXiv 2301.00979; domain weights as in arXiv 2510.04375.
 
@@ -95,9 +99,8 @@ class CumulativeCrossEntropy(WeightedLoss):
                 "calibration needs the domains of all items, which are the candidates; pass "
                 "item_domains"
             )
-        check_skip_threshold(skip_threshold)
-        self.ignore_index = ignore_index
-        self.skip_threshold = skip_threshold
+        self.ignore_index = integer("ignore_index", ignore_index)
+        self.skip_threshold = checked_skip_threshold(skip_threshold)
 
     def forward(
         self,
@@ -114,7 +117,8 @@ class CumulativeCrossEntropy(WeightedLoss):
         Args:
             query: ``[..., D]``, ``[batch, time, D]`` say, the states of the time steps.
             table: ``[V, D]``, the embeddings of all items.
-            target: ``[...]`` integers, the row of the table that follows each step.
+            target: ``[...]`` integers, the row of the table that follows each step. Ids and domains
+                may be NumPy arrays or pandas columns.
             bias: ``[V]``, added to the logit of every item, with a gradient.
             domain_ids: ``[...]`` or ``[..., G]`` integers, -1 = none; by default the domains of
                 ``target`` in ``item_domains``.
@@ -124,10 +128,14 @@ class CumulativeCrossEntropy(WeightedLoss):
             ``[]``, or ``[...]`` for ``reduction="none"``.
 
         Raises:
-            ValueError: if domains are needed and not given, or as :func:`full_softmax_loss`.
+            ValueError: if domains are needed and not given, if ``table`` and ``item_domains`` are
+                not of the same length, or as :func:`full_softmax_loss`.
             IndexError: if a target or a domain is out of range, on a CPU.
         """
-        check_tensors(query=query, table=table)
+        check_tensors(query=query, table=table, bias=bias, example_weights=example_weights)
+        checked = checked_ids(query, target=target, domain_ids=domain_ids)
+        target, domain_ids = cast("Tensor", checked[0]), checked[1]
+        self.check_items(table)
         leading = query.shape[:-1]
         check_rows("target", target, leading)
         padded = target == self.ignore_index
@@ -138,11 +146,6 @@ class CumulativeCrossEntropy(WeightedLoss):
         )
         if weights is not None and self.calibration:
             assert self.item_domains is not None  # the constructor has looked
-            if len(self.item_domains) != len(table):
-                raise ValueError(
-                    f"table has {len(table)} rows but item_domains has {len(self.item_domains)}; "
-                    "calibration needs the domains of every row"
-                )
             tilt = self.tilt(self.item_domains, weights)
             if bias is not None:
                 check_rows("bias", bias, table.shape[:1])

@@ -8,24 +8,25 @@ from typing import Any, cast
 
 from torch import Tensor
 
+from dwl_kernels.arguments import flag
 from dwl_kernels.backends import Backend
-from dwl_kernels.checks import both_or_none, check_choice
+from dwl_kernels.checks import Calibrated, both_or_none, check_choice
 from dwl_kernels.domains import DomainWeights
 from dwl_kernels.functional import (
-    in_batch_softmax_loss,
     indexed_sampled_softmax_loss,
+    loss_of,
     sampled_softmax_loss,
 )
 from dwl_kernels.modules.normalize import normalised
 from dwl_kernels.modules.weighted import (
     WeightedLoss,
-    check_rows,
     check_tensors,
+    checked_ids,
     padding,
 )
 from dwl_kernels.problem import Correction, Reduction
 from dwl_kernels.table import ids_in_use, shared_rows
-from dwl_kernels.validation import indexed_ids, takes_batch
+from dwl_kernels.validation import in_batch_problem, indexed_ids, takes_batch
 
 
 class DynamicWeightedSampledSoftmax(WeightedLoss):
@@ -54,8 +55,9 @@ class DynamicWeightedSampledSoftmax(WeightedLoss):
         num_domains: Number of domains, for weights that all start at 1 and are measured while
             training.
         weights: Measured :class:`DomainWeights` instead; or ``[num_domains]`` constant weights.
-        item_domains: ``[V]`` or ``[V, G]`` integers, the domains of every item, -1 = none. Domains
-            then follow from the ids, which index it. Not in ``state_dict``.
+        item_domains: ``[V]`` or ``[V, G]`` integers, the domains of every item, each named once, -1
+            = none; a tensor, array, pandas object or list. :func:`domains_from_multi_hot` makes
+            them of flags. Domains then follow from the ids, which index it. Not in ``state_dict``.
         calibration: ``c`` in [0, 1]. A candidate whose domains weigh 0 is then left out.
         temperature: Positive number that divides the scores; where learned, the one to start from.
             By default 1, and 0.05 with ``normalize``: a low temperature belongs to cosines.
@@ -77,9 +79,11 @@ class DynamicWeightedSampledSoftmax(WeightedLoss):
         backend: As for :func:`sampled_softmax_loss`.
 
     Raises:
+        TypeError: if an argument is of another type than named above.
         ValueError: if a number or a choice is not among those named above, if ``weights`` and
-            ``num_domains`` disagree, or if ``calibration`` is asked for without weights or with the
-            refined correction, which does not correct the positive.
+            ``num_domains`` disagree, if ``item_domains`` names a domain twice for an item, as flags
+            do, or if ``calibration`` is asked for without weights or with the refined correction,
+            which does not correct the positive.
 
     Source: Mittal et al. 2025, arXiv 2510.04375, in this package's form; the calibration is this
     package's.
@@ -134,9 +138,9 @@ class DynamicWeightedSampledSoftmax(WeightedLoss):
                 "pass correction='standard', or calibration=0"
             )
         self.correction: Correction = correction
-        self.remove_accidental_hits = remove_accidental_hits
-        self.in_batch = in_batch
-        self.sparse_grad = sparse_grad
+        self.remove_accidental_hits = flag("remove_accidental_hits", remove_accidental_hits)
+        self.in_batch = None if in_batch is None else flag("in_batch", in_batch)
+        self.sparse_grad = flag("sparse_grad", sparse_grad)
 
     def forward(
         self,
@@ -169,8 +173,9 @@ class DynamicWeightedSampledSoftmax(WeightedLoss):
             positive_ids, negative_ids: ``[B]``, ``[N]`` integers, -1 = no item: nobody's hit, not
                 even another -1's. A negative of id -1 given by its embedding stays a candidate, and
                 every other integer is an id; a ``table`` and ``item_domains`` take ids that index
-                them.
-            positive_log_q, negative_log_q: ``[B]``, ``[N]``, log-probability of one draw. In a
+                them. Ids and domains may be NumPy arrays or pandas columns.
+            positive_log_q, negative_log_q: ``[B]``, ``[N]``, log-probability of one draw, before
+                ``calibration``; both or neither, where there are negatives. In a
                 batch ``positive_log_q`` also corrects the positives as candidates.
             example_weights: ``[B]``, 0 marks a padded row, whose domain is not counted either.
 
@@ -179,12 +184,29 @@ class DynamicWeightedSampledSoftmax(WeightedLoss):
 
         Raises:
             ValueError: if domains are needed and not given, if embeddings and a table are given
-                together, if the options do not go with negatives per row, or as
-                :func:`sampled_softmax_loss`.
+                together, if ``table`` and ``item_domains`` are not of the same length, if the
+                options do not go with negatives per row, or as :func:`sampled_softmax_loss`.
             IndexError: if an id is out of range, on a CPU.
         """
-        check_tensors(query=query, negative=negative, table=table, negative_ids=negative_ids)
+        check_tensors(
+            query=query,
+            positive=positive,
+            negative=negative,
+            table=table,
+            positive_log_q=positive_log_q,
+            negative_log_q=negative_log_q,
+            example_weights=example_weights,
+        )
+        domain_ids, negative_domain_ids, positive_ids, negative_ids = checked_ids(
+            query,
+            domain_ids=domain_ids,
+            negative_domain_ids=negative_domain_ids,
+            positive_ids=positive_ids,
+            negative_ids=negative_ids,
+        )
         _check_candidates(positive, negative, table, positive_ids, negative_ids, negative_log_q)
+        if table is not None:
+            self.check_items(table)
         leading = query.shape[:-1]
         padded = padding(example_weights, leading)
         negatives = None if negative is None else negative.shape[:1]  # [N] or [B, K]
@@ -194,17 +216,23 @@ class DynamicWeightedSampledSoftmax(WeightedLoss):
         by_row = negatives is not None and len(negatives) != 1
         if by_row:
             self._check_by_row()
-        elif in_batch and negatives is not None:
+        if negatives is not None:  # before calibration, which makes both
             both_or_none("positive_log_q", positive_log_q, "negative_log_q", negative_log_q)
 
         domain_ids, weights = self.weigh_domains(
             ("domain_ids", domain_ids), ("positive_ids", positive_ids), query, padded
         )
+        draws: dict[str, Any] = {
+            "positive_ids": positive_ids,
+            "negative_ids": negative_ids,
+            "positive_log_q": positive_log_q,
+            "negative_log_q": negative_log_q,
+        }
         if domain_ids is not None and weights is not None and self.calibration:
             tilt = self.tilt(domain_ids, weights)
             if not in_batch:  # a row of weight 0 is nobody's candidate, and needs no correction
                 tilt = tilt.masked_fill(tilt == -math.inf, 0.0)
-            positive_log_q = _calibrated("positive_log_q", positive_log_q, tilt)
+            draws["positive_log_q"] = Calibrated(positive_log_q, tilt)
             if negatives is not None:
                 candidate_domains = self.domains_of(
                     ("negative_domain_ids", negative_domain_ids),
@@ -212,16 +240,9 @@ class DynamicWeightedSampledSoftmax(WeightedLoss):
                     negatives,
                     padded[..., None] if by_row and padded is not None else None,
                 )
-                negative_log_q = _calibrated(
-                    "negative_log_q", negative_log_q, self.tilt(candidate_domains, weights)
-                )
+                tilt = self.tilt(candidate_domains, weights)
+                draws["negative_log_q"] = Calibrated(negative_log_q, tilt)
 
-        draws: dict[str, Any] = {
-            "positive_ids": positive_ids,
-            "negative_ids": negative_ids,
-            "positive_log_q": positive_log_q,
-            "negative_log_q": negative_log_q,
-        }
         rows: dict[str, Any] = {
             "domain_ids": domain_ids,
             "domain_weights": weights,
@@ -284,15 +305,18 @@ class DynamicWeightedSampledSoftmax(WeightedLoss):
         """The loss of candidates that all rows share."""
         if not in_batch:
             return sampled_softmax_loss(query, positive, cast("Tensor", negative), **draws, **rows)
-        return in_batch_softmax_loss(
+        backend = rows.pop("backend")
+        problem = in_batch_problem(
             query,
             positive,
             log_q=draws.pop("positive_log_q"),
             ids=draws.pop("positive_ids"),
             negative=negative,
+            prefix="positive_",
             **draws,
             **rows,
         )
+        return loss_of(problem, query, backend)
 
     def _check_by_row(self) -> None:
         """ValueError where an option does not go with negatives of every row's own."""
@@ -355,11 +379,3 @@ def _check_candidates(
             "negative_ids and negative_log_q describe negatives, which are not given; pass "
             "negative, or a table whose rows negative_ids names"
         )
-
-
-def _calibrated(name: str, log_q: Tensor | None, tilt: Tensor) -> Tensor:  # both [...]
-    """``log Q - c log w``; inf, which takes a candidate out, where ``w`` is 0."""
-    if log_q is None:
-        return -tilt
-    check_rows(name, log_q, tilt.shape)
-    return (log_q - tilt).masked_fill(tilt == -math.inf, math.inf)

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dwl_kernels.arguments import check_dense, check_order, flag, integer, integers, number
 from dwl_kernels.backends import Backend, check_name
 from dwl_kernels.buffers import Tables
-from dwl_kernels.checks import check_choice, check_tensor
+from dwl_kernels.checks import check_choice
 from dwl_kernels.domains import DomainWeights, check_range
 from dwl_kernels.modules.repeats import Runs
-from dwl_kernels.problem import INTEGERS, Reduction, mean_domain_weight
+from dwl_kernels.problem import Reduction, check_distinct, checks_values, mean_domain_weight
 
 # A learned temperature stays in here: below, float16 logits overflow; above, all scores are alike.
 TEMPERATURE_RANGE = (0.005, 50.0)
@@ -39,6 +40,9 @@ class WeightedLoss(Tables):
         backend: Backend,
     ) -> None:
         super().__init__()
+        learn_temperature = flag("learn_temperature", learn_temperature)
+        normalize = flag("normalize", normalize)
+        calibration = number("calibration", calibration, "a number in [0, 1]")
         table = None if item_domains is None else _item_domains(item_domains)
         if weights is None and num_domains is None and table is not None:
             num_domains = max(int(table.max()) + 1, 1)
@@ -151,7 +155,12 @@ class WeightedLoss(Tables):
         if domains is not None:
             check_rows(name, domains, leading, slots=True)
             domains = domains if domains.dim() > len(leading) else domains[..., None]
-            return domains if padded is None else domains.masked_fill(padded[..., None], -1)
+            if padded is not None:
+                domains = domains.masked_fill(padded[..., None], -1)
+            # The loss looks at `domain_ids` itself, and the weights at all by that name.
+            if name != "domain_ids" and checks_values(domains.device):
+                check_distinct(name, _flat(domains))
+            return domains
         if self.item_domains is None or ids is None:
             raise ValueError(
                 f"the domains are unknown: pass {name}, or {item_name} together with item_domains "
@@ -163,8 +172,6 @@ class WeightedLoss(Tables):
                 f"{item_name} is on {ids.device} but item_domains of the module is on "
                 f"{self.item_domains.device}; move the module, loss_fn.to({str(ids.device)!r})"
             )
-        if ids.dtype not in INTEGERS:
-            raise TypeError(f"{item_name} has dtype {ids.dtype}; wanted integers, int64 or int32")
         ids = ids.long() if padded is None else ids.long().masked_fill(padded, -1)
         num_items = self.item_domains.shape[0]
         check_range(item_name, ids, num_items, "items in item_domains")
@@ -175,6 +182,18 @@ class WeightedLoss(Tables):
         # makes the row NaN rather than wrong.
         unknown = (ids < -1) | (ids >= num_items)
         return found.masked_fill(unknown[..., None], torch.iinfo(torch.int32).max)
+
+    def check_items(
+        self,
+        table: Tensor,  # [V, D]
+    ) -> None:
+        """ValueError unless ``item_domains`` has an entry for every row of the table."""
+        if self.item_domains is not None and table.dim() and len(table) != len(self.item_domains):
+            raise ValueError(
+                f"table has {len(table)} rows but item_domains has {len(self.item_domains)}; both "
+                "are to be of the same items: pass the domains of every row, -1 for a row that is "
+                "no item"
+            )
 
     def tilt(
         self,
@@ -199,15 +218,23 @@ def _flat(domains: Tensor) -> Tensor:  # [..., G] -> [B, G]
 
 
 def check_tensors(**named: Tensor | None) -> None:
-    """TypeError for what is given and no tensor."""
+    """TypeError for what is given and no dense tensor."""
     for name, value in named.items():
         if value is not None:
-            check_tensor(name, value)
+            check_dense(name, value)
+
+
+def checked_ids(query: Tensor, **named: Tensor | None) -> list[Tensor | None]:
+    """Ids and domains as tensors of int64 or int32; those of no tensor go to the query's device."""
+    return [
+        None if value is None else integers(name, value, query.device)
+        for name, value in named.items()
+    ]
 
 
 def check_rows(name: str, value: Tensor, leading: torch.Size, *, slots: bool = False) -> None:
     """One entry per row, or with `slots` several."""
-    check_tensor(name, value)
+    check_dense(name, value)
     if value.shape == leading or (slots and value.dim() and value.shape[:-1] == leading):
         return
     wanted = f"{list(leading)}" + (f", or {[*leading, 'G']}".replace("'", "") if slots else "")
@@ -224,15 +251,21 @@ def padding(example_weights: Tensor | None, leading: torch.Size) -> Tensor | Non
 
 def _item_domains(item_domains: Any) -> Tensor:
     """``item_domains`` as ``[V, G]`` int64."""
-    table = torch.as_tensor(item_domains)
-    if table.dtype not in INTEGERS:
-        raise TypeError(f"item_domains has dtype {table.dtype}; wanted integers, int64 or int32")
+    check_order(
+        "item_domains",
+        item_domains,
+        "item",
+        "item_domains.reindex(range(num_items), fill_value=-1)",
+    )
+    table = integers("item_domains", item_domains, lists=True)
     if table.dim() not in (1, 2) or not table.numel():
         raise ValueError(
             f"item_domains has shape {list(table.shape)}; wanted [V], or [V, G] with several "
             "domains per item"
         )
-    return table.reshape(table.shape[0], -1).long()
+    table = table.reshape(table.shape[0], -1).long()
+    check_distinct("item_domains", table)
+    return table
 
 
 def _positive(name: str, value: float | Tensor) -> float:
@@ -242,23 +275,18 @@ def _positive(name: str, value: float | Tensor) -> float:
             f"{name} requires a gradient, which a module does not give; pass "
             f"learn_{name}=True, or the tensor to the function of the loss"
         )
-    try:
-        if isinstance(value, (bool, str)):
-            raise TypeError
-        number = float(value)
-    except (TypeError, ValueError, RuntimeError):
-        shape = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else ""
-        raise TypeError(
-            f"{name} is {shape or repr(value)}; wanted a positive finite number"
-        ) from None
-    if not 0 < number < math.inf:
+    found = number(name, value, "a positive finite number")
+    if not 0 < found < math.inf:
         raise ValueError(f"{name} is {value}; wanted a positive finite number")
-    return number
+    return found
 
 
 def _domain_weights(
     num_domains: int | None, weights: DomainWeights | Tensor | Sequence[float] | None
 ) -> DomainWeights | None:
+    if num_domains is not None:
+        wanted = "an integer (weights go in by name, weights=)"
+        num_domains = integer("num_domains", num_domains, wanted, least=1)
     if weights is None:
         return None if num_domains is None else DomainWeights(num_domains)
     built = weights if isinstance(weights, DomainWeights) else DomainWeights.constant(weights)
