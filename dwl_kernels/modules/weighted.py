@@ -275,6 +275,8 @@ def _positive(name: str, value: float | Tensor) -> float:
             f"{name} requires a gradient, which a module does not give; pass "
             f"learn_{name}=True, or the tensor to the function of the loss"
         )
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
     found = number(name, value, "a positive finite number")
     if not 0 < found < math.inf:
         raise ValueError(f"{name} is {value}; wanted a positive finite number")
