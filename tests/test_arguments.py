@@ -311,7 +311,6 @@ def test_series_labelled_by_something_else_than_its_places_is_refused() -> None:
         ({"negative": torch.nn.ReLU()}, r"negative is a ReLU; wanted a torch\.Tensor$"),
         ({"example_weights": [1, 1, 1]}, r"example_weights is a list; wanted a torch\.Tensor"),
         ({"positive_log_q": [0, 0, 0]}, r"positive_log_q is a list; wanted a torch\.Tensor"),
-        ({"temperature": None}, "temperature is None; wanted a positive number"),
         ({"temperature": "0.1"}, r"temperature is a str; wanted .*number.* not '0\.1'"),
         ({"temperature": True}, "temperature is a bool"),
         ({"temperature": [0.1] * B}, "temperature is a list"),
