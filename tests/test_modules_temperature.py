@@ -108,7 +108,7 @@ def test_wrong_temperature_is_named_by_constructor_and_setter(value, error, mess
 
 
 def test_nothing_is_no_temperature_to_set():
-    with pytest.raises(TypeError, match="temperature is .*None"):
+    with pytest.raises(TypeError, match=r"temperature is .*None"):
         fixed().temperature = None
 
 
