@@ -68,13 +68,19 @@ class DomainWeights(Tables):
         momentum: ``m`` in [0, 1), the share of the old average that survives 1,024 counted rows;
             ``n`` rows leave ``m ** (n / 1024)`` of it, in one update or in many. With 0 the weights
             follow the counts at once.
+        start, full: Steps, of which every :meth:`update` (a forward in training mode) is one. Up to
+            ``start`` all domains weigh 1, from ``full`` on what is measured, and between them the
+            weights go from one to the other in equal steps; ``full`` is ``start`` by default.
+            ``(0, 0)`` weighs from the beginning, ``(0, n)`` ramps up, ``(n, n)`` is deferred: what
+            is sparse is learned from all data first.
 
     Raises:
         TypeError: if a size is no integer, a number none, or ``names`` no list.
         ValueError: if a size is not positive, a range is reversed or holds a number that is not
-            finite and positive, or ``names`` has the wrong length.
+            finite and positive, ``names`` has the wrong length, or ``full`` comes before ``start``.
 
-    Source: Mittal et al. 2025, arXiv 2510.04375.
+    Source: Mittal et al. 2025, arXiv 2510.04375; deferred weights: Cao et al. 2019, arXiv
+    1906.07413.
 
     Example:
         >>> weights = DomainWeights(3, names=["drama", "comedy", "noir"], momentum=0.0)
@@ -93,6 +99,7 @@ class DomainWeights(Tables):
     entropy: Tensor  # [num_domains] float32, H_d in nats
     num_users: Tensor  # [] int64, U; 0 while users and entropy are not measured
     num_items: Tensor  # [] int64, I
+    steps: Tensor  # [] int64, updates so far
     arguments: Tensor  # [5] float32, what the average depends on; for checkpoints to be compared
 
     def __init__(
@@ -103,6 +110,8 @@ class DomainWeights(Tables):
         measures: tuple[float, float, float] = (1.0, 1.0, 1.0),
         weight_range: tuple[float, float] = (1.0, 4.0),
         momentum: float = 0.99,
+        start: int = 0,
+        full: int | None = None,
     ) -> None:
         super().__init__()
         num_domains = integer("num_domains", num_domains, least=1)
@@ -119,11 +128,17 @@ class DomainWeights(Tables):
         momentum = number("momentum", momentum)
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum is {momentum}; wanted a number in [0, 1)")
+        start = integer("start", start, least=0)
+        full = start if full is None else integer("full", full)
+        if full < start:
+            raise ValueError(f"full is {full}; wanted at least start, which is {start}")
         self.num_domains = num_domains
         self.names = None if names is None else _names(names, num_domains)
         self.measures = parts
         self.weight_range = bounds
         self.momentum = momentum
+        self.start = start
+        self.full = full
         self.fixed = False
         # Nothing seen yet: every domain is as sparse as can be, and all weigh the same.
         self.register_buffer("weights", torch.ones(num_domains, dtype=torch.float32))
@@ -133,7 +148,7 @@ class DomainWeights(Tables):
         for name in ("interactions", "shares", "users"):
             self.register_buffer(name, torch.zeros(num_domains, dtype=torch.int64))
         self.register_buffer("entropy", torch.zeros(num_domains, dtype=torch.float32))
-        for name in ("num_users", "num_items"):
+        for name in ("num_users", "num_items", "steps"):
             self.register_buffer(name, torch.zeros((), dtype=torch.int64))
         self.register_buffer("arguments", self._arguments(self.weights.device))
 
@@ -149,6 +164,8 @@ class DomainWeights(Tables):
         measures: tuple[float, float, float] = (1.0, 1.0, 1.0),
         weight_range: tuple[float, float] = (1.0, 4.0),
         momentum: float = 0.99,
+        start: int = 0,
+        full: int | None = None,
     ) -> DomainWeights:
         """Measure interactions, users and item entropy of every domain, and set the weights.
 
@@ -163,7 +180,7 @@ class DomainWeights(Tables):
                 named once per row, -1 = no domain in that slot. :func:`domains_from_multi_hot`
                 makes them of flags.
             num_domains: Number of domains; by default ``len(names)``, else the largest id plus 1.
-            names, measures, weight_range, momentum: As for the class.
+            names, measures, weight_range, momentum, start, full: As for the class.
 
         Raises:
             TypeError: if ids are not integers.
@@ -200,6 +217,8 @@ class DomainWeights(Tables):
             measures=measures,
             weight_range=weight_range,
             momentum=momentum,
+            start=start,
+            full=full,
         ).to(slots.device)
         check_range("domains", slots, num_domains, "domains", always=True)
         labelled = (slots >= 0).any(1)
@@ -228,13 +247,19 @@ class DomainWeights(Tables):
 
     @classmethod
     def constant(
-        cls, weights: Tensor | Sequence[float], *, names: Sequence[str] | None = None
+        cls,
+        weights: Tensor | Sequence[float],
+        *,
+        names: Sequence[str] | None = None,
+        start: int = 0,
+        full: int | None = None,
     ) -> DomainWeights:
-        """Weights that never change, the fixed method; :meth:`update` then only counts.
+        """Weights that are given and not measured; :meth:`update` then only counts.
 
         Args:
             weights: ``[num_domains]`` numbers, finite and not negative, used as they are.
             names: Names for the printed table, one per domain.
+            start, full: As for the class.
 
         Raises:
             TypeError: if they are no numbers.
@@ -263,7 +288,7 @@ class DomainWeights(Tables):
             raise ValueError(
                 f"weights is {values.tolist()}; wanted finite numbers that are not negative"
             )
-        built = cls(values.shape[0], names=names).to(values.device)
+        built = cls(values.shape[0], names=names, start=start, full=full).to(values.device)
         built.fixed = True
         for name in ("weights", "average"):
             built.register_buffer(name, values.clone(), persistent=False)
@@ -293,6 +318,7 @@ class DomainWeights(Tables):
         if checks_values(ids.device):
             check_distinct("domain_ids", ids)
         rows = self._count(ids, (ids >= 0) & (ids < self.num_domains))
+        self.steps.add_(1)
         if self.fixed:
             return
         if self.momentum:
@@ -302,8 +328,15 @@ class DomainWeights(Tables):
             self._move((rows > 0).float())
 
     def forward(self) -> Tensor:
-        """The weights, ``[num_domains]``; a copy, so updates do not disturb a pending backward."""
-        return self.weights.clone()
+        """The weights of this step, ``[num_domains]``, a copy: updates leave what a backward needs.
+
+        By the schedule they lie between 1 and ``weights``, which :meth:`example_weight` and
+        :meth:`log_weight` take.
+        """
+        if self.full == 0:
+            return self.weights.clone()
+        share = (self.steps - self.start).float() / max(self.full - self.start, 1)
+        return torch.lerp(torch.ones_like(self.weights), self.weights, share.clamp(0.0, 1.0))
 
     def sparsity(self) -> Tensor:
         """``s_d``, ``[num_domains]`` in [0, 1]; 1 for a domain never seen."""
@@ -350,6 +383,35 @@ class DomainWeights(Tables):
             tensor([[0.3000, 0.7931]])
         """
         return self.example_weight(domain_ids).log()
+
+    def sparsest(
+        self,
+        domain_ids: Tensor,  # [V] or [V, G]
+        part: float = 0.25,
+    ) -> Tensor:  # [V] bool
+        """Which items belong to one of the sparsest domains, by their counts.
+
+        Args:
+            domain_ids: ``[V]`` or ``[V, G]`` integers, the domains of every item, -1 = none.
+            part: What part of the domains, rounded up, a quarter by default.
+
+        Returns:
+            ``[V]`` bools.
+
+        Example:
+            >>> weights = DomainWeights(3)
+            >>> weights.update(torch.tensor([0, 0, 0, 1, 1, 2]))
+            >>> weights.sparsest(torch.tensor([[0, -1], [1, 2], [2, -1]]))
+            tensor([False,  True,  True])
+        """
+        part = number("part", part, "a number in (0, 1]")
+        if not 0 < part <= 1:
+            raise ValueError(f"part is {part}; wanted a number in (0, 1]")
+        by_count = self.interactions.argsort(descending=True, stable=True)
+        sparse = torch.zeros(self.num_domains + 1, dtype=torch.bool, device=by_count.device)
+        sparse[by_count[self.num_domains - math.ceil(part * self.num_domains) :]] = True
+        ids = self.slots(domain_ids)
+        return sparse[torch.where(ids >= 0, ids, self.num_domains)].any(1)
 
     def slots(
         self,
@@ -442,11 +504,15 @@ class DomainWeights(Tables):
         if not self.fixed and prefix + "average" in state_dict:
             # Anew, because a module that was made on `meta` holds anything before it is loaded.
             state_dict.setdefault(prefix + "arguments", self._arguments())
+        if prefix + "interactions" in state_dict:
+            state_dict.setdefault(prefix + "steps", torch.zeros((), dtype=torch.int64))
 
     def extra_repr(self) -> str:
         if self.fixed:
-            return f"{self.num_domains}, constant"
-        return f"{self.num_domains}, weight_range={self.weight_range}, momentum={self.momentum}"
+            text = f"{self.num_domains}, constant"
+        else:
+            text = f"{self.num_domains}, weight_range={self.weight_range}, momentum={self.momentum}"
+        return f"{text}, start={self.start}, full={self.full}" if self.full else text
 
     def __str__(self) -> str:
         """A table of the measured domains, dense to sparse."""

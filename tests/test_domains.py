@@ -538,3 +538,59 @@ def test_domains_named_twice_are_not_looked_for_where_that_would_wait():
     compiled = DomainWeights(3)
     torch.compile(compiled.update, fullgraph=True, backend="aot_eager")(torch.zeros(5, 2).long())
     assert compiled.interactions.tolist() == [10, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("start", "full", "shares"),
+    [
+        (0, None, [1, 1, 1, 1, 1, 1]),
+        (0, 4, [0.25, 0.5, 0.75, 1, 1, 1]),
+        (2, 4, [0, 0, 0.5, 1, 1, 1]),
+        (3, None, [0, 0, 0, 1, 1, 1]),
+    ],
+)
+@pytest.mark.parametrize("constant", [False, True])
+def test_schedule_leads_from_one_to_the_weights(start, full, shares, constant):
+    if constant:
+        weights = DomainWeights.constant([0.5, 3.0], start=start, full=full)
+    else:
+        weights = DomainWeights(2, momentum=0.0, start=start, full=full)
+    for share in shares:
+        weights.update(torch.tensor([0, 0, 0, 1]))
+        expected = 1 + share * (weights.weights - 1)
+        torch.testing.assert_close(weights(), expected)
+    assert weights.steps == len(shares)
+    again = DomainWeights(2, momentum=0.0, start=start, full=full)
+    if not constant:
+        again.load_state_dict(weights.state_dict())
+        assert torch.equal(again(), weights())
+
+
+def test_schedule_does_not_change_what_is_served():
+    weights = DomainWeights(2, momentum=0.0, start=100)
+    weights.update(torch.tensor([0, 0, 0, 1]))
+    assert torch.equal(weights(), torch.ones(2))
+    assert weights.log_weight(torch.tensor([0, 1])).tolist() == weights.weights.log().tolist()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"start": -1}, "start is -1"),
+        ({"start": 5, "full": 4}, "full is 4; wanted at least start, which is 5"),
+    ],
+)
+def test_wrong_schedule_is_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        DomainWeights(2, **arguments)
+
+
+def test_sparsest_domains_are_those_with_fewest_interactions():
+    weights = DomainWeights(5)
+    weights.update(torch.tensor([0] * 5 + [1] * 4 + [2] * 3 + [3] * 2 + [4]))
+    items = torch.tensor([[0, -1], [1, 3], [2, 4], [-1, -1], [3, -1]])
+    assert weights.sparsest(items).tolist() == [False, True, True, False, True]  # 3 and 4
+    assert weights.sparsest(items, 0.2).tolist() == [False, False, True, False, False]
+    assert weights.sparsest(items, 1.0).tolist() == [True, True, True, False, True]
+    with pytest.raises(ValueError, match="part is 0"):
+        weights.sparsest(items, 0)
