@@ -8,6 +8,7 @@ backends call, and cost a CUDA device nothing.
 
 from __future__ import annotations
 
+import math
 import os
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, NamedTuple
@@ -19,6 +20,7 @@ Reduction = Literal["mean", "weighted_mean", "sum", "none"]
 Correction = Literal["standard", "refined"]
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+NO_ITEM = -1  # the id of what is no item: it is nobody's hit
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -149,12 +151,15 @@ class Problem(NamedTuple):
         """The dtype of the gradients of positive and candidates, by row those of their products."""
         return self.accumulate if self.by_row else self.gradient
 
-    def temperatures(self) -> Tensor:
-        """``tau_i`` for every row, ``[B]``."""
+    def temperatures(self, active: Tensor | None) -> Tensor:
+        """``tau_i`` for every row, ``[B]``; 1 where it is not `active`: padding holds anything."""
         rows = self.query.shape[0]
         if self.temperature is None:
             return self.query.new_full((rows,), self.tau, dtype=self.accumulate)
-        return (self.temperature * self.tau).expand(rows)
+        tau = (self.temperature * self.tau).expand(rows)
+        if active is None or self.temperature.dim() == 0:
+            return tau
+        return torch.where(active, tau, 1.0)
 
     def skippable_below(self, weights: RowWeights) -> Tensor | None:
         """The probability ``p_ij`` under which the gradient of a pair may be left out, ``[B]``.
@@ -171,7 +176,8 @@ class Problem(NamedTuple):
         Raises:
             IndexError: a domain id or a target out of range, on a CPU. On other devices such a row
                 weighs NaN instead, unless ``DWL_KERNELS_CHECK=1`` asks for the error.
-            ValueError: a negative weight, under the same conditions.
+            ValueError: a negative weight, or a tensor of temperatures that are not positive and
+                finite, under the same conditions.
         """
         rows = self.query.shape[0]
         if self.example_weights is None:
@@ -185,6 +191,7 @@ class Problem(NamedTuple):
         if self.domain_ids is not None:
             weight = example * mean_domain_weight(self.domain_ids, self._weights(), active)
         weight = self._weight_inside(weight, active)
+        weight = self._weight_of_temperatures(weight, active)
         if active is not None:
             weight = torch.where(active, weight, 0.0)
         negative = weight < 0
@@ -213,6 +220,29 @@ class Problem(NamedTuple):
             if ids is not None:
                 outside = ids_outside(name, ids, self.candidates.shape[0], active)
                 weight = weight if outside is None else weight.masked_fill(outside, torch.nan)
+        return weight
+
+    def _weight_of_temperatures(self, weight: Tensor, active: Tensor | None) -> Tensor:
+        """`weight`, NaN in rows whose temperature is not a positive finite number."""
+        tau = self.temperature
+        if tau is None:
+            return weight
+        checks = checks_values(tau.device)
+        if checks and tau.numel():
+            low, high = tau.aminmax()  # of NaN, NaN
+            if float(low) > 0 and float(high) < math.inf:
+                return weight
+        wrong = ~((tau > 0) & (tau < torch.inf))
+        if tau.dim() and active is not None:
+            wrong &= active
+        if not checks:
+            return weight.masked_fill(wrong, torch.nan)
+        if bool(wrong.any()):
+            where = f" in row {int(wrong.nonzero()[0])}" if tau.dim() else ""
+            raise ValueError(
+                f"temperature is {float(tau[wrong].flatten()[0]):g}{where}; wanted a positive, "
+                "finite number"
+            )
         return weight
 
     def _weights(self) -> Tensor:

@@ -109,7 +109,7 @@ def solve(
         order, count = _packed(weights.active)
         if p.in_batch:
             candidate_order, candidate_count = _packed_candidates(p, order, count)
-    tau = p.temperatures()
+    tau = p.temperatures(weights.active)
     coefficient = eager.row_coefficients(weights, row_grad)
     positive_log_q = p.positive_log_q
     if p.correction == "standard":
@@ -139,7 +139,7 @@ def solve(
         "tau": _take(tau, order),
         "coefficient": _take(coefficient, order),
         "positive_log_q": _take(positive_log_q, order),
-        "candidate_log_q": _take(p.candidate_log_q, candidate_order),
+        "candidate_log_q": _take(eager.log_q_of_candidates(p), candidate_order),
         "row_ids": _take(p.positive_ids, order, torch.int64),
         "candidate_ids": _take(p.candidate_ids, candidate_order, torch.int64),
         "narrowing": narrowing,

@@ -50,7 +50,7 @@ def solve(
             candidates,
             _contiguous(problem.target),
             _contiguous(problem.candidate_rows),
-            problem.temperatures().contiguous(),
+            problem.temperatures(weights.active).contiguous(),
             eager.row_coefficients(weights, row_grad).contiguous(),
             *(_contiguous(t) for t in (problem.positive_log_q, problem.candidate_log_q)),
             weights.active,
@@ -59,7 +59,7 @@ def solve(
             wanted.candidates,
         )
         return _output(problem, wanted, weights, row_grad, query, *output)
-    tau, score, shift = problem.temperatures(), None, None
+    tau, score, shift = problem.temperatures(weights.active), None, None
     if problem.dual is not None:
         score, shift, tau = chunked.dual_scale(problem, weights, query, positive, candidates)
         shift, tau = shift[:, 0], tau[:, 0]
@@ -70,7 +70,10 @@ def solve(
         None if problem.target is None else problem.own_columns(),
         tau.contiguous(),
         eager.row_coefficients(weights, row_grad),
-        *(_contiguous(t) for t in (eager.log_q_of_positives(problem), problem.candidate_log_q)),
+        *(
+            _contiguous(t)
+            for t in (eager.log_q_of_positives(problem), eager.log_q_of_candidates(problem))
+        ),
         *(_contiguous(t) for t in (score, shift)),
         *(_contiguous(t, torch.int64) for t in (problem.positive_ids, problem.candidate_ids)),
         problem.skippable_below(weights),
