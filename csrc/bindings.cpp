@@ -83,6 +83,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sampled_softmax(
   const int64_t rows = query.size(0), n = candidates.size(0), dim = query.size(1);
   constexpr int64_t kMost = std::numeric_limits<int>::max() - 1;  // of the BLAS interface
   TORCH_CHECK(n <= kMost && dim < kMost, "more than 2^31 - 2 candidates or dimensions");
+  TORCH_CHECK(dim > 0, "query has embeddings of size 0; wanted at least 1");
   TORCH_CHECK(!positive.has_value() || !target.has_value(),
               "the positives are given, or are candidates: wanted positive or target, not both");
   TORCH_CHECK(positive_ids.has_value() == candidate_ids.has_value(),
@@ -179,6 +180,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> indexed_softmax(
   TORCH_CHECK(query.dim() == 2 && table.dim() == 2 && candidate_ids.dim() == 2,
               "query, table and candidate_ids must be matrices");
   const int64_t rows = query.size(0), dim = query.size(1), n = candidate_ids.size(1);
+  TORCH_CHECK(dim > 0, "query has embeddings of size 0; wanted at least 1");
   const auto dtype = query.scalar_type();
   check(query, "query", {rows, dim}, dtype);
   check(table, "table", {table.size(0), dim}, table.scalar_type());
@@ -234,7 +236,8 @@ std::tuple<Tensor, Tensor> table_gradient(const Tensor& source, at::TensorList i
                                           at::TensorList coefficients, int64_t table_rows,
                                           at::ScalarType dtype, bool compact) {
   TORCH_CHECK(source.dim() == 2, "source must be a matrix");
-  TORCH_CHECK(table_rows >= 0, "table_rows must not be negative");
+  TORCH_CHECK(table_rows >= 0, "table_rows is ", table_rows, "; wanted at least 0");
+  TORCH_CHECK(!ids.empty(), "ids is an empty list; wanted at least one tensor");
   TORCH_CHECK(coefficients.empty() || coefficients.size() == ids.size(),
               "wanted coefficients for all ids, or for none");
   const int64_t rows = source.size(0), dim = source.size(1);
