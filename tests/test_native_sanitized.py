@@ -15,7 +15,7 @@ import pytest
 from dwl_kernels import _build
 
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-FLAGS = ["-std=c++20", "-O1", "-g1", "-fopenmp", *SANITIZERS]
+FLAGS = ["-std=c++20", "-Og", "-fopenmp", *SANITIZERS]
 DRIVER = Path(__file__).parent / "sanitize" / "cpu_kernels.cpp"
 
 

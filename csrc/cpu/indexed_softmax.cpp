@@ -131,6 +131,7 @@ void indexed_softmax_cpu(const IndexedProblem<T, S>& p, const IndexedGradients<T
 
 #pragma omp parallel for num_threads(team) schedule(static, 1)
   for (int part = 0; part < team; ++part) {
+    const FlushToZero flush;
     const int64_t last = num_rows * (part + 1) / team;
     for (int64_t r = num_rows * part / team; r < last; ++r) {
       const int64_t i = rows[r];

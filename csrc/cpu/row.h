@@ -8,7 +8,28 @@
 #include <limits>
 #include <type_traits>
 
+#ifdef __SSE__
+#include <xmmintrin.h>
+#endif
+
 namespace dwl {
+
+// While it lives, results of this thread that are too small for all their digits are 0. Some
+// processors take a hundred times as long for them, and logits far apart make many.
+class FlushToZero {
+#ifdef __SSE__
+ public:
+  FlushToZero() { _mm_setcsr(before_ | _MM_FLUSH_ZERO_ON); }
+  ~FlushToZero() { _mm_setcsr(before_); }
+  FlushToZero(const FlushToZero&) = delete;
+
+ private:
+  const unsigned before_ = _mm_getcsr();
+#else
+ public:
+  FlushToZero() {}  // not trivial, so that nobody finds it unused
+#endif
+};
 
 template <typename T>
 constexpr T kInfinity = std::numeric_limits<T>::infinity();

@@ -110,6 +110,7 @@ template <typename T>
 void Kernel<T>::run() {
 #pragma omp parallel num_threads(team_.size())
   {
+    const FlushToZero flush;
     team_.each([&](Part& w) {
       const int64_t count = w.last - w.first;
       T *dc = dc_of(w.group), *d_log_q = d_log_q_of(w.group);
