@@ -86,7 +86,6 @@ void indexed_softmax_cpu(const IndexedProblem<T, S>& p, const IndexedGradients<T
     row.coefficient = p.coefficient[i];
     row.count = n;
     row.refined = p.refined;
-    const T inverse = T(1) / row.tau;
     for (int64_t j = 0; j < n; ++j) {
       if (j + kAhead < n) {
         fetch(p.table + ids[j + kAhead] * dim, dim);
@@ -98,11 +97,11 @@ void indexed_softmax_cpu(const IndexedProblem<T, S>& p, const IndexedGradients<T
         --row.count;
         continue;
       }
-      s[j] = dot_stored(query, p.table + ids[j] * dim, dim) * inverse;
+      s[j] = dot_stored(query, p.table + ids[j] * dim, dim) / row.tau;
       if (log_q != nullptr) s[j] -= log_q[j];
     }
     const S* positive = p.table + p.positive_ids[i] * dim;
-    row.z_positive = dot_stored(query, positive, dim) * inverse;
+    row.z_positive = dot_stored(query, positive, dim) / row.tau;
     if (p.positive_log_q != nullptr) {
       row.positive_log_q = p.positive_log_q + i;
       if (!p.refined) row.z_positive -= p.positive_log_q[i];

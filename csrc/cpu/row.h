@@ -43,11 +43,11 @@ inline float exp_below_one(float x) {
   const float n = t - kRound;
   float r = x - n * 0.693359375f;
   r = r + n * 2.12194440e-4f;
-  float p = 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
+  float p = 1.3814540026e-3f;
+  p = p * r + 8.3687451126e-3f;
+  p = p * r + 4.1668390787e-2f;
+  p = p * r + 1.6666520399e-1f;
+  p = p * r + 4.9999993432e-1f;
   p = p * r * r + r + 1.0f;
   const float power = std::bit_cast<float>(std::bit_cast<uint32_t>(t) << 23);
   return x < -87.0f ? 0.0f : p * power;
@@ -75,16 +75,31 @@ T row_max(const T* s, int64_t n) {
   return nan ? std::numeric_limits<T>::quiet_NaN() : top;
 }
 
-// s <- s scale + bias + shift, bias [n] or null. Logits are rounded here, before their maximum is
-// taken: at 1e38 an exact product, as a fused instruction subtracts from, is far from the maximum.
+// 1 / x in two terms, with which a product is as exact as a division. Neither is negative, so that
+// an infinite factor stays infinite.
 template <typename T>
-void row_logits(T* s, T scale, const T* bias, T shift, int64_t n) {
+struct Inverse {
+  T high = 1, low = 0;
+  Inverse() = default;
+  explicit Inverse(T x) : high(T(1) / x) {
+    const T less = high * (1 - std::numeric_limits<T>::epsilon());
+    const T rest = std::fma(-less, x, T(1)) / x;
+    if (std::isfinite(rest)) high = less, low = rest;
+  }
+};
+
+// s <- s / tau + bias + shift, bias [n] or null. Logits are rounded here, before their maximum is
+// subtracted: at 1e38 an exact product, as a fused instruction subtracts from, is far from it.
+template <typename T>
+void row_logits(T* s, Inverse<T> tau, const T* bias, T shift, int64_t n) {
   if (bias == nullptr) {
 #pragma omp simd
-    for (int64_t j = 0; j < n; ++j) s[j] = s[j] * scale + shift;
+    for (int64_t j = 0; j < n; ++j) s[j] = s[j] * tau.high + (s[j] * tau.low + shift);
   } else {
 #pragma omp simd
-    for (int64_t j = 0; j < n; ++j) s[j] = s[j] * scale + (bias[j] + shift);
+    for (int64_t j = 0; j < n; ++j) {
+      s[j] = s[j] * tau.high + (s[j] * tau.low + (bias[j] + shift));
+    }
   }
 }
 
@@ -133,6 +148,7 @@ void add_scaled(T a, const T* x, int64_t n, T* to) {
 template <typename T>
 struct Row {
   T tau;
+  Inverse<T> inverse;       // 1 / tau
   T coefficient;            // a_i / r_i
   T z_positive;             // corrected by log-Q unless refined
   const T* positive_log_q;  // [1], or null
@@ -180,7 +196,7 @@ RowResult<T> finish_row(const Row<T>& row, T m, double sum) {
   }
   RowResult<T> result{static_cast<T>(loss), static_cast<T>(total), 0, 0};
   if (a != 0) {
-    result.scale = static_cast<T>(a / (row.tau * total));
+    if (top != -kInfinity<double>) result.scale = static_cast<T>(a / (row.tau * total));
     result.positive = static_cast<T>(d_positive / row.tau);
   }
   return result;

@@ -153,10 +153,13 @@ void Kernel<T>::begin(Part& w, int64_t round) {
     Row<T>& row = w.rows[r];
     row.tau = p_.tau[i];
     row.coefficient = p_.coefficient[i];
-    row.z_positive = dot(p_.query + i * d, p_.positive_of(i), d) * (T(1) / row.tau);
+    row.inverse = Inverse<T>(row.tau);
     row.positive_log_q = p_.positive_log_q != nullptr ? p_.positive_log_q + i : nullptr;
     row.refined = p_.refined;
-    if (!p_.refined && p_.positive_log_q != nullptr) row.z_positive -= p_.positive_log_q[i];
+    const bool corrected = !p_.refined && p_.positive_log_q != nullptr;
+    const T bias = corrected ? -p_.positive_log_q[i] : T(0);
+    row.z_positive = dot(p_.query + i * d, p_.positive_of(i), d);
+    row_logits(&row.z_positive, row.inverse, &bias, T(0), 1);
     if (!p_.refined) continue;
     row.count = p_.candidates - padded_ - (p_.positive == nullptr);
     if (p_.positive_ids == nullptr) continue;
@@ -177,7 +180,7 @@ void Kernel<T>::logits(Part& w, int64_t j0, int64_t j1, T* s) {
   const T* bias = bias_.empty() ? nullptr : bias_.data() + j0;
   for (size_t r = 0; r < w.row.size(); ++r, s += w.stride) {
     const int64_t i = w.row[r];
-    row_logits(s, T(1) / w.rows[r].tau, bias, shift(i), width);
+    row_logits(s, w.rows[r].inverse, bias, shift(i), width);
     if (p_.positive == nullptr && p_.own(i) >= j0 && p_.own(i) < j1) {
       s[p_.own(i) - j0] = -kInfinity<T>;
     }
