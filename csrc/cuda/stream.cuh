@@ -108,8 +108,7 @@ __device__ __forceinline__ void exclude(const Program<S>& p, const Passing& bloc
     const int64_t* ids = p.shared.integers[block.buffer][kId];
     const bool counted = MODE == Mode::kRows && p.call.refined;
     for_each<S>(p, s, [&](Number& z, int column, int mt, int h) {
-      const int64_t id = p.shared.id[p.row_of(mt, h)];
-      const bool hit = id == ids[column] && id != kNoItem;
+      const bool hit = p.shared.id[p.row_of(mt, h)] == ids[column];
       if (hit) z = -INF;
       if (counted) totals.hits[mt][h] += hit && column < block.remaining ? 1 : 0;
     });

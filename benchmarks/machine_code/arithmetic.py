@@ -29,7 +29,7 @@ PER_EXAMPLE = (65536, 128, 1 << 20)  # B, K and rows of the table, for candidate
 
 
 def clocks(row: dict[str, Any], left_out: bool = False) -> dict[str, float]:
-    """Clocks per element of the logits, by resource, of a row of the table of `benchmarks.aot`.
+    """Clocks per element of the logits, by resource, of a row of the table of `triton_shared`.
 
     `left_out`: where a `skip_threshold` leaves every block out of the gradients.
     """
@@ -44,7 +44,7 @@ def clocks(row: dict[str, Any], left_out: bool = False) -> dict[str, float]:
     if row["dtype"] == "float16":
         products, passes = products + 1, passes + 1
     else:
-        del loops[-2]  # the search for the maxima, rarely run
+        del loops[-3]  # the search for the maxima, rarely run
     return {
         "tensor": 2 * d * products / (MATMUL * 2 / size),
         "exponentials": exponentials / EXPONENTIALS,
@@ -59,7 +59,7 @@ FLOAT64 = ("DFMA", "DADD", "DMUL", "DSETP")
 
 
 def cuda_clocks(row: dict[str, Any]) -> dict[str, float]:
-    """The same of a row of the table of `benchmarks.aot_cuda`."""
+    """The same of a row of the table of `cuda`."""
     d, tiles = row["D"], row["tiles"]
     element, searched = TYPES[row["dtype"]]
     loops = row["loops"][0 if searched else 1 :]  # else the maxima are rarely searched
@@ -102,7 +102,7 @@ def predicted_us(row: dict[str, Any], clocks: dict[str, float]) -> int | None:
 
 
 def predicted_by_row_us(row: dict[str, Any]) -> int | None:
-    """Microseconds for `PER_EXAMPLE` of a row of the table of `benchmarks.aot_indexed`.
+    """Microseconds for `PER_EXAMPLE` of a row of the table of `triton_per_row`.
 
     The loss reads a table row and an id for every pair, writes its logit, reads it and writes the
     coefficient. The gradient of the table reads order, coefficient and, from L2, a row of the

@@ -1,35 +1,23 @@
-"""Compile the CUDA kernel ahead of time and count what the machine code does.
-
-``python -m benchmarks.aot_cuda OUT`` needs `nvcc` and no GPU. It compiles every type and width for
-capability 9.0, a few for others, and writes ``OUT/aot-cuda.json`` and
-``OUT/aot-cuda.md``, in the terms of `benchmarks.aot`.
-"""
+"""The CUDA kernel, compiled by `nvcc` and counted in the terms of `triton_shared`."""
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
 import subprocess
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.arithmetic import cuda_clocks, predicted_us
-from benchmarks.machine_code import machine_code, step_loops
-from benchmarks.stamp import stamp
+from benchmarks.machine_code.arithmetic import cuda_clocks, predicted_us
+from benchmarks.machine_code.sass import machine_code, step_loops
 from dwl_kernels import _build, _build_cuda
 from dwl_kernels.backends.cuda_tiles import (
     MATH,
     TF32,
-    WIDTHS,
     Math,
     Tiles,
     Variant,
-    shared_limit,
     tiles,
 )
 
@@ -93,26 +81,18 @@ def count(binary: bytes, math: Math, width: int, capability: int) -> dict[str, A
     return {**row, "clocks": clocks, "predicted_us": predicted_us(row, clocks)}
 
 
-def rows() -> list[tuple[Math, int, int]]:
-    """Everything on 9.0, where shared memory of 8.6, 8.9 and 12.0 asks for other tiles, and
-    the commonest of 8.0, 10.0 and 12.0."""
-    found = [(math, width, 90) for math in MATHS for width in WIDTHS]
-    found += [
-        (math, width, arch)
-        for arch in (86, 89, 120)
-        for math in MATHS
-        for width in WIDTHS
-        if variant_of(math, width, 90).shared_bytes > shared_limit(divmod(arch, 10))
-    ]
-    found += [(NARROW, width, arch) for width in (64, 128, 256) for arch in (80, 100, 120)]
-    found += [(MATH[torch.float32], 128, arch) for arch in (80, 100, 120)]
-    return list(dict.fromkeys(found))
+Row = tuple[Math, int, int]  # type, D up to, capability
 
 
-def sources_stamp() -> str:
-    """Of what `nvcc` reads."""
-    kernel = [path for path in SOURCES.iterdir() if path.suffix in (".cu", ".cuh")]
-    return stamp([*kernel, SOURCES / "call.h", SOURCES / "shares.h"], _build_cuda.FLAGS)
+def rows() -> list[Row]:
+    """The usual widths of every type on 9.0, and the commonest on others."""
+    found = [(math, width, 90) for math in MATHS for width in (64, 128, 256)]
+    return found + [(NARROW, width, arch) for width in (64, 128) for arch in (80, 86, 100, 120)]
+
+
+def compiled_and_counted(row: Row) -> dict[str, Any]:
+    math, width, capability = row
+    return count(compiled(variant_of(math, width, capability), capability), math, width, capability)
 
 
 def markdown(table: list[dict[str, Any]], compiler: str) -> str:
@@ -121,7 +101,7 @@ def markdown(table: list[dict[str, Any]], compiler: str) -> str:
         "One kernel takes every option at run time; what a branch skips is not counted, options",
         "and copies among it. Instructions of one step per element of the logits: a search for",
         "maxima (Half, Float32 and Float64 always, else rarely run), phase 1, phase 2. Predicted,",
-        "not measured: what `benchmarks/arithmetic.py` makes of the counts for B = N = 8,192 on an",
+        "not measured: what `arithmetic` makes of the counts for B = N = 8,192 on an",
         "H200, in microseconds, and the resource that takes most of it.",
         "",
         f"| capability | type | D up to | {' '.join(Tiles._fields)} | registers | stack |"
@@ -140,20 +120,3 @@ def markdown(table: list[dict[str, Any]], compiler: str) -> str:
             f" {predicted or ''} | {most} |"
         )
     return "\n".join(lines) + "\n"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("out", type=Path)
-    arguments = parser.parse_args()
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        table = list(pool.map(lambda row: count(compiled(variant_of(*row), row[2]), *row), rows()))
-    compiler = _build_cuda.nvcc_version()
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    result = {"compiler": compiler, "stamp": sources_stamp(), "kernels": table}
-    (arguments.out / "aot-cuda.json").write_text(json.dumps(result, indent=1) + "\n")
-    (arguments.out / "aot-cuda.md").write_text(markdown(table, compiler))
-
-
-if __name__ == "__main__":
-    main()

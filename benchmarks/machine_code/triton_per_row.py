@@ -1,26 +1,21 @@
-"""Compile the Triton kernels of candidates by row ahead of time and look at their gathers.
+"""The Triton kernels of candidates by row, and of the gradient of their table, compiled.
 
-``python -m benchmarks.aot_indexed OUT`` needs no GPU. For capabilities 8.0, 9.0 and 10.0 it writes
-``OUT/aot-indexed-3.9.json`` and ``OUT/aot-indexed-3.9.md``, named after the version of Triton:
-registers, stack and shared memory, and of each loop that gathers embeddings what one turn of it
-executes, its loads of 128 bits and its spills. ``make tables`` writes the committed tables anew.
+Counts registers, stack and shared memory, and of each loop that gathers embeddings what one turn of
+it executes, its loads of 128 bits and its spills.
 """
 
 from __future__ import annotations
 
 import collections
 import re
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 import triton
 
-from benchmarks.aot import BACKENDS, CAPABILITIES, Launch, compiled_for, decided
-from benchmarks.aot_table import Table, main
-from benchmarks.arithmetic import predicted_by_row_us
-from benchmarks.machine_code import machine_code
-from benchmarks.stamp import stamp, triton_files
+from benchmarks.machine_code.arithmetic import predicted_by_row_us
+from benchmarks.machine_code.sass import machine_code
+from benchmarks.machine_code.triton_shared import Launch, compiled_for
 from dwl_kernels.backends import triton_call as host
 from dwl_kernels.backends import triton_table
 from dwl_kernels.backends.triton_common import Call, Inputs, Outputs
@@ -119,18 +114,15 @@ SUM = "table gradient"
 
 
 def rows() -> list[Row]:
-    """Every D on every capability for the plain problem; the rest at D = 64 and 128."""
+    """The usual widths on 9.0, and one on each other capability."""
     found: list[Row] = []
-    for capability in CAPABILITIES:
-        for dtype in (torch.bfloat16, torch.float32):
-            for d in (16, 32, 64, 96, 128, 256):
-                found.append(("loss, plain, mean", capability, d, dtype))
-                found.append((SUM, capability, d, dtype))
-    for reduction in ("weighted_mean", "none"):
-        for d, dtype in ((64, torch.bfloat16), (128, torch.float16), (128, torch.float32)):
-            found.append((f"loss, everything, {reduction}", 90, d, dtype))
+    for dtype in (torch.bfloat16, torch.float32):
+        for d in (64, 128, 256):
+            found += [("loss, plain, mean", 90, d, dtype), (SUM, 90, d, dtype)]
+        found.append(("loss, everything, none", 90, 128, dtype))
     for capability in (80, 100):
         found.append(("loss, everything, none", capability, 128, torch.bfloat16))
+        found.append((SUM, capability, 128, torch.bfloat16))
     return found
 
 
@@ -140,13 +132,6 @@ def launch_of(row: Row) -> Launch:
         return sum_launch(d, dtype)
     _, options, reduction = name.split(", ")
     return loss_launch(d, dtype, options == "everything", reduction)
-
-
-def stamp_of(table: Sequence[Row]) -> str:
-    """The stamp of the kernels and of the forms that these rows compile."""
-    files = (triton_files(BACKENDS / f"triton_{name}.py") for name in ("indexed", "table"))
-    forms = [(row[1], decided(launch_of(row))) for row in table]
-    return stamp({file for several in files for file in several}, *forms)
 
 
 def count(row: Row) -> dict[str, Any]:
@@ -192,7 +177,7 @@ def markdown(table: list[dict[str, Any]]) -> str:
         "gradient takes 4 places of every id: of short ranges, then, of long ones, the sums of",
         "chunks and the rest. Per element: instructions of a lane for a pair of a row and a",
         "candidate in the loop that gathers. Predicted: microseconds for the shape",
-        "`per-example` at this D on an H200, by `benchmarks/arithmetic.py`; nothing was measured.",
+        "`per-example` at this D on an H200, by `arithmetic`; nothing was measured.",
         "",
         "| capability | kernel | D | dtype | registers | stack | shared KB |"
         " instructions a turn | loads, of them 128 bits | spills | per element | predicted |",
@@ -209,21 +194,3 @@ def markdown(table: list[dict[str, Any]]) -> str:
             f" {r['per_element']:.1f} | {r['predicted_us'] or ''} |"
         )
     return "\n".join(lines) + "\n"
-
-
-TABLE = Table(
-    name="aot-indexed",
-    rows=rows,
-    fixed=[
-        ("loss, everything, none", 90, 128, torch.float32),
-        (SUM, 90, 64, torch.bfloat16),
-    ],
-    stamp_of=stamp_of,
-    compiled=count,
-    markdown=markdown,
-    key=("kernel", "capability", "D", "dtype"),
-    precision="highest",  # that of PyTorch; the kernel has no products of tensor cores
-)
-
-if __name__ == "__main__":
-    main(TABLE, __doc__)

@@ -1,15 +1,11 @@
-"""Compile the Triton kernel ahead of time and count what the machine code does.
+"""The Triton kernel of candidates that all rows share, compiled with its default tiles.
 
-``python -m benchmarks.aot OUT`` needs no GPU. It compiles the default tiles for capabilities 8.0,
-9.0 and 10.0 and writes ``OUT/aot-3.9.json`` and ``OUT/aot-3.9.md``, named after the version of
-Triton: registers, stack, shared memory, and for every main loop the instructions per element of the
-logits and the spills in it. ``make tables`` writes the committed tables anew.
+Counts registers, stack, shared memory, and for every main loop the instructions per element of the
+logits and the spills in it. `triton_per_row` compiles its kernels as this one does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -19,19 +15,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from benchmarks.aot_table import Table, main
-from benchmarks.arithmetic import clocks, predicted_us
-from benchmarks.machine_code import machine_code, main_loops
-from benchmarks.stamp import stamp, triton_files
+from benchmarks.machine_code.arithmetic import clocks, predicted_us
+from benchmarks.machine_code.sass import machine_code, main_loops
 from dwl_kernels.backends import triton_call as host
 from dwl_kernels.backends.triton_common import Call, Inputs, Outputs
 from dwl_kernels.backends.triton_kernels import softmax_loss_kernel
 from dwl_kernels.backends.triton_tiles import Tiles, default
 from dwl_kernels.problem import DualScale, Problem, Wanted
 from dwl_kernels.validation import full_problem, in_batch_problem, sampled_problem
-
-BACKENDS = Path(host.__file__).parent
-CAPABILITIES = (80, 90, 100)
 
 
 def example(
@@ -100,17 +91,6 @@ def launch_of(
     return Launch((call, *buffers, *sizes, *numbers), host.launch_options(tiles))
 
 
-def decided(value: Any) -> Any:
-    """The arguments of a launch as far as the compiler sees them: of a tensor, its type."""
-    if isinstance(value, Tensor):
-        return str(value.dtype)
-    if isinstance(value, dict):
-        return sorted(value.items())
-    if isinstance(value, tuple):
-        return [decided(one) for one in value]
-    return str(getattr(value, "value", value))  # of a `tl.constexpr`, what it holds
-
-
 def compiled_for(capability: int, kernel: Any, launch: Launch) -> Any:
     """A kernel as the launch would compile it on such a device."""
     target = GPUTarget("cuda", capability, 32)
@@ -139,12 +119,6 @@ def prepared(row: Row) -> tuple[Tiles, Launch]:
 
 def exact(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
-
-
-def stamp_of(table: Sequence[Row]) -> str:
-    """The stamp of the kernel and of the forms that these rows compile."""
-    forms = [(row[4], decided(prepared(row)[1])) for row in table]
-    return stamp(triton_files(BACKENDS / "triton_kernels.py"), *forms)
 
 
 def count(row: Row) -> dict[str, Any]:
@@ -182,34 +156,24 @@ def count(row: Row) -> dict[str, Any]:
 
 
 def rows() -> list[Row]:
-    """Every row of the tile tables: plain, with everything, and with a second query."""
-    found = [
-        ("sampled", d, dtype, False, capability, "mean")
-        for capability in CAPABILITIES
-        for dtype in (torch.bfloat16, torch.float32)
-        for d in (16, 32, 64, 128, 256)
-    ]
-    found += [
-        (kind, d, torch.bfloat16, True, capability, reduction)
-        for capability in CAPABILITIES
-        for d in ((16, 32, 64, 128, 256) if capability == 90 else (64, 128, 256))
-        for kind, reduction in (("in-batch", "none"), ("full", "mean"), ("dual", "none"))
-    ]
-    found += [
-        ("skip", d, torch.bfloat16, True, capability, "mean")
-        for capability in CAPABILITIES
-        for d in (64, 128, 256)
-    ]
-    found += [("sampled", 128, torch.bfloat16, True, 90, r) for r in ("weighted_mean", "none")]
-    found += [("in-batch", 128, torch.bfloat16, True, 90, "weighted_mean")]
-    for kind in ("in-batch", "full", "skip", "dual"):
-        found += [(kind, 128, torch.bfloat16, False, 90, "mean")]
-    for kind in ("sampled", "full", "skip", "dual"):
-        found += [(kind, 128, torch.float16, False, 90, "mean")]
-        found += [(kind, 128, torch.float32, True, 90, "mean")]
-    found += [("sampled", 96, torch.bfloat16, True, 80, "mean")]
-    found += [("sampled", d, torch.bfloat16, False, 120, "mean") for d in (64, 128, 256)]
-    found += [("in-batch", d, torch.bfloat16, True, 120, "none") for d in (64, 128)]
+    """On 9.0 every form at the usual widths; on others the plain one and the one with most on."""
+    widths = (64, 128, 256)
+    bf16, f16, f32 = torch.bfloat16, torch.float16, torch.float32
+    found: list[Row] = [("sampled", d, bf16, False, 90, "mean") for d in (16, 32, *widths)]
+    found += [("sampled", d, f32, False, 90, "mean") for d in widths]
+    found += [(kind, 128, f16, False, 90, "mean") for kind in ("sampled", "dual")]
+    found += [(kind, 128, bf16, False, 90, "mean") for kind in ("in-batch", "full", "dual")]
+    for kind, reduction in (
+        ("sampled", "mean"),
+        ("in-batch", "none"),
+        ("full", "mean"),
+        ("skip", "mean"),
+        ("dual", "none"),
+    ):
+        found += [(kind, d, bf16, True, 90, reduction) for d in widths]
+    for capability in (80, 100, 120):
+        found += [("sampled", 128, bf16, False, capability, "mean")]
+        found += [("in-batch", 128, bf16, True, capability, "none")]
     return found
 
 
@@ -221,11 +185,11 @@ def markdown(table: list[dict[str, Any]]) -> str:
     """The table, one line per kernel; loops in their order: phase 1, its maxima, phase 2."""
     lines = [
         f"Triton {triton.__version__}. Per element: what one turn of a main loop executes, over",
-        "the elements of the logits that a thread holds. Loops: with the dual scale its own, phase",
-        "1, the search for the maxima (float16 has it before, the others rarely run it), phase 2.",
+        "the elements of the logits that a thread holds. Loops: with the dual scale its own, the",
+        "search for the maxima (always run in float16, else rarely), phase 1, phase 2.",
         "`skip` is the full softmax with a `skip_threshold`: where nothing is left out of the",
         "gradients, and after the stroke where every block is. Predicted: what",
-        "`benchmarks/arithmetic.py` makes of the counts, us for B = N = 8,192 on an H200:",
+        "`arithmetic` makes of the counts, us for B = N = 8,192 on an H200:",
         "nothing was measured.",
         "",
         "| capability | problem | D | dtype | BM BN CM CN stages warps programs | registers |"
@@ -246,24 +210,3 @@ def markdown(table: list[dict[str, Any]]) -> str:
             f" {predicted} |"
         )
     return "\n".join(lines) + "\n"
-
-
-# Between them the fixed ones have every loop, with what needs most registers.
-TABLE = Table(
-    name="aot",
-    rows=rows,
-    fixed=[
-        ("sampled", 64, torch.bfloat16, False, 90, "mean"),
-        ("in-batch", 128, torch.bfloat16, True, 90, "none"),
-        ("skip", 128, torch.bfloat16, True, 90, "mean"),
-        ("dual", 64, torch.bfloat16, True, 90, "none"),
-    ],
-    stamp_of=stamp_of,
-    compiled=count,
-    markdown=markdown,
-    key=("capability", "problem", "reduction", "D", "dtype"),
-    precision="high",  # tf32, the faster choice
-)
-
-if __name__ == "__main__":
-    main(TABLE, __doc__)
