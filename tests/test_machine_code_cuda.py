@@ -15,14 +15,14 @@ pytest.importorskip("triton")  # its tools read the machine code
 from benchmarks.machine_code import arithmetic
 from benchmarks.machine_code import cuda as counts
 from benchmarks.machine_code.sass import TOOLS
-from dwl_kernels import _build, _build_cuda
+from dwl_kernels import _build_cuda, _cache
 from dwl_kernels.backends import cuda_tiles
 
 
 def _missing() -> str | None:
     try:
         _build_cuda.nvcc()
-    except _build.BuildError as error:
+    except _cache.BuildError as error:
         return str(error)
     return None
 

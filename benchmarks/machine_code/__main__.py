@@ -14,7 +14,7 @@ import torch
 import triton
 
 from benchmarks.machine_code import cuda, triton_per_row, triton_shared
-from dwl_kernels import _build, _build_cuda
+from dwl_kernels import _build_cuda, _cache
 
 RESULTS = Path(__file__).parent.parent / "results" / "machine-code"
 VERSION = ".".join(triton.__version__.split(".")[:2])
@@ -54,7 +54,7 @@ def main() -> None:
         (out / f"triton-per-row-{VERSION}.md").write_text(triton_per_row.markdown(table))
     try:
         compiler = _build_cuda.nvcc_version()
-    except _build.BuildError as error:
+    except _cache.BuildError as error:
         print(f"no table of the CUDA kernel: {error}")
         return
     with ThreadPoolExecutor(os.cpu_count()) as pool:

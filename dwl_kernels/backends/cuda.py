@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dwl_kernels import _build_cuda
-from dwl_kernels._build import BuildError
+from dwl_kernels._cache import BuildError
 from dwl_kernels.backends import cuda_tiles, eager
 from dwl_kernels.backends.cuda_tiles import MAX_D, Variant
 from dwl_kernels.backends.device import why_unfit

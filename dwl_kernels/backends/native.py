@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dwl_kernels import _build
+from dwl_kernels._cache import BuildError
 from dwl_kernels.backends import chunked, eager
 from dwl_kernels.problem import Output, Problem, RowWeights, Wanted, accumulate_dtype
 
@@ -23,7 +24,7 @@ def why_not() -> str | None:
     """Why the CPU kernel cannot run here and the mend; None where it can. Compiles on first use."""
     try:
         _build.load_cpu()
-    except _build.BuildError as error:
+    except BuildError as error:
         return str(error)
     _register_fake()
     return None
