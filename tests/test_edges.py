@@ -19,13 +19,6 @@ ROWS, CANDIDATES = 6, 9
 INF, NAN = torch.inf, torch.nan
 
 
-@pytest.fixture(autouse=True)
-def fresh_memory_holds_nan() -> Any:
-    torch.use_deterministic_algorithms(True)  # PyTorch then fills what it allocates
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 def problem(kind: str, **options: Any) -> tuple[cases.Case, cases.Inputs]:
     case = cases.Case(
         f"edges of {kind}",

@@ -168,4 +168,4 @@ def _register_fake() -> None:
     def fake_gradient(source, ids, coefficients, table_rows, dtype, compact):  # type: ignore[no-untyped-def]
         rows = torch.library.get_ctx().new_dynamic_size() if compact else table_rows
         values = source.new_empty((rows, source.shape[1]), dtype=dtype)
-        return values, ids[0].new_empty(rows if compact else 0)
+        return values, source.new_empty(rows if compact else 0, dtype=torch.int64)
