@@ -300,9 +300,10 @@ def test_nan_positive_of_the_batch_leaves_padded_rows_zero(backend: str) -> None
             assert not got[name][[2, 4]].any(), name
 
 
-def test_row_of_weight_zero_gives_zeros_whatever_it_holds(backend: str) -> None:
+@pytest.mark.parametrize("correction", ["standard", "refined"])
+def test_row_of_weight_zero_gives_zeros_whatever_it_holds(backend: str, correction: str) -> None:
     """Its domain weighs nothing; unlike padding it counts in the mean."""
-    case, inputs = problem("sampled", reduction="mean")
+    case, inputs = problem("sampled", reduction="mean", correction=correction)
     inputs["domain_ids"] = torch.tensor([0, 0, 1, 0, 0, 0])
     inputs["domain_weights"] = torch.tensor([1.0, 0.0], dtype=torch.float64)
     expected = case.loss(inputs, "eager")

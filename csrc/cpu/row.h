@@ -179,7 +179,7 @@ RowResult<T> finish_row(const Row<T>& row, T m, double sum) {
     double r = 1 / (1 + std::exp(z_positive - (lse - std::log(double(row.count)))));
     if (lse == -kInfinity<double>) r = 0;
     loss = r == 0 ? 0 : r * (lse - z_positive);
-    a *= r;
+    if (a != 0) a *= r;  // r may be NaN
     d_positive = -a;
     total = std::isinf(m) ? 1 : sum;
   } else if (top == kInfinity<double> && z_positive < top) {

@@ -88,8 +88,9 @@ __device__ __forceinline__ void finish_rows(const Program<S>& given, int tile, i
       row_loss = odds < 1 ? log1p(odds) : large;
       p_positive_minus_1 = total == INF ? -1 : -total / all_terms;
     }
-    const Number a = p.numbers(call.coefficient)[known] * r_i;
-    const bool nothing = a == 0;  // exact zeros, also where p overflowed
+    Number a = p.numbers(call.coefficient)[known];
+    if (a != 0) a *= r_i;
+    const bool nothing = a == 0;  // exact zeros, also where p overflowed or r is NaN
     const Number coefficient = a / tau;
     const Number d_positive = nothing ? 0 : coefficient * p_positive_minus_1;
 

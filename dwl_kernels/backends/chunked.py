@@ -75,7 +75,7 @@ def solve(
             log_q = None if problem.positive_log_q is None else problem.positive_log_q[rows]
             lse, r = eager.refine(lse_candidates, z_positive, log_q, count)
             row_loss[rows] = torch.where(r == 0, 0.0, r * (lse - z_positive))
-            a = a * r[:, None]
+            a = eager.refined_coefficients(a, r[:, None])
             p_positive_minus_1 = torch.full_like(a, -1.0)
         else:
             if positive_log_q is not None:

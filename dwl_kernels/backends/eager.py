@@ -76,7 +76,7 @@ def solve(
         r = torch.ones_like(z_positive)
         row_loss, p_positive_minus_1 = compete(lse_candidates, z_positive)
     loss = reduce_rows(row_loss, weights, problem.reduction)
-    a = row_coefficients(weights, row_grad) * r
+    a = refined_coefficients(row_coefficients(weights, row_grad), r)
     # A row of weight zero gives exact zeros, also where its p overflowed or an embedding is NaN.
     nothing = (a == 0)[:, None]
     dz_positive = torch.where(nothing, 0.0, (a * p_positive_minus_1)[:, None])
@@ -297,6 +297,11 @@ def row_coefficients(weights: RowWeights, row_grad: Tensor | None) -> Tensor:
     if row_grad is not None:
         return weights.weight * row_grad
     return weights.weight if weights.norm is None else divide(weights.weight, weights.norm)
+
+
+def refined_coefficients(coefficients: Tensor, r: Tensor) -> Tensor:
+    """``a_i``: 0 where the row counts for nothing, also if its ``r_i`` is NaN."""
+    return torch.where(coefficients == 0, 0.0, coefficients * r)
 
 
 def divide(value: Tensor, norm: Tensor) -> Tensor:

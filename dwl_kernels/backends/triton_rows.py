@@ -323,7 +323,6 @@ def row_results(row, sums, call, work):
         row_loss = tl.where(r == 0, 0.0, r * (lse - z_positive / unit))
         p_positive_minus_1 = tl.full(total.shape, -1.0, dtype)
     else:
-        r = tl.full(total.shape, 1.0, dtype)
         all_terms = total + power(z_positive - reference, call, work)
         statistic = reference + logarithm(all_terms, call, work)
         # Where the positive leads, log(1 + odds) keeps the digits that lse - z+ would round away.
@@ -335,11 +334,13 @@ def row_results(row, sums, call, work):
         row_loss = tl.where(odds < 1, small, large)
         p_positive_minus_1 = tl.where(total == float("inf"), -1.0, -total / all_terms)
 
-    a = weight * r
+    a = weight
     if call.inputs.row_grad is not None:
         a *= tl.load(call.inputs.row_grad + row)
     elif (call.form.REDUCTION == "mean") or (call.form.REDUCTION == "weighted_mean"):
         a = tl.where(work.sizes.norm == 0, 0.0, a / work.sizes.norm)
+    if call.form.REFINED:
+        a = tl.where(a == 0, 0.0, a * r)  # r may be NaN
     coefficient = a / tau
     term = tl.where(weight == 0, 0.0, weight * row_loss)
     d_positive = tl.where(coefficient == 0, 0.0, coefficient * p_positive_minus_1)
