@@ -12,15 +12,19 @@ Recognised by the files present:
 
 from __future__ import annotations
 
+import argparse
 import csv
+import sys
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 ENOUGH = 4  # items of a user: two to train on, one to validate, one to test
+BYTE_ORDER_MARK = "\ufeff".encode()
 NOT_A_DOMAIN = {"", "unknown", "(no genres listed)"}
 
 
@@ -62,6 +66,11 @@ class Interactions:
         """The items of one user, oldest first."""
         return self.items[self.offsets[user] : self.offsets[user + 1]]
 
+    def describe(self, item: int) -> str:
+        """The title of an item, or its number, with its domains."""
+        domains = [self.domain_names[d] for d in self.item_domains[item] if d >= 0]
+        return f"{self.titles[item] or f'item {item}'} ({', '.join(domains) or 'no domain'})"
+
     def domain_sizes(self) -> np.ndarray:  # [num_domains] int64
         """Interactions per domain; an item counts for each of its domains."""
         domains = self.item_domains[self.items]
@@ -83,6 +92,32 @@ class Log:
     times: array[int] = field(default_factory=lambda: array("q"))
 
 
+def from_command_line(description: str | None) -> Interactions:
+    """The data set that ``--data`` names, or a synthetic one; ends the script where it is wrong.
+
+    From then on Ctrl-C ends the script with one line.
+    """
+    from dwl_kernels.examples.synthetic import synthetic
+
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--data", help="folder of a data set, ml-1m say (default: a synthetic one)")
+    folder = parser.parse_args().data
+    sys.excepthook = _without_traceback
+    try:
+        data = synthetic() if folder is None else load(folder)
+    except DataError as error:
+        sys.exit(f"error: {error}")
+    print(f"{data.name}: {data.num_users:,} users, {data.num_items:,} items", flush=True)
+    return data
+
+
+def _without_traceback(kind: Any, error: Any, traceback: Any) -> None:
+    if not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, traceback)
+        return
+    print("\ninterrupted", file=sys.stderr)
+
+
 def load(folder: str | Path) -> Interactions:
     """Read a folder of interactions in any of the formats above.
 
@@ -96,7 +131,7 @@ def load(folder: str | Path) -> Interactions:
         DataError: the folder or a file is missing, empty, truncated or in another format; or no
             item has a domain, or no user enough items.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     if not folder.is_dir():
         problem = "is a file, give its folder" if folder.exists() else "there is no such folder"
         raise DataError(folder, None, problem)
@@ -145,9 +180,10 @@ def _read(
     """Hand every line to `parse`; what it raises becomes a `DataError` with file and line."""
     number, line = 0, ""
     try:
-        with path.open(encoding=encoding) as file:
-            for line in file:
+        with path.open("rb") as file:  # decoded line by line, so that an error has its line
+            for raw in file:
                 number += 1
+                line = raw.removeprefix(BYTE_ORDER_MARK if number == 1 else b"").decode(encoding)
                 if not header or number > 1:
                     parse(line)
                 elif line.strip() != expected:
@@ -155,10 +191,13 @@ def _read(
     except OSError as error:
         raise DataError(path, None, f"{error.strerror}; expected lines of {expected}") from None
     except UnicodeDecodeError:
-        raise DataError(path, number + 1, f"not {encoding} text; expected {expected}") from None
+        raise DataError(path, number, f"not {encoding} text; expected {expected}") from None
     except (ValueError, OverflowError) as error:
         got = repr(line.rstrip() if len(line) <= 80 else line[:77] + "...")
         raise DataError(path, number, f"expected {expected}, got {got} ({error})") from None
+    if line and not line.endswith("\n"):
+        problem = f"the last line, {line[:80]!r}, has no end: the file is cut off"
+        raise DataError(path, number, f"{problem}; expected lines of {expected}")
     if number <= header:
         raise DataError(path, number + 1, f"the file ends here; expected lines of {expected}")
 
