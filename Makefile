@@ -58,13 +58,9 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.speed $(if $(QUICK),--quick) $(if $(COMPARE),--compare "$(COMPARE)")
 	$(if $(QUICK),,$(BIN)/python -m benchmarks.readme)
 
-AOT = benchmarks/results/aot
-
 # Each version of Triton has tables of its own: these are of the one in .venv.
 tables: $(READY)
-	$(BIN)/python -m benchmarks.aot $(AOT)
-	$(BIN)/python -m benchmarks.aot_indexed $(AOT)
-	$(BIN)/python -m benchmarks.aot_cuda $(AOT)
+	$(BIN)/python -m benchmarks.machine_code
 
 CSRC = $$(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 

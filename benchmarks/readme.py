@@ -118,6 +118,7 @@ def speed_table(speed: Report) -> str:
     runs = [row["runs"] for f in shapes for row in f["versions"]]
     name = f"benchmarks/results/speed-{speed['device']}"
     drawn = {"overhead": "ladder"} | ({"growth": "growth"} if any(speed["growth"].values()) else {})
+    drawn |= {"scales of logits": "scales"} if speed.get("scales") else {}
     drawn |= {"launches": "launches"} if speed["device"] == "cuda" else {}
     pictures = ", ".join(f"[{what}]({name}-{suffix}.png)" for what, suffix in drawn.items())
     lines += [
@@ -132,12 +133,36 @@ def speed_table(speed: Report) -> str:
         "",
         f"All corrections over the plain loss: {', '.join(ladders)}.",
         "",
+        *scales_line(speed.get("scales", [])),
         f"{where}, torch {speed['versions']['torch']}. Figures: [json]({name}.json); "
         f"pictures: {pictures}.",
         "",
         f"![time and memory by shape and version]({name}.png)",
     ]
     return "\n".join(lines) + "\n"
+
+
+def scales_line(points: list[Report]) -> list[str]:
+    """How little the time depends on the size of the logits."""
+    if not points:
+        return []
+    ratios = {
+        rising: [
+            row["ratio"]
+            for point in points
+            for row in point["versions"]
+            if row["version"] in KERNELS and point["shape"]["rising"] == rising
+        ]
+        for rising in (False, True)
+    }
+    spreads = [p["shape"]["spread"] for p in points if not p["shape"]["rising"]]
+    usual, worst = ratios[False], max(ratios[True])
+    line = (
+        f"Logits of standard deviation {min(spreads):g} to {max(spreads):g}: {min(usual):.2f} to "
+        f"{max(usual):.2f} times the bound; where every tile of candidates outscores all before "
+        f"it, {worst:.2f}."
+    )
+    return [line, ""]
 
 
 def cell(figures: Report, version: str) -> str:

@@ -1,10 +1,12 @@
-// The schemas of the native ops and the checks of what it is given. The Python side has validated
-// the problem; what is checked here is what would otherwise read out of bounds.
+// The schemas of the native ops, and the checks of what they are given: whatever it is, an op
+// raises or is right. The Python side has validated the problem with errors that name its own
+// arguments.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
+#include <cstddef>
 #include <limits>
 #include <tuple>
 #include <vector>
@@ -17,9 +19,23 @@ namespace {
 using at::Tensor;
 using std::optional;
 
+// To a kernel a null pointer is a tensor that is absent, so those of empty tensors, which PyTorch
+// makes null, point here.
+std::max_align_t nothing;
+
+template <typename T>
+const T* data(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.numel() == 0 ? &nothing : tensor.const_data_ptr());
+}
 template <typename T>
 const T* data(const optional<Tensor>& tensor) {
-  return tensor.has_value() ? tensor->const_data_ptr<T>() : nullptr;
+  return tensor.has_value() ? data<T>(*tensor) : nullptr;
+}
+// Where a gradient goes; null where it is not wanted.
+template <typename T>
+T* output(const Tensor& tensor, bool wanted) {
+  if (!wanted) return nullptr;
+  return static_cast<T*>(tensor.numel() == 0 ? &nothing : tensor.mutable_data_ptr());
 }
 
 void check(const optional<Tensor>& tensor, const char* name, at::IntArrayRef sizes,
@@ -29,6 +45,30 @@ void check(const optional<Tensor>& tensor, const char* name, at::IntArrayRef siz
                   tensor->scalar_type() == dtype,
               name, ": wanted a contiguous CPU tensor of ", dtype, " ", sizes, ", got ",
               tensor->scalar_type(), " ", tensor->sizes(), " on ", tensor->device());
+}
+
+// The temperatures of rows that are not padding are positive, or NaN.
+template <typename T>
+void check_tau(const Tensor& tau, const optional<Tensor>& active) {
+  const T* value = data<T>(tau);
+  const bool* counts = data<bool>(active);
+  for (int64_t i = 0; i < tau.size(0); ++i) {
+    const bool wrong = value[i] <= 0 && (counts == nullptr || counts[i]);
+    TORCH_CHECK_VALUE(!wrong, "tau is ", value[i], " in row ", i, "; wanted a positive number");
+  }
+}
+
+// Ids of rows that are not padding lie in [0, end).
+void check_ids(const Tensor& ids, const char* name, const optional<Tensor>& active, int64_t end) {
+  const int64_t* id = data<int64_t>(ids);
+  const bool* counts = data<bool>(active);
+  const int64_t rows = ids.size(0), width = rows == 0 ? 0 : ids.numel() / rows;
+  for (int64_t i = 0; i < rows; ++i, id += width) {
+    if (counts != nullptr && !counts[i]) continue;
+    bool outside = false;
+    for (int64_t j = 0; j < width; ++j) outside |= uint64_t(id[j]) >= uint64_t(end);
+    TORCH_CHECK_INDEX(!outside, name, " out of range in row ", i);
+  }
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sampled_softmax(
@@ -43,6 +83,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sampled_softmax(
   const int64_t rows = query.size(0), n = candidates.size(0), dim = query.size(1);
   constexpr int64_t kMost = std::numeric_limits<int>::max() - 1;  // of the BLAS interface
   TORCH_CHECK(n <= kMost && dim < kMost, "more than 2^31 - 2 candidates or dimensions");
+  TORCH_CHECK(dim > 0, "query has embeddings of size 0; wanted at least 1");
+  TORCH_CHECK(!positive.has_value() || !target.has_value(),
+              "the positives are given, or are candidates: wanted positive or target, not both");
+  TORCH_CHECK(positive_ids.has_value() == candidate_ids.has_value(),
+              "wanted positive_ids and candidate_ids, or none of the two");
   TORCH_CHECK(positive.has_value() || target.has_value() || n >= rows,
               "in-batch: the first candidates are the positives");
   TORCH_CHECK(positive.has_value() || !want_positive, "the positive is a candidate");
@@ -63,10 +108,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sampled_softmax(
   check(candidate_ids, "candidate_ids", {n}, at::kLong);
   check(skip_below, "skip_below", {rows}, dtype);
   check(active, "active", {rows}, at::kBool);
-  if (target.has_value() && rows > 0) {
-    const auto [low, high] = target->aminmax();
-    TORCH_CHECK_INDEX(low.item<int64_t>() >= 0 && high.item<int64_t>() < n, "target out of range");
-  }
+  if (target.has_value()) check_ids(*target, "target", active, n);
 
   const Tensor row_loss = query.new_zeros({rows});
   // Padded rows are never written, so their gradients start as zeros.
@@ -80,19 +122,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sampled_softmax(
 
   const auto solve = [&](auto zero) {
     using T = decltype(zero);
-    const auto pointer = [](bool wanted, const Tensor& t) {
-      return wanted ? t.mutable_data_ptr<T>() : nullptr;
-    };
+    check_tau<T>(tau, active);
     dwl::Problem<T> problem{};
     problem.rows = rows;
     problem.candidates = n;
     problem.dim = dim;
-    problem.query = query.const_data_ptr<T>();
+    problem.query = data<T>(query);
     problem.positive = data<T>(positive);
-    problem.candidate = candidates.const_data_ptr<T>();
+    problem.candidate = data<T>(candidates);
     problem.target = data<int64_t>(target);
-    problem.tau = tau.const_data_ptr<T>();
-    problem.coefficient = coefficient.const_data_ptr<T>();
+    problem.tau = data<T>(tau);
+    problem.coefficient = data<T>(coefficient);
     problem.positive_log_q = data<T>(positive_log_q);
     problem.candidate_log_q = data<T>(candidate_log_q);
     problem.score = data<T>(score);
@@ -103,11 +143,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sampled_softmax(
     problem.active = data<bool>(active);
     problem.refined = refined;
     dwl::Gradients<T> gradients{};
-    gradients.row_loss = row_loss.mutable_data_ptr<T>();
-    gradients.query = pointer(want_query, d_query);
-    gradients.positive = pointer(want_positive, d_positive);
-    gradients.candidate = pointer(want_candidates, d_candidates);
-    gradients.candidate_log_q = pointer(want_log_q, d_log_q);
+    gradients.row_loss = output<T>(row_loss, true);
+    gradients.query = output<T>(d_query, want_query);
+    gradients.positive = output<T>(d_positive, want_positive);
+    gradients.candidate = output<T>(d_candidates, want_candidates);
+    gradients.candidate_log_q = output<T>(d_log_q, want_log_q);
     dwl::sampled_softmax_cpu<T>(problem, gradients, at::get_num_threads());
   };
   if (dtype == at::kFloat) {
@@ -132,18 +172,6 @@ void dispatch(at::ScalarType computes, at::ScalarType stores, const Solve& solve
   }
 }
 
-// Ids of rows that are not padding must lie inside the table.
-void check_ids(const Tensor& ids, const char* name, const bool* active, int64_t table_rows) {
-  const int64_t* id = ids.const_data_ptr<int64_t>();
-  const int64_t rows = ids.size(0), width = rows == 0 ? 0 : ids.numel() / rows;
-  for (int64_t i = 0; i < rows; ++i, id += width) {
-    if (active != nullptr && !active[i]) continue;
-    bool outside = false;
-    for (int64_t j = 0; j < width; ++j) outside |= uint64_t(id[j]) >= uint64_t(table_rows);
-    TORCH_CHECK_INDEX(!outside, name, " out of range in row ", i);
-  }
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor> indexed_softmax(
     const Tensor& query, const Tensor& table, const Tensor& positive_ids,
     const Tensor& candidate_ids, const Tensor& tau, const Tensor& coefficient,
@@ -152,6 +180,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> indexed_softmax(
   TORCH_CHECK(query.dim() == 2 && table.dim() == 2 && candidate_ids.dim() == 2,
               "query, table and candidate_ids must be matrices");
   const int64_t rows = query.size(0), dim = query.size(1), n = candidate_ids.size(1);
+  TORCH_CHECK(dim > 0, "query has embeddings of size 0; wanted at least 1");
   const auto dtype = query.scalar_type();
   check(query, "query", {rows, dim}, dtype);
   check(table, "table", {table.size(0), dim}, table.scalar_type());
@@ -162,8 +191,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> indexed_softmax(
   check(positive_log_q, "positive_log_q", {rows}, dtype);
   check(candidate_log_q, "candidate_log_q", {rows, n}, dtype);
   check(active, "active", {rows}, at::kBool);
-  check_ids(positive_ids, "positive_ids", data<bool>(active), table.size(0));
-  check_ids(candidate_ids, "candidate_ids", data<bool>(active), table.size(0));
+  check_ids(positive_ids, "positive_ids", active, table.size(0));
+  check_ids(candidate_ids, "candidate_ids", active, table.size(0));
 
   const Tensor row_loss = query.new_zeros({rows});
   // Padded rows are never written, so their gradients start as zeros.
@@ -177,25 +206,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> indexed_softmax(
   dispatch(dtype, table.scalar_type(), [&](auto computes, auto stores) {
     using T = decltype(computes);
     using S = decltype(stores);
+    check_tau<T>(tau, active);
     dwl::IndexedProblem<T, S> problem{};
     problem.rows = rows;
     problem.candidates = n;
     problem.dim = dim;
-    problem.query = query.const_data_ptr<T>();
-    problem.table = static_cast<const S*>(table.const_data_ptr());
-    problem.positive_ids = positive_ids.const_data_ptr<int64_t>();
-    problem.candidate_ids = candidate_ids.const_data_ptr<int64_t>();
-    problem.tau = tau.const_data_ptr<T>();
-    problem.coefficient = coefficient.const_data_ptr<T>();
+    problem.query = data<T>(query);
+    problem.table = data<S>(table);
+    problem.positive_ids = data<int64_t>(positive_ids);
+    problem.candidate_ids = data<int64_t>(candidate_ids);
+    problem.tau = data<T>(tau);
+    problem.coefficient = data<T>(coefficient);
     problem.positive_log_q = data<T>(positive_log_q);
     problem.candidate_log_q = data<T>(candidate_log_q);
     problem.active = data<bool>(active);
     problem.refined = refined;
     dwl::IndexedGradients<T> gradients{};
-    gradients.row_loss = row_loss.mutable_data_ptr<T>();
-    gradients.query = want_query ? d_query.mutable_data_ptr<T>() : nullptr;
-    gradients.positive = want_table ? d_positive.mutable_data_ptr<T>() : nullptr;
-    gradients.candidate = want_table ? d_candidates.mutable_data_ptr<T>() : nullptr;
+    gradients.row_loss = output<T>(row_loss, true);
+    gradients.query = output<T>(d_query, want_query);
+    gradients.positive = output<T>(d_positive, want_table);
+    gradients.candidate = output<T>(d_candidates, want_table);
     dwl::indexed_softmax_cpu<T, S>(problem, gradients, at::get_num_threads());
   });
   return {row_loss, d_query, d_positive, d_candidates};
@@ -206,6 +236,8 @@ std::tuple<Tensor, Tensor> table_gradient(const Tensor& source, at::TensorList i
                                           at::TensorList coefficients, int64_t table_rows,
                                           at::ScalarType dtype, bool compact) {
   TORCH_CHECK(source.dim() == 2, "source must be a matrix");
+  TORCH_CHECK(table_rows >= 0, "table_rows is ", table_rows, "; wanted at least 0");
+  TORCH_CHECK(!ids.empty(), "ids is an empty list; wanted at least one tensor");
   TORCH_CHECK(coefficients.empty() || coefficients.size() == ids.size(),
               "wanted coefficients for all ids, or for none");
   const int64_t rows = source.size(0), dim = source.size(1);
@@ -224,21 +256,21 @@ std::tuple<Tensor, Tensor> table_gradient(const Tensor& source, at::TensorList i
     std::vector<dwl::Places<T>> pieces(ids.size());
     for (size_t k = 0; k < ids.size(); ++k) {
       pieces[k].width = ids[k].size(1);
-      pieces[k].ids = ids[k].const_data_ptr<int64_t>();
-      if (!coefficients.empty()) pieces[k].coefficient = coefficients[k].const_data_ptr<T>();
+      pieces[k].ids = data<int64_t>(ids[k]);
+      if (!coefficients.empty()) pieces[k].coefficient = data<T>(coefficients[k]);
     }
     dwl::TableGradient<T> problem{};
     problem.rows = rows;
     problem.dim = dim;
     problem.table_rows = table_rows;
-    problem.source = source.const_data_ptr<T>();
+    problem.source = data<T>(source);
     problem.pieces = pieces.data();
     problem.num_pieces = static_cast<int>(pieces.size());
     dwl::table_gradient_cpu<T, S>(problem, at::get_num_threads(), [&](int64_t count) {
       values = source.new_empty({compact ? count : table_rows, dim}, dtype);
-      distinct = ids[0].new_empty({compact ? count : 0});
-      return dwl::TableRows<S>{static_cast<S*>(values.mutable_data_ptr()),
-                               compact ? distinct.mutable_data_ptr<int64_t>() : nullptr, compact};
+      distinct = source.new_empty({compact ? count : 0}, at::kLong);
+      return dwl::TableRows<S>{output<S>(values, true), output<int64_t>(distinct, compact),
+                               compact};
     });
   });
   return {values, distinct};

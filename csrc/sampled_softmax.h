@@ -6,7 +6,9 @@
 
 namespace dwl {
 
-// Matrices are dense and row-major. A pointer marked "or null" may be absent.
+// Matrices are dense and row-major. A pointer marked "or null" may be absent; that of a matrix
+// without elements must not be null. A row of padding is never read or written, except that in a
+// batch its embedding is among the candidates, where it must be finite.
 template <typename T>
 struct Problem {
   int64_t rows;                  // B
@@ -22,10 +24,10 @@ struct Problem {
   const T* shift;                // [B], or null; added to the logits of all candidates of row i
   const T* positive_log_q;       // [B], nats, or null
   const T* candidate_log_q;      // [N], nats, or null
-  const int64_t* positive_ids;   // [B], or null; a candidate of the same id is a hit
+  const int64_t* positive_ids;   // [B], or null; a candidate of the same id, not -1, is a hit
   const int64_t* candidate_ids;  // [N], or null
   const T* skip_below;           // [B], or null; blocks of pairs of smaller p_ij may be left out
-  const bool* active;            // [B], or null: false marks padding, never read or written
+  const bool* active;            // [B], or null: false marks padding, see below
   bool refined;                  // correction of arXiv 2507.09331 instead of the standard one
 
   bool in_batch() const { return positive == nullptr && target == nullptr; }

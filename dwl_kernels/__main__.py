@@ -1,30 +1,55 @@
 """`python -m dwl_kernels`: which backends work on this machine, and why the others do not.
 
-`python -m dwl_kernels build` compiles the C++ kernel ahead, for example in a container image, and
-``--cuda 9.0`` the CUDA kernels for devices of capability 9.0 too.
+`python -m dwl_kernels build` compiles the C++ kernel ahead, and ``--cuda 9.0`` the CUDA kernels for
+devices of capability 9.0 too.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import os
 import platform
 import sys
+import textwrap
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
 import dwl_kernels
-from dwl_kernels import _build, _build_cuda, backends
+from dwl_kernels import _build, _build_cuda, _cache, backends
 from dwl_kernels.backends import cuda_tiles
+
+_WIDTH = 60  # characters of a line
+
+_AHEAD = """\
+In a container image whose processes run as another user
+than the build:
+
+  RUN mkdir -m 755 /opt/dwl_kernels
+  ENV DWL_KERNELS_CACHE=/opt/dwl_kernels
+  RUN python -m dwl_kernels build
+
+A compiled kernel is used if it and its folder belong to
+the user or to root, and nobody else can write them."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    try:
+        return run(arguments)
+    except KeyboardInterrupt:
+        print("dwl_kernels: interrupted", file=sys.stderr)
+        return 130  # as a shell names it
+
+
+def run(arguments: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m dwl_kernels",
         description="Print versions, devices and which backends work here.",
+        epilog=_AHEAD,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"dwl_kernels {dwl_kernels.__version__}"
     )
     parser.add_argument(
         "command", nargs="?", choices=["build"], help="build: compile the C++ kernel ahead"
@@ -46,10 +71,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--verbose", action="store_true", help="with build: print commands and warnings"
     )
     options = parser.parse_args(arguments)
+    try:
+        named = backends.chosen("auto")
+    except ValueError as error:
+        print(f"dwl_kernels: {error}", file=sys.stderr)
+        return 2
     if options.command == "build":
         return build(options.verbose, options.cuda, options.dim)
     print(f"dwl_kernels {dwl_kernels.__version__}\n")
     print_rows([*versions(), *devices()])
+    print()
+    print_rows(("auto" if k == 0 else "", text) for k, text in enumerate(auto_takes(named)))
     print()
     print_rows(working_backends())
     return 0
@@ -67,12 +99,11 @@ def build(verbose: bool, cuda: tuple[int, int] | None = None, dims: Sequence[int
             variants = {
                 cuda_tiles.variant(dtype, dim, cuda) for dtype in cuda_tiles.MATH for dim in dims
             }
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
-                paths = pool.map(
-                    lambda one: _build_cuda.build(one, cuda, verbose), sorted(variants)
-                )
-                print(*paths, sep="\n")
-    except _build.BuildError as error:
+            paths = _build.in_parallel(
+                lambda one: _build_cuda.build(one, cuda, verbose), sorted(variants)
+            )
+            print(*paths, sep="\n")
+    except _cache.BuildError as error:
         print(f"dwl_kernels: {error}", file=sys.stderr)
         return 1
     return 0
@@ -87,13 +118,16 @@ def versions() -> Iterator[tuple[str, str]]:
         yield "triton", "not installed"
     try:
         yield "compiler", _build.compiler_version()
-    except _build.BuildError:
+    except _cache.BuildError:
         yield "compiler", "none found"
     try:
         yield "nvcc", _build_cuda.nvcc_version()
-    except _build.BuildError:
+    except _cache.BuildError:
         yield "nvcc", "none found"
-    yield "cache", str(_build.cache_dir())
+    try:
+        yield "cache", str(_cache.cache_dir())
+    except _cache.BuildError as error:
+        yield "cache", f"none: {error}"
 
 
 def devices() -> Iterator[tuple[str, str]]:
@@ -103,6 +137,27 @@ def devices() -> Iterator[tuple[str, str]]:
         found = torch.cuda.get_device_properties(index)
         memory = f"{found.total_memory / 2**30:.0f} GiB"
         yield f"cuda:{index}", f"{found.name}, capability {found.major}.{found.minor}, {memory}"
+
+
+def auto_takes(named: str) -> Iterator[str]:
+    """What ``backend="auto"`` means on each device and why; `named` as DWL_KERNELS_BACKEND does."""
+    yield f"on cpu: {auto_on('cpu', named)}"
+    for index in range(torch.cuda.device_count()):
+        with torch.cuda.device(index):
+            yield f"on cuda:{index}: {auto_on('cuda', named)}"
+
+
+def auto_on(device_type: str, named: str) -> str:
+    if named != "auto":
+        reason = backends.why_not(named, device_type)
+        text = f"{named}, as DWL_KERNELS_BACKEND says"
+        return text if reason is None else f"{text}, but {reason}"
+    order = backends.order(device_type)
+    working = [name for name in order if backends.why_not(name, device_type) is None]
+    skipped = order[: order.index(working[0])]
+    return f"{working[0]}, " + (
+        f"because {' and '.join(skipped)} cannot run" if skipped else "the fastest here"
+    )
 
 
 def working_backends() -> Iterator[tuple[str, str]]:
@@ -118,8 +173,13 @@ def working_backends() -> Iterator[tuple[str, str]]:
 
 def print_rows(rows: Iterable[tuple[str, str]]) -> None:
     for name, text in rows:
-        first, *rest = text.splitlines()
+        first, *rest = (part for line in text.splitlines() for part in wrapped(line))
         print(f"{name:<10}{first}", *rest, sep=f"\n{'':<10}")
+
+
+def wrapped(line: str) -> list[str]:
+    width = _WIDTH - 10
+    return textwrap.wrap(line, width, break_long_words=False, break_on_hyphens=False) or [""]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Compiles `csrc/` on first use, into a cache that all processes of a user share.
+"""Compiles `csrc/` on first use, into the cache.
 
 The compiler is called directly, one process per source file. `torch.utils.cpp_extension.load` does
 not fit: its lock hangs for ever after a killed build, and its headers take 40 s instead of 10.
@@ -6,20 +6,24 @@ not fit: its lock hangs for ever after a killed build, and its headers take 40 s
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
+import functools
 import os
 import platform
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import torch
-from filelock import FileLock
-from torch.utils.cpp_extension import include_paths, library_paths
+
+from dwl_kernels._cache import BuildError, cached, digest, does_not_load
 
 # The vector units that PyTorch's own kernels would use here. They depend on the capability alone,
 # so machines that share a home directory can share the cache, which `-march=native` would not
@@ -34,18 +38,21 @@ MEND = "until then backend='chunked' computes the same"
 
 _SHOWN_LINES = 40  # the first errors of a compiler are the ones that help
 
+# What a compiler and its C++ library say of themselves, each where it is the one in use.
+_PROBE = "#include <version>\n__VERSION__ __GLIBCXX__ _LIBCPP_VERSION\n"
+
 _loaded = False
+_running: set[subprocess.Popen[str]] = set()
 
-
-class BuildError(RuntimeError):
-    """The C++ kernel cannot be compiled here; the message says why and the mend."""
+Argument = TypeVar("Argument")
+Result = TypeVar("Result")
 
 
 def load_cpu() -> None:
     """Register `torch.ops.dwl_kernels_native`, compiling the kernel where the cache has none.
 
     Raises:
-        BuildError: no compiler, a compiler that fails, or a cache that cannot be written.
+        BuildError: no compiler, a compiler that fails, or a cache that cannot be used or trusted.
     """
     global _loaded
     if not _loaded:
@@ -53,9 +60,8 @@ def load_cpu() -> None:
         try:
             torch.ops.load_library(library)
         except OSError as error:
-            raise BuildError(
-                f"{library} does not load: {error}; delete it, and it is compiled anew"
-            ) from error
+            # PyTorch wraps what the loader says.
+            raise does_not_load(library, error.__cause__ or error) from error
         _loaded = True
 
 
@@ -74,36 +80,13 @@ def build(verbose: bool = False, csrc: Path | None = None) -> Path:
     csrc = csrc or source_dir()
     sources = sorted([*csrc.glob("*.cpp"), *csrc.glob("cpu/*.cpp")])
     headers = sorted([*csrc.glob("*.h"), *csrc.glob("cpu/*.h")])
-    library = cache_dir() / f"cpu-{_key(csrc, sources + headers)}.so"
-    return cached(library, lambda work: _compile(csrc, sources, work / library.name, verbose))
-
-
-def cached(library: Path, compile_to: Callable[[Path], Path]) -> Path:
-    """`library`, which `compile_to` leaves in a folder of its own where the cache has none.
-
-    Raises:
-        BuildError: the cache cannot be written, or what `compile_to` raises.
-    """
-    if library.exists():
-        return library
-    try:
-        library.parent.mkdir(parents=True, exist_ok=True)
-        # The system frees this lock when its holder dies, so a killed build blocks nobody.
-        with FileLock(library.with_suffix(".lock")):
-            if not library.exists():
-                work = library.with_suffix(".tmp")
-                shutil.rmtree(work, ignore_errors=True)  # a killed build leaves one
-                work.mkdir()
-                try:
-                    compile_to(work).replace(library)  # in one step
-                finally:
-                    shutil.rmtree(work, ignore_errors=True)
-    except OSError as error:
-        raise BuildError(
-            f"the cache of compiled kernels cannot be written: {error}; "
-            f"set DWL_KERNELS_CACHE to a folder that can"
-        ) from error
-    return library
+    return cached(
+        f"cpu-{_key(csrc, sources + headers)}",
+        ".so",
+        compiler_identity,
+        lambda work: _compile(csrc, sources, work / "library.so", verbose),
+        "the CPU kernel",
+    )
 
 
 def source_dir() -> Path:
@@ -117,15 +100,6 @@ def source_dir() -> Path:
         if (folder / "bindings.cpp").exists():
             return folder
     raise BuildError(f"the C++ sources are missing from {package}: install the package anew")
-
-
-def cache_dir() -> Path:
-    """`DWL_KERNELS_CACHE`, else `dwl_kernels` in the user's cache folder."""
-    named = os.environ.get("DWL_KERNELS_CACHE")
-    if named:
-        return Path(named).expanduser().absolute()
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "dwl_kernels"
 
 
 def compiler() -> list[str]:
@@ -157,6 +131,21 @@ def compiler_version() -> str:
     return (done.stdout.splitlines() or [shlex.join(command)])[0]
 
 
+def compiler_identity() -> str:
+    """A digest of the compiler, as it is called, and of its C++ library.
+
+    Raises:
+        BuildError: there is none, or it does not find its library.
+    """
+    return _identity(tuple(compiler()))
+
+
+@functools.cache
+def _identity(command: tuple[str, ...]) -> str:
+    said = run_compiler([*command, "-std=c++20", "-E", "-x", "c++", "-"], False, text=_PROBE)
+    return digest(*command, said)
+
+
 def _flags() -> list[str]:
     flags = f"{_OPTIMISE} {_VECTOR_FLAGS.get(torch.backends.cpu.get_cpu_capability(), '')}".split()
     # The compiler of macOS has no OpenMP; `at::parallel_for` is serial without.
@@ -164,16 +153,9 @@ def _flags() -> list[str]:
 
 
 def _key(csrc: Path, files: list[Path]) -> str:
-    """A hash of all that the library depends on.
-
-    The version of the compiler is left out: a library built ahead has to be found on a machine,
-    or in a container, that has no compiler.
-    """
-    parts = [torch.__version__, platform.machine(), os.environ.get("CXX", ""), *_flags()]
-    digest = hashlib.sha256("\0".join(parts).encode())
-    for file in files:
-        digest.update(f"\0{file.relative_to(csrc)}\0".encode() + file.read_bytes())
-    return digest.hexdigest()[:16]
+    """A digest of all that the library depends on, but for the compiler."""
+    contents = [part for f in files for part in (str(f.relative_to(csrc)), f.read_bytes())]
+    return digest(torch.__version__, platform.machine(), *_flags(), *contents)
 
 
 def _compile(csrc: Path, sources: list[Path], library: Path, verbose: bool) -> Path:
@@ -181,18 +163,20 @@ def _compile(csrc: Path, sources: list[Path], library: Path, verbose: bool) -> P
     print(
         "dwl_kernels: compiling the CPU kernel (about 10 s, once) ...", file=sys.stderr, flush=True
     )
-    includes = [f"-I{folder}" for folder in (csrc, *include_paths())]
+    # Those of `torch.utils.cpp_extension`, whose import takes 200 ms and changes `distutils`.
+    installed = Path(torch.__file__).parent
+    headers = (installed / "include", installed / "include/torch/csrc/api/include")
+    includes = [f"-I{folder}" for folder in (csrc, *headers)]
     warnings = ["-Wall", "-Wextra"] if verbose else ["-w"]
     objects = [library.parent / f"{k}-{source.stem}.o" for k, source in enumerate(sources)]
     commands = [
         [*command, *warnings, *includes, "-c", str(source), "-o", str(target)]
         for source, target in zip(sources, objects, strict=True)
     ]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda one: run_compiler(one, verbose), commands))
-    folders = [flag for f in library_paths() for flag in (f"-L{f}", f"-Wl,-rpath,{f}")]
-    link = [*command, "-shared", *map(str, objects), *folders, *_libraries(), "-o", str(library)]
-    run_compiler(link, verbose)
+    in_parallel(lambda one: run_compiler(one, verbose), commands)
+    folder = installed / "lib"
+    flags = [f"-L{folder}", f"-Wl,-rpath,{folder}", *_libraries()]
+    run_compiler([*command, "-shared", *map(str, objects), *flags, "-o", str(library)], verbose)
     return library
 
 
@@ -205,25 +189,44 @@ def _libraries() -> list[str]:
 
 
 def run_compiler(
-    command: list[str], verbose: bool, what: str = "the C++ kernel", variable: str = "CXX"
-) -> None:
-    """Run a compiler that `variable` can name.
+    command: list[str],
+    verbose: bool,
+    what: str = "the C++ kernel",
+    variable: str = "CXX",
+    text: str | None = None,
+) -> str:
+    """Run a compiler that `variable` can name, with `text` as its input; what it prints.
 
     Raises:
         BuildError: it fails, or does not start.
     """
     if verbose:
         print(shlex.join(command), file=sys.stderr, flush=True)
+    pipe = subprocess.PIPE
     try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+        process = subprocess.Popen(
+            command,
+            stdin=pipe,
+            stdout=pipe,
+            stderr=pipe,
+            text=True,
+            errors="replace",
+            start_new_session=True,  # so that `_kill` reaches the processes that it starts
+        )
     except OSError as error:
         raise BuildError(
             f"{command[0]} does not start: {error}; name another in {variable}"
         ) from error
-    if verbose and done.stderr:
-        print(done.stderr, file=sys.stderr, flush=True)
-    if done.returncode != 0:
-        lines = (done.stderr or done.stdout or "(it said nothing)").splitlines()
+    _running.add(process)
+    try:
+        output, errors = process.communicate(text)
+    finally:
+        _kill(process)  # nothing, unless Ctrl-C came
+        _running.discard(process)
+    if verbose and errors:
+        print(errors, file=sys.stderr, flush=True)
+    if process.returncode != 0:
+        lines = list(dict.fromkeys((errors or output or "(it said nothing)").splitlines()))
         raise BuildError(
             "\n".join(
                 [
@@ -234,3 +237,27 @@ def run_compiler(
                 ]
             )
         )
+    return output
+
+
+def in_parallel(
+    function: Callable[[Argument], Result], arguments: Iterable[Argument]
+) -> list[Result]:
+    """`function` of each argument, in threads, of which Ctrl-C ends the compilers too."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        futures = [pool.submit(function, argument) for argument in arguments]
+        try:
+            return [future.result() for future in futures]
+        except BaseException as error:
+            pool.shutdown(wait=False, cancel_futures=True)
+            while isinstance(error, KeyboardInterrupt) and any(one.running() for one in futures):
+                for process in _running.copy():
+                    _kill(process)
+                time.sleep(0.01)
+            raise
+
+
+def _kill(process: subprocess.Popen[str]) -> None:
+    if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)

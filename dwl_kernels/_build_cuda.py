@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import os
 import platform
 import shlex
@@ -19,7 +18,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from dwl_kernels import _build
-from dwl_kernels._build import BuildError
+from dwl_kernels._cache import BuildError, cached, digest, does_not_load
 from dwl_kernels.backends.cuda_tiles import Variant
 
 _PLACES = ("/usr/local/cuda/bin/nvcc",)
@@ -68,6 +67,13 @@ def nvcc_version() -> str:
     return (lines or [nvcc()])[0]
 
 
+@functools.cache
+def _identity(nvcc: str) -> str:
+    """A digest of the compilers for the device and for the host."""
+    said = _build.run_compiler([nvcc, "--version"], False, "the CUDA kernel", "CUDA_HOME")
+    return digest(nvcc, said, _build.compiler_identity())
+
+
 def build(
     variant: Variant,
     capability: tuple[int, int] | None,  # None: to run on the CPU, emulated
@@ -76,26 +82,26 @@ def build(
     """Compile a library unless the cache has it, and return its path.
 
     Raises:
-        BuildError: no compiler, a compiler that fails, or a cache that cannot be written.
+        BuildError: no compiler, a compiler that fails, or a cache that cannot be used or trusted.
     """
     if capability is None:
         return _build_emulated(variant, verbose)
     source = _build.source_dir() / "cuda" / "sampled_softmax.cu"
     arch = f"{capability[0]}{capability[1]}"
     flags = [*FLAGS.split(), *variant.definitions(), f"-arch=sm_{arch}"]
-    library = _build.cache_dir() / f"cuda-{arch}-{_key(source.parent.iterdir(), flags)}.so"
+    what = f"the CUDA kernel for {variant}"
 
     def compile_to(work: Path) -> Path:
-        target = work / library.name
+        target = work / "library.so"
         host = shlex.split(os.environ.get("CXX", ""))
         named = ["-ccbin", host[0]] if host else []
         command = [nvcc(), *named, *flags, str(source), "-o", str(target)]
-        what = f"the CUDA kernel for {variant}"
         print(f"dwl_kernels: compiling {what} (about 20 s, once) ...", file=sys.stderr, flush=True)
         _build.run_compiler(command, verbose, what, "CUDA_HOME")
         return target
 
-    return _build.cached(library, compile_to)
+    key = f"cuda-{arch}-{_key(source.parent.iterdir(), flags)}"
+    return cached(key, ".so", lambda: _identity(nvcc()), compile_to, what)
 
 
 def _build_emulated(variant: Variant, verbose: bool) -> Path:
@@ -104,10 +110,11 @@ def _build_emulated(variant: Variant, verbose: bool) -> Path:
     headers = [folder / "emulate.h", folder / "emulation.h"]
     flags = _EMULATE.split()
     checked = [*flags, *_CHECKED.split(), *variant.definitions()]
+    what = f"the emulated CUDA kernel for {variant}"
 
     def compiled(target: Path, *arguments: str) -> Path:
         command = [*_build.compiler(), *arguments, "-o", str(target)]
-        _build.run_compiler(command, verbose, f"the emulated CUDA kernel for {variant}")
+        _build.run_compiler(command, verbose, what)
         return target
 
     def emulator(work: Path) -> Path:  # the same for every variant
@@ -120,9 +127,11 @@ def _build_emulated(variant: Variant, verbose: bool) -> Path:
         parts = [str(compiled(work / "kernel.o", *checked, *source)), str(common)]
         return compiled(work / "library.so", "-shared", *parts)
 
-    cache = _build.cache_dir()
-    common = _build.cached(cache / f"cuda-emulator-{_key(sources + headers, flags)}.o", emulator)
-    return _build.cached(cache / f"cuda-emulated-{_key(folder.iterdir(), checked)}.so", kernel)
+    identity = _build.compiler_identity
+    key = f"cuda-emulator-{_key(sources + headers, flags)}"
+    common = cached(key, ".o", identity, emulator, "the emulator of CUDA")
+    key = f"cuda-emulated-{_key(folder.iterdir(), checked)}"
+    return cached(key, ".so", identity, kernel, what)
 
 
 @functools.cache
@@ -136,18 +145,13 @@ def load(variant: Variant, capability: tuple[int, int] | None) -> ctypes.CDLL:
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
-        raise BuildError(
-            f"{path} does not load: {error}; delete it, and it is compiled anew"
-        ) from error
+        raise does_not_load(path, error) from error
     library.dwl_space.restype = library.dwl_shared_bytes.restype = ctypes.c_int64
     library.dwl_unit.restype = ctypes.c_int64
     return library
 
 
 def _key(files: Iterable[Path], flags: list[str]) -> str:
-    """A hash of all that the library depends on; see `_build._key`."""
-    parts = [platform.machine(), os.environ.get("CXX", ""), *flags]
-    digest = hashlib.sha256("\0".join(parts).encode())
-    for file in sorted(files):
-        digest.update(f"\0{file.name}\0".encode() + file.read_bytes())
-    return digest.hexdigest()[:16]
+    """A digest of all that the library depends on, but for the compiler."""
+    contents = [part for file in sorted(files) for part in (file.name, file.read_bytes())]
+    return digest(platform.machine(), *flags, *contents)

@@ -1,20 +1,29 @@
 """Samplers: where candidates come from and how likely each one was.
 
 They draw ids with replacement, and their log-Q is the log of the probability of one draw. All of
-them are modules whose state lives in buffers; drawing and looking up never wait for the device.
+them are modules that follow their model to its device. They follow from their arguments alone, so
+a `state_dict` holds nothing of them. Drawing and looking up never wait for the device.
 """
 
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dwl_kernels.buffers import Tables, int64_ids, positive_int
-from dwl_kernels.problem import INTEGERS, checks_values
+from dwl_kernels.arguments import (
+    check_order,
+    ids_on,
+    integer,
+    number,
+    real_numbers,
+    wrong_type,
+)
+from dwl_kernels.buffers import Tables, difference
+from dwl_kernels.problem import checks_values
 
 # Beyond this, float64 no longer tells the log-uniform borders of neighbouring ids apart, and the
 # remainder of a 62-bit random number is no longer uniform to 2^-14.
@@ -28,7 +37,8 @@ class _Sampler(Tables):
 
     def __init__(self, num_items: int) -> None:
         super().__init__()
-        self.num_items = positive_int("num_items", num_items)
+        wanted = "an integer, the size of the catalogue (UnigramSampler takes counts)"
+        self.num_items = integer("num_items", num_items, wanted, least=1)
         if self.num_items > _MAX_ITEMS:
             raise ValueError(f"num_items is {num_items}, at most 2**48 items can be told apart")
         # Without state of its own a sampler still follows `.to(device)`.
@@ -47,10 +57,12 @@ class _Sampler(Tables):
             `ids` int64 `[n]` and `log_q` float32 `[n]`, or both of the shape that was asked for.
 
         Raises:
-            TypeError: `n` is neither an integer nor a shape.
+            TypeError: `n` is neither an integer nor a shape, or `generator` is none.
             ValueError: a negative size, or a generator of another device.
         """
         device = self.device_marker.device
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise wrong_type("generator", generator, "a torch.Generator")
         if generator is not None and generator.device.type != device.type:
             raise ValueError(
                 f"generator is on {generator.device}, the sampler on {device}; "
@@ -63,18 +75,18 @@ class _Sampler(Tables):
         """Log-probability of one draw of each id.
 
         Args:
-            ids: integer ids in `[0, num_items)`, any shape.
+            ids: integer ids in `[0, num_items)`, any shape; a tensor, NumPy array or pandas column.
 
         Returns:
             float32 of the shape of `ids`; -inf for an id that is never drawn. An id out of range
             gives NaN on CUDA and in compiled code, where a check would wait for the device.
 
         Raises:
-            TypeError: `ids` is no integer tensor.
+            TypeError: `ids` is no tensor or array of integers.
             ValueError: `ids` is on another device than the sampler.
             IndexError: an id is out of range, on CPU or with ``DWL_KERNELS_CHECK=1``.
         """
-        ids = int64_ids(ids, self.device_marker.device)
+        ids = ids_on(self.device_marker.device, ids)
         inside = (ids >= 0) & (ids < self.num_items)
         if checks_values(ids) and not inside.all():
             raise IndexError(
@@ -162,13 +174,15 @@ class UnigramSampler(_Sampler):
     but near-uniform ones send many surpluses below 2^-24 to one item, which would lose them all.
 
     Args:
-        counts: `[num_items]` occurrences of each item, non-negative, integer or floating.
+        counts: `[num_items]` occurrences of each item, non-negative, integer or floating, such as
+            `numpy.bincount(items, minlength=num_items)`; a tensor, array, or list.
         power: exponent of the counts, at least 0; word2vec takes 0.75.
 
     Raises:
-        TypeError: `counts` is neither integer nor floating.
+        TypeError: `counts` is neither integer nor floating, or `power` is no number.
         ValueError: `counts` is not one-dimensional, is empty, all zero, holds a negative, NaN or
-            infinite value; or `power` is negative or not finite.
+            infinite value, or is a pandas Series whose index is not 0, 1, 2 and so on, such as
+            `value_counts()` returns; or `power` is negative or not finite.
 
     Source: Vose 1991; prefix sums in place of its loop as in arXiv 1903.00227.
 
@@ -185,6 +199,7 @@ class UnigramSampler(_Sampler):
 
     def __init__(self, counts: Tensor, power: float = 1.0) -> None:
         counts = _checked_counts(counts)
+        power = number("power", power)
         if not (math.isfinite(power) and power >= 0):
             raise ValueError(f"power is {power}, wanted a finite number of at least 0")
         super().__init__(counts.numel())
@@ -193,10 +208,21 @@ class UnigramSampler(_Sampler):
         weights = torch.where(counts > 0, relative**power, 0.0)
         probability, alias = _alias_table(weights)
         log_weights = torch.where(counts > 0, power * relative.log(), -math.inf)
-        self.register_buffer("probability", probability)  # [V] of keeping a cell's own id
-        self.register_buffer("alias", alias)  # [V] the cell's other id
-        self.register_buffer("log_probability", (log_weights - weights.sum().log()).float())  # [V]
+        for name, table in (
+            ("probability", probability),  # [V] of keeping a cell's own id
+            ("alias", alias),  # [V] the cell's other id
+            ("log_probability", (log_weights - weights.sum().log()).float()),  # [V]
+        ):
+            self.register_buffer(name, table, persistent=False)  # the counts say it all
         self.device_marker = self.device_marker.to(counts.device)
+
+    def contradiction(self, saved: dict[str, Tensor]) -> str | None:
+        text = difference("log_probability", saved, self.log_probability)
+        return text and (
+            f"{text}, since the checkpoint holds the tables of other counts; give the sampler "
+            "those counts, or, to go on with these, delete probability, alias and log_probability "
+            "from the checkpoint"
+        )
 
     def _draw(
         self, shape: tuple[int, ...], device: torch.device, generator: torch.Generator | None
@@ -267,10 +293,9 @@ def _alias_table(weights: Tensor) -> tuple[Tensor, Tensor]:  # [V] float64, sum 
     return probability, alias
 
 
-def _checked_counts(counts: Tensor) -> Tensor:  # [V] -> float64 [V]
-    counts = torch.as_tensor(counts)
-    if counts.dtype not in INTEGERS and not counts.is_floating_point():
-        raise TypeError(f"counts is {counts.dtype}, wanted an integer or floating tensor")
+def _checked_counts(counts: Any) -> Tensor:  # [V] -> float64 [V]
+    check_order("counts", counts, "item", "numpy.bincount(items, minlength=num_items)")
+    counts = real_numbers("counts", counts)
     if counts.dim() != 1 or counts.numel() == 0:
         raise ValueError(
             f"counts is {tuple(counts.shape)}, wanted [num_items] with an item or more"
@@ -287,9 +312,10 @@ def _checked_counts(counts: Tensor) -> Tensor:  # [V] -> float64 [V]
 
 def _shape(n: int | Sequence[int]) -> tuple[int, ...]:
     sizes = tuple(n) if isinstance(n, (tuple, list)) else (n,)
-    for size in sizes:
-        if isinstance(size, bool) or not hasattr(size, "__index__"):
-            raise TypeError(f"n is {n!r}, wanted an integer or a tuple of integers")
-        if size < 0:
-            raise ValueError(f"n is {n!r}, wanted no negative size")
-    return tuple(operator.index(size) for size in sizes)
+    try:
+        shape = tuple(integer("n", size) for size in sizes)
+    except TypeError:
+        raise TypeError(f"n is {n!r}, wanted an integer or a tuple of integers") from None
+    if any(size < 0 for size in shape):
+        raise ValueError(f"n is {n!r}, wanted no negative size")
+    return shape

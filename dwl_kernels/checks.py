@@ -1,14 +1,14 @@
-"""Checks of single arguments, with their error messages: shape, dtype, device, choice."""
+"""Checks of the arguments of a loss, one by one: shape, dtype, device, choice, log-Q."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import Embedding, EmbeddingBag, Parameter
 
+from dwl_kernels.arguments import check_dense, integers, number
 from dwl_kernels.problem import (
     FLOATS,
     INTEGERS,
@@ -16,6 +16,7 @@ from dwl_kernels.problem import (
     Reduction,
     accumulate_dtype,
     autocasting,
+    checks_values,
 )
 
 
@@ -74,29 +75,6 @@ def autocast_dtype(query: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(query.device.type)
 
 
-def check_tensor(name: str, value: object) -> Tensor:
-    if isinstance(value, Tensor):
-        return value
-    mend = ": pass its .weight" if isinstance(value, (Embedding, EmbeddingBag)) else ""
-    raise TypeError(f"{name} is a {type(value).__name__}; wanted a torch.Tensor{mend}")
-
-
-def check_dense(name: str, value: Any) -> None:
-    # By type, so that importing the package does not import torch.distributed; the bases of a
-    # Parameter torch.compile does not trace.
-    plain = type(value) in (Tensor, Parameter)
-    if not plain:
-        check_tensor(name, value)
-    if value.layout != torch.strided:
-        raise TypeError(
-            f"{name} has layout {value.layout}; wanted a dense tensor: call .to_dense()"
-        )
-    if value.is_quantized:
-        raise TypeError(f"{name} is quantised; call .dequantize() first")
-    if not plain and any(kind.__name__ == "DTensor" for kind in type(value).__mro__):
-        raise TypeError(f"{name} is a DTensor; pass the local part, {name}.to_local()")
-
-
 def check_shape(name: str, value: Tensor, shape: tuple[int, ...], query: Tensor) -> None:
     check_dense(name, value)
     if value.shape != shape:
@@ -123,18 +101,16 @@ def both_or_none(first: str, a: Tensor | None, second: str, b: Tensor | None) ->
 def flat_ids(query: Tensor, **named: tuple[Tensor | None, tuple[int, ...]]) -> list[Tensor | None]:
     """Ids flattened, in one common dtype: a kernel compares them bit by bit."""
     dtype = torch.int32
+    flattened: list[Tensor | None] = []
     for name, (value, shape) in named.items():
         if value is not None:
+            value = integers(name, value, query.device)
             check_shape(name, value, shape, query)
-            check_integer(name, value)
+            value = flat(value)
             if value.dtype != torch.int32:
                 dtype = torch.int64
-    return [None if v is None else flat(cast_to(dtype, v)) for v, _ in named.values()]
-
-
-def check_integer(name: str, value: Tensor) -> None:
-    if value.dtype not in INTEGERS:
-        raise TypeError(f"{name} has dtype {value.dtype}; wanted integers, int64 or int32")
+        flattened.append(value)
+    return [None if value is None else cast_to(dtype, value) for value in flattened]
 
 
 def floating(name: str, value: Tensor, query: Tensor, *, differentiable: bool = False) -> Tensor:
@@ -160,13 +136,59 @@ def flat_rows(value: Tensor) -> Tensor:  # [B, D]
     return value if value.dim() == 2 else value.reshape(-1, value.shape[-1])
 
 
+class Calibrated(NamedTuple):
+    """``log Q - tilt``, apart from each other, because log-Q is checked as the user gave it."""
+
+    log_q: Tensor | None
+    tilt: Tensor  # of the shape of log_q
+
+
 def flat_log_q(
-    name: str, value: Tensor | None, shape: tuple[int, ...], query: Tensor
+    name: str,
+    value: Tensor | Calibrated | None,
+    shape: tuple[int, ...],
+    query: Tensor,
+    example_weights: Tensor | None = None,  # [B], of the rows that the entries belong to
 ) -> Tensor | None:
+    """Log-Q flattened, in the dtype of the logits.
+
+    Raises:
+        ValueError: an entry above 0 in a row that is not padded, where values are looked at.
+    """
+    if isinstance(value, Calibrated):
+        log_q = flat_log_q(name, value.log_q, shape, query, example_weights)
+        tilt = flat(cast_to(accumulate_dtype(query.dtype), value.tilt))
+        # A candidate whose domains weigh 0 is left out, also where its log-Q is -inf as well.
+        return -tilt if log_q is None else torch.where(tilt == -math.inf, math.inf, log_q - tilt)
     if value is None:
         return None
     check_shape(name, value, shape, query)
-    return flat(floating(name, value, query))
+    log_q = flat(floating(name, value, query))
+    _check_log_q(name, log_q, example_weights)
+    return log_q
+
+
+# What rounding may leave of the log of a probability of nearly 1.
+_ROUNDING = 1e-5
+
+
+def _check_log_q(name: str, log_q: Tensor, example_weights: Tensor | None) -> None:
+    if not (checks_values(log_q.device) and log_q.numel()) or float(log_q.max()) <= 0:
+        return
+    if example_weights is not None:
+        log_q = log_q.reshape(len(example_weights), -1)[example_weights != 0]
+    log_q = log_q[log_q < math.inf]  # +inf takes a candidate out, and NaN shows in the loss
+    if not log_q.numel():
+        return
+    low, high = (float(extreme) for extreme in log_q.aminmax())
+    # Probabilities may all be as small as rounding errors, but then none of them is below 0.
+    if high > _ROUNDING or (high > 0 and low >= 0):
+        raise ValueError(
+            f"{name} holds {high:g}, and the log of a probability is at most 0: pass the log of "
+            "the probability that one draw has of giving the item, not a probability, a count or "
+            "minus the log; from the log of an expected count subtract the log of the number of "
+            "draws"
+        )
 
 
 def check_choice(name: str, value: str, choices: Any) -> None:
@@ -180,7 +202,7 @@ def row_arguments(
     domain_ids: Tensor | None,
     domain_weights: Tensor | None,
     example_weights: Tensor | None,
-    temperature: float | Tensor,
+    temperature: float | Tensor | None,
     correction: str,
     reduction: str,
 ) -> dict[str, Any]:
@@ -194,14 +216,13 @@ def row_arguments(
                 "domain_ids is given without domain_weights; pass the weight of every domain, "
                 "[num_domains]"
             )
-        check_dense("domain_ids", domain_ids)
+        domain_ids = integers("domain_ids", domain_ids, query.device)
         slots = 1
         if domain_ids.shape != leading:
             # [B, G]: the number of slots is free
             slots = domain_ids.shape[-1] if domain_ids.dim() else 0
             check_shape("domain_ids", domain_ids, (*leading, slots), query)
         check_device("domain_ids", domain_ids, query)
-        check_integer("domain_ids", domain_ids)
         if domain_ids.dtype != torch.int32:
             domain_ids = cast_to(torch.int64, domain_ids)
         domain_ids = domain_ids.reshape(math.prod(leading), slots)
@@ -225,13 +246,20 @@ def row_arguments(
         example_weights = flat(floating("example_weights", example_weights, query))
     tau, per_row = 1.0, None
     if isinstance(temperature, Tensor):
-        shape = leading if temperature.dim() else ()
-        check_shape("temperature", temperature, shape, query)
+        check_dense("temperature", temperature)
+        if temperature.shape == (1,):  # as models keep a parameter: one for all rows
+            temperature = temperature.reshape(())
+        if temperature.dim() and temperature.shape != leading:
+            raise ValueError(
+                f"temperature has shape {list(temperature.shape)}; wanted {list(leading)}, one per "
+                "row, or [] or [1], one for all"
+            )
+        check_device("temperature", temperature, query)
         per_row = floating("temperature", temperature, query, differentiable=True)
         if per_row.dim():
             per_row = flat(per_row)
-    else:
-        tau = float(temperature)
+    elif temperature is not None:
+        tau = number("temperature", temperature, "a positive number, or a torch.Tensor")
         if not 0 < tau < math.inf:
             raise ValueError(f"temperature is {tau}; wanted a positive, finite number")
     return {

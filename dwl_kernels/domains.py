@@ -10,25 +10,37 @@ item entropy ``H_d``, belong to domain ``d``:
     entropy_d = 1 - H_d / log I
     s_d = (alpha idf_d + beta users_d + gamma entropy_d) / (alpha + beta + gamma)     in [0, 1]
     w*_d = w_min + (w_max - w_min) s_d
-    average <- m average + (1 - m) w*                                       in [w_min, w_max]
+    average <- m^(n/1024) average + (1 - m^(n/1024)) w*     for n rows      in [w_min, w_max]
     weights = average / (mean of `average` over all interactions seen)      in (0, w_max / w_min]
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dwl_kernels.buffers import Tables
-from dwl_kernels.problem import INTEGERS, checks_values, mean_domain_weight
+from dwl_kernels.arguments import (
+    check_order,
+    flags_of,
+    integer,
+    integers,
+    number,
+    real_numbers,
+    several_numbers,
+    wrong_type,
+)
+from dwl_kernels.buffers import Tables, difference
+from dwl_kernels.problem import check_distinct, checks_values, mean_domain_weight
 
 # An interaction with an item of G domains counts 1/G for each of them. Kept as integers in units
 # that every G up to 16 divides: exact, the same in every run on a GPU, and safe from `.half()`.
 _WHOLE = 720_720
 _LONGEST_TABLE = 40  # rows; longer tables leave out their middle
+MOMENTUM_ROWS = 1024  # rows after which `momentum` of the old average is left
 
 
 class DomainWeights(Tables):
@@ -38,7 +50,9 @@ class DomainWeights(Tables):
     sparsity at once; :meth:`update` streams domain ids during training and refreshes the counts
     and with them ``idf`` alone (users and entropy stay as measured offline, and have no say where
     they never were). The state lives in buffers, so ``state_dict`` carries it: float buffers stay
-    float32 under ``.half()``, counts are int64.
+    float32 under ``.half()``, counts are int64. Constant weights follow from their argument and are
+    not in it. A checkpoint of another ``weight_range``, of other ``measures`` or of the other kind
+    of weights raises.
 
     ``average`` is the moving average, exactly within ``weight_range``. ``weights`` is ``average``
     divided by its mean over all interactions seen, so that the average example weighs 1 and the
@@ -51,13 +65,22 @@ class DomainWeights(Tables):
         measures: ``(alpha, beta, gamma)``, the say of idf, users and entropy in the sparsity.
         weight_range: ``(w_min, w_max)`` with ``0 < w_min <= w_max``, for the densest and the
             sparsest domain there could be. A domain never seen gets ``w_max``.
-        momentum: ``m`` in [0, 1), the share of the old average that survives one update.
+        momentum: ``m`` in [0, 1), the share of the old average that survives 1,024 counted rows;
+            ``n`` rows leave ``m ** (n / 1024)`` of it, in one update or in many. With 0 the weights
+            follow the counts at once.
+        start, full: Steps, of which every :meth:`update` (a forward in training mode) is one. Up to
+            ``start`` all domains weigh 1, from ``full`` on what is measured, and between them the
+            weights go from one to the other in equal steps; ``full`` is ``start`` by default.
+            ``(0, 0)`` weighs from the beginning, ``(0, n)`` ramps up, ``(n, n)`` is deferred: what
+            is sparse is learned from all data first.
 
     Raises:
+        TypeError: if a size is no integer, a number none, or ``names`` no list.
         ValueError: if a size is not positive, a range is reversed or holds a number that is not
-            finite and positive, or ``names`` has the wrong length.
+            finite and positive, ``names`` has the wrong length, or ``full`` comes before ``start``.
 
-    Source: Mittal et al. 2025, arXiv 2510.04375.
+    Source: Mittal et al. 2025, arXiv 2510.04375; deferred weights: Cao et al. 2019, arXiv
+    1906.07413.
 
     Example:
         >>> weights = DomainWeights(3, names=["drama", "comedy", "noir"], momentum=0.0)
@@ -76,6 +99,8 @@ class DomainWeights(Tables):
     entropy: Tensor  # [num_domains] float32, H_d in nats
     num_users: Tensor  # [] int64, U; 0 while users and entropy are not measured
     num_items: Tensor  # [] int64, I
+    steps: Tensor  # [] int64, updates so far
+    arguments: Tensor  # [5] float32, what the average depends on; for checkpoints to be compared
 
     def __init__(
         self,
@@ -85,35 +110,35 @@ class DomainWeights(Tables):
         measures: tuple[float, float, float] = (1.0, 1.0, 1.0),
         weight_range: tuple[float, float] = (1.0, 4.0),
         momentum: float = 0.99,
+        start: int = 0,
+        full: int | None = None,
     ) -> None:
         super().__init__()
-        if num_domains < 1:
-            raise ValueError(f"num_domains is {num_domains}; wanted at least 1")
-        if names is not None and len(names) != num_domains:
-            raise ValueError(
-                f"names has {len(names)} entries for {num_domains} domains; wanted one per domain"
-            )
-        if (
-            len(measures) != 3
-            or not all(0 <= m < float("inf") for m in measures)
-            or not any(measures)
-        ):
-            raise ValueError(
-                f"measures is {measures}; wanted three finite numbers (idf, users, entropy), none "
-                "negative and at least one positive"
-            )
-        if len(weight_range) != 2 or not 0 < weight_range[0] <= weight_range[1] < float("inf"):
-            raise ValueError(
-                f"weight_range is {weight_range}; wanted finite (w_min, w_max) with "
-                "0 < w_min <= w_max"
-            )
+        num_domains = integer("num_domains", num_domains, least=1)
+        wanted = (
+            "three finite numbers (idf, users, entropy), none negative and at least one positive"
+        )
+        parts = several_numbers("measures", measures, wanted)
+        if len(parts) != 3 or not all(0 <= m < float("inf") for m in parts) or not any(parts):
+            raise ValueError(f"measures is {measures}; wanted {wanted}")
+        wanted = "finite (w_min, w_max) with 0 < w_min <= w_max"
+        bounds = several_numbers("weight_range", weight_range, wanted)
+        if len(bounds) != 2 or not 0 < bounds[0] <= bounds[1] < float("inf"):
+            raise ValueError(f"weight_range is {weight_range}; wanted {wanted}")
+        momentum = number("momentum", momentum)
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum is {momentum}; wanted a number in [0, 1)")
+        start = integer("start", start, least=0)
+        full = start if full is None else integer("full", full)
+        if full < start:
+            raise ValueError(f"full is {full}; wanted at least start, which is {start}")
         self.num_domains = num_domains
-        self.names = None if names is None else [str(name) for name in names]
-        self.measures = measures
-        self.weight_range = weight_range
+        self.names = None if names is None else _names(names, num_domains)
+        self.measures = parts
+        self.weight_range = bounds
         self.momentum = momentum
+        self.start = start
+        self.full = full
         self.fixed = False
         # Nothing seen yet: every domain is as sparse as can be, and all weigh the same.
         self.register_buffer("weights", torch.ones(num_domains, dtype=torch.float32))
@@ -123,8 +148,9 @@ class DomainWeights(Tables):
         for name in ("interactions", "shares", "users"):
             self.register_buffer(name, torch.zeros(num_domains, dtype=torch.int64))
         self.register_buffer("entropy", torch.zeros(num_domains, dtype=torch.float32))
-        for name in ("num_users", "num_items"):
+        for name in ("num_users", "num_items", "steps"):
             self.register_buffer(name, torch.zeros((), dtype=torch.int64))
+        self.register_buffer("arguments", self._arguments(self.weights.device))
 
     @classmethod
     def from_interactions(
@@ -138,6 +164,8 @@ class DomainWeights(Tables):
         measures: tuple[float, float, float] = (1.0, 1.0, 1.0),
         weight_range: tuple[float, float] = (1.0, 4.0),
         momentum: float = 0.99,
+        start: int = 0,
+        full: int | None = None,
     ) -> DomainWeights:
         """Measure interactions, users and item entropy of every domain, and set the weights.
 
@@ -145,16 +173,18 @@ class DomainWeights(Tables):
         the moving average starts from there.
 
         Args:
-            users: ``[M]`` integers, tensor or NumPy array; any ids, they need not be dense.
+            users: ``[M]`` integers, a tensor, NumPy array, pandas column or list, of which an
+                index is not looked at; any ids, they need not be dense.
             items: ``[M]`` integers, likewise.
             domains: ``[M]`` or ``[M, G]`` integers, the domains of each interaction's item, each
-                named once per row, -1 = no domain in that slot.
+                named once per row, -1 = no domain in that slot. :func:`domains_from_multi_hot`
+                makes them of flags.
             num_domains: Number of domains; by default ``len(names)``, else the largest id plus 1.
-            names, measures, weight_range, momentum: As for the class.
+            names, measures, weight_range, momentum, start, full: As for the class.
 
         Raises:
             TypeError: if ids are not integers.
-            ValueError: if lengths differ.
+            ValueError: if lengths differ, or if a row names a domain twice, as flags do.
             IndexError: if a domain id is outside ``[-1, num_domains)``.
 
         Example:
@@ -164,10 +194,12 @@ class DomainWeights(Tables):
             >>> weights.users.tolist(), weights.entropy.tolist()
             ([2, 1], [0.6365141868591309, 0.0])
         """
-        columns = {"users": torch.as_tensor(users), "items": torch.as_tensor(items)}
-        slots = _slots("domains", torch.as_tensor(domains))  # [M, G]
+        given = {"users": users, "items": items, "domains": domains}
+        device = next((v.device for v in given.values() if isinstance(v, Tensor)), None)
+        columns = {name: integers(name, value, device, lists=True) for name, value in given.items()}
+        slots = _slots("domains", columns.pop("domains"))  # [M, G]
+        check_distinct("domains", slots)
         for name, value in columns.items():
-            _integer(name, value)
             if value.shape != slots.shape[:1]:
                 raise ValueError(
                     f"{name} has shape {list(value.shape)}; wanted [{slots.shape[0]}], one per "
@@ -175,6 +207,7 @@ class DomainWeights(Tables):
                 )
             if value.device != slots.device:
                 raise ValueError(f"{name} is on {value.device} but domains is on {slots.device}")
+        names = None if names is None else _names(names, num_domains)
         if num_domains is None:
             largest = int(slots.max()) if slots.numel() else -1
             num_domains = max(largest + 1, 1) if names is None else len(names)
@@ -184,6 +217,8 @@ class DomainWeights(Tables):
             measures=measures,
             weight_range=weight_range,
             momentum=momentum,
+            start=start,
+            full=full,
         ).to(slots.device)
         check_range("domains", slots, num_domains, "domains", always=True)
         labelled = (slots >= 0).any(1)
@@ -207,21 +242,29 @@ class DomainWeights(Tables):
             )
             n = measured.interactions.clamp(min=1).double()
             measured.entropy.copy_((n.log() - surprise / n).clamp(min=0))
-        measured._move(momentum=0.0)
+        measured._move(1.0)
         return measured
 
     @classmethod
     def constant(
-        cls, weights: Tensor | Sequence[float], *, names: Sequence[str] | None = None
+        cls,
+        weights: Tensor | Sequence[float],
+        *,
+        names: Sequence[str] | None = None,
+        start: int = 0,
+        full: int | None = None,
     ) -> DomainWeights:
-        """Weights that never change, the fixed method; :meth:`update` then only counts.
+        """Weights that are given and not measured; :meth:`update` then only counts.
 
         Args:
-            weights: ``[num_domains]``, finite and not negative, used as they are.
+            weights: ``[num_domains]`` numbers, finite and not negative, used as they are.
             names: Names for the printed table, one per domain.
+            start, full: As for the class.
 
         Raises:
-            ValueError: if a weight is negative or not finite, or if they require a gradient.
+            TypeError: if they are no numbers.
+            ValueError: if a weight is negative or not finite, if they require a gradient, or if
+                they are a pandas Series whose index is not that of the domains.
 
         Source: the loss weights of PinnerFormer, arXiv 2205.04507.
 
@@ -234,17 +277,22 @@ class DomainWeights(Tables):
                 "weights requires a gradient, but constant weights are not trained: detach it, or "
                 "pass it as domain_weights to sampled_softmax_loss"
             )
-        values = torch.as_tensor(weights, dtype=torch.float32)
-        if values.dim() != 1:
-            raise ValueError(f"weights has shape {list(values.shape)}; wanted [num_domains]")
+        check_order("weights", weights, "domain", "weights.reindex(range(num_domains))")
+        values = real_numbers("weights", weights).to(torch.float32)
+        if values.dim() != 1 or not len(values):
+            raise ValueError(
+                f"weights has shape {list(values.shape)}; wanted [num_domains] with at least one "
+                "domain"
+            )
         if not bool((values.isfinite() & (values >= 0)).all()):
             raise ValueError(
                 f"weights is {values.tolist()}; wanted finite numbers that are not negative"
             )
-        built = cls(values.shape[0], names=names).to(values.device)
+        built = cls(values.shape[0], names=names, start=start, full=full).to(values.device)
         built.fixed = True
-        built.weights.copy_(values)
-        built.average.copy_(values)
+        for name in ("weights", "average"):
+            built.register_buffer(name, values.clone(), persistent=False)
+        del built.arguments
         return built
 
     @torch.no_grad()
@@ -255,23 +303,40 @@ class DomainWeights(Tables):
         """Count the domains of a batch and move the weights; no wait for the device.
 
         Args:
-            domain_ids: ``[B]`` or ``[B, G]`` integers, each domain named once per row, -1 = none.
-                A row of -1 alone, such as padding, does not count.
+            domain_ids: ``[B]`` or ``[B, G]`` integers, a tensor, NumPy array or pandas column, each
+                domain named once per row, -1 = none. A row of -1 alone, such as padding, does not
+                count.
 
         Raises:
             TypeError: if ids are not integers.
-            ValueError: if the shape or the device does not fit.
+            ValueError: if the shape or the device does not fit, or on a CPU, if a row names a
+                domain twice.
             IndexError: if an id is outside ``[-1, num_domains)``, on a CPU. On other devices, and
                 under ``torch.compile``, such an id is not counted, unless ``DWL_KERNELS_CHECK=1``.
         """
-        ids = self._domain_slots(domain_ids)  # [B, G]
-        self._count(ids, (ids >= 0) & (ids < self.num_domains))
-        if not self.fixed:
-            self._move(self.momentum)
+        ids = self.slots(domain_ids)  # [B, G]
+        if checks_values(ids.device):
+            check_distinct("domain_ids", ids)
+        rows = self._count(ids, (ids >= 0) & (ids < self.num_domains))
+        self.steps.add_(1)
+        if self.fixed:
+            return
+        if self.momentum:
+            # 1 - m^(rows / 1024); a few rows change so little that float32 needs expm1 for it.
+            self._move(-torch.expm1(rows.float() * (math.log(self.momentum) / MOMENTUM_ROWS)))
+        else:
+            self._move((rows > 0).float())
 
     def forward(self) -> Tensor:
-        """The weights, ``[num_domains]``; a copy, so updates do not disturb a pending backward."""
-        return self.weights.clone()
+        """The weights of this step, ``[num_domains]``, a copy: updates leave what a backward needs.
+
+        By the schedule they lie between 1 and ``weights``, which :meth:`example_weight` and
+        :meth:`log_weight` take.
+        """
+        if self.full == 0:
+            return self.weights.clone()
+        share = (self.steps - self.start).float() / max(self.full - self.start, 1)
+        return torch.lerp(torch.ones_like(self.weights), self.weights, share.clamp(0.0, 1.0))
 
     def sparsity(self) -> Tensor:
         """``s_d``, ``[num_domains]`` in [0, 1]; 1 for a domain never seen."""
@@ -296,10 +361,11 @@ class DomainWeights(Tables):
         """Mean weight of each row's domains, ``[B]``; 1 for a row that has none.
 
         Raises:
+            TypeError, ValueError: As for :meth:`update`.
             IndexError: if an id is outside ``[-1, num_domains)``, on a CPU. On other devices, and
                 under ``torch.compile``, such a row gets NaN, unless ``DWL_KERNELS_CHECK=1``.
         """
-        return mean_domain_weight(self._domain_slots(domain_ids), self.weights)
+        return mean_domain_weight(self.slots(domain_ids), self.weights)
 
     def log_weight(
         self,
@@ -318,8 +384,41 @@ class DomainWeights(Tables):
         """
         return self.example_weight(domain_ids).log()
 
-    def _domain_slots(self, domain_ids: Tensor) -> Tensor:
-        ids = _slots("domain_ids", domain_ids)
+    def sparsest(
+        self,
+        domain_ids: Tensor,  # [V] or [V, G]
+        part: float = 0.25,
+    ) -> Tensor:  # [V] bool
+        """Which items belong to one of the sparsest domains, by their counts.
+
+        Args:
+            domain_ids: ``[V]`` or ``[V, G]`` integers, the domains of every item, -1 = none.
+            part: What part of the domains, rounded up, a quarter by default.
+
+        Returns:
+            ``[V]`` bools.
+
+        Example:
+            >>> weights = DomainWeights(3)
+            >>> weights.update(torch.tensor([0, 0, 0, 1, 1, 2]))
+            >>> weights.sparsest(torch.tensor([[0, -1], [1, 2], [2, -1]]))
+            tensor([False,  True,  True])
+        """
+        part = number("part", part, "a number in (0, 1]")
+        if not 0 < part <= 1:
+            raise ValueError(f"part is {part}; wanted a number in (0, 1]")
+        by_count = self.interactions.argsort(descending=True, stable=True)
+        sparse = torch.zeros(self.num_domains + 1, dtype=torch.bool, device=by_count.device)
+        sparse[by_count[self.num_domains - math.ceil(part * self.num_domains) :]] = True
+        ids = self.slots(domain_ids)
+        return sparse[torch.where(ids >= 0, ids, self.num_domains)].any(1)
+
+    def slots(
+        self,
+        domain_ids: Tensor,  # [B] or [B, G]
+    ) -> Tensor:  # [B, G] int64
+        """The ids, checked."""
+        ids = _slots("domain_ids", integers("domain_ids", domain_ids, self.weights.device))
         if ids.device != self.weights.device:
             raise ValueError(
                 f"domain_ids is on {ids.device} but the domain weights are on "
@@ -332,7 +431,7 @@ class DomainWeights(Tables):
         self,
         ids: Tensor,  # [B, G] int64
         counted: Tensor,  # [B, G] bool, within [0, num_domains)
-    ) -> None:
+    ) -> Tensor:  # [] rows with a domain
         # One bin more takes what is not counted: no shape depends on the data, hence no sync.
         bins = torch.where(counted, ids, self.num_domains).flatten()
         per_slot = torch.div(
@@ -344,21 +443,76 @@ class DomainWeights(Tables):
         ):
             new = total.new_zeros(self.num_domains + 1)
             total.add_(new.index_add_(0, bins, amount.flatten())[:-1])
+        return counted.any(1).sum()
 
-    def _move(self, momentum: float) -> None:
+    def _move(self, share: float | Tensor) -> None:
+        """The average goes this share of its way."""
         low, high = self.weight_range
         target = low + (high - low) * self.sparsity()
-        moved = momentum * self.average + (1 - momentum) * target
+        moved = torch.lerp(self.average, target, share)
         self.average.copy_(moved.clamp(low, high))  # the clamp only removes rounding
-        seen = self.shares.float()
-        seen = torch.where(seen.sum() > 0, seen, 1.0)
-        mean = (seen / seen.sum() * self.average).sum()
-        self.weights.copy_(self.average / mean)
+        self.weights.copy_(_of_mean_one(self.average, self.shares))
+
+    def _arguments(self, device: torch.device | str = "cpu") -> Tensor:  # [5]
+        shares = [measure / sum(self.measures) for measure in self.measures]
+        return torch.tensor([*self.weight_range, *shares], dtype=torch.float32, device=device)
+
+    def contradiction(self, saved: dict[str, Tensor]) -> str | None:
+        if self.fixed:
+            text = difference("weights", saved, self.weights)
+            text = text or difference("average", saved, self.average)
+            return text and (
+                f"{text}, where weights are constant; build the module with the weights of the "
+                "checkpoint, or, to go on with these, delete weights and average from it"
+            )
+        if "interactions" in saved and "average" not in saved:
+            return (
+                "the checkpoint was written with constant weights, but those of this module are "
+                f"measured, with weight_range={self.weight_range}; give the module the constant "
+                "weights, or load the checkpoint without this part"
+            )
+        own = self._arguments()
+        if "arguments" in saved:
+            if difference("arguments", saved, own) is None:
+                return None
+            theirs = [float(f"{number:.6g}") for number in saved["arguments"].tolist()]
+            return (
+                f"weight_range is {tuple(theirs[:2])} and measures is in proportion to "
+                f"{tuple(theirs[2:])} in the checkpoint, but {self.weight_range} and "
+                f"{self.measures} here; build the module with those of the checkpoint"
+            )
+        # Earlier versions saved no arguments, but an average that lies within its range, and
+        # weights that follow from it, unlike constant ones.
+        average, shares = saved.get("average"), saved.get("shares")
+        if average is None or shares is None or average.shape != shares.shape:
+            return None
+        low, high = own[:2].tolist()
+        rounding = torch.finfo(average.dtype).eps
+        if bool(((average < low * (1 - rounding)) | (average > high * (1 + rounding))).any()):
+            extremes = f"[{average.min().item():.6g}, {average.max().item():.6g}]"
+            return (
+                f"average lies within {extremes} in the checkpoint, but weight_range is "
+                f"{self.weight_range} here; build the module with that of the checkpoint"
+            )
+        text = difference("weights", saved, _of_mean_one(average, shares))
+        return text and (
+            f"{text} by its average and shares: the checkpoint was written with constant weights, "
+            "but those of this module are measured; give the module the constant weights"
+        )
+
+    def bring_up_to_date(self, state_dict: dict[str, Any], prefix: str) -> None:
+        if not self.fixed and prefix + "average" in state_dict:
+            # Anew, because a module that was made on `meta` holds anything before it is loaded.
+            state_dict.setdefault(prefix + "arguments", self._arguments())
+        if prefix + "interactions" in state_dict:
+            state_dict.setdefault(prefix + "steps", torch.zeros((), dtype=torch.int64))
 
     def extra_repr(self) -> str:
         if self.fixed:
-            return f"{self.num_domains}, constant"
-        return f"{self.num_domains}, weight_range={self.weight_range}, momentum={self.momentum}"
+            text = f"{self.num_domains}, constant"
+        else:
+            text = f"{self.num_domains}, weight_range={self.weight_range}, momentum={self.momentum}"
+        return f"{text}, start={self.start}, full={self.full}" if self.full else text
 
     def __str__(self) -> str:
         """A table of the measured domains, dense to sparse."""
@@ -395,16 +549,69 @@ class DomainWeights(Tables):
         return "\n".join([repr(self), *lines])
 
 
-def _integer(name: str, value: Tensor) -> None:
-    if value.dtype not in INTEGERS:
-        raise TypeError(f"{name} has dtype {value.dtype}; wanted integers, int64 or int32")
+def _of_mean_one(
+    average: Tensor,  # [num_domains]
+    shares: Tensor,  # [num_domains]
+) -> Tensor:  # [num_domains]
+    """The average over its mean, in which a domain has the share of its interactions."""
+    seen = shares.float()
+    seen = torch.where(seen.sum() > 0, seen, 1.0)
+    return average / (seen / seen.sum() * average).sum()
+
+
+def domains_from_multi_hot(
+    flags: Any,  # [..., C]
+) -> Tensor:  # [..., G]
+    """The domains of each row, from one flag of 0 or 1 per domain.
+
+    Genres often come this way, one column for each. Losses and :class:`DomainWeights` take ids.
+
+    Args:
+        flags: ``[..., C]`` of 0 and 1, for ``C`` domains: bool, integers or floats; a tensor, NumPy
+            array, pandas DataFrame or lists. Row ``k`` of a DataFrame is row ``k`` of the result,
+            whatever its index says.
+
+    Returns:
+        ``[..., G]`` int64, the ids of each row's domains in increasing order, then -1. ``G`` is the
+        most that a row has, at least 1.
+
+    Raises:
+        TypeError: if they are no numbers.
+        ValueError: if one is neither 0 nor 1.
+
+    Example:
+        >>> domains_from_multi_hot([[1, 0, 1], [0, 1, 0], [0, 0, 0]])
+        tensor([[ 0,  2],
+                [ 1, -1],
+                [-1, -1]])
+    """
+    on = flags_of("flags", flags)
+    if on.dim() == 0:
+        raise ValueError("flags has shape []; wanted [..., C], a flag per domain")
+    per_row = on.reshape(on.shape[:-1].numel(), on.shape[-1])
+    row, domain = per_row.nonzero(as_tuple=True)  # row by row
+    count = per_row.sum(1)
+    slot = torch.arange(len(row), device=on.device) - (count.cumsum(0) - count)[row]
+    slots = max(int(slot.max()) + 1, 1) if len(slot) else 1
+    ids = torch.full((len(per_row), slots), -1, device=on.device)
+    ids[row, slot] = domain
+    return ids.reshape(*on.shape[:-1], slots)
+
+
+def _names(names: Any, num_domains: int | None) -> list[str]:
+    """One name per domain."""
+    if isinstance(names, (str, bytes, Mapping, Set)) or not hasattr(names, "__iter__"):
+        raise wrong_type("names", names, "a list with a name per domain")
+    named = [str(name) for name in names]
+    if num_domains is not None and len(named) != num_domains:
+        raise ValueError(
+            f"names has {len(named)} entries for {num_domains} domains; wanted one per domain"
+        )
+    return named
 
 
 def _slots(name: str, ids: Tensor) -> Tensor:
     """Ids as ``[B, G]`` int64."""
-    if not isinstance(ids, Tensor):
-        raise TypeError(f"{name} is a {type(ids).__name__}; wanted a torch.Tensor of integers")
-    _integer(name, ids)
     if ids.dim() not in (1, 2):
         raise ValueError(
             f"{name} has shape {list(ids.shape)}; wanted [B], or [B, G] with several domains per "

@@ -10,10 +10,11 @@ from typing import Any, cast
 
 from torch import Tensor
 
+from dwl_kernels.arguments import flag
 from dwl_kernels.autograd import softmax_loss
 from dwl_kernels.backends import Backend, check_name
 from dwl_kernels.problem import Correction, DualScale, Problem, Reduction
-from dwl_kernels.table import shared_rows
+from dwl_kernels.table import ids_in_use, shared_rows
 from dwl_kernels.validation import (
     full_problem,
     in_batch_problem,
@@ -36,7 +37,7 @@ def sampled_softmax_loss(
     domain_ids: Tensor | None = None,  # [B] or [B, G]
     domain_weights: Tensor | None = None,  # [num_domains]
     example_weights: Tensor | None = None,  # [B]
-    temperature: float | Tensor = 1.0,  # [] or [B]
+    temperature: float | Tensor | None = None,  # [] or [B]
     correction: Correction = "standard",
     reduction: Reduction = "mean",
     backend: Backend = "auto",
@@ -59,17 +60,22 @@ def sampled_softmax_loss(
         query: embeddings of the queries or time steps; float32, float64, bfloat16 or float16.
         positive: the embedding each query should score highest, same shape and dtype.
         negative: embeddings of the sampled negatives.
-        positive_log_q: log-probability (nats) that one draw of the sampler gives the positive.
+        positive_log_q: log-probability (nats) that one draw of the sampler gives the positive; with
+            ``negative_log_q``, pass both or neither. From the log of an expected count subtract the
+            log of the number of draws.
         negative_log_q: the same for every negative; ``+inf`` takes a negative out.
         positive_ids: integer item ids of the positives. A negative with the id of a row's positive
             (an accidental hit) is removed from that row.
         negative_ids: integer item ids of the negatives.
-        domain_ids: the domain, or the ``G`` domains, of each row; -1 means none.
+        domain_ids: the domain, or the ``G`` domains, of each row, each named once; -1 means none.
+            :func:`domains_from_multi_hot` makes them of flags. Ids and domains may be NumPy arrays
+            or pandas columns.
         domain_weights: the weight of each domain. A row weighs the mean over its domains, and 1 if
             it has none.
         example_weights: further weights, not negative. 0 marks a padded row: it gives exact zeros,
             does not count in any norm, and NaN in its embeddings does not leak. A bool mask works.
-        temperature: a positive number, or a tensor, for all rows or per row.
+        temperature: a positive number, or a tensor, for all rows (``[]`` or ``[1]``) or per row;
+            None is 1.
         correction: ``"standard"``, or ``"refined"`` (arXiv 2507.09331): the positive leaves the
             denominator, is not corrected itself, and the row weighs
             ``r_i = sigmoid(lse_i - log n_i - z_i+)``, detached, with ``lse_i = log sum_j exp z_ij +
@@ -86,8 +92,11 @@ def sampled_softmax_loss(
         inputs. Under autocast the products run in its dtype.
 
     Raises:
-        TypeError: a wrong dtype, mixed dtypes, or a sparse, quantised or distributed tensor.
-        ValueError: a wrong shape, device, choice, or combination of arguments; a negative weight.
+        TypeError: a wrong type or dtype, mixed dtypes, or a sparse, nested, quantised or
+            distributed tensor.
+        ValueError: a wrong shape, device, choice, or combination of arguments. On a CPU, or with
+            ``DWL_KERNELS_CHECK=1``: a negative weight, a log-Q above 0 (a probability, a count, or
+            minus the log), a domain named twice in a row (flags taken for ids).
         IndexError: a domain id out of range, on a CPU. On CUDA the row's loss is NaN, or the error
             comes with ``DWL_KERNELS_CHECK=1``.
         RuntimeError: the backend asked for by name cannot run; the message says why and the mend.
@@ -121,7 +130,7 @@ def sampled_softmax_loss(
         correction=correction,
         reduction=reduction,
     )
-    return _loss(problem, query, backend)
+    return loss_of(problem, query, backend)
 
 
 def in_batch_softmax_loss(
@@ -136,7 +145,7 @@ def in_batch_softmax_loss(
     domain_ids: Tensor | None = None,  # [B] or [B, G]
     domain_weights: Tensor | None = None,  # [num_domains]
     example_weights: Tensor | None = None,  # [B]
-    temperature: float | Tensor = 1.0,  # [] or [B]
+    temperature: float | Tensor | None = None,  # [] or [B]
     correction: Correction = "standard",
     reduction: Reduction = "mean",
     backend: Backend = "auto",
@@ -184,7 +193,7 @@ def in_batch_softmax_loss(
         correction=correction,
         reduction=reduction,
     )
-    return _loss(problem, query, backend)
+    return loss_of(problem, query, backend)
 
 
 def full_softmax_loss(
@@ -197,7 +206,7 @@ def full_softmax_loss(
     domain_ids: Tensor | None = None,  # [T] or [T, G]
     domain_weights: Tensor | None = None,  # [num_domains]
     example_weights: Tensor | None = None,  # [T]
-    temperature: float | Tensor = 1.0,  # [] or [T]
+    temperature: float | Tensor | None = None,  # [] or [T]
     reduction: Reduction = "mean",
     skip_threshold: float = 0.0,
     backend: Backend = "auto",
@@ -265,7 +274,7 @@ def full_softmax_loss(
         reduction=reduction,
         skip_threshold=skip_threshold,
     )
-    return _loss(problem, query, backend)
+    return loss_of(problem, query, backend)
 
 
 def indexed_sampled_softmax_loss(
@@ -280,7 +289,7 @@ def indexed_sampled_softmax_loss(
     domain_ids: Tensor | None = None,  # [B] or [B, G]
     domain_weights: Tensor | None = None,  # [num_domains]
     example_weights: Tensor | None = None,  # [B]
-    temperature: float | Tensor = 1.0,  # [] or [B]
+    temperature: float | Tensor | None = None,  # [] or [B]
     correction: Correction = "standard",
     reduction: Reduction = "mean",
     backend: Backend = "auto",
@@ -304,8 +313,8 @@ def indexed_sampled_softmax_loss(
             (``[..., K]`` with leading dimensions), ``K`` of every query's own. A negative that is
             the positive of a row (an accidental hit) is always removed from that row.
         sparse_grad: whether the gradient of the table is a coalesced sparse COO tensor of the rows
-            that were used, as ``torch.optim.SparseAdam`` takes it, or dense. ``torch.compile`` does
-            not trace sparse gradients.
+            that were used, as ``torch.optim.SparseAdam`` takes it, or dense. The ids of padded rows
+            are not among them. ``torch.compile`` does not trace sparse gradients.
         negative_log_q: log-probability (nats) of one draw of every negative.
 
     The other arguments, what is returned and what is raised: see :func:`sampled_softmax_loss`. An
@@ -334,13 +343,16 @@ def indexed_sampled_softmax_loss(
         "correction": correction,
         "reduction": reduction,
     }
+    sparse_grad = flag("sparse_grad", sparse_grad)
     ids = indexed_ids(query, table, positive_ids, negative_ids, example_weights)
-    if negative_ids.dim() != 1:
+    if sparse_grad:
+        ids = ids_in_use(*ids, example_weights)
+    if ids[1].dim() != 1:
         problem = indexed_problem(query, table, *ids, **arguments)
-        return _loss(problem, query, backend, sparse_grad)
+        return loss_of(problem, query, backend, sparse_grad)
     positive, negative = shared_rows(table, *ids, sparse_grad, backend)
     named: dict[str, Any] = {"positive_ids": ids[0], "negative_ids": ids[1]}
-    return _loss(sampled_problem(query, positive, negative, **named, **arguments), query, backend)
+    return loss_of(sampled_problem(query, positive, negative, **named, **arguments), query, backend)
 
 
 def dual_scale_softmax_loss(
@@ -360,7 +372,7 @@ def dual_scale_softmax_loss(
     domain_ids: Tensor | None = None,  # [B] or [B, G]
     domain_weights: Tensor | None = None,  # [num_domains]
     example_weights: Tensor | None = None,  # [B]
-    temperature: float | Tensor = 1.0,  # [] or [B]
+    temperature: float | Tensor | None = None,  # [] or [B]
     correction: Correction = "standard",
     reduction: Reduction = "mean",
     backend: Backend = "auto",
@@ -435,9 +447,10 @@ def dual_scale_softmax_loss(
             positive_ids=positive_ids,
             **arguments,
         )
-    return _loss(problem, query, backend)
+    return loss_of(problem, query, backend)
 
 
-def _loss(problem: Problem, query: Tensor, backend: str, sparse_grad: bool = False) -> Tensor:
+def loss_of(problem: Problem, query: Tensor, backend: str, sparse_grad: bool = False) -> Tensor:
+    """The loss of `problem`, in the leading dimensions of `query` for reduction "none"."""
     loss = softmax_loss(problem, backend, sparse_grad)
     return loss.reshape(query.shape[:-1]) if problem.reduction == "none" else loss

@@ -1,18 +1,19 @@
 """Log-Q of ids seen in a stream, for in-batch candidates.
 
 Both estimates are modules whose state lives in buffers; updating and looking up never wait for the
-device.
+device. What was counted with some hash functions means nothing to others, so a `state_dict` names
+them, and loading it into a module of another `seed` raises.
 """
 
 from __future__ import annotations
 
 import math
-import operator
 
 import torch
 from torch import Tensor
 
-from dwl_kernels.buffers import Tables, int64_ids, positive_int
+from dwl_kernels.arguments import ids_on, integer, number
+from dwl_kernels.buffers import Tables, difference
 
 
 class StreamingFrequency(Tables):
@@ -77,21 +78,26 @@ class StreamingFrequency(Tables):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.num_buckets = positive_int("num_buckets", num_buckets)
-        size = self.num_buckets * positive_int("num_hashes", num_hashes)
+        self.num_buckets = integer("num_buckets", num_buckets, least=1)
+        num_hashes = integer("num_hashes", num_hashes, least=1)
+        size = self.num_buckets * num_hashes
+        learning_rate = number("learning_rate", learning_rate)
         if not 0 < learning_rate <= 1:
             raise ValueError(f"learning_rate is {learning_rate}, wanted a number in (0, 1]")
-        if initial_gap is not None and not (math.isfinite(initial_gap) and initial_gap >= 1):
-            raise ValueError(f"initial_gap is {initial_gap}, wanted None or at least 1 batch")
+        if initial_gap is not None:
+            initial_gap = number("initial_gap", initial_gap, "None or a number")
+            if not 1 <= initial_gap < math.inf:
+                raise ValueError(f"initial_gap is {initial_gap}, wanted None or at least 1 batch")
         self.learning_rate = learning_rate
         self.initial_gap = initial_gap
-        self.batch_size = None if batch_size is None else positive_int("batch_size", batch_size)
+        self.batch_size = None if batch_size is None else integer("batch_size", batch_size, least=1)
         # The rows of all H hashes lie end to end: one flat index reads and writes them at once.
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))  # t, batches so far
         self.register_buffer("last_step", torch.zeros(size, dtype=torch.int64))  # A, 0 = never
         gap = torch.full((size,), initial_gap or 1, dtype=torch.float32)
         self.register_buffer("gap", gap)  # B, in batches
         self.register_buffer("sightings", torch.zeros(size, dtype=torch.int32))
+        self.seed = integer("seed", seed)
         self.register_buffer("seeds", _hash_seeds(num_hashes, seed))
 
     @torch.no_grad()
@@ -99,10 +105,11 @@ class StreamingFrequency(Tables):
         """Take one step with the ids of a batch; an id that occurs twice counts once.
 
         Args:
-            ids: the ids of one batch, any int64 values, any shape.
+            ids: the ids of one batch, any int64 values, any shape; a tensor, array or pandas
+                column.
 
         Raises:
-            TypeError, ValueError: `ids` is no integer tensor, or on another device.
+            TypeError, ValueError: `ids` is no tensor or array of integers, or on another device.
         """
         bucket = self._buckets(ids).flatten()  # [H n]
         self.step += 1
@@ -120,24 +127,38 @@ class StreamingFrequency(Tables):
         """Log-probability of each id in a batch, or in one draw if `batch_size` was given.
 
         Args:
-            ids: any int64 values, any shape.
+            ids: any int64 values, any shape; a tensor, array or pandas column.
 
         Returns:
             float32 of the shape of `ids`, finite. An id never seen in t batches has a gap of
             `t + 1` batches, or of `initial_gap` if that is more.
 
         Raises:
-            TypeError, ValueError: `ids` is no integer tensor, or on another device.
+            TypeError, ValueError: `ids` is no tensor or array of integers, or on another device.
         """
         bucket = self._buckets(ids)  # [H, ...]
         gap = self.gap[bucket]
         never = self.last_step[bucket] == 0
-        gap = torch.where(never, gap.clamp(min=self.step + 1), gap).amax(0)
+        # A gap is one batch or more, but rounding may leave less in an average.
+        gap = torch.where(never, gap.clamp(min=self.step + 1), gap).amax(0).clamp(min=1)
         if self.batch_size is None:
             return -gap.log()
         # Q = 1 - (1 - P)^(1 / n) through expm1 and log1p: P and Q are tiny for most ids.
         share = gap.double().clamp(min=1 + self.learning_rate).reciprocal()
         return (-torch.expm1(torch.log1p(-share) / self.batch_size)).log().float()
+
+    def contradiction(self, saved: dict[str, Tensor]) -> str | None:
+        text = _other_hashes(saved, self.seeds.numel(), self.seed)
+        if text is None and saved.keys() >= {"gap", "last_step"}:
+            start = saved["gap"].new_tensor(self.initial_gap or 1)
+            untouched = saved["gap"][saved["last_step"] == 0]
+            if bool((untouched != start).any()):
+                got = untouched[untouched != start][0].item()
+                text = (
+                    f"initial_gap is {got:g} in the checkpoint but {start.item():g} here; build "
+                    "the module with that of the checkpoint"
+                )
+        return text
 
     def extra_repr(self) -> str:
         return (
@@ -147,7 +168,7 @@ class StreamingFrequency(Tables):
         )
 
     def _buckets(self, ids: Tensor) -> Tensor:  # [...] -> [H, ...]
-        return _flat_buckets(int64_ids(ids, self.seeds.device), self.seeds, self.num_buckets)
+        return _flat_buckets(ids_on(self.seeds.device, ids), self.seeds, self.num_buckets)
 
 
 class CountMinSketch(Tables):
@@ -182,10 +203,12 @@ class CountMinSketch(Tables):
 
     def __init__(self, width: int, depth: int = 4, *, seed: int = 0) -> None:
         super().__init__()
-        self.width = positive_int("width", width)
-        size = self.width * positive_int("depth", depth)
+        self.width = integer("width", width, least=1)
+        depth = integer("depth", depth, least=1)
+        size = self.width * depth
         self.register_buffer("counts", torch.zeros(size, dtype=torch.int64))  # rows end to end
         self.register_buffer("total", torch.zeros((), dtype=torch.int64))  # ids seen
+        self.seed = integer("seed", seed)
         self.register_buffer("seeds", _hash_seeds(depth, seed))
 
     @torch.no_grad()
@@ -193,23 +216,24 @@ class CountMinSketch(Tables):
         """Count ids, duplicates included.
 
         Args:
-            ids: any int64 values, any shape.
+            ids: any int64 values, any shape; a tensor, array or pandas column.
 
         Raises:
-            TypeError, ValueError: `ids` is no integer tensor, or on another device.
+            TypeError, ValueError: `ids` is no tensor or array of integers, or on another device.
         """
-        bucket = self._buckets(ids).flatten()  # [depth n]
+        bucket = self._buckets(ids)  # [depth, ...]
+        self.total += bucket[0].numel()
+        bucket = bucket.flatten()
         self.counts.index_add_(0, bucket, torch.ones_like(bucket))
-        self.total += ids.numel()
 
     def count(self, ids: Tensor) -> Tensor:
         """Estimated occurrences of each id, int64 of the shape of `ids`, never too low.
 
         Args:
-            ids: any int64 values, any shape.
+            ids: any int64 values, any shape; a tensor, array or pandas column.
 
         Raises:
-            TypeError, ValueError: `ids` is no integer tensor, or on another device.
+            TypeError, ValueError: `ids` is no tensor or array of integers, or on another device.
         """
         return self.counts[self._buckets(ids)].amin(0)
 
@@ -217,27 +241,40 @@ class CountMinSketch(Tables):
         """Log-probability of one draw, `log(max(count, 1) / max(total, 1))`.
 
         Args:
-            ids: any int64 values, any shape.
+            ids: any int64 values, any shape; a tensor, array or pandas column.
 
         Returns:
             float32 of the shape of `ids`, finite: an id never seen counts as seen once.
 
         Raises:
-            TypeError, ValueError: `ids` is no integer tensor, or on another device.
+            TypeError, ValueError: `ids` is no tensor or array of integers, or on another device.
         """
         count = self.count(ids).clamp(min=1).double()
         return (count.log() - self.total.clamp(min=1).double().log()).float()
+
+    def contradiction(self, saved: dict[str, Tensor]) -> str | None:
+        return _other_hashes(saved, self.seeds.numel(), self.seed)
 
     def extra_repr(self) -> str:
         return f"width={self.width}, depth={self.seeds.numel()}"
 
     def _buckets(self, ids: Tensor) -> Tensor:  # [...] -> [depth, ...]
-        return _flat_buckets(int64_ids(ids, self.seeds.device), self.seeds, self.width)
+        return _flat_buckets(ids_on(self.seeds.device, ids), self.seeds, self.width)
 
 
 def _hash_seeds(rows: int, seed: int) -> Tensor:  # [rows]
-    start = (operator.index(seed) + 2**63) % 2**64 - 2**63
+    start = (integer("seed", seed) + 2**63) % 2**64 - 2**63
     return _mix64(_mix64(torch.tensor(start)) + torch.arange(1, rows + 1))
+
+
+def _other_hashes(saved: dict[str, Tensor], rows: int, seed: int) -> str | None:
+    """That a checkpoint was counted with other hash functions."""
+    with torch.device("cpu"):  # not from the buffer, which has no values before it is loaded
+        text = difference("seeds", saved, _hash_seeds(rows, seed))
+    return text and (
+        f"{text}: the checkpoint was counted with other hash functions; build the module with the "
+        "seed and the sizes of the checkpoint"
+    )
 
 
 def _flat_buckets(ids: Tensor, seeds: Tensor, width: int) -> Tensor:  # [...], [H] -> [H, ...]

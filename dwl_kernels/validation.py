@@ -11,12 +11,11 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from dwl_kernels.arguments import check_dense, flag, integer, integers, number
 from dwl_kernels.checks import (
     autocast_dtype,
     both_or_none,
-    check_dense,
     check_embeddings,
-    check_integer,
     check_shape,
     flat_ids,
     flat_log_q,
@@ -47,7 +46,7 @@ def sampled_problem(
     domain_ids: Tensor | None,
     domain_weights: Tensor | None,
     example_weights: Tensor | None,
-    temperature: float | Tensor,
+    temperature: float | Tensor | None,
     correction: Correction,
     reduction: Reduction,
     dual: DualScale | None = None,
@@ -64,12 +63,17 @@ def sampled_problem(
     rows = row_arguments(
         query, domain_ids, domain_weights, example_weights, temperature, correction, reduction
     )
+    positive_log_q = flat_log_q(
+        "positive_log_q", positive_log_q, leading, query, rows["example_weights"]
+    )
+    negative_log_q = flat_log_q("negative_log_q", negative_log_q, negative.shape[:1], query)
+    both_or_none("positive_log_q", positive_log_q, "negative_log_q", negative_log_q)
     return Problem(
         query=flat_rows(query),
         positive=flat_rows(positive),
         candidates=negative,
-        positive_log_q=flat_log_q("positive_log_q", positive_log_q, leading, query),
-        candidate_log_q=flat_log_q("negative_log_q", negative_log_q, negative.shape[:1], query),
+        positive_log_q=positive_log_q,
+        candidate_log_q=negative_log_q,
         positive_ids=ids[0],
         candidate_ids=ids[1],
         dual=None if dual is None else effective_dual(dual),
@@ -79,15 +83,13 @@ def sampled_problem(
 
 def effective_dual(dual: DualScale) -> DualScale | None:
     """The strengths, checked; None where they change nothing."""
+    strengths = {}
     for name in ("hardness", "similarity", "competition"):
-        value = getattr(dual, name)
-        if isinstance(value, Tensor) or not 0 <= value < float("inf"):
+        strengths[name] = value = number(name, getattr(dual, name))
+        if not 0 <= value < float("inf"):
             raise ValueError(f"{name} is {value}; wanted a finite number that is not negative")
-    if isinstance(dual.slate_size, bool) or not isinstance(dual.slate_size, int):
-        raise TypeError(f"slate_size is a {type(dual.slate_size).__name__}; wanted an int")
-    if dual.slate_size < 1:
-        raise ValueError(f"slate_size is {dual.slate_size}; wanted at least 1")
-    return dual if dual.hardness or dual.similarity or dual.competition else None
+    slate_size = integer("slate_size", dual.slate_size, least=1)
+    return DualScale(slate_size=slate_size, **strengths) if any(strengths.values()) else None
 
 
 def in_batch_problem(
@@ -102,7 +104,7 @@ def in_batch_problem(
     domain_ids: Tensor | None,
     domain_weights: Tensor | None,
     example_weights: Tensor | None,
-    temperature: float | Tensor,
+    temperature: float | Tensor | None,
     correction: Correction,
     reduction: Reduction,
     dual: DualScale | None = None,
@@ -127,10 +129,10 @@ def in_batch_problem(
     leading = query.shape[:-1]
     more = () if negative is None else negative.shape[:1]
     both = flat_ids(query, **{ids_name: (ids, leading), "negative_ids": (negative_ids, more)})
-    positive_log_q = flat_log_q(log_q_name, log_q, leading, query)
     rows = row_arguments(
         query, domain_ids, domain_weights, example_weights, temperature, correction, reduction
     )
+    positive_log_q = flat_log_q(log_q_name, log_q, leading, query, rows["example_weights"])
     positives = flat_rows(positive)
     return Problem(
         query=flat_rows(query),
@@ -149,6 +151,8 @@ def in_batch_problem(
 
 def takes_batch(in_batch: bool | None, negatives: bool) -> bool:
     """Whether the positives of the other rows are candidates; None leaves it to the negatives."""
+    if in_batch is not None:
+        in_batch = flag("in_batch", in_batch)
     if in_batch is False and not negatives:
         raise ValueError(
             "there are no candidates: in_batch is False, and no negatives are given; pass them, or "
@@ -167,16 +171,18 @@ def full_problem(
     domain_ids: Tensor | None,
     domain_weights: Tensor | None,
     example_weights: Tensor | None,
-    temperature: float | Tensor,
+    temperature: float | Tensor | None,
     reduction: Reduction,
     skip_threshold: float,
 ) -> Problem:
     """The problem of ``full_softmax_loss``: every row of the table is a candidate."""
-    check_skip_threshold(skip_threshold)
+    skip_threshold = checked_skip_threshold(skip_threshold)
+    ignore_index = integer("ignore_index", ignore_index)
     query, table = check_embeddings(query, table=table)
     if table.shape[0] == 0:
         raise ValueError("table has no rows; wanted at least one item to score")
     leading = query.shape[:-1]
+    target = integers("target", target, query.device)
     (target,) = cast("list[Tensor]", flat_ids(query, target=(target, leading)))
     if bias is not None:
         check_shape("bias", bias, table.shape[:1], query)
@@ -191,17 +197,19 @@ def full_problem(
         target=target.long(),
         candidate_log_q=bias,
         ignore_index=ignore_index,
-        skip_threshold=float(skip_threshold),
+        skip_threshold=skip_threshold,
         **rows,
     )
 
 
-def check_skip_threshold(skip_threshold: float) -> None:
+def checked_skip_threshold(skip_threshold: float) -> float:
+    skip_threshold = number("skip_threshold", skip_threshold)
     if not 0 <= skip_threshold < float("inf"):
         raise ValueError(
             f"skip_threshold is {skip_threshold}; wanted a finite number that is not negative, 0 "
             "to leave nothing out"
         )
+    return skip_threshold
 
 
 def indexed_problem(
@@ -215,7 +223,7 @@ def indexed_problem(
     domain_ids: Tensor | None,
     domain_weights: Tensor | None,
     example_weights: Tensor | None,
-    temperature: float | Tensor,
+    temperature: float | Tensor | None,
     correction: Correction,
     reduction: Reduction,
 ) -> Problem:
@@ -225,10 +233,13 @@ def indexed_problem(
     """
     query, table = _query_and_table(query, table)
     leading, width = query.shape[:-1], negative_ids.shape[-1]
-    candidate_log_q = flat_log_q("negative_log_q", negative_log_q, (*leading, width), query)
     rows = row_arguments(
         query, domain_ids, domain_weights, example_weights, temperature, correction, reduction
     )
+    weights = rows["example_weights"]
+    positive_log_q = flat_log_q("positive_log_q", positive_log_q, leading, query, weights)
+    negative_log_q = flat_log_q("negative_log_q", negative_log_q, (*leading, width), query, weights)
+    both_or_none("positive_log_q", positive_log_q, "negative_log_q", negative_log_q)
     shape = (math.prod(leading), width)
     return Problem(
         query=flat_rows(query),
@@ -236,8 +247,8 @@ def indexed_problem(
         candidates=table,
         target=positive_ids.reshape(-1),
         candidate_rows=negative_ids.reshape(shape),
-        positive_log_q=flat_log_q("positive_log_q", positive_log_q, leading, query),
-        candidate_log_q=None if candidate_log_q is None else candidate_log_q.reshape(shape),
+        positive_log_q=positive_log_q,
+        candidate_log_q=None if negative_log_q is None else negative_log_q.reshape(shape),
         **rows,
     )
 
@@ -259,8 +270,9 @@ def indexed_ids(
     if table.shape[0] == 0:
         raise ValueError("table has no rows; wanted at least one item to draw")
     leading = query.shape[:-1]
+    positive_ids = integers("positive_ids", positive_ids, query.device)
+    negative_ids = integers("negative_ids", negative_ids, query.device)
     check_shape("positive_ids", positive_ids, leading, query)
-    check_dense("negative_ids", negative_ids)
     shared = negative_ids.dim() == 1
     if not shared and (negative_ids.dim() == 0 or negative_ids.shape[:-1] != leading):
         raise ValueError(
@@ -268,8 +280,8 @@ def indexed_ids(
             f"rows, or {[*leading, 'K']}, those of each row, for query {list(query.shape)}"
         )
     check_shape("negative_ids", negative_ids, negative_ids.shape, query)
-    check_integer("positive_ids", positive_ids)
-    check_integer("negative_ids", negative_ids)
+    if example_weights is not None:
+        check_dense("example_weights", example_weights)
     if shared and checks_values(query):
         active = None
         if example_weights is not None and example_weights.shape == leading:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from cases import each_once
 
 from dwl_kernels import (
     CumulativeCrossEntropy,
@@ -25,20 +26,25 @@ def embeddings(seed=0, rows=(B,), dtype=torch.float64):
 
 
 def draws(seed=0):
-    """Ids of items and domains, log-Q, and the domains of all items."""
+    """Ids of items and domains, and log-Q."""
     generator = torch.Generator().manual_seed(100 + seed)
     return {
         "domain_ids": torch.randint(0, DOMAINS, (B,), generator=generator),
         "positive_ids": torch.randint(0, ITEMS, (B,), generator=generator),
         "negative_ids": torch.randint(0, ITEMS, (N,), generator=generator),
-        "positive_log_q": torch.randn(B, generator=generator, dtype=torch.float64),
-        "negative_log_q": torch.randn(N, generator=generator, dtype=torch.float64),
+        "positive_log_q": _log_q(B, generator),
+        "negative_log_q": _log_q(N, generator),
     }
+
+
+def _log_q(count, generator):
+    """At most 0, by as much as the weights of the tests may lift it."""
+    return -1.5 - torch.randn(count, generator=generator, dtype=torch.float64).abs()
 
 
 def item_domains(seed=0):
     generator = torch.Generator().manual_seed(200 + seed)
-    return torch.randint(-1, DOMAINS, (ITEMS, G), generator=generator)
+    return each_once(torch.randint(-1, DOMAINS, (ITEMS, G), generator=generator))
 
 
 def fixed(**options):

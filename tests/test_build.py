@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -75,7 +76,7 @@ def test_compiling_is_said_in_one_line(
     assert said.err.splitlines() == ["dwl_kernels: compiling the CPU kernel (about 10 s, once) ..."]
 
 
-def test_second_build_is_silent_and_calls_no_compiler(
+def test_second_build_is_silent_and_compiles_nothing(
     cache: Path,
     csrc: Path,
     compiler_that_counts: Path,
@@ -149,9 +150,10 @@ def test_killed_build_does_not_block_the_next(
     cache: Path, csrc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The first build runs a compiler that never ends, and is killed while it holds the lock.
-    started = tmp_path / "started"
+    real, started, mended = " ".join(_build.compiler()), tmp_path / "started", tmp_path / "mended"
+    hang = f'test -e "{mended}" || {{ echo $$ >> "{started}"; exec sleep 60; }}'
     script = tmp_path / "c++"
-    script.write_text(f'#!/bin/sh\ntouch "{started}"\nexec sleep 60\n')
+    script.write_text(f'#!/bin/sh\ncase " $* " in *" -c "*) {hang};; esac\nexec {real} "$@"\n')
     script.chmod(0o755)
     monkeypatch.setenv("CXX", str(script))
     process = subprocess.Popen(
@@ -172,10 +174,12 @@ def test_killed_build_does_not_block_the_next(
     process.wait()
     left = list(cache.glob("*.tmp"))
     assert len(left) == 1  # the kill came in the middle
-    # The same cache entry again, now with a compiler that works.
-    monkeypatch.setattr(_build, "compiler", lambda: ["c++"])
+    # The same cache entry again, now that the compiler works.
+    mended.touch()
     assert answer(_build.build(csrc=csrc)) == 42
     assert list(cache.glob("*.tmp")) == []
+    for compiler in started.read_text().split():
+        os.kill(int(compiler), signal.SIGKILL)
 
 
 def test_failed_build_names_the_error_and_leaves_nothing(cache: Path, csrc: Path) -> None:
@@ -242,17 +246,6 @@ def test_cache_that_cannot_be_written_names_the_variable(
         _build.build(csrc=csrc)
 
 
-def test_cache_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delenv("DWL_KERNELS_CACHE", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert _build.cache_dir() == tmp_path / "dwl_kernels"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert _build.cache_dir() == tmp_path / ".cache" / "dwl_kernels"
-    monkeypatch.setenv("DWL_KERNELS_CACHE", "~/elsewhere")
-    assert _build.cache_dir() == tmp_path / "elsewhere"
-
-
 def test_library_that_does_not_load_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -260,8 +253,62 @@ def test_library_that_does_not_load_is_named(
     broken.write_text("no library")
     monkeypatch.setattr(_build, "_loaded", False)
     monkeypatch.setattr(_build, "build", lambda: broken)
-    with pytest.raises(_build.BuildError, match=r"broken\.so does not load.*delete it"):
+    with pytest.raises(OSError, match="broken") as reason:
+        ctypes.CDLL(str(broken))
+    with pytest.raises(_build.BuildError, match=r"broken\.so does not load.*delete it") as caught:
         _build.load_cpu()
+    assert str(reason.value) in str(caught.value)
+
+
+def test_damaged_library_is_compiled_anew_before_it_is_loaded(
+    cache: Path, csrc: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    library = _build.build(csrc=csrc)
+    os.truncate(library, 5000)  # to load it ends the process
+    capfd.readouterr()
+    assert answer(_build.build(csrc=csrc)) == 42
+    said = capfd.readouterr().err.splitlines()
+    assert said == ["dwl_kernels: compiling the CPU kernel (about 10 s, once) ..."]
+
+
+def test_compiler_with_other_flags_gets_a_library_of_its_own(
+    cache: Path, csrc: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = _build.build(csrc=csrc)
+    monkeypatch.setenv("CXX", f"{' '.join(_build.compiler())} -O1")
+    assert _build.build(csrc=csrc) != first
+    assert first.exists()
+
+
+def test_compiler_that_was_updated_is_another(tmp_path: Path) -> None:
+    script = tmp_path / "c++"
+    identities = set()
+    for version in ("12.2.0", "12.3.0"):
+        script.write_text(f"#!/bin/sh\ncat >/dev/null\necho '{version}'\n")
+        script.chmod(0o755)
+        identities.add(_build._identity.__wrapped__((str(script),)))
+    assert len(identities) == 2
+
+
+def test_compiler_is_asked_for_its_version_and_that_of_its_library() -> None:
+    command = [*_build.compiler(), "-std=c++20", "-E", "-x", "c++", "-"]
+    said = _build.run_compiler(command, False, text=_build._PROBE).splitlines()[-1]
+    assert "__VERSION__" not in said
+    assert ("__GLIBCXX__" in said) != ("_LIBCPP_VERSION" in said)  # one of them is in use
+
+
+def test_compiler_that_finds_no_headers_is_as_good_as_none(
+    cache: Path, csrc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = _build.build(csrc=csrc)
+    script = tmp_path / "c++"
+    script.write_text("#!/bin/sh\necho 'version: No such file' >&2\nexit 1\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("CXX", str(script))
+    assert _build.build(csrc=csrc) == library
+    library.unlink()
+    with pytest.raises(_build.BuildError, match="version: No such file"):
+        _build.build(csrc=csrc)
 
 
 def test_sources_of_the_package_are_found() -> None:

@@ -6,9 +6,16 @@ import math
 import numpy as np
 import pytest
 import torch
+from cases import each_once
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dwl_kernels import (
+    CumulativeCrossEntropy,
+    DualScaleSampledSoftmax,
+    DynamicWeightedSampledSoftmax,
+    domains_from_multi_hot,
+)
 from dwl_kernels.domains import DomainWeights
 
 # Small data shrinks to readable examples; a handful of domains and slots already meets every case:
@@ -175,13 +182,15 @@ def test_domains_that_are_alike_all_weigh_one(num_domains, users, items):
 @property_test
 @given(interactions(max_rows=20), st.floats(0.05, 0.95), st.integers(1, 30))
 def test_moving_average_converges_geometrically(data, momentum, steps):
+    """A share `momentum` of the way is left after every 1,024 rows that have a domain."""
     _, _, domains, num_domains = data
     weights = DomainWeights(num_domains, momentum=momentum, weight_range=(1.0, 5.0))
     start = weights.average.clone()
     for _ in range(steps):  # the same batch again: counts grow, their ratios do not
-        weights.update(torch.from_numpy(domains))
+        weights.update(torch.from_numpy(domains).repeat(100, 1))
     target = 1.0 + 4.0 * weights.sparsity()
-    expected = target + momentum**steps * (start - target)
+    rows = 100 * steps * int((domains >= 0).any(1).sum())
+    expected = target + momentum ** (rows / 1024) * (start - target)
     torch.testing.assert_close(weights.average, expected, atol=2e-5, rtol=0)
 
 
@@ -193,10 +202,60 @@ def test_streaming_ends_where_measuring_idf_alone_starts(data):
         users, items, domains, num_domains=num_domains, measures=(1, 0, 0)
     )
     streamed = DomainWeights(num_domains, momentum=0.5)
-    for _ in range(40):  # 0.5^40 of the start is left: nothing in float32
-        streamed.update(torch.from_numpy(domains))
+    for _ in range(40):  # at most 0.5^40 of the start is left: nothing in float32
+        streamed.update(torch.from_numpy(domains).repeat(1024, 1))
     torch.testing.assert_close(streamed(), offline(), atol=1e-5, rtol=0)
-    assert torch.equal(streamed.interactions, 40 * offline.interactions)
+    assert torch.equal(streamed.interactions, 40 * 1024 * offline.interactions)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9, 0.99, 0.999])
+@pytest.mark.parametrize("parts", [8, 64])
+def test_average_moves_by_rows_and_not_by_updates(parts, momentum):
+    """An epoch of 50 steps of 512 rows, each whole or in micro-batches of 64 or 8 rows."""
+    generator = torch.Generator().manual_seed(0)
+    share = torch.tensor([0.7, 0.2, 0.08, 0.02]).expand(512, 4)
+    whole, split = (DomainWeights(5, momentum=momentum) for _ in range(2))
+    for step in range(50):
+        ids = share.multinomial(1, generator=generator)
+        whole.update(ids)
+        for part in ids.chunk(parts):
+            split.update(part)
+        assert torch.equal(whole.interactions, split.interactions)
+        # Where momentum is low, the first rows, which say little yet, leave a trace for a while.
+        rtol = 0.01 if momentum >= 0.9 or step >= 5 else 0.02
+        torch.testing.assert_close(split(), whole(), rtol=rtol, atol=0)
+    # Not only because they have hardly moved: so have the averages, from 4, by as much.
+    torch.testing.assert_close(4 - split.average, 4 - whole.average, rtol=0.01, atol=1e-3)
+    assert (4 - whole.average).max() > 0.05
+
+
+def test_rows_without_a_domain_move_nothing():
+    plain, padded = DomainWeights(3, momentum=0.5), DomainWeights(3, momentum=0.5)
+    for ids in torch.tensor([[0, 0, 1], [0, 2, 0]]):
+        plain.update(ids)
+        padded.update(torch.cat((ids, torch.full((1000,), -1))))
+        padded.update(torch.full((50, 4), -1))
+        padded.update(torch.zeros(0, dtype=torch.int64))
+    assert torch.equal(padded.average, plain.average)
+    assert torch.equal(padded(), plain())
+
+
+def test_momentum_of_zero_follows_the_counts_at_once():
+    weights = DomainWeights(2, momentum=0.0, weight_range=(1.0, 5.0))
+    for ids in ([0], [0, 0, 1], [1]):
+        weights.update(torch.tensor(ids))
+        torch.testing.assert_close(weights.average, 1 + 4 * weights.sparsity())
+
+
+def test_smallest_steps_are_not_lost_to_rounding():
+    # 4,096 updates of one row each: 1 - m^(1/1024) is 1e-5, which float32 holds badly as 1 - m.
+    weights, whole = DomainWeights(2), DomainWeights(2)
+    ids = (torch.arange(4096) % 8 == 0).long()
+    for row in ids.split(1):
+        weights.update(row)
+    whole.update(ids)
+    moved, wanted = (4 - fn.average[0].item() for fn in (weights, whole))
+    assert moved == pytest.approx(wanted, rel=0.02)
 
 
 def test_streaming_keeps_users_and_entropy_as_measured():
@@ -306,6 +365,7 @@ def test_state_dict_carries_on_where_it_was_saved():
     loaded.load_state_dict(copy.deepcopy(source.state_dict()))
     for name, buffer in source.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], buffer), name
+    assert torch.equal(loaded(), source())
     for weights in (source, loaded):
         weights.update(torch.tensor([3, 3, 2]))
     assert torch.equal(source(), loaded())
@@ -331,7 +391,7 @@ def test_built_on_the_meta_device_and_moved():
 
 
 def test_updates_repeat_to_the_bit():
-    ids = torch.randint(-1, 6, (2000, 3), generator=torch.Generator().manual_seed(0))
+    ids = each_once(torch.randint(-1, 6, (2000, 3), generator=torch.Generator().manual_seed(0)))
     first, second = DomainWeights(6), DomainWeights(6)
     for weights in (first, second):
         for part in ids.split(500):
@@ -353,6 +413,7 @@ def test_compiled_update_equals_eager():
     step = torch.compile(compiled.update, fullgraph=True, backend="aot_eager")
     for seed in range(3):
         ids = torch.randint(-1, 4, (16, 2), generator=torch.Generator().manual_seed(seed))
+        ids = each_once(ids)
         eager.update(ids)
         step(ids)
     assert torch.equal(eager.interactions, compiled.interactions)
@@ -430,3 +491,106 @@ def test_bad_ids_say_what_is_wanted():
         DomainWeights.from_interactions([1.5], [1], [0])
     with pytest.raises(IndexError, match="domains holds 7"):
         DomainWeights.from_interactions([1], [1], [7], num_domains=3)
+
+
+FLAGS = (torch.arange(50)[:, None] % torch.arange(2, 20) == 0).long()  # [50, 18] of 0 and 1
+
+
+@pytest.mark.parametrize(
+    ("name", "use"),
+    [
+        ("domain_ids", lambda flags: DomainWeights(18).update(flags)),
+        ("domain_ids", lambda flags: DomainWeights(18).example_weight(flags)),
+        ("domain_ids", lambda flags: DomainWeights(18).log_weight(flags)),
+        ("domains", lambda flags: DomainWeights.from_interactions(range(50), range(50), flags)),
+        ("item_domains", lambda flags: DynamicWeightedSampledSoftmax(item_domains=flags)),
+        ("item_domains", lambda flags: CumulativeCrossEntropy(item_domains=flags.numpy())),
+        ("item_domains", lambda flags: DualScaleSampledSoftmax(item_domains=flags.tolist())),
+    ],
+)
+def test_flags_taken_for_ids_are_refused_with_the_mend(name, use):
+    message = rf"^{name} names domain [01] twice in row 0, .*domains_from_multi_hot\(flags\)$"
+    with pytest.raises(ValueError, match=message):
+        use(FLAGS)
+    use(domains_from_multi_hot(FLAGS))
+    for other in (FLAGS.bool(), FLAGS.float()):
+        with pytest.raises(
+            TypeError, match=rf"^{name} has dtype .*domains_from_multi_hot of flags"
+        ):
+            use(other)
+
+
+def test_refused_batch_is_not_counted():
+    weights = DomainWeights(3)
+    with pytest.raises(ValueError, match="names domain 1 twice in row 1"):
+        weights.update(torch.tensor([[0, 1], [1, 1]]))
+    assert weights.interactions.tolist() == [0, 0, 0]
+
+
+def test_flags_and_their_ids_measure_the_same_domains():
+    weights = DomainWeights.from_interactions(range(50), range(50), domains_from_multi_hot(FLAGS))
+    assert weights.interactions.tolist() == FLAGS.sum(0).tolist()
+
+
+def test_domains_named_twice_are_not_looked_for_where_that_would_wait():
+    ids = torch.zeros(5, 2, dtype=torch.int64, device="meta")
+    DomainWeights(3).to("meta").update(ids)
+    compiled = DomainWeights(3)
+    torch.compile(compiled.update, fullgraph=True, backend="aot_eager")(torch.zeros(5, 2).long())
+    assert compiled.interactions.tolist() == [10, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("start", "full", "shares"),
+    [
+        (0, None, [1, 1, 1, 1, 1, 1]),
+        (0, 4, [0.25, 0.5, 0.75, 1, 1, 1]),
+        (2, 4, [0, 0, 0.5, 1, 1, 1]),
+        (3, None, [0, 0, 0, 1, 1, 1]),
+    ],
+)
+@pytest.mark.parametrize("constant", [False, True])
+def test_schedule_leads_from_one_to_the_weights(start, full, shares, constant):
+    if constant:
+        weights = DomainWeights.constant([0.5, 3.0], start=start, full=full)
+    else:
+        weights = DomainWeights(2, momentum=0.0, start=start, full=full)
+    for share in shares:
+        weights.update(torch.tensor([0, 0, 0, 1]))
+        expected = 1 + share * (weights.weights - 1)
+        torch.testing.assert_close(weights(), expected)
+    assert weights.steps == len(shares)
+    again = DomainWeights(2, momentum=0.0, start=start, full=full)
+    if not constant:
+        again.load_state_dict(weights.state_dict())
+        assert torch.equal(again(), weights())
+
+
+def test_schedule_does_not_change_what_is_served():
+    weights = DomainWeights(2, momentum=0.0, start=100)
+    weights.update(torch.tensor([0, 0, 0, 1]))
+    assert torch.equal(weights(), torch.ones(2))
+    assert weights.log_weight(torch.tensor([0, 1])).tolist() == weights.weights.log().tolist()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"start": -1}, "start is -1"),
+        ({"start": 5, "full": 4}, "full is 4; wanted at least start, which is 5"),
+    ],
+)
+def test_wrong_schedule_is_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        DomainWeights(2, **arguments)
+
+
+def test_sparsest_domains_are_those_with_fewest_interactions():
+    weights = DomainWeights(5)
+    weights.update(torch.tensor([0] * 5 + [1] * 4 + [2] * 3 + [3] * 2 + [4]))
+    items = torch.tensor([[0, -1], [1, 3], [2, 4], [-1, -1], [3, -1]])
+    assert weights.sparsest(items).tolist() == [False, True, True, False, True]  # 3 and 4
+    assert weights.sparsest(items, 0.2).tolist() == [False, False, True, False, False]
+    assert weights.sparsest(items, 1.0).tolist() == [True, True, True, False, True]
+    with pytest.raises(ValueError, match="part is 0"):
+        weights.sparsest(items, 0)

@@ -267,7 +267,7 @@ def test_an_id_drawn_very_often_is_summed_in_a_fixed_order(
 def test_no_tensor_of_all_gathered_embeddings_is_made() -> None:
     """The largest tensor that `chunked` makes has an eighth of the elements of all embeddings."""
     g = torch.Generator().manual_seed(0)
-    rows, k, dim = 4096, 16, 64  # 8 blocks
+    rows, k, dim = 16384, 16, 64  # 8 blocks
     problem = Problem(
         query=torch.randn(rows, dim, generator=g),
         positive=None,

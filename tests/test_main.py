@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 import dwl_kernels
-from dwl_kernels import _build, _build_cuda, backends
-from dwl_kernels.__main__ import main
+from dwl_kernels import _build, _build_cuda, _cache, backends
+from dwl_kernels.__main__ import auto_takes, main, print_rows
 from dwl_kernels.backends.cuda_tiles import Variant
 
 
@@ -26,7 +30,7 @@ def test_versions_and_devices_are_printed(capsys: pytest.CaptureFixture[str]) ->
     assert rows["dwl_kernels"] == dwl_kernels.__version__
     assert rows["python"].startswith(f"{sys.version_info.major}.{sys.version_info.minor}.")
     assert rows["torch"] == torch.__version__
-    assert rows["cache"] == str(_build.cache_dir())
+    assert rows["cache"] == str(_cache.cache_dir())
     assert rows["cpu"]  # the device, or the backend below it
     assert "triton" in rows
     assert "compiler" in rows
@@ -59,6 +63,133 @@ def test_missing_compiler_is_a_line_and_no_error(
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert main([]) == 0
     assert lines_by_name(capsys.readouterr().out)["compiler"] == "none found"
+
+
+def test_lines_fit_60_columns(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reason = "the reason " * 20
+    monkeypatch.setattr(backends, "why_not", lambda name, _: reason if name == "cpu" else None)
+    main([])
+    out = capsys.readouterr().out
+    lines = [line for line in out.splitlines() if not line.startswith("cache")]
+    assert max(map(len, lines)) <= 60
+    assert sum(line.startswith(" " * 10) for line in lines) >= 4
+    assert f"cpu no: {reason}" in " ".join(out.split()) + " "
+
+
+def test_words_that_do_not_fit_stay_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    path = "/home/" + "long-name/" * 6
+    print_rows([("cache", f"in {path} here")])
+    assert capsys.readouterr().out.splitlines() == [
+        "cache     in",
+        f"          {path}",
+        "          here",
+    ]
+
+
+def choice(capsys: pytest.CaptureFixture[str]) -> str:
+    """What the report says about `auto`."""
+    assert main([]) == 0
+    return " ".join(capsys.readouterr().out.split("\n\n")[2].split())
+
+
+def test_what_auto_takes_is_said_with_the_reason(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("DWL_KERNELS_BACKEND", raising=False)
+    works = {"cpu", "chunked"}
+    monkeypatch.setattr(backends, "why_not", lambda name, _: None if name in works else "broken")
+    assert choice(capsys) == "auto on cpu: cpu, the fastest here"
+    works.remove("cpu")
+    assert choice(capsys) == "auto on cpu: chunked, because cpu cannot run"
+    monkeypatch.setenv("DWL_KERNELS_BACKEND", "eager")
+    assert choice(capsys) == "auto on cpu: eager, as DWL_KERNELS_BACKEND says, but broken"
+    works.add("eager")
+    assert choice(capsys) == "auto on cpu: eager, as DWL_KERNELS_BACKEND says"
+
+
+def test_what_auto_takes_is_said_for_every_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
+    broken = {("triton", "cuda"), ("cuda", "cuda")}
+    monkeypatch.setattr(backends, "why_not", lambda *one: "broken" if one in broken else None)
+    assert list(auto_takes("auto")) == [
+        "on cpu: cpu, the fastest here",
+        "on cuda:0: chunked, because triton and cuda cannot run",
+        "on cuda:1: chunked, because triton and cuda cannot run",
+    ]
+
+
+@pytest.mark.parametrize("arguments", [[], ["build"]])
+def test_unknown_backend_in_the_environment_is_refused_in_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+) -> None:
+    monkeypatch.setenv("DWL_KERNELS_BACKEND", "gpu")
+    assert main(arguments) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    (line,) = said.err.splitlines()
+    assert line.startswith("dwl_kernels: backend is 'gpu', as DWL_KERNELS_BACKEND says; wanted")
+
+
+def test_user_without_a_home_gets_a_line_and_no_error(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_home() -> Path:
+        raise _cache.BuildError("there is no home folder")
+
+    monkeypatch.setattr(_cache, "cache_dir", no_home)
+    assert main([]) == 0
+    assert lines_by_name(capsys.readouterr().out)["cache"] == "none: there is no home folder"
+
+
+def test_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"dwl_kernels {dwl_kernels.__version__}\n"
+
+
+def test_ctrl_c_ends_a_build_and_its_compilers_in_one_line(tmp_path: Path) -> None:
+    started, real = tmp_path / "started", " ".join(_build.compiler())
+    script = tmp_path / "c++"
+    script.write_text(
+        f'#!/bin/sh\ncase " $* " in *" -c "*) echo $$ >> "{started}"; exec sleep 100;; esac\n'
+        f'exec {real} "$@"\n'
+    )
+    script.chmod(0o755)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dwl_kernels", "build"],
+        env=os.environ | {"CXX": str(script), "DWL_KERNELS_CACHE": str(tmp_path / "cache")},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not started.exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert said.splitlines() == [
+        "dwl_kernels: compiling the CPU kernel (about 10 s, once) ...",
+        "dwl_kernels: interrupted",
+    ]
+    for compiler in started.read_text().split():
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(compiler), 0)
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
+
+
+def test_ctrl_c_ends_the_report_in_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(name: str, device: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(backends, "why_not", interrupted)
+    assert main([]) == 130
+    assert capsys.readouterr().err == "dwl_kernels: interrupted\n"
 
 
 def test_unknown_command_prints_usage_and_exits_with_2() -> None:

@@ -117,7 +117,9 @@ def test_learned_temperature_reaches_the_best_one():
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(64, D, generator=generator)
     positive = query + 2 * torch.randn(64, D, generator=generator)
-    loss_fn = DynamicWeightedSampledSoftmax(learn_temperature=True, backend="eager")
+    loss_fn = DynamicWeightedSampledSoftmax(
+        temperature=0.05, learn_temperature=True, backend="eager"
+    )
     optimiser = torch.optim.LBFGS(loss_fn.parameters(), line_search_fn="strong_wolfe")
     start = loss_fn(query, positive).item()
 
@@ -204,7 +206,6 @@ def test_two_forwards_before_the_backward_keep_their_own_weights():
         *inputs,
         domain_ids=domain_ids,
         domain_weights=weights,
-        temperature=0.05,
         reduction="none",
         backend="eager",
     )

@@ -13,6 +13,7 @@ from module_inputs import (
     D,
     N,
     assert_same,
+    call,
     draws,
     embeddings,
     fixed,
@@ -24,12 +25,13 @@ from dwl_kernels import (
     DynamicWeightedSampledSoftmax,
     in_batch_softmax_loss,
     indexed_sampled_softmax_loss,
+    sampled_softmax_loss,
 )
 
 WEIGHTS = {"domain_weights": torch.tensor([0.5, 1.0, 3.0]), "temperature": 0.7}
 SIGNATURES = {
     "__init__": "self num_domains=None * weights=None item_domains=None calibration=0.0 "
-    "temperature=0.05 learn_temperature=False normalize=False correction='standard' "
+    "temperature=None learn_temperature=False normalize=False correction='standard' "
     "reduction='mean' remove_accidental_hits=True backend='auto'",
     "forward": "self query positive negative=None * domain_ids=None negative_domain_ids=None "
     "positive_ids=None negative_ids=None positive_log_q=None negative_log_q=None "
@@ -57,7 +59,7 @@ def test_documented_arguments_keep_their_names_places_and_defaults(name):
 def by_row(ids):
     """The same draws, with negatives of every row's own."""
     negative_ids = (ids["negative_ids"] + torch.arange(B)[:, None]) % ITEMS
-    log_q = ids["negative_log_q"] + torch.arange(B, dtype=torch.float64)[:, None]
+    log_q = ids["negative_log_q"] - torch.arange(B, dtype=torch.float64)[:, None]
     return ids | {"negative_ids": negative_ids, "negative_log_q": log_q}
 
 
@@ -161,6 +163,55 @@ def test_sparse_gradient_of_the_table_is_its_dense_one(shared):
     optimiser.step()
 
 
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("negatives", [True, False])
+def test_ids_of_padding_are_not_in_a_sparse_gradient(negatives, shared):
+    """Zeros there would have SparseAdam move their rows on old momentum."""
+    query, table = embeddings()[0], table_of()
+    ids = draws() if shared else by_row(draws())
+    if not negatives:
+        ids = {k: v for k, v in draws().items() if not k.startswith("negative")}
+    ids["example_weights"] = torch.tensor([0.0, 1.0, 0.0, 1.0, 1.0, 1.0])
+    padded = ids["example_weights"] == 0
+    ids["positive_ids"] = torch.tensor([18, 3, 19, 4, 4, 5])
+    if negatives:
+        ids["negative_ids"] = ids["negative_ids"].clamp(max=15)
+        if not shared:
+            ids["negative_ids"][padded] = 17
+    outcomes = []
+    for sparse in (True, False):
+        loss = fixed(sparse_grad=sparse)(query, table=table, **ids)
+        outcomes.append([loss, *torch.autograd.grad(loss, [query, table])])
+    assert not {17, 18, 19} & {*outcomes[0][2].indices()[0].tolist()}
+    outcomes[0][2] = outcomes[0][2].to_dense()
+    for one, other in zip(*outcomes, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+@pytest.mark.parametrize("shared", [True, False])
+def test_example_weights_of_another_shape_are_named_with_a_sparse_gradient_too(shared, sparse):
+    query, table = embeddings()[0], table_of()
+    ids = draws() if shared else by_row(draws())
+    positive_ids, negative_ids = ids["positive_ids"], ids["negative_ids"]
+    with pytest.raises(ValueError, match=r"example_weights has shape \[7\]; wanted \[6\]"):
+        indexed_sampled_softmax_loss(
+            *(query, table, positive_ids, negative_ids),
+            example_weights=torch.ones(B + 1),
+            sparse_grad=sparse,
+        )
+
+
+def test_sparse_gradient_of_padding_alone_is_zero():
+    query, table = embeddings()[0], table_of()
+    for ids in (draws(), by_row(draws())):
+        ids["example_weights"] = torch.zeros(B)
+        loss = fixed(sparse_grad=True)(query, table=table, **ids)
+        (gradient,) = torch.autograd.grad(loss, table)
+        assert loss == 0
+        assert not gradient.to_dense().any()
+
+
 # ---------------------------------------------------------------- the batch and more
 
 
@@ -202,6 +253,48 @@ def test_calibration_reaches_both_kinds_of_mixed_negatives():
     torch.testing.assert_close(got, wanted, atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize("in_batch", [None, True])
+def test_ids_of_minus_one_go_to_the_function_as_they_are(in_batch):
+    """What they mean, nobody's hit, is the function's to know; hashes below 0 are ids."""
+    inputs, ids = embeddings(), draws()
+    ids["positive_ids"] = torch.tensor([-1, 5, -1, -7, 5, 3])
+    ids["negative_ids"] = torch.tensor([-1, 7, 5, -7, -1, 3, 0, -7, -2])
+    domains = item_domains(seed=1)[:8]
+    got = fixed(in_batch=in_batch, item_domains=domains)(*inputs, **ids)
+    log_q = {k: v for k, v in ids.items() if k.endswith("log_q")}
+    if in_batch:
+        wanted = in_batch_softmax_loss(
+            *inputs[:2],
+            ids=ids["positive_ids"],
+            log_q=log_q.pop("positive_log_q"),
+            negative=inputs[2],
+            negative_ids=ids["negative_ids"],
+            domain_ids=ids["domain_ids"],
+            **(log_q | WEIGHTS),
+            backend="eager",
+        )
+    else:
+        wanted = sampled_softmax_loss(*inputs, **(ids | WEIGHTS), backend="eager")
+    assert_same(got, wanted, inputs)
+
+
+@pytest.mark.parametrize("side", ["positive_ids", "negative_ids"])
+def test_minus_one_has_no_domain_and_other_negative_ids_index_nothing(side):
+    inputs, ids = embeddings(), draws()
+    del ids["domain_ids"]
+    losses = []
+    for unknown in (-1, -2):
+        ids[side] = ids[side].clone()
+        ids[side][3] = unknown
+        loss_fn = fixed(item_domains=item_domains(), calibration=0.5, remove_accidental_hits=False)
+        if unknown == -1:
+            losses.append(loss_fn(*inputs, **ids))
+        else:
+            with pytest.raises(IndexError, match=f"{side} holds -2, but there are {ITEMS} items"):
+                loss_fn(*inputs, **ids)
+    assert losses[0].isfinite()
+
+
 # ---------------------------------------------------------------- what does not go together
 
 
@@ -239,7 +332,7 @@ def test_calibration_reaches_both_kinds_of_mixed_negatives():
 def test_arguments_that_do_not_go_together_are_named(options, change, message):
     arguments = {"table": table_of(), **draws()} | change
     if arguments["negative_ids"] is not None and arguments["negative_ids"].dim() == 2:
-        arguments["negative_log_q"] = None
+        arguments["positive_log_q"] = arguments["negative_log_q"] = None
     with pytest.raises(ValueError, match=message):
         fixed(**options)(embeddings()[0], **arguments)
 
@@ -278,6 +371,37 @@ def test_ids_of_one_side_alone_find_no_hits():
     with pytest.raises(ValueError, match="pass both, or remove_accidental_hits=False"):
         fixed()(*inputs, **ids)
     fixed(remove_accidental_hits=False)(*inputs, **ids)
+
+
+@pytest.mark.parametrize("calibration", [0.0, 1.0])
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("rows", [ITEMS - 1, ITEMS + 1])
+@pytest.mark.parametrize("kind", ["table", "by row", "cross-entropy"])
+def test_table_and_item_domains_are_of_the_same_items(kind, rows, given, calibration):
+    domains = torch.arange(rows) % DOMAINS
+    more = {"domain_ids": draws()["domain_ids"]} if given else {}
+    loss_fn = KINDS[kind](item_domains=domains, calibration=calibration, backend="eager")
+    message = f"table has {ITEMS} rows but item_domains has {rows}; .*-1 for a row that is no item"
+    with pytest.raises(ValueError, match=message):
+        call(kind, loss_fn, embeddings()[0], table_of(), **more)
+    assert loss_fn.domain_weights.interactions.sum() == 0
+
+
+def test_table_of_the_dual_scale_is_of_the_items_of_item_domains_too():
+    loss_fn = KINDS["dual scale"](item_domains=[0, 1], backend="eager")
+    ids = {k: v for k, v in draws().items() if k.endswith("_ids") and k != "domain_ids"}
+    with pytest.raises(ValueError, match=f"table has {ITEMS} rows but item_domains has 2"):
+        loss_fn(embeddings()[0], table=table_of(), **ids)
+
+
+def test_flags_of_negatives_are_refused_by_their_name():
+    flags = torch.eye(N, 4, dtype=torch.int64)
+    loss_fn = fixed(calibration=1.0)
+    with pytest.raises(ValueError, match="negative_domain_ids names domain 0 twice in row 0"):
+        loss_fn(*embeddings(), **draws(), negative_domain_ids=flags)
+    by_rows = flags.expand(B, N, 4)
+    with pytest.raises(ValueError, match="negative_domain_ids names domain 0 twice in row 0"):
+        loss_fn(embeddings()[0], table=table_of(), **by_row(draws()), negative_domain_ids=by_rows)
 
 
 def test_id_outside_the_table_is_named():

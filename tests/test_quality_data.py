@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.quality.data import DataError, Interactions, load
-from benchmarks.quality.synthetic import synthetic
+from dwl_kernels.examples.data import DataError, Interactions, load
+from dwl_kernels.examples.synthetic import synthetic
 
 # Two users and five items. The time stamps are out of order, items 30 and 40 of user 7 share one,
 # item 60 has no domain and nobody takes item 99.

@@ -15,8 +15,8 @@ from benchmarks.quality import __main__ as quality
 from benchmarks.quality import report
 from benchmarks.quality.metrics import LeaveOneOut, ndcg
 from benchmarks.quality.model import SequenceModel
-from benchmarks.quality.synthetic import synthetic
 from benchmarks.quality.train import LOSSES, Run
+from dwl_kernels.examples.synthetic import synthetic
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 

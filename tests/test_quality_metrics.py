@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.quality.data import Interactions
 from benchmarks.quality.metrics import LeaveOneOut, ndcg, rank_targets, ranks_of, recall
 from benchmarks.quality.model import SequenceModel
-from benchmarks.quality.synthetic import synthetic
+from dwl_kernels.examples.data import Interactions
+from dwl_kernels.examples.synthetic import synthetic
 
 
 def make(sequences: list[list[int]], num_items: int = 10) -> Interactions:

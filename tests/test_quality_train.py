@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from benchmarks.quality.metrics import LeaveOneOut, ndcg
-from benchmarks.quality.synthetic import synthetic
 from benchmarks.quality.train import (
     Config,
     TrainedLoss,
@@ -26,6 +25,7 @@ from benchmarks.quality.train import (
     with_bonus,
 )
 from dwl_kernels import CumulativeCrossEntropy, DualScaleSampledSoftmax
+from dwl_kernels.examples.synthetic import synthetic
 
 CONFIG = Config(epochs=1, max_length=12, batch_size=32, dim=16, blocks=1, negatives=64)
 

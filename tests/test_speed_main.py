@@ -13,12 +13,19 @@ import pytest
 import torch.nn.functional as F
 from rich.console import Console
 
+from benchmarks.readme import scales_line
 from benchmarks.record import write_json
 from benchmarks.speed import __main__ as command
 from benchmarks.speed import peers, pictures, shapes, suite, warm
 from benchmarks.speed.baselines import package_loss, usual_loss
 from benchmarks.speed.measure import Rounds
-from benchmarks.speed.report import comparison, growth_table, rows_of, shape_table
+from benchmarks.speed.report import (
+    comparison,
+    growth_table,
+    rows_of,
+    scale_table,
+    shape_table,
+)
 from benchmarks.speed.shapes import CPU, GPU, TINY, random_inputs
 
 
@@ -27,7 +34,8 @@ def report() -> dict[str, Any]:
     """A run of all kinds at tiny sizes, of two versions."""
     few = Rounds(0, least=2, most=2)
     growth = [TINY[0].shrunk(rows, 53, 0) for rows in (9, 37)]
-    todo = suite.Plan("cpu", "dry", TINY, {"rows": growth}, few, few, few)
+    scales = shapes.scales(TINY[0])
+    todo = suite.Plan("cpu", "dry", TINY, {"rows": growth}, few, few, few, scales)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(suite, "kernels", lambda device, dry: ["chunked"])
         found = {"eager": usual_loss, "chunked": partial(package_loss, backend="chunked")}
@@ -75,12 +83,27 @@ def test_tables_name_every_version_and_size(report: dict[str, Any]) -> None:
     for wanted in ("bound", "eager", "chunked", "domain weights", "N = 53"):
         assert wanted in text
     assert "B = 9" in printed(growth_table("rows", report["growth"]["rows"]))
+    text = printed(scale_table(report["scales"]))
+    for wanted in ("± 0.1", "± 100", "rising", "chunked, D = 8"):
+        assert wanted in text
 
 
 def test_pictures_are_drawn_for_what_was_measured(report: dict[str, Any], tmp_path: Path) -> None:
     drawn = [path.name for path in pictures.draw(report, tmp_path)]
-    assert drawn == ["speed-cpu.png", "speed-cpu-ladder.png", "speed-cpu-growth.png"]
+    names = ("", "-ladder", "-growth", "-scales")
+    assert drawn == [f"speed-cpu{name}.png" for name in names]
     assert all((tmp_path / name).stat().st_size > 10_000 for name in drawn)
+
+
+def test_readme_says_how_the_time_depends_on_the_scale(report: dict[str, Any]) -> None:
+    points = copy.deepcopy(report["scales"])
+    for point, ratio in zip(points, (0.9, 0.8, 0.9, 0.9, 0.9, 1.0, 1.3), strict=True):
+        point["versions"][1].update(version="cpu", ratio=ratio)
+    assert scales_line(points)[0] == (
+        "Logits of standard deviation 0.1 to 100: 0.80 to 1.00 times the bound; where every tile "
+        "of candidates outscores all before it, 1.30."
+    )
+    assert scales_line([]) == []
 
 
 def test_picture_of_a_run_without_a_gpu_says_so(report: dict[str, Any]) -> None:
@@ -179,6 +202,8 @@ def test_plans_measure_what_their_device_holds() -> None:
     assert suite.plan("cuda", "full").shapes == GPU
     assert [s.name for s in suite.plan("cpu", "dry").shapes] == [s.name for s in GPU]
     assert suite.plan("cpu", "full", ["small"]).growth == {}
+    assert suite.plan("cpu", "full", ["small"]).scales == []
+    assert {s.dim for s in suite.plan("cpu", "full").scales} == {64, 128}
     for shape, full in zip(suite.plan("cpu", "quick").shapes, (CPU[0], *CPU[3:]), strict=False):
         assert shape.logits_bytes <= full.logits_bytes
 

@@ -71,6 +71,23 @@ def test_growth_moves_one_side_to_65_536_and_beyond(side: shapes.Side, device: s
     assert len({getattr(shape, other) for shape in points}) == 1
 
 
+@pytest.mark.parametrize("shape", [s for s in shapes.scales(SHARED) if not s.rising], ids=str)
+def test_logits_have_the_standard_deviation_that_the_shape_names(shape: Shape) -> None:
+    inputs = random_inputs(shape.shrunk(100, 2000, 0), "plain")
+    assert inputs.negative is not None
+    logits = inputs.query @ inputs.negative.T / inputs.temperature
+    assert float(logits.detach().std()) == pytest.approx(shape.spread, rel=0.05)
+
+
+def test_rising_logits_lead_in_every_tile_of_every_row() -> None:
+    (shape,) = (s for s in shapes.scales(SHARED) if s.rising)
+    inputs = random_inputs(shape.shrunk(100, 2048, 0), "plain")
+    assert inputs.negative is not None
+    logits = inputs.query @ inputs.negative.T / inputs.temperature
+    tops = logits.unflatten(1, (16, 128)).amax(2)
+    assert bool((tops.diff(dim=1) > 100).all())
+
+
 def test_hits_occur_in_the_inputs() -> None:
     for shape in (TINY[0], TINY[3]):
         inputs = random_inputs(shape, "domain weights")

@@ -17,9 +17,8 @@ from dwl_kernels.backends.triton_launch import Space
 from dwl_kernels.backends.triton_tiles import TABLE, Tiles, around, choose, default
 from dwl_kernels.problem import Problem, Wanted
 
-interpreted = pytest.mark.skipif(
-    backends.why_not("triton", "cpu") is not None, reason="the interpreter is off"
-)
+REASON = backends.why_not("triton", "cpu")
+interpreted = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 BY_NAME = {case.name: case for case in cases.CASES}
 
 
@@ -268,9 +267,8 @@ def test_target_outside_the_table_gives_nan_where_nothing_checks(
     assert loss[2] == 0
 
 
+@interpreted
 def test_wide_embeddings_are_refused_with_the_mend() -> None:
-    if backends.why_not("triton", "cpu") is not None:
-        pytest.skip("the interpreter is off")
     with pytest.raises(RuntimeError, match=r"at most 256.*chunked"):
         dwl_kernels.sampled_softmax_loss(
             torch.ones(2, 257), torch.ones(2, 257), torch.ones(4, 257), backend="triton"
@@ -348,6 +346,7 @@ def test_more_than_offsets_of_32_bits_reach_is_refused(
 
 def test_programs_are_no_more_than_the_driver_lets_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """A cooperative launch of more is an error; where there is no driver, the arithmetic counts."""
+    pytest.importorskip("triton")
     compiled = SimpleNamespace(
         n_regs=128, metadata=SimpleNamespace(shared=20_000), _init_handles=lambda: None, function=1
     )

@@ -17,14 +17,14 @@ import numpy as np
 import pytest
 import torch
 
+pytest.importorskip("triton")
 from dwl_kernels import backends
 from dwl_kernels.backends import triton as host
 from dwl_kernels.backends import triton_indexed, triton_kernels
 from dwl_kernels.backends.triton_tiles import Tiles
 
-pytestmark = pytest.mark.skipif(
-    backends.why_not("triton", "cpu") is not None, reason="the interpreter is off"
-)
+REASON = backends.why_not("triton", "cpu")
+pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 BY_NAME = {case.name: case for case in cases.CASES}
 EVERYONE = -1
 

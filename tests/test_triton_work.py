@@ -12,9 +12,8 @@ from dwl_kernels import backends
 from dwl_kernels.backends import triton as host
 from dwl_kernels.backends.triton_tiles import Tiles
 
-pytestmark = pytest.mark.skipif(
-    backends.why_not("triton", "cpu") is not None, reason="the interpreter is off"
-)
+REASON = backends.why_not("triton", "cpu")
+pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 ROWS, CANDIDATES, DIM = 96, 64, 16  # multiples of the tiles
 PRODUCT = ROWS * CANDIDATES * DIM  # multiplications of one pass over all logits
 

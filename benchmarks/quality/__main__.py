@@ -15,11 +15,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from benchmarks.record import record, replacing, write_json
 from dwl_kernels import backends
+from dwl_kernels.examples.data import DataError, Interactions, load
+from dwl_kernels.examples.synthetic import synthetic
 
 from . import report
-from .data import DataError, Interactions, load
 from .metrics import LeaveOneOut, ndcg, recall
-from .synthetic import synthetic
 from .train import LOSSES, Config, Loss, Run, steps_per_epoch, train, with_bonus
 
 SYNTHETIC_EPOCHS, REAL_STEPS = 10, 3000  # enough for NDCG@10 on the validation items to level off

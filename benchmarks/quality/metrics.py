@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from .data import Interactions
+from dwl_kernels.examples.data import Interactions
+
 from .model import SequenceModel
 
 K = 10

@@ -22,7 +22,14 @@ from benchmarks.speed import shapes
 from benchmarks.speed.accuracy import check
 from benchmarks.speed.baselines import kernels, losses
 from benchmarks.speed.measure import Rounds, compare_versions, peak_memories
-from benchmarks.speed.report import Report, comparison, growth_table, shape_table
+from benchmarks.speed.report import (
+    Report,
+    all_points,
+    comparison,
+    growth_table,
+    scale_table,
+    shape_table,
+)
 from benchmarks.speed.suite import FORMAT, Mode, Plan, measure, plan
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -46,6 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report = run(plan(device, mode, options.shapes), console, out / f"speed-{device}.json")
     for side, points in report["growth"].items():
         console.print(growth_table(side, points))
+    if report.get("scales"):
+        console.print(scale_table(report["scales"]))
     from benchmarks.speed import pictures  # matplotlib takes a second, and a demo needs none
 
     for path in pictures.draw(report, out):
@@ -54,8 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         table, worse = comparison(old, report)
         console.print(table)
         console.print(f"{worse} got worse beyond the spread")
-    points = [*report["shapes"], *(p for side in report["growth"].values() for p in side)]
-    wrong = [f"{name} on {p['label']}" for p in points for name in p["refused"]]
+    wrong = [f"{name} on {p['label']}" for p in all_points(report) for name in p["refused"]]
     for name in wrong:
         console.print(f"[bold red]refused:[/] {name}")
     return 1 if wrong else 0

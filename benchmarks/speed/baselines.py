@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.speed import peers
-from benchmarks.speed.shapes import TEMPERATURE, Inputs, Shape
+from benchmarks.speed.shapes import Inputs, Shape
 from dwl_kernels import (
     backends,
     full_softmax_loss,
@@ -39,7 +39,7 @@ def _with_positive_first(
     hits: Tensor | None,  # [B, N] bool
     x: Inputs,
 ) -> tuple[Tensor, Tensor]:
-    positive, negative = positive.float() / TEMPERATURE, negative.float() / TEMPERATURE
+    positive, negative = positive.float() / x.temperature, negative.float() / x.temperature
     if x.positive_log_q is not None and x.negative_log_q is not None:
         positive, negative = positive - x.positive_log_q, negative - x.negative_log_q
     if hits is not None:
@@ -70,7 +70,7 @@ def _per_example(x: Inputs) -> tuple[Tensor, Tensor]:
 
 def _in_batch(x: Inputs) -> tuple[Tensor, Tensor]:
     assert x.positive is not None
-    z = (x.query @ x.positive.T).float() / TEMPERATURE
+    z = (x.query @ x.positive.T).float() / x.temperature
     target = torch.arange(len(z), device=z.device)
     if x.positive_log_q is not None:
         z = z - x.positive_log_q
@@ -83,7 +83,7 @@ def _in_batch(x: Inputs) -> tuple[Tensor, Tensor]:
 def _full(x: Inputs) -> tuple[Tensor, Tensor]:
     assert x.table is not None
     assert x.positive_ids is not None
-    return (x.query @ x.table.T).float() / TEMPERATURE, x.positive_ids
+    return (x.query @ x.table.T).float() / x.temperature, x.positive_ids
 
 
 _LOGITS = {"shared": _shared, "per-example": _per_example, "in-batch": _in_batch, "full": _full}
@@ -94,7 +94,7 @@ def package_loss(x: Inputs, backend: str) -> Tensor:
         "domain_ids": x.domain_ids,
         "domain_weights": x.domain_weights,
         "example_weights": x.example_weights,
-        "temperature": TEMPERATURE,
+        "temperature": x.temperature,
         "backend": backend,
     }
     log_q: dict[str, Any] = {
@@ -126,7 +126,7 @@ def linear_loss(x: Inputs) -> Tensor:
     functional: Any = F
     options = torch.nn.LinearCrossEntropyOptions()  # type: ignore[attr-defined,unused-ignore]
     loss: Tensor = functional.linear_cross_entropy(
-        x.query / TEMPERATURE, x.table, x.positive_ids, options=options
+        x.query / x.temperature, x.table, x.positive_ids, options=options
     )
     return loss
 

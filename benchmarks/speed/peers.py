@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.speed.shapes import TEMPERATURE, Inputs
+from benchmarks.speed.shapes import Inputs
 
 
 def losses() -> dict[str, Callable[[Inputs], Tensor]]:
@@ -38,8 +38,8 @@ def _optional(name: str) -> Any:
 
 
 def _liger(module: Callable[..., Tensor]) -> Callable[[Inputs], Tensor]:
-    return lambda x: module(x.table, x.query / TEMPERATURE, x.positive_ids)
+    return lambda x: module(x.table, x.query / x.temperature, x.positive_ids)
 
 
 def _cut(function: Callable[..., Tensor], **options: Any) -> Callable[[Inputs], Tensor]:
-    return lambda x: function(x.query / TEMPERATURE, x.table, x.positive_ids, **options)
+    return lambda x: function(x.query / x.temperature, x.table, x.positive_ids, **options)

@@ -1,4 +1,4 @@
-"""Pictures of a run: time and memory by shape, growth, the overhead ladder, launches on a GPU."""
+"""Pictures of a run: time and memory by shape, growth, scales, overhead, launches on a GPU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from benchmarks.record import replacing
-from benchmarks.speed.report import Report
+from benchmarks.speed.report import Report, scale_lines, scale_of
 from benchmarks.speed.shapes import MATRICES
 
 INK, MUTED, GRID = "#222222", "#80868b", "#e3e5e8"
@@ -37,6 +37,7 @@ LADDER = {"log-Q": "#9cc3e4", "hits": "#5398cf", "domain weights": "#1f6fb4"}
 OURS = ("cpu", "triton", "cuda")
 PACKAGE = (*OURS, "chunked")
 GOAL = {"cpu": 0.05, "cuda": 0.03}  # of the overhead ladder
+AT_MOST = 1.1  # times the bound, for logits of a standard deviation up to 30
 
 
 def draw(report: Report, out: Path) -> list[Path]:
@@ -44,6 +45,8 @@ def draw(report: Report, out: Path) -> list[Path]:
     drawings: dict[str, Callable[[Report], Figure]] = {"": overview, "-ladder": ladder}
     if any(report["growth"].values()):
         drawings["-growth"] = growth
+    if report.get("scales"):
+        drawings["-scales"] = scales
     if report["device"] == "cuda":
         drawings["-launches"] = launches
     paths = []
@@ -227,6 +230,38 @@ def out_of_memory(
         xycoords=time.get_xaxis_transform(), xytext=(-2, 0), textcoords="offset points",
         fontsize=8, color=colour,
     )  # fmt: skip
+
+
+def scales(report: Report) -> Figure:
+    """Times of the bound over the standard deviation of the logits, with quartiles."""
+    points = report["scales"]
+    names = list(dict.fromkeys(scale_of(point) for point in points))
+    figure, axis = plt.subplots(figsize=(7.5, 3.9))
+    styles = dict(zip(dict.fromkeys(p["shape"]["dim"] for p in points), ("-", "--"), strict=False))
+    for label, rows in scale_lines(points).items():
+        version, dim = label.split(", D = ")
+        x = [names.index(scale) for scale, _ in rows]
+        low, mid, high = ([row[k] for _, row in rows] for k in ("ratio_low", "ratio", "ratio_high"))
+        colour = COLOURS.get(version, MUTED)
+        width = 2.2 if version in OURS else 1.5
+        axis.plot(x, mid, styles.get(int(dim), ":"), color=colour, linewidth=width, label=label)
+        axis.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
+        if version in OURS:
+            axis.plot(x, mid, "o", color=colour, markersize=4)
+    axis.axhline(1, color=INK, linewidth=1)
+    axis.text(1.01, 1, "bound", transform=axis.get_yaxis_transform(), va="center", fontsize=8)
+    up_to = sum(name != "rising" for name in names) - 1.5  # 100 has no goal
+    axis.plot([-0.3, up_to], [AT_MOST] * 2, "--", color="#b5476b", linewidth=1)
+    axis.text(-0.3, AT_MOST, "goal", fontsize=8, color="#b5476b", va="bottom")
+    log_axis(axis, "y", (1, 2, 5))
+    axis.set_ylim(bottom=0.5)
+    axis.grid(color=GRID, linewidth=0.6, axis="y")
+    axis.set_xticks(range(len(names)), names)
+    axis.set_xlabel("logits: standard deviation, or every tile of candidates above all before it")
+    axis.set_ylabel("times the bound (log)")
+    figure.subplots_adjust(left=0.09, right=0.92, top=0.9, bottom=0.2)
+    figure.legend(loc="center", bbox_to_anchor=(0.5, 0.95), ncols=4, frameon=False)
+    return figure
 
 
 def ladder(report: Report) -> Figure:

@@ -79,6 +79,33 @@ def growth_table(side: str, points: list[Report]) -> Table:
     return table
 
 
+def scale_table(points: list[Report]) -> Table:
+    """Times of the bound over the scales of the logits, a row per version and dimension."""
+    table = Table(
+        title="times of the bound, by scale of the logits", title_justify="left", box=None
+    )
+    table.add_column("")
+    for scale in dict.fromkeys(scale_of(p) for p in points):
+        table.add_column(scale, justify="right")
+    for version, rows in scale_lines(points).items():
+        table.add_row(version, *(f"{row['ratio']:.2f}" for _, row in rows))
+    return table
+
+
+def scale_of(point: Report) -> str:
+    return "rising" if point["shape"]["rising"] else f"± {point['shape']['spread']:g}"
+
+
+def scale_lines(points: list[Report]) -> dict[str, list[tuple[str, Report]]]:
+    """By version and dimension the scales and their timings."""
+    lines: dict[str, list[tuple[str, Report]]] = {}
+    for point in points:
+        for row in point["versions"][1:]:  # the first is the bound
+            name = f"{row['version']}, D = {point['shape']['dim']}"
+            lines.setdefault(name, []).append((scale_of(point), row))
+    return lines
+
+
 def comparison(old: Report, new: Report) -> tuple[Table, int]:
     """Ratios of the new run to an old one, and how many got worse beyond the spread.
 
@@ -120,9 +147,15 @@ def comparison(old: Report, new: Report) -> tuple[Table, int]:
 
 def rows_of(report: Report) -> dict[tuple[str, str], Report]:
     """Every timing of a report by shape and version."""
-    points = [*report["shapes"], *(p for side in report["growth"].values() for p in side)]
+    points = all_points(report)
     rows = {(p["label"], row["version"]): row for p in points for row in p["versions"]}
     for figures in report["shapes"]:
         for kernel, ladder in figures["ladder"].items():
             rows.update({(figures["label"], f"{kernel}: {t['version']}"): t for t in ladder[1:]})
     return rows
+
+
+def all_points(report: Report) -> list[Report]:
+    """What was checked and timed: shapes, points of the growth, scales."""
+    growth = [point for side in report["growth"].values() for point in side]
+    return [*report["shapes"], *growth, *report.get("scales", [])]

@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 # "shared": candidates [N, D] of all rows. "in-batch": the positives of the other rows, N = B.
@@ -24,7 +23,11 @@ LEVELS: tuple[Level, ...] = get_args(Level)
 
 NUM_ITEMS = 100_000  # ids are drawn from a Zipf-like catalogue, so hits and duplicates occur
 NUM_DOMAINS = 20
-TEMPERATURE = 1 / 16  # a power of two: peers without one take it in the query, and lose no digits
+# Embeddings are N(0, 1), so logits have a standard deviation of 2 to 4 at 64 to 256 dimensions. A
+# power of two: peers without a temperature take it in the query, and lose no digits.
+TEMPERATURE = 4.0
+SPREADS = (0.1, 1.0, 3.0, 10.0, 30.0, 100.0)  # other standard deviations of the logits
+RISE = 1e4  # of the logits from the first candidate to the last, where they rise
 
 # Matrices of B N float32 that are alive at once; a CPU measured 3.2 and 2.0. Only used to leave a
 # version out before it exhausts the machine.
@@ -41,6 +44,8 @@ class Shape:
     table: int = 0  # V, for "per-example"
     dtype: torch.dtype = torch.float32
     twin: bool = False  # a scaled-down twin of the shape of this name, for a CPU
+    spread: float | None = None  # standard deviation of the logits; None: sqrt(D) / TEMPERATURE
+    rising: bool = False  # every tile of candidates outscores all before it, in every row
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
@@ -49,7 +54,14 @@ class Shape:
             "per-example": f"K = {self.candidates} of {self.table:,}",
         }.get(self.kind, f"N = {self.candidates:,}")
         sizes = f"B = {self.rows:,}, {candidates}, D = {self.dim}"
-        return f"{self.name}{' (twin)' if self.twin else ''}: {sizes}, {dtype}"
+        logits = "" if self.spread is None else f", logits ± {self.spread:g}"
+        logits += ", rising logits" if self.rising else ""
+        return f"{self.name}{' (twin)' if self.twin else ''}: {sizes}, {dtype}{logits}"
+
+    @property
+    def temperature(self) -> float:
+        """Products of N(0, 1) embeddings have the standard deviation sqrt(D)."""
+        return TEMPERATURE if self.spread is None else math.sqrt(self.dim) / self.spread
 
     @property
     def levels(self) -> tuple[Level, ...]:
@@ -159,6 +171,13 @@ TINY = (
 DEMO = Shape("demo", "shared", 2048, 4096, 64)
 DEMO_MEMORY = Shape("demo", "shared", 8192, 8192, 64)
 
+
+def scales(shape: Shape) -> list[Shape]:
+    """The shape with logits of every size, and with those that are worst for a running maximum."""
+    spreads = [replace(shape, spread=spread) for spread in SPREADS]
+    return [*spreads, replace(shape, rising=True)]
+
+
 Side = Literal["candidates", "rows"]
 SIDES: tuple[Side, ...] = get_args(Side)
 
@@ -189,6 +208,7 @@ class Inputs:
     negative_ids: Tensor | None  # [N] or [B, K]
     domain_ids: Tensor | None  # [B]
     domain_weights: Tensor | None  # [NUM_DOMAINS]
+    temperature: float
     example_weights: Tensor | None = None  # [B], only of padded batches
 
     def leaves(self) -> dict[str, Tensor]:
@@ -211,7 +231,7 @@ class Inputs:
 
 
 def random_inputs(shape: Shape, level: Level, seed: int = 0, device: str = "cpu") -> Inputs:
-    """Unit vectors; items drawn log-uniformly, as samplers and logs do, per example uniformly.
+    """N(0, 1); items drawn log-uniformly, as samplers and logs do, per example uniformly.
 
     Log-Q is that of log-uniform draws everywhere: the constant of uniform ones would cancel in the
     softmax, and hide that it was left out.
@@ -222,7 +242,7 @@ def random_inputs(shape: Shape, level: Level, seed: int = 0, device: str = "cpu"
 
     def embeddings(count: int) -> Tensor:
         vectors = torch.randn(count, shape.dim, generator=generator, device=device)
-        return F.normalize(vectors, dim=1).to(shape.dtype).requires_grad_()
+        return vectors.to(shape.dtype).requires_grad_()
 
     def drawn(count: int) -> Tensor:
         uniform = torch.rand(count, generator=generator, dtype=torch.float64, device=device)
@@ -240,13 +260,25 @@ def random_inputs(shape: Shape, level: Level, seed: int = 0, device: str = "cpu"
         negative_ids = torch.randint(items, size, generator=generator, device=device)
     domain_ids = torch.randint(NUM_DOMAINS, (shape.rows,), generator=generator, device=device)
     domain_weights = 0.5 + torch.rand(NUM_DOMAINS, generator=generator, device=device)
-    table = embeddings(items) if full or by_row else None
+    query = embeddings(shape.rows)
+    positive = negative = table = None
+    if full or by_row:
+        table = embeddings(items)
+    else:
+        positive = embeddings(shape.rows)
+        negative = embeddings(shape.candidates) if shape.kind == "shared" else None
+    if shape.rising:
+        assert negative is not None
+        with torch.no_grad():
+            query[:, 0] = 1.0
+            rise = torch.linspace(0, RISE * shape.temperature, shape.candidates)
+            negative[:, 0] = rise.to(negative)
     ids_on, log_q_on = table is not None or reached >= 2, reached >= 1 and not full
     return Inputs(
         kind=shape.kind,
-        query=embeddings(shape.rows),
-        positive=embeddings(shape.rows) if table is None else None,
-        negative=embeddings(shape.candidates) if shape.kind == "shared" else None,
+        query=query,
+        positive=positive,
+        negative=negative,
         table=table,
         positive_log_q=log_q(positive_ids) if log_q_on else None,
         negative_log_q=log_q(negative_ids) if log_q_on and negative_ids is not None else None,
@@ -254,4 +286,5 @@ def random_inputs(shape: Shape, level: Level, seed: int = 0, device: str = "cpu"
         negative_ids=negative_ids if ids_on else None,
         domain_ids=domain_ids if reached >= 3 else None,
         domain_weights=domain_weights if reached >= 3 else None,
+        temperature=shape.temperature,
     )

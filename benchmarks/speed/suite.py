@@ -1,4 +1,5 @@
-"""What one run measures: check, times, overhead ladder and memory of every shape, then growth.
+"""What one run measures: check, times, overhead ladder and memory of every shape, growth, and the
+times over the scales of the logits.
 
 The outcome is one dict of plain numbers, which the JSON file holds and tables and pictures read.
 """
@@ -8,7 +9,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 import torch
@@ -31,6 +32,8 @@ from benchmarks.speed.report import Report
 from benchmarks.speed.shapes import SIDES, Shape, Side
 
 FORMAT = 2  # of the JSON file
+SCALED = "cpu"  # the shapes of this name are measured with logits of every scale
+CHECKED_ROWS = 256  # of these
 QUICK = ("two-tower", "catalogue", "per-example")  # and the first
 SHARE_OF_MEMORY = 0.8  # a version that needs more of the machine is not run
 
@@ -47,18 +50,19 @@ class Plan:
     growth: dict[Side, list[Shape]]
     versions: Rounds  # per shape
     ladder: Rounds
-    along: Rounds  # per point of the growth
+    along: Rounds  # per point of the growth, and per scale
+    scales: list[Shape] = field(default_factory=list)
 
     @property
     def steps(self) -> int:
-        """For the progress bar: check, times, ladder and memory, and the points of the growth."""
-        return 4 * len(self.shapes) + sum(map(len, self.growth.values()))
+        """For the progress bar: check, times, ladder and memory; points of the growth; scales."""
+        return 4 * len(self.shapes) + sum(map(len, self.growth.values())) + len(self.scales)
 
 
 def plan(device: str, mode: Mode, names: Sequence[str] = ()) -> Plan:
     """The full run, a quick look at smaller shapes, or a dry run of the GPU's on a CPU.
 
-    With ``names`` only these shapes are measured, and no growth.
+    With ``names`` only these shapes are measured, their scales, and no growth.
     """
     chosen: tuple[Shape, ...] = shapes.GPU if device == "cuda" or mode == "dry" else shapes.CPU
     growth: dict[Side, list[Shape]] = {side: shapes.growth(side, device) for side in SIDES}
@@ -78,7 +82,8 @@ def plan(device: str, mode: Mode, names: Sequence[str] = ()) -> Plan:
         rounds = (Rounds(0, 1), Rounds(0, 1), Rounds(0, 1))
     if names:
         chosen, growth = tuple(s for s in chosen if s.name in names), {}
-    return Plan(device, mode, chosen, growth, *rounds)
+    scales = [scaled for s in chosen if s.name == SCALED for scaled in shapes.scales(s)]
+    return Plan(device, mode, chosen, growth, *rounds, scales)
 
 
 def measure(
@@ -93,6 +98,7 @@ def measure(
         memory_bytes=machine_bytes(todo.device),
         shapes=[],
         growth={side: [] for side in todo.growth},
+        scales=[],
     )
     for shape in todo.shapes:
         report["shapes"].append(measure_shape(shape, todo, advance))
@@ -102,6 +108,9 @@ def measure(
         for shape in points:
             advance(f"growth with {side}, {shape}")
             report["growth"][side].append(measure_point(shape, todo))
+    for shape in todo.scales:
+        advance(f"scale, {shape}")
+        report["scales"].append(measure_scale(shape, todo))
     report["wall_seconds"] = round(time.monotonic() - begun)
     return report
 
@@ -139,11 +148,22 @@ def measure_point(shape: Shape, todo: Plan) -> Report:
     return figures
 
 
-def admit(shape: Shape, checked: Shape, todo: Plan) -> tuple[dict[str, Loss], Report]:
+def measure_scale(shape: Shape, todo: Plan) -> Report:
+    """The package's own versions at one scale; they are checked on some rows, all candidates."""
+    own = ("chunked", *kernels(todo.device, todo.mode == "dry"))
+    found, figures = admit(shape, shape.shrunk(CHECKED_ROWS, shape.candidates, 0), todo, own)
+    add_times(figures, shape, found, todo.along, todo)
+    return figures
+
+
+def admit(
+    shape: Shape, checked: Shape, todo: Plan, only: Sequence[str] = ()
+) -> tuple[dict[str, Loss], Report]:
     """The versions that fit into memory and are right, and a report that says why others not."""
     gc.collect()
     torch.cuda.empty_cache()  # shapes differ by orders of magnitude; nothing without a GPU
     found = losses(shape, todo.device, todo.mode == "dry")
+    found = {name: loss for name, loss in found.items() if not only or name in only}
     most = SHARE_OF_MEMORY * machine_bytes(todo.device)
     too_large = {n: shape.needed_bytes(n) for n in found if shape.needed_bytes(n) > most}
     fitting = {name: loss for name, loss in found.items() if name not in too_large}

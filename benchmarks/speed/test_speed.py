@@ -27,7 +27,8 @@ from benchmarks.speed.measure import (
     compare_versions,
     peak_memory,
 )
-from benchmarks.speed.shapes import CPU, GPU, Inputs, Shape
+from benchmarks.speed.shapes import CPU, GPU, Inputs, Shape, scales
+from benchmarks.speed.suite import SCALED
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = GPU if DEVICE == "cuda" else CPU
@@ -42,6 +43,7 @@ FASTER = {
     "cuda": [("eager", 4.0), ("torch.compile", 2.0)],
     "cpu": [("eager", 4.5), ("torch.compile", 2.3)],
 }[DEVICE]
+FLAT, WORST = 1.1, 1.4  # times the bound, for logits up to a standard deviation of 30, and for any
 OVERHEAD = {"cuda": 1.03, "cpu": 1.05}[DEVICE]
 
 
@@ -111,6 +113,16 @@ def test_kernel_stays_near_the_bound(shape: Shape, kernel: str, timings: dict[st
     if shape.name not in AT_MOST:
         pytest.skip(f"no goal for {shape.name}")
     assert timings[kernel].ratio <= AT_MOST[shape.name], asdict(timings[kernel])
+
+
+def test_logits_of_every_scale_take_the_same_time(shape: Shape, kernel: str, runs: int) -> None:
+    if shape.name != SCALED:
+        pytest.skip(f"no goal for {shape.name}")
+    own = {kernel: losses(shape, DEVICE)[kernel]}
+    for scaled in scales(shape):
+        usual = scaled.spread is not None and scaled.spread <= 30
+        _, timing = compare_versions(scaled, own, Rounds(0, least=runs), DEVICE)
+        assert timing.ratio <= (FLAT if usual else WORST), (str(scaled), asdict(timing))
 
 
 @pytest.mark.parametrize(("rival", "factor"), FASTER)

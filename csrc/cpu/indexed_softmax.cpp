@@ -2,8 +2,8 @@
 // K rows of the table once from memory, fetched ahead of use, and has them in its cache when it
 // comes back to them for the gradient:
 //
-//   s_j = <q, c_j> - tau log Q_j
-//   e_j = exp(s_j / tau - m)              in place; the shared code of row.h
+//   z_j = <q, c_j> / tau - log Q_j
+//   e_j = exp(z_j - m)                    in place; the shared code of row.h
 //   dq  = a / (tau sum) sum_j e_j c_j
 //   dL/d<q, c_j> = a / (tau sum) e_j      all that the gradient of the table needs of this row
 //
@@ -97,8 +97,8 @@ void indexed_softmax_cpu(const IndexedProblem<T, S>& p, const IndexedGradients<T
         --row.count;
         continue;
       }
-      s[j] = dot_stored(query, p.table + ids[j] * dim, dim);
-      if (log_q != nullptr) s[j] -= row.tau * log_q[j];
+      s[j] = dot_stored(query, p.table + ids[j] * dim, dim) / row.tau;
+      if (log_q != nullptr) s[j] -= log_q[j];
     }
     const S* positive = p.table + p.positive_ids[i] * dim;
     row.z_positive = dot_stored(query, positive, dim) / row.tau;
@@ -106,33 +106,37 @@ void indexed_softmax_cpu(const IndexedProblem<T, S>& p, const IndexedGradients<T
       row.positive_log_q = p.positive_log_q + i;
       if (!p.refined) row.z_positive -= p.positive_log_q[i];
     }
-    const T inverse = T(1) / row.tau;
-    T m = row_max(s, n) * inverse;
-    if (!p.refined) m = std::max(m, row.z_positive);
-    const T sum = row_exp<T>(s, inverse, nullptr, finite_reference(m), n);
+    T m = row_max(s, n);
+    if (!p.refined) m = larger(m, row.z_positive);
+    const T sum = row_exp(s, m, n);
     const RowResult<T> result = finish_row(row, m, sum);
-    if (result.scale == 0) std::fill(s, s + n, T(0));
     out.row_loss[i] = result.loss;
     if (out.query != nullptr) {
       T* d_query = out.query + i * dim;
-      weighted_sum(s, p.table, ids, n, dim, d_query);
-      for (int64_t k = 0; k < dim; ++k) {
-        d_query[k] = result.scale * d_query[k] + result.positive * static_cast<T>(positive[k]);
+      std::fill_n(d_query, dim, T(0));
+      if (result.scale != 0) {
+        weighted_sum(s, p.table, ids, n, dim, d_query);
+        for (int64_t k = 0; k < dim; ++k) d_query[k] *= result.scale;
+      }
+      for (int64_t k = 0; k < dim && result.positive != 0; ++k) {
+        d_query[k] += result.positive * static_cast<T>(positive[k]);
       }
     }
     if (out.candidate != nullptr) {
-      for (int64_t j = 0; j < n; ++j) s[j] *= result.scale;
+      for (int64_t j = 0; j < n; ++j) s[j] = result.scale == 0 ? T(0) : s[j] * result.scale;
       out.positive[i] = result.positive;
     }
   };
 
 #pragma omp parallel for num_threads(team) schedule(static, 1)
   for (int part = 0; part < team; ++part) {
+    const FlushToZero flush;
     const int64_t last = num_rows * (part + 1) / team;
     for (int64_t r = num_rows * part / team; r < last; ++r) {
       const int64_t i = rows[r];
       const int64_t* next = r + 1 < last ? p.candidate_ids + rows[r + 1] * n : nullptr;
-      solve_row(i, next, out.candidate != nullptr ? out.candidate + i * n : &scratch[part * n]);
+      solve_row(i, next,
+                out.candidate != nullptr ? out.candidate + i * n : scratch.get() + part * n);
     }
   }
 }

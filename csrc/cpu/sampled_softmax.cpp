@@ -8,8 +8,10 @@
 //   dc += e^T diag(a / (tau total)) q       product 3, the tiles once more; no other part's columns
 //
 // so that nothing is computed twice, and what is kept is e of one block. The reference m is the
-// logit of the positive: no pass for a maximum has to come first. A block where that is too far off
-// is done again with the true maxima.
+// largest logit of the row so far, that of the positive to begin with: no pass for a maximum has to
+// come first, and logits of any size take the same time. Each tile keeps its m. Sums and dq move
+// along when m rises, product 3 brings e to the final maximum M by the row's coefficient, times
+// exp(m - M).
 //
 // The row coefficient scales the small matrices q and dq, never e. Hits are found by looking the
 // row's id up among the candidate ids by hash, so they cost nothing per element either. Padded rows
@@ -28,16 +30,6 @@
 
 namespace dwl {
 namespace {
-
-// Whether exp(z - m) with this sum can stand where m is the logit of the positive and no maximum: a
-// sum far from 1 would take products with e, or with its reciprocal, out of the range of float32.
-template <typename T>
-bool trustworthy(const Row<T>& row, T m, double sum) {
-  constexpr double kFar = 0x1p64, kSmallest = 0x1p-100;
-  if (!std::isfinite(m) || !(sum < kFar) || (row.refined && sum < 1 / kFar)) return false;
-  const double a = std::abs(row.coefficient);
-  return a == 0 || a > kSmallest * row.tau * (1 + sum);
-}
 
 template <typename T>
 std::vector<int64_t> active_rows(const Problem<T>& p) {
@@ -76,18 +68,17 @@ class Kernel {
 
  private:
   using Part = Worker<T>;
-  enum class Reference { kPositive, kMaximum };
 
   void begin(Part& w, int64_t round);
-  void logits(Part& w, int64_t j0, int64_t j1, T* s, Reference reference);
-  void find_tops(Part& w);
-  void exponentials(Part& w, int64_t round, Reference reference);
+  void logits(Part& w, int64_t j0, int64_t j1, T* s);
+  void exponentials(Part& w, int64_t round);
+  void carry_dq(Part& w, int64_t round, int64_t tile);
   void add_dq(Part& w, int64_t round, int64_t j0, int64_t columns, const T* e);
   void finish_rows(Part& w, int64_t round);
   bool counts(Part& w, int64_t tile, int64_t segment);
   void products(Part& w, int64_t round);
   void write_rows(Part& w, int64_t round);
-  void add_groups(int64_t j0, int64_t j1);
+  void finish_candidates(int64_t j0, int64_t j1);
 
   // Whether candidate j is the positive of a padded row.
   bool padding(int64_t j) const {
@@ -119,6 +110,7 @@ template <typename T>
 void Kernel<T>::run() {
 #pragma omp parallel num_threads(team_.size())
   {
+    const FlushToZero flush;
     team_.each([&](Part& w) {
       const int64_t count = w.last - w.first;
       T *dc = dc_of(w.group), *d_log_q = d_log_q_of(w.group);
@@ -128,15 +120,9 @@ void Kernel<T>::run() {
     for (int64_t round = 0; round < team_.rounds(); ++round) {
       team_.each([&](Part& w) {
         begin(w, round);
-        exponentials(w, round, Reference::kPositive);
+        exponentials(w, round);
       });
 #pragma omp barrier
-      if (!team_.all_trusted(round)) {
-        team_.each([&](Part& w) { find_tops(w); });
-#pragma omp barrier
-        team_.each([&](Part& w) { exponentials(w, round, Reference::kMaximum); });
-#pragma omp barrier
-      }
       team_.each([&](Part& w) {
         finish_rows(w, round);
         if (candidate_gradient_ || late_) products(w, round);
@@ -146,11 +132,11 @@ void Kernel<T>::run() {
       }
       team_.each([&](Part& w) { write_rows(w, round); });
     }
-    if (team_.groups() > 1 && candidate_gradient_) {
+    if (candidate_gradient_ && (team_.groups() > 1 || padded_ > 0)) {
 #pragma omp barrier
       team_.each([&](Part& w) {
         const int64_t k = w.group * team_.parts() + w.part, n = p_.candidates;
-        add_groups(n * k / team_.size(), n * (k + 1) / team_.size());
+        finish_candidates(n * k / team_.size(), n * (k + 1) / team_.size());
       });
     }
   }
@@ -167,10 +153,13 @@ void Kernel<T>::begin(Part& w, int64_t round) {
     Row<T>& row = w.rows[r];
     row.tau = p_.tau[i];
     row.coefficient = p_.coefficient[i];
-    row.z_positive = dot(p_.query + i * d, p_.positive_of(i), d) / row.tau;
+    row.inverse = Inverse<T>(row.tau);
     row.positive_log_q = p_.positive_log_q != nullptr ? p_.positive_log_q + i : nullptr;
     row.refined = p_.refined;
-    if (!p_.refined && p_.positive_log_q != nullptr) row.z_positive -= p_.positive_log_q[i];
+    const bool corrected = !p_.refined && p_.positive_log_q != nullptr;
+    const T bias = corrected ? -p_.positive_log_q[i] : T(0);
+    row.z_positive = dot(p_.query + i * d, p_.positive_of(i), d);
+    row_logits(&row.z_positive, row.inverse, &bias, T(0), 1);
     if (!p_.refined) continue;
     row.count = p_.candidates - padded_ - (p_.positive == nullptr);
     if (p_.positive_ids == nullptr) continue;
@@ -182,22 +171,16 @@ void Kernel<T>::begin(Part& w, int64_t round) {
   }
 }
 
-// s = the products of the block with candidates [j0, j1), -inf where one is excluded.
-// With the maximum as reference they are finished logits z, because an infinite log-Q of an
-// excluded candidate would make NaN of -inf later.
+// s = the logits of the block with candidates [j0, j1), -inf where one is excluded.
 template <typename T>
-void Kernel<T>::logits(Part& w, int64_t j0, int64_t j1, T* s, Reference reference) {
+void Kernel<T>::logits(Part& w, int64_t j0, int64_t j1, T* s) {
   const int width = static_cast<int>(j1 - j0), dim = static_cast<int>(p_.dim);
   gemm('T', 'N', width, static_cast<int>(w.row.size()), dim, p_.candidate + j0 * dim, dim,
        w.query.get(), dim, T(0), s, static_cast<int>(w.stride));
+  const T* bias = bias_.empty() ? nullptr : bias_.data() + j0;
   for (size_t r = 0; r < w.row.size(); ++r, s += w.stride) {
     const int64_t i = w.row[r];
-    if (reference == Reference::kMaximum) {
-      const T inverse = T(1) / w.rows[r].tau;
-      for (int64_t j = j0; j < j1; ++j) {
-        s[j - j0] = s[j - j0] * inverse + shift(i) + (bias_.empty() ? T(0) : bias_[j]);
-      }
-    }
+    row_logits(s, w.rows[r].inverse, bias, shift(i), width);
     if (p_.positive == nullptr && p_.own(i) >= j0 && p_.own(i) < j1) {
       s[p_.own(i) - j0] = -kInfinity<T>;
     }
@@ -208,54 +191,47 @@ void Kernel<T>::logits(Part& w, int64_t j0, int64_t j1, T* s, Reference referenc
   }
 }
 
-template <typename T>
-void Kernel<T>::find_tops(Part& w) {
-  std::fill(w.top.begin(), w.top.end(), -kInfinity<T>);
-  team_.for_tiles(w, [&](int64_t j0, int64_t j1, int64_t, T* s) {
-    logits(w, j0, j1, s, Reference::kMaximum);
-    for (size_t r = 0; r < w.row.size(); ++r) {
-      w.top[r] = std::max(w.top[r], row_max(s + r * w.stride, j1 - j0));
-    }
-  });
-}
-
 // e of the block, its sums and, unless that waits for the totals, product 2.
 template <typename T>
-void Kernel<T>::exponentials(Part& w, int64_t round, Reference reference) {
+void Kernel<T>::exponentials(Part& w, int64_t round) {
   const int64_t rows = static_cast<int64_t>(w.row.size());
   Report<T>& report = w.report(round);
-  std::fill(report.sum.begin(), report.sum.end(), 0.0);
-  if (out_.query != nullptr) std::fill_n(report.dq.get(), rows * p_.dim, T(0));
   for (int64_t r = 0; r < rows; ++r) {
-    w.m[r] = w.rows[r].z_positive;
-    if (reference == Reference::kMaximum) {
-      if (p_.refined) w.m[r] = -kInfinity<T>;
-      for (int k = 0; k < team_.parts(); ++k) w.m[r] = std::max(w.m[r], team_.mate(w, k).top[r]);
-    }
+    report.m[r] = p_.refined ? -kInfinity<T> : w.rows[r].z_positive;
+    report.sum[r] = 0;
   }
+  if (out_.query != nullptr) std::fill_n(report.dq.get(), rows * p_.dim, T(0));
   team_.for_tiles(w, [&](int64_t j0, int64_t j1, int64_t tile, T* e) {
     const int64_t width = j1 - j0;
-    logits(w, j0, j1, e, reference);
+    T* m = team_.reference(w, tile);
+    logits(w, j0, j1, e);
     for (int64_t r = 0; r < rows; ++r) {
       T* own = e + r * w.stride;
-      if (reference == Reference::kMaximum) {
-        report.sum[r] += row_exp<T>(own, T(1), nullptr, finite_reference(w.m[r]), width);
-      } else {
-        const T* bias = bias_.empty() ? nullptr : bias_.data() + j0;
-        const T m = w.m[r] - shift(w.row[r]);
-        report.sum[r] += row_exp(own, T(1) / w.rows[r].tau, bias, m, width);
-      }
-      if (!late_) continue;
-      for (int64_t k = 0; k < width; k += kSegment) {
+      m[r] = larger(report.m[r], row_max(own, width));
+      report.sum[r] *= between(report.m[r], m[r]);
+      report.sum[r] += row_exp(own, m[r], width);
+      report.m[r] = m[r];
+      for (int64_t k = 0; late_ && k < width; k += kSegment) {
         const T top = row_max(own + k, std::min(kSegment, width - k));
         team_.segment_top(w, tile, k / kSegment)[r] = top;
       }
     }
-    if (out_.query != nullptr && !late_) add_dq(w, round, j0, width, e);
+    if (out_.query == nullptr || late_) return;
+    carry_dq(w, round, tile);
+    add_dq(w, round, j0, width, e);
   });
-  report.trusted = true;
-  for (int64_t r = 0; r < rows; ++r) {
-    report.trusted &= trustworthy(w.rows[r], w.m[r], report.sum[r]);
+}
+
+// Moves dq from the references of the tile before to those of this one.
+template <typename T>
+void Kernel<T>::carry_dq(Part& w, int64_t round, int64_t tile) {
+  if (tile == 0) return;
+  const T *from = team_.reference(w, tile - 1), *to = team_.reference(w, tile);
+  T* dq = w.report(round).dq.get();
+  for (size_t r = 0; r < w.row.size(); ++r, dq += p_.dim) {
+    if (from[r] == to[r]) continue;
+    const T factor = between(from[r], to[r]);
+    for (int64_t k = 0; k < p_.dim; ++k) dq[k] *= factor;
   }
 }
 
@@ -271,14 +247,16 @@ void Kernel<T>::add_dq(Part& w, int64_t round, int64_t j0, int64_t columns, cons
 // The totals of the rows and what follows from them.
 template <typename T>
 void Kernel<T>::finish_rows(Part& w, int64_t round) {
-  const int64_t d = p_.dim;
   for (size_t r = 0; r < w.row.size(); ++r) {
+    T m = w.report(round).m[r];
+    for (int k = 0; k < team_.parts(); ++k) m = larger(m, team_.mate(w, k).report(round).m[r]);
     double sum = 0;
-    for (int k = 0; k < team_.parts(); ++k) sum += team_.mate(w, k).report(round).sum[r];
-    w.results[r] = finish_row(w.rows[r], w.m[r], sum);
-    const T scale = w.results[r].scale;
-    const T* query = p_.query + w.row[r] * d;
-    for (int64_t k = 0; k < d; ++k) w.scaled[r * d + k] = scale == 0 ? T(0) : scale * query[k];
+    for (int k = 0; k < team_.parts(); ++k) {
+      const Report<T>& report = team_.mate(w, k).report(round);
+      sum += report.sum[r] * between(report.m[r], m);
+    }
+    w.m[r] = m;
+    w.results[r] = finish_row(w.rows[r], m, sum);
   }
 }
 
@@ -288,7 +266,7 @@ bool Kernel<T>::counts(Part& w, int64_t tile, int64_t segment) {
   const T* top = team_.segment_top(w, tile, segment);
   for (size_t r = 0; r < w.row.size(); ++r) {
     // Not below, rather than at least: NaN counts.
-    if (!(top[r] < p_.skip_below[w.row[r]] * w.results[r].total)) return true;
+    if (!(top[r] * w.factor[r] < p_.skip_below[w.row[r]] * w.results[r].total)) return true;
   }
   return false;
 }
@@ -301,9 +279,19 @@ void Kernel<T>::products(Part& w, int64_t round) {
   T *dc = dc_of(w.group), *d_log_q = d_log_q_of(w.group);
   team_.for_tiles(w, [&](int64_t j0, int64_t j1, int64_t tile, T* e) {
     const int64_t width = j1 - j0;
+    const T* m = team_.reference(w, tile);
     for (int64_t r = 0; r < rows; ++r) {
-      if (w.results[r].scale == 0) std::fill_n(e + r * w.stride, width, T(0));
+      w.factor[r] = between(m[r], w.m[r]);
+      const T scale = w.results[r].scale * w.factor[r], *query = p_.query + w.row[r] * d;
+      T* scaled = w.scaled.get() + r * d;
+      if (w.results[r].scale == 0) {
+        std::fill_n(e + r * w.stride, width, T(0));
+        std::fill_n(scaled, d, T(0));
+      } else {
+        for (int64_t k = 0; k < d; ++k) scaled[k] = scale * query[k];
+      }
     }
+    if (late_ && out_.query != nullptr) carry_dq(w, round, tile);
     // Runs of segments that count; everything is one run where nothing is left out.
     for (int64_t k = 0, end; k < width; k = end) {
       const bool counting = !late_ || counts(w, tile, k / kSegment);
@@ -318,7 +306,8 @@ void Kernel<T>::products(Part& w, int64_t round) {
              static_cast<int>(w.stride), T(1), dc + (j0 + k) * d, dim);
       }
       for (int64_t r = 0; d_log_q != nullptr && r < rows; ++r) {
-        const T scale = w.results[r].scale * w.rows[r].tau;
+        if (w.results[r].scale == 0) continue;
+        const T scale = w.results[r].scale * w.factor[r] * w.rows[r].tau;
         const T* own = e + r * w.stride;
 #pragma omp simd
         for (int64_t j = k; j < end; ++j) d_log_q[j0 + j] -= scale * own[j];
@@ -327,8 +316,8 @@ void Kernel<T>::products(Part& w, int64_t round) {
   });
   for (int64_t r = 0; p_.positive == nullptr && r < rows; ++r) {
     const int64_t j = p_.own(w.row[r]);
-    if (j < w.first || j >= w.last) continue;
     const T scale = w.results[r].positive;
+    if (j < w.first || j >= w.last || scale == 0) continue;
     const T* query = p_.query + w.row[r] * d;
     for (int64_t k = 0; dc != nullptr && k < d; ++k) dc[j * d + k] += scale * query[k];
     if (d_log_q != nullptr) d_log_q[j] -= scale * w.rows[r].tau;
@@ -346,27 +335,38 @@ void Kernel<T>::write_rows(Part& w, int64_t round) {
     const RowResult<T>& result = w.results[r];
     out_.row_loss[i] = result.loss;
     const T *query = p_.query + i * d, *positive = p_.positive_of(i);
-    for (int64_t k = 0; out_.query != nullptr && k < d; ++k) {
-      T sum = 0;
+    if (out_.query != nullptr) {
+      T* d_query = out_.query + i * d;
+      std::fill_n(d_query, d, T(0));
       for (int part = 0; part < parts && result.scale != 0; ++part) {
-        sum += team_.mate(w, part).report(round).dq[r * d + k];
+        const Report<T>& report = team_.mate(w, part).report(round);
+        add_scaled(result.scale * between(report.m[r], w.m[r]), report.dq.get() + r * d, d,
+                   d_query);
       }
-      out_.query[i * d + k] = result.scale * sum + result.positive * positive[k];
+      add_scaled(result.positive, positive, d, d_query);
     }
-    for (int64_t k = 0; out_.positive != nullptr && k < d; ++k) {
-      out_.positive[i * d + k] = result.positive * query[k];
+    if (out_.positive != nullptr) {
+      std::fill_n(out_.positive + i * d, d, T(0));
+      add_scaled(result.positive, query, d, out_.positive + i * d);
     }
   }
 }
 
-// Adds the gradients of candidates [j0, j1) from all groups, in their order.
+// Adds the gradients of candidates [j0, j1) from all groups, in their order. Those of padding are
+// zeros, also where a row that is NaN made NaN of all.
 template <typename T>
-void Kernel<T>::add_groups(int64_t j0, int64_t j1) {
+void Kernel<T>::finish_candidates(int64_t j0, int64_t j1) {
   const int64_t d = p_.dim;
+  T *dc = out_.candidate, *d_log_q = out_.candidate_log_q;
   for (int group = 1; group < team_.groups(); ++group) {
-    const T *dc = dc_of(group), *d_log_q = d_log_q_of(group);
-    for (int64_t k = j0 * d; dc != nullptr && k < j1 * d; ++k) out_.candidate[k] += dc[k];
-    for (int64_t j = j0; d_log_q != nullptr && j < j1; ++j) out_.candidate_log_q[j] += d_log_q[j];
+    const T *more = dc_of(group), *more_log_q = d_log_q_of(group);
+    for (int64_t k = j0 * d; dc != nullptr && k < j1 * d; ++k) dc[k] += more[k];
+    for (int64_t j = j0; d_log_q != nullptr && j < j1; ++j) d_log_q[j] += more_log_q[j];
+  }
+  for (int64_t j = j0; padded_ > 0 && j < j1; ++j) {
+    if (!padding(j)) continue;
+    if (dc != nullptr) std::fill_n(dc + j * d, d, T(0));
+    if (d_log_q != nullptr) d_log_q[j] = 0;
   }
 }
 

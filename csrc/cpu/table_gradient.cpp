@@ -78,7 +78,7 @@ class Entries {
       }
     });
     team_ = static_cast<int>(std::clamp<int64_t>(size_ / 4096, 1, team_));
-    sort(std::bit_width(static_cast<uint64_t>(p.table_rows - 1)));
+    sort(std::bit_width(static_cast<uint64_t>(std::max<int64_t>(p.table_rows - 1, 0))));
   }
 
   int team() const { return team_; }

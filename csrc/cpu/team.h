@@ -23,6 +23,7 @@ namespace dwl {
 constexpr int64_t kTile = 512, kMostRows = 128, kLeastRows = 64;
 constexpr int64_t kPart = 1024;    // candidates that are worth a thread of their own
 constexpr int64_t kSegment = 128;  // candidates whose gradients are left out together
+constexpr int64_t kNoItem = -1;    // the id of what is no item: it is nobody's hit
 
 // Uninitialised memory from a cache line on: a product is bitwise the same from run to run only
 // where its matrices are aligned alike.
@@ -51,14 +52,16 @@ class IdIndex {
   };
 
   IdIndex(const int64_t* ids, int64_t n) {
-    if (ids == nullptr) return;  // also that of no candidates
+    if (ids == nullptr) return;
     bits_ = std::max(1, static_cast<int>(std::bit_width(static_cast<uint64_t>(n))));
     starts_.resize((size_t(1) << bits_) + 1);
-    entries_.resize(n);
-    for (int64_t j = 0; j < n; ++j) ++starts_[bucket(ids[j]) + 1];
+    for (int64_t j = 0; j < n; ++j) starts_[bucket(ids[j]) + 1] += ids[j] != kNoItem;
     for (size_t k = 1; k < starts_.size(); ++k) starts_[k] += starts_[k - 1];
+    entries_.resize(starts_.back());
     std::vector<int64_t> next(starts_.begin(), starts_.end() - 1);
-    for (int64_t j = 0; j < n; ++j) entries_[next[bucket(ids[j])]++] = {ids[j], j};
+    for (int64_t j = 0; j < n; ++j) {
+      if (ids[j] != kNoItem) entries_[next[bucket(ids[j])]++] = {ids[j], j};
+    }
   }
   // Where the candidates of this id are, from candidate `first` on; others lie between them.
   Hits find(int64_t id, int64_t first) const {
@@ -90,9 +93,9 @@ class IdIndex {
 // What a worker tells the others of its group about a block of rows.
 template <typename T>
 struct Report {
-  std::vector<double> sum;  // [b] of e over its candidates
-  Buffer<T> dq;             // [b, D] e c over its candidates
-  bool trusted;             // whether e can stand with this reference
+  std::vector<T> m;         // [b] largest logits of its candidates, and of the positive
+  std::vector<double> sum;  // [b] of e over its candidates, with the reference m
+  Buffer<T> dq;             // [b, D] e c over its candidates, with the reference m
 };
 
 template <typename T>
@@ -103,12 +106,13 @@ struct Worker {
   int64_t stride;                     // numbers between the rows of a tile
   std::vector<int64_t> row;           // [b] the rows of the block
   std::vector<Row<T>> rows;           // [b]
-  std::vector<T> m;                   // [b] references
-  std::vector<T> top;                 // [b] largest logits of its candidates
+  std::vector<T> m;                   // [b] largest logits of all
+  std::vector<T> factor;              // [b] from the references of a tile to m
   std::vector<IdIndex::Hits> hits;    // [b] those to come
   std::vector<RowResult<T>> results;  // [b]
   Buffer<T> query, scaled;            // [b, D] what scores; q times the scale of the row
   Buffer<T> e;                        // [tiles, b, stride], or of one tile
+  std::vector<T> reference;           // [tiles, b] what e is relative to
   std::vector<T> segment_top;         // [tiles, segments, b] largest e, or empty
   // By turns, so that a worker may begin a block before the others have read the last report.
   Report<T> reports[2];
@@ -153,16 +157,18 @@ class Team {
       w.tile = tiles == 0 ? 0 : ((w.last - w.first + tiles - 1) / tiles + 15) / 16 * 16;
       w.stride = w.tile % 32 == 0 ? w.tile + 16 : w.tile;  // see kTile
       w.e = buffer<T>((needs.all_e ? tiles : std::min<int64_t>(tiles, 1)) * block_ * w.stride);
+      w.reference.resize(tiles * block_);
       if (needs.segment_tops) w.segment_top.resize(tiles * (kTile / kSegment) * block_);
       w.query = buffer<T>(block_ * dim);
       w.scaled = buffer<T>(block_ * dim);
       w.row.reserve(block_);
       w.rows.resize(block_);
       w.m.resize(block_);
-      w.top.resize(block_);
+      w.factor.resize(block_);
       w.hits.resize(block_);
       w.results.resize(block_);
       for (Report<T>& report : w.reports) {
+        report.m.resize(block_);
         report.sum.resize(block_);
         if (needs.dq) report.dq = buffer<T>(block_ * dim);
       }
@@ -175,11 +181,6 @@ class Team {
   int64_t rounds() const { return rounds_; }
   const std::vector<int64_t>& rows() const { return rows_; }
   Worker<T>& mate(const Worker<T>& w, int part) { return workers_[w.group * parts_ + part]; }
-
-  bool all_trusted(int64_t round) const {
-    return std::all_of(workers_.begin(), workers_.end(),
-                       [&](const Worker<T>& w) { return w.report(round).trusted; });
-  }
 
   // Runs a phase on all workers; inside a parallel region. A team of threads may come out smaller
   // than asked for: the workers are dealt out, not assumed. Each stays with its thread, so nobody
@@ -211,6 +212,8 @@ class Team {
     }
   }
 
+  // [b] what e of a tile is relative to, in each row.
+  T* reference(Worker<T>& w, int64_t tile) { return w.reference.data() + tile * block_; }
   // [b] the largest e of each row in a segment of a tile.
   T* segment_top(Worker<T>& w, int64_t tile, int64_t segment) {
     return w.segment_top.data() + (tile * (kTile / kSegment) + segment) * block_;

@@ -12,8 +12,11 @@ namespace dwl {
 
 constexpr double kLog2e = 1.4426950408889634;
 constexpr float kLimit = 0x1p100f;  // of a row's total: above, its reference was too low
-constexpr float kFinite = 1e30f;    // a reference must not be infinite: inf - inf is NaN
-constexpr int kHeadroom = 14;       // float16 ends at 2^16: terms start at 2^14 there
+constexpr int64_t kNoItem = -1;     // the id of a row whose positive is no item
+// A reference must not be infinite: inf - inf is NaN.
+template <class Number>
+constexpr Number kFinite = sizeof(Number) == 8 ? Number(1.7e308) : Number(3.4e38);
+constexpr int kHeadroom = 14;  // float16 ends at 2^16: terms start at 2^14 there
 
 // What phase 1 leaves to phase 2 of each row; it streams beside the embeddings.
 template <class Number>

@@ -56,7 +56,7 @@ __device__ __forceinline__ void finish_rows(const Program<S>& given, int tile, i
     const Number z_positive = p.part(block)[kZPositive * S::BM + r];
     const Number tau = p.numbers(call.tau)[known];
 
-    Number reference = -kFinite, total = 0, hits = 0;
+    Number reference = -kFinite<Number>, total = 0, hits = 0;
     for (int s = 0; s < splits; ++s) reference = fmax(reference, p.part(block + s)[r]);
     for (int s = 0; s < splits; ++s) {
       const Number* part = p.part(block + s);
@@ -71,8 +71,9 @@ __device__ __forceinline__ void finish_rows(const Program<S>& given, int tile, i
       if (call.positive_log_q != nullptr) {  // log(1 - Q), also where 1 - Q would round Q away
         lse += log1p(-exp(p.numbers(call.positive_log_q)[known]));
       }
-      // With ids, a row's own positive is a hit as well.
-      if (call.row_ids == nullptr) hits = p.competes() ? 1 : 0;
+      // With an id, a row's own positive was counted as a hit.
+      if (call.row_ids == nullptr) hits = 0;
+      if (p.competes() && (call.row_ids == nullptr || call.row_ids[known] == kNoItem)) hits += 1;
       const Number compete = Number(p.places()) - hits;
       r_i = 1 / (1 + exp(z_positive / unit + log(compete) - lse));
       if (lse == -INF) r_i = 0;
@@ -87,8 +88,9 @@ __device__ __forceinline__ void finish_rows(const Program<S>& given, int tile, i
       row_loss = odds < 1 ? log1p(odds) : large;
       p_positive_minus_1 = total == INF ? -1 : -total / all_terms;
     }
-    const Number a = p.numbers(call.coefficient)[known] * r_i;
-    const bool nothing = a == 0;  // exact zeros, also where p overflowed
+    Number a = p.numbers(call.coefficient)[known];
+    if (a != 0) a *= r_i;
+    const bool nothing = a == 0;  // exact zeros, also where p overflowed or r is NaN
     const Number coefficient = a / tau;
     const Number d_positive = nothing ? 0 : coefficient * p_positive_minus_1;
 
@@ -156,7 +158,7 @@ __device__ __forceinline__ void row_tile(const Program<S>& p, int number) {
       place = place < p.rows() ? place : p.rows() - 1;
       own.scale[mt][h] = p.scale_of(p.numbers(call.tau)[place]);
       own.offset[mt][h] =
-          fmin(fmax(p.shared.z_positive[p.row_of(mt, h)], Number(-kFinite)), Number(kFinite));
+          fmin(fmax(p.shared.z_positive[p.row_of(mt, h)], -kFinite<Number>), kFinite<Number>);
     }
   }
 
@@ -173,14 +175,14 @@ __device__ __forceinline__ void row_tile(const Program<S>& p, int number) {
   for (int d0 = 0; d0 < S::SUM_D; d0 += S::ACC_D) {
     for (;;) {
       if (look_for_maxima) {
-        clear(-kFinite);
+        clear(-kFinite<Number>);
         stream<Mode::kMaxima, S>(p, unit, own, totals, sums, 0, false);
         p.join(totals.total, Largest());
 #pragma unroll
         for (int mt = 0; mt < S::MT; ++mt) {
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
-            const Number largest = fmin(totals.total[mt][h], Number(kFinite));
+            const Number largest = fmin(totals.total[mt][h], kFinite<Number>);
             Number& reference = own.offset[mt][h];
             if (M::LIFT) {
               reference = fmax(largest - kHeadroom, reference - 100);

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import os
 import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Literal, get_args
@@ -15,7 +16,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from dwl_kernels._build import BuildError
+from dwl_kernels._cache import BuildError
 from dwl_kernels.backends import chunked, cuda, eager, native, triton
 from dwl_kernels.problem import Output, Problem, Wanted
 
@@ -39,9 +40,9 @@ _warned: set[str] = set()
 _broken: dict[str, str] = {}  # backends whose kernel did not compile when it was called
 
 
-def check_name(name: str) -> None:
+def check_name(name: str, source: str = "") -> None:
     if name != "auto" and name not in NAMES:
-        raise ValueError(f"backend is {name!r}; wanted one of {('auto', *NAMES)}")
+        raise ValueError(f"backend is {name!r}{source}; wanted one of {('auto', *NAMES)}")
 
 
 def why_not(name: str, device_type: str) -> str | None:
@@ -74,8 +75,13 @@ def chosen(name: str) -> str:
     """`name`, or for "auto" what ``DWL_KERNELS_BACKEND`` says."""
     if name == "auto":
         name = os.environ.get("DWL_KERNELS_BACKEND", "auto")
-        check_name(name)
+        check_name(name, ", as DWL_KERNELS_BACKEND says")
     return name
+
+
+def order(device_type: str) -> tuple[str, ...]:
+    """The backends that "auto" tries for tensors on such a device, the fastest first."""
+    return _AUTO.get(device_type, ("chunked",))
 
 
 def pick(name: str, problem: Problem) -> Solve:
@@ -91,7 +97,7 @@ def pick(name: str, problem: Problem) -> Solve:
         if reason is not None:
             raise RuntimeError(f"backend {name!r} cannot run: {reason}")
         return _SOLVE[name]
-    for candidate in _AUTO.get(device, ("chunked",)):
+    for candidate in order(device):
         if refuses(candidate, problem) is not None:
             continue
         reason = why_not(candidate, device)
@@ -129,8 +135,21 @@ def _warn(name: str, reason: str) -> None:
     if name not in _warned:
         _warned.add(name)
         warnings.warn(
-            f"dwl_kernels: backend {name!r} cannot run, a slower one does: {reason}", stacklevel=3
+            f"dwl_kernels: backend {name!r} cannot run, a slower one does: {reason}",
+            stacklevel=_stacklevel(),
         )
+
+
+def _stacklevel() -> int:
+    """How far the user's line is above the caller, past frames of this package and of PyTorch."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and _is_library(frame.f_globals.get("__name__", "")):
+        frame, level = frame.f_back, level + 1
+    return level
+
+
+def _is_library(module: str) -> bool:
+    return module.partition(".")[0] in ("dwl_kernels", "torch")
 
 
 def pick_table_gradient(name: str, source: Tensor, dtype: torch.dtype) -> TableGradient:

@@ -16,9 +16,11 @@ from torch.nn.functional import embedding_bag
 from dwl_kernels.backends import eager
 from dwl_kernels.problem import Output, Problem, RowWeights, Wanted, accumulate_dtype
 
-# Logits kept at once. On a CPU a block that stays in the cache of a core beats a larger one; a GPU
+# Logits kept at once. On a CPU every operation ends with its threads spinning until the last one is
+# done, which on a busy machine may have lost its core: blocks of 2^19 took up to 14 times the
+# processor time of one thread, these twice. Without other work 2^20 to 2^22 are fastest. A GPU
 # wants products that fill it.
-BLOCK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 26}
+BLOCK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26}
 
 
 def solve(
@@ -29,7 +31,7 @@ def solve(
     """The loss and the wanted gradients, with a block of the logits in memory at a time."""
     weights = problem.row_weights()
     query, positive, candidates = eager.embeddings(problem, weights)
-    tau = problem.temperatures()[:, None]  # [B, 1]
+    tau = problem.temperatures(weights.active)[:, None]  # [B, 1]
     score, shift = query, None  # z_ij = <score_i, c_j> / tau_i + shift_i - log Q_j
     if problem.dual is not None:
         score, shift, tau = dual_scale(problem, weights, query, positive, candidates)
@@ -42,6 +44,7 @@ def solve(
     own = problem.own_columns() if problem.positive_competes else None
     want_positive = wanted.positive or (wanted.candidates and own is not None)
     positive_log_q = eager.log_q_of_positives(problem)
+    candidate_log_q = eager.log_q_of_candidates(problem)
     row_loss = query.new_empty(len(query))
     d_query = torch.empty_like(query) if want_query else None
     d_positive = torch.empty_like(row_loss if by_row else positive) if want_positive else None
@@ -56,8 +59,8 @@ def solve(
         z = eager.scores(score[rows], c).div_(tau[rows])
         if shift is not None:
             z += shift[rows]
-        if problem.candidate_log_q is not None:
-            z -= problem.candidate_log_q[rows] if by_row else problem.candidate_log_q
+        if candidate_log_q is not None:
+            z -= candidate_log_q[rows] if by_row else candidate_log_q
         count = torch.full_like(tau[rows, 0], z.shape[1])
         if masks:
             excluded = eager.excluded_candidates(problem, weights, rows.start, rows.stop)
@@ -66,37 +69,38 @@ def solve(
                 count -= excluded.sum(1)
             del excluded
         z_positive = (query[rows] * positive[rows]).sum(1) / tau[rows, 0]
-        lse = z_candidates = z.logsumexp(1)
+        e, total, lse_candidates = eager.exponentials(z)
         a = coefficients[rows]
         if refined:
             log_q = None if problem.positive_log_q is None else problem.positive_log_q[rows]
-            lse, r = eager.refine(z_candidates, z_positive, log_q, count)
+            lse, r = eager.refine(lse_candidates, z_positive, log_q, count)
             row_loss[rows] = torch.where(r == 0, 0.0, r * (lse - z_positive))
-            a = a * r[:, None]
+            a = eager.refined_coefficients(a, r[:, None])
             p_positive_minus_1 = torch.full_like(a, -1.0)
         else:
             if positive_log_q is not None:
                 z_positive -= positive_log_q[rows]
-            lse = z_candidates = torch.logaddexp(z_candidates, z_positive)
-            row_loss[rows] = lse - z_positive
-            p_positive_minus_1 = torch.expm1(z_positive - lse)[:, None]
+            row_loss[rows], minus_1 = eager.compete(lse_candidates, z_positive)
+            p_positive_minus_1 = minus_1[:, None]
         if not any(wanted[:5]):
             continue
-        # A row of weight zero gives exact zeros, also where its p overflowed.
-        dz_positive = torch.where(a == 0, 0.0, a * p_positive_minus_1)
+        # A row of weight zero gives exact zeros, also where its p overflowed or something is NaN.
+        nothing = a == 0
+        dz_positive = torch.where(nothing, 0.0, a * p_positive_minus_1)
+        scaled_query = torch.where(nothing, 0.0, query[rows] / tau[rows])
         if d_positive is not None:
-            one = dz_positive / tau[rows]  # dL/d<q_i, p_i>
-            d_positive[rows] = one[:, 0] if by_row else one * query[rows]
+            one = dz_positive[:, 0] / tau[rows, 0] if by_row else dz_positive * scaled_query
+            d_positive[rows] = one
         if d_query is None and d_candidates is None and d_log_q is None:
             continue
-        dz = z.sub_(z_candidates[:, None]).exp_().mul_(a).masked_fill_(a == 0, 0)
+        dz = e.mul_(eager.shares(dz_positive, total)).masked_fill_(nothing, 0)
         if d_query is not None:
-            d_query[rows] = eager.weighted_sum(dz, c).addcmul_(dz_positive, positive[rows])
-            d_query[rows] /= tau[rows]
+            d = eager.weighted_sum(dz, c).addcmul_(dz_positive, positive[rows])
+            d_query[rows] = d.div_(tau[rows]).masked_fill_(nothing, 0)
         if d_candidates is not None and by_row:
             d_candidates[rows] = dz / tau[rows]
         elif d_candidates is not None:
-            d_candidates.addmm_(dz.T, query[rows] / tau[rows])
+            d_candidates.addmm_(dz.T, scaled_query)
         if d_log_q is not None:
             d_log_q -= dz.sum(0)
             if own is not None:
@@ -104,6 +108,7 @@ def solve(
 
     if d_candidates is not None and d_positive is not None and own is not None:
         d_candidates.index_add_(0, own, d_positive)
+        eager.clear_padding(problem, weights, d_candidates)
     loss = eager.reduce_rows(row_loss, weights, problem.reduction)
     gradients = eager.Gradients(d_query, d_positive, d_candidates, d_log_q)
     return eager.finish(problem, wanted, weights, loss, row_loss, row_grad, query, gradients)
@@ -169,19 +174,20 @@ def dual_scale(
     row are still one product, ``z_ij = <score_i, c_j> / tau_i + shift_i - log Q_j``.
     """
     assert problem.dual is not None
-    tau = problem.temperatures()[:, None]
+    tau = problem.temperatures(weights.active)[:, None]
+    candidate_log_q = eager.log_q_of_candidates(problem)
     pull = problem.dual.hardness * query + problem.dual.similarity * positive
     z_positive = (query * positive).sum(1) / tau[:, 0]
     g, shift = torch.empty_like(z_positive), torch.empty_like(z_positive)
     for rows in row_blocks(problem):
         excluded = eager.excluded_candidates(problem, weights, rows.start, rows.stop)
         x = (pull[rows] @ candidates.T).div_(tau[rows]).masked_fill_(excluded, -torch.inf)
-        shift[rows] = (~excluded).sum(1).to(x.dtype).log() - x.logsumexp(1)
+        count = (~excluded).sum(1).to(x.dtype)
+        shift[rows] = torch.where(count > 0, count.log() - x.logsumexp(1), 0.0)
         z = (query[rows] @ candidates.T).div_(tau[rows])
-        if problem.candidate_log_q is not None:
-            z -= problem.candidate_log_q
+        if candidate_log_q is not None:
+            z -= candidate_log_q
         z.masked_fill_(excluded, -torch.inf)
         g[rows] = eager.competition_on_slate(problem, z, z_positive[rows], rows.start)
-    shift = shift.nan_to_num(0.0)  # a row without candidates
     factor = eager.temperature_factor(problem.dual, g, weights)[:, None]
     return query + factor * pull, shift[:, None], tau * factor

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from dwl_kernels import _build_cuda
-from dwl_kernels._build import BuildError
+from dwl_kernels._cache import BuildError
 from dwl_kernels.backends import cuda_tiles, eager
 from dwl_kernels.backends.cuda_tiles import MAX_D, Variant
 from dwl_kernels.backends.device import why_unfit
-from dwl_kernels.problem import Output, Problem, Wanted
+from dwl_kernels.problem import NO_ITEM, Output, Problem, Wanted
 
 MAX_LENGTH = (1 << 31) - (1 << 16)  # places are 32-bit numbers, offsets 64-bit ones
 _PROBE = torch.bfloat16, 64  # compiled to see whether anything compiles
@@ -109,7 +109,7 @@ def solve(
         order, count = _packed(weights.active)
         if p.in_batch:
             candidate_order, candidate_count = _packed_candidates(p, order, count)
-    tau = p.temperatures()
+    tau = p.temperatures(weights.active)
     coefficient = eager.row_coefficients(weights, row_grad)
     positive_log_q = p.positive_log_q
     if p.correction == "standard":
@@ -139,9 +139,9 @@ def solve(
         "tau": _take(tau, order),
         "coefficient": _take(coefficient, order),
         "positive_log_q": _take(positive_log_q, order),
-        "candidate_log_q": _take(p.candidate_log_q, candidate_order),
+        "candidate_log_q": _take(eager.log_q_of_candidates(p), candidate_order),
         "row_ids": _take(p.positive_ids, order, torch.int64),
-        "candidate_ids": _take(p.candidate_ids, candidate_order, torch.int64),
+        "candidate_ids": _take(_items(p.positive_ids, p.candidate_ids), candidate_order),
         "narrowing": narrowing,
         "refined": p.correction == "refined",
         "row_loss": row_loss,
@@ -187,6 +187,21 @@ def _take(
         return None
     tensor = tensor.to(dtype or tensor.dtype)
     return tensor.contiguous() if order is None else tensor[order]
+
+
+def _items(row_ids: Tensor | None, candidate_ids: Tensor | None) -> Tensor | None:
+    """The ids of the candidates; in place of -1, which is no item, an id that no row has.
+
+    So the kernel compares and asks nothing more. Of B + 1 ids the rows cannot have all.
+    """
+    if row_ids is None or candidate_ids is None:
+        return None
+    rows, first = len(row_ids), torch.iinfo(torch.int64).min
+    ids, candidate_ids = row_ids.long(), candidate_ids.long()
+    place = torch.where(ids < first + rows + 1, ids - first, rows + 1)
+    taken = torch.zeros(rows + 2, dtype=torch.uint8, device=ids.device).index_fill_(0, place, 1)
+    free = taken[: rows + 1].argmin() + first
+    return torch.where(candidate_ids == NO_ITEM, free, candidate_ids)
 
 
 def _narrowing(coefficient: Tensor, tau: Tensor) -> Tensor:  # [1]

@@ -1,7 +1,7 @@
 """What the CUDA kernel is compiled for: its type, D rounded up, and the shape of its tiles.
 
 None of the shapes is measured yet. They were chosen by what nvcc reports and what
-`benchmarks/arithmetic.py` makes of it: no spilled registers; 32 rows for a warp, because every warp
+`benchmarks/machine_code` makes of it: no spilled registers; 32 rows for a warp, because every warp
 reads each streamed embedding from shared memory, and that is what the kernel waits for most; two
 blocks on a multiprocessor or one of eight warps, so that some compute exponentials while the tensor
 cores work for others. Where shared memory does not hold the first choice, the next one is taken.

@@ -28,12 +28,13 @@ moves its temperature, both detached, by the strengths h, s and k::
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dwl_kernels.problem import DualScale, Output, Problem, RowWeights, Wanted
+from dwl_kernels.problem import NO_ITEM, DualScale, Output, Problem, RowWeights, Wanted
 
 
 def solve(
@@ -45,12 +46,13 @@ def solve(
     weights = problem.row_weights()
     query, positive, candidates = embeddings(problem, weights)
     candidates = candidates_of(problem, weights, candidates, 0, len(query))
-    tau = problem.temperatures()  # [B]
+    tau = problem.temperatures(weights.active)  # [B]
     excluded = excluded_candidates(problem, weights, 0, len(query))
 
     bias = query.new_zeros(excluded.shape)  # [B, N] b_ij - log Q_j
-    if problem.candidate_log_q is not None:
-        bias = bias - problem.candidate_log_q
+    candidate_log_q = log_q_of_candidates(problem)
+    if candidate_log_q is not None:
+        bias = bias - candidate_log_q
     if problem.dual is not None:
         pull = problem.dual.hardness * query + problem.dual.similarity * positive
         x = (pull @ candidates.T / tau[:, None]).masked_fill(excluded, -torch.inf)
@@ -62,36 +64,36 @@ def solve(
     z = scores(query, candidates) / tau[:, None] + bias
     z = z.masked_fill(excluded, -torch.inf)
     z_positive = (query * positive).sum(1) / tau  # [B]
+    e, total, lse_candidates = exponentials(z)
     if problem.correction == "refined":
-        lse_candidates = z.logsumexp(1)
         lse, r = refine(lse_candidates, z_positive, problem.positive_log_q, (~excluded).sum(1))
-        p = torch.exp(z - lse_candidates[:, None])
+        row_loss = torch.where(r == 0, 0.0, r * (lse - z_positive))  # r_i l_i
         p_positive_minus_1 = torch.full_like(lse, -1.0)
     else:
         positive_log_q = log_q_of_positives(problem)
         if positive_log_q is not None:
             z_positive = z_positive - positive_log_q
-        lse, r = torch.logaddexp(z.logsumexp(1), z_positive), torch.ones_like(z_positive)
-        p = torch.exp(z - lse[:, None])
-        p_positive_minus_1 = torch.expm1(z_positive - lse)
-
-    row_loss = torch.where(r == 0, 0.0, r * (lse - z_positive))  # r_i l_i
+        r = torch.ones_like(z_positive)
+        row_loss, p_positive_minus_1 = compete(lse_candidates, z_positive)
     loss = reduce_rows(row_loss, weights, problem.reduction)
-    a = row_coefficients(weights, row_grad) * r
-    # A row of weight zero gives exact zeros, also where its p overflowed.
-    dz = torch.where(a[:, None] == 0, 0.0, a[:, None] * p)
-    dz_positive = torch.where(a == 0, 0.0, a * p_positive_minus_1)[:, None]
+    a = refined_coefficients(row_coefficients(weights, row_grad), r)
+    # A row of weight zero gives exact zeros, also where its p overflowed or an embedding is NaN.
+    nothing = (a == 0)[:, None]
+    dz_positive = torch.where(nothing, 0.0, (a * p_positive_minus_1)[:, None])
+    dz = torch.where(nothing, 0.0, e * shares(dz_positive, total))
 
     d_query = (weighted_sum(dz, candidates) + dz_positive * positive) / tau[:, None]
+    d_query = torch.where(nothing, 0.0, d_query)
     if problem.by_row:
         d_candidates, d_positive = dz / tau[:, None], dz_positive[:, 0] / tau
     else:
-        d_candidates = dz.T @ (query / tau[:, None])
-        d_positive = dz_positive * query / tau[:, None]
+        scaled_query = torch.where(nothing, 0.0, query / tau[:, None])
+        d_candidates, d_positive = dz.T @ scaled_query, dz_positive * scaled_query
     d_log_q = -dz.sum(0)
     if problem.positive_competes:
         d_candidates.index_add_(0, problem.own_columns(), d_positive)
         d_log_q.index_add_(0, problem.own_columns(), -dz_positive[:, 0])
+    clear_padding(problem, weights, d_candidates)
     gradients = Gradients(d_query, d_positive, d_candidates, d_log_q)
     return finish(problem, wanted, weights, loss, row_loss, row_grad, query, gradients)
 
@@ -164,7 +166,8 @@ def excluded_candidates(problem: Problem, weights: RowWeights, start: int, stop:
     n = problem.candidates.shape[0]
     excluded = torch.zeros(stop - start, n, dtype=torch.bool, device=problem.query.device)
     if problem.positive_ids is not None and problem.candidate_ids is not None:
-        excluded |= problem.positive_ids[start:stop, None] == problem.candidate_ids
+        ids = problem.positive_ids[start:stop, None]
+        excluded |= (ids == problem.candidate_ids) & (ids != NO_ITEM)
     if problem.positive is None:
         excluded.scatter_(1, problem.own_columns()[start:stop, None], True)
     if problem.in_batch and weights.active is not None:
@@ -174,9 +177,61 @@ def excluded_candidates(problem: Problem, weights: RowWeights, start: int, stop:
 
 def log_q_of_positives(problem: Problem) -> Tensor | None:  # [B]
     """``log Q+_i``; that of the candidate where the positive is one."""
-    if problem.positive_competes and problem.candidate_log_q is not None:
-        return problem.candidate_log_q[problem.own_columns()]
+    if problem.positive_competes and problem.positive_log_q is None:
+        own = problem.own_columns()
+        return None if problem.candidate_log_q is None else problem.candidate_log_q[own]
     return problem.positive_log_q
+
+
+def log_q_of_candidates(problem: Problem) -> Tensor | None:  # [N] or [B, K]
+    """``log Q_j``. A positive of the batch that is never drawn (-inf) is no candidate of others."""
+    log_q = problem.candidate_log_q
+    if log_q is None or not problem.in_batch:
+        return log_q
+    of_batch = torch.arange(len(log_q), device=log_q.device) < problem.query.shape[0]
+    return log_q.masked_fill(of_batch & (log_q == -torch.inf), torch.inf)
+
+
+def exponentials(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # [B, N] -> [B, N], [B], [B]
+    """``e_ij = exp(z_ij - max_j z_ij)`` in place of `z`, their sums, and ``log sum_j exp z_ij``."""
+    largest = z.amax(1) if z.shape[1] else z.new_full(z.shape[:1], -torch.inf)
+    largest = largest.masked_fill(largest.isinf(), 0)  # inf - inf is NaN
+    # On a CPU PyTorch's exp takes 16 times as long where it underflows, and exp2 never does.
+    e = z.sub_(largest[:, None]).mul_(1 / math.log(2)).exp2_()
+    total = e.sum(1)
+    return e, total, largest + total.log()
+
+
+def shares(
+    dz_positive: Tensor,  # [B, 1]
+    total: Tensor,  # [B]
+) -> Tensor:  # [B, 1]
+    """What ``e_ij`` is multiplied by to be ``dL/dz_ij``: the candidates share what p_i+ lacks to 1.
+
+    ``exp(z - lse)`` would round lse once more, which large logits show.
+    """
+    return torch.where(total == 0, 0.0, -dz_positive[:, 0] / total)[:, None]
+
+
+def compete(
+    lse_candidates: Tensor,  # [B]
+    z_positive: Tensor,  # [B]
+) -> tuple[Tensor, Tensor]:
+    """``l_i`` and ``p_i+ - 1`` from the log-odds against the positive, which may be infinite.
+
+    The loss of a positive that the sampler never draws (log-Q -inf) is 0, the limit, and so is that
+    of a row without competitors.
+    """
+    odds = lse_candidates - z_positive
+    nobody = (lse_candidates == -torch.inf) & (z_positive == -torch.inf)
+    odds = odds.masked_fill(nobody, -torch.inf)
+    return torch.logaddexp(odds, torch.zeros_like(odds)), -torch.sigmoid(odds)
+
+
+def clear_padding(problem: Problem, weights: RowWeights, d_candidates: Tensor) -> None:
+    """Zeros for the positives of padded rows of a batch, also where another row made NaN of all."""
+    if problem.in_batch and weights.active is not None:
+        d_candidates[: len(weights.active)].masked_fill_(~weights.active[:, None], 0)
 
 
 def competition_on_slate(
@@ -197,17 +252,21 @@ def competition_on_slate(
     group = torch.arange(n, device=z.device) * groups // max(n, 1)
     slate = z.new_full((len(z), groups), -torch.inf)
     slate = slate.scatter_reduce(1, group.expand_as(z), z, "amax")
-    wins = torch.sigmoid(slate - z_positive[:, None])
-    return wins.sum(1) / (slate > -torch.inf).sum(1).clamp(min=1)
+    empty = slate == -torch.inf
+    wins = torch.sigmoid(slate - z_positive[:, None]).masked_fill(empty, 0)
+    return wins.sum(1) / (~empty).sum(1).clamp(min=1)
 
 
 def temperature_factor(dual: DualScale, g: Tensor, weights: RowWeights) -> Tensor:  # [B]
-    """``f_i / mean f`` over the rows that are not padding."""
-    active = torch.ones_like(g) if weights.active is None else weights.active.to(g.dtype)
-    g = torch.where(active > 0, g, 0.0)  # padding may hold NaN
+    """``f_i / mean f``. Padding and rows that are NaN stay out of the means, and get 1."""
+    active = ~g.isnan()
+    if weights.active is not None:
+        active = active & weights.active
     count = active.sum().clamp(min=1)
+    g = torch.where(active, g, 0.0)
     f = (1 + dual.competition * (g - g.sum() / count)).clamp(0.5, 2.0)
-    return torch.where(active > 0, f / ((f * active).sum() / count), 1.0)
+    mean = torch.where(active, f, 0.0).sum() / count
+    return torch.where(active, f / mean, 1.0)
 
 
 def refine(
@@ -240,6 +299,11 @@ def row_coefficients(weights: RowWeights, row_grad: Tensor | None) -> Tensor:
     return weights.weight if weights.norm is None else divide(weights.weight, weights.norm)
 
 
+def refined_coefficients(coefficients: Tensor, r: Tensor) -> Tensor:
+    """``a_i``: 0 where the row counts for nothing, also if its ``r_i`` is NaN."""
+    return torch.where(coefficients == 0, 0.0, coefficients * r)
+
+
 def divide(value: Tensor, norm: Tensor) -> Tensor:
     """``value / norm``, where 0/0 is 0: a batch of padding has loss and gradients zero."""
     return torch.where(norm == 0, 0.0, value / norm)
@@ -265,7 +329,10 @@ def finish(
     if wanted.temperature:
         assert problem.temperature is not None
         assert d_query is not None
-        d_temperature = -(query * d_query).sum(1) / problem.temperatures()  # dL/dtau_i
+        d_temperature = -(query * d_query).sum(1) / problem.temperatures(
+            weights.active
+        )  # dL/dtau_i
+        d_temperature = torch.where(weights.weight == 0, 0.0, d_temperature)
         if problem.temperature.dim() == 0:
             d_temperature = d_temperature.sum()
     if wanted.domain_weights:
@@ -303,7 +370,8 @@ def domain_weights_gradient(
     if weights.active is not None:
         d_weight = torch.where(weights.active, d_weight, 0.0)
     present = (ids >= 0) & (ids < problem.domain_weights.shape[0])
-    share = d_weight[:, None] * present / present.sum(1, keepdim=True).clamp(min=1)
+    share = d_weight[:, None] / present.sum(1, keepdim=True).clamp(min=1)
+    share = torch.where(present, share, 0.0)  # an infinite loss goes to its own domains only
     gradient = torch.zeros_like(problem.domain_weights)
     slots = ids.masked_fill(~present, 0).long()
     return gradient.index_add_(0, slots.flatten(), share.flatten())

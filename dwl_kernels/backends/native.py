@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dwl_kernels import _build
+from dwl_kernels._cache import BuildError
 from dwl_kernels.backends import chunked, eager
 from dwl_kernels.problem import Output, Problem, RowWeights, Wanted, accumulate_dtype
 
@@ -23,7 +24,7 @@ def why_not() -> str | None:
     """Why the CPU kernel cannot run here and the mend; None where it can. Compiles on first use."""
     try:
         _build.load_cpu()
-    except _build.BuildError as error:
+    except BuildError as error:
         return str(error)
     _register_fake()
     return None
@@ -50,7 +51,7 @@ def solve(
             candidates,
             _contiguous(problem.target),
             _contiguous(problem.candidate_rows),
-            problem.temperatures().contiguous(),
+            problem.temperatures(weights.active).contiguous(),
             eager.row_coefficients(weights, row_grad).contiguous(),
             *(_contiguous(t) for t in (problem.positive_log_q, problem.candidate_log_q)),
             weights.active,
@@ -59,7 +60,7 @@ def solve(
             wanted.candidates,
         )
         return _output(problem, wanted, weights, row_grad, query, *output)
-    tau, score, shift = problem.temperatures(), None, None
+    tau, score, shift = problem.temperatures(weights.active), None, None
     if problem.dual is not None:
         score, shift, tau = chunked.dual_scale(problem, weights, query, positive, candidates)
         shift, tau = shift[:, 0], tau[:, 0]
@@ -70,7 +71,10 @@ def solve(
         None if problem.target is None else problem.own_columns(),
         tau.contiguous(),
         eager.row_coefficients(weights, row_grad),
-        *(_contiguous(t) for t in (eager.log_q_of_positives(problem), problem.candidate_log_q)),
+        *(
+            _contiguous(t)
+            for t in (eager.log_q_of_positives(problem), eager.log_q_of_candidates(problem))
+        ),
         *(_contiguous(t) for t in (score, shift)),
         *(_contiguous(t, torch.int64) for t in (problem.positive_ids, problem.candidate_ids)),
         problem.skippable_below(weights),
@@ -164,4 +168,4 @@ def _register_fake() -> None:
     def fake_gradient(source, ids, coefficients, table_rows, dtype, compact):  # type: ignore[no-untyped-def]
         rows = torch.library.get_ctx().new_dynamic_size() if compact else table_rows
         values = source.new_empty((rows, source.shape[1]), dtype=dtype)
-        return values, ids[0].new_empty(rows if compact else 0)
+        return values, source.new_empty(rows if compact else 0, dtype=torch.int64)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dwl_kernels.backends.triton_tiles import Load, Tiles
-from dwl_kernels.problem import DualScale, Problem, Wanted
+from dwl_kernels.problem import DualScale, Problem, Wanted, accumulate_dtype
 
 MAX_WORKERS = 1024  # more than any device has multiprocessors, three programs on each
 
@@ -166,8 +166,8 @@ def form_of(problem: Problem, inputs: tuple[Tensor | None, ...], tiles: Tiles) -
         torch.get_float32_matmul_precision(),
         tiles,
         inputs[11] is not None,
-        *(problem.in_batch, inputs[12] is not None, problem.example_weights is not None),
-        problem.candidate_ids is not None,
+        *(problem.in_batch, inputs[4] is not None, inputs[12] is not None),
+        problem.example_weights is not None,
         problem.ignore_index,
         tuple(strength > 0 for strength in strengths_of(problem)[:3]),
         problem.skip_threshold > 0,
@@ -192,9 +192,9 @@ def _form(
     tiles: Tiles,
     row_grad: bool,
     in_batch: bool,
+    log_q: bool,
     targets: bool,
     example_weights: bool,
-    ids: bool,
     ignore_index: int,
     strengths: tuple[bool, bool, bool],
     skip: bool,
@@ -218,8 +218,9 @@ def _form(
         CN=tiles.CN,
         STAGES_1=tiles.stages_1,
         STAGES_2=tiles.stages_2,
-        OWN=targets or (in_batch and not ids),
+        OWN=targets or in_batch,
         IN_BATCH=in_batch,
+        DRAWN=in_batch and log_q,
         PACKED=targets or example_weights,
         IGNORE=ignore_index,
         SLOTS=slots,
@@ -234,6 +235,7 @@ def _form(
         TEMPERATURE=temperature,
         ROW_SCALE=temperature == "row" or strengths[0] or strengths[2],
         DTYPE=tl.float64 if dtype == torch.float64 else tl.float32,
+        LARGEST=torch.finfo(accumulate_dtype(dtype)).max,
         PRECISION="ieee" if exact else "tf32",
         EXACT=exact,
         FOLD=narrow and not row_grad,
@@ -254,6 +256,8 @@ def workspace_floats(problem: Problem, wanted: Wanted, tiles: Tiles, workers: in
     floats = common().NUM_ROW_ARRAYS.value * -(-rows // 64) * 64 + 3 * workers + 64
     if problem.domain_weights is not None and wanted.domain_weights:
         floats += 2 * workers * problem.domain_weights.shape[0]
+    if problem.in_batch and problem.candidate_log_q is not None:
+        floats += -(-num_candidates(problem) // 64) * 64
     if not problem.by_row:
         floats += workers * max(tiles.BM, tiles.CM) * (power_of_two(d, 16) + 3)
     return int(floats)

@@ -11,6 +11,7 @@ from dwl_kernels.backends.triton_common import (
     COEFFICIENT,
     HEADROOM,
     MANY,
+    NO_ITEM,
     OWN_CANDIDATE,
     POSITIVE,
     RATIO,
@@ -19,6 +20,7 @@ from dwl_kernels.backends.triton_common import (
     TAU,
     block,
     candidate_at,
+    candidate_log_q,
     embeddings,
     narrow,
     part_of,
@@ -62,9 +64,10 @@ def candidate_tile(tile, first, stop, part, shift, call, work):
     j = candidate_at(tl.minimum(at, sizes.places - 1), call, work)
     c = embeddings(call.inputs.candidates, j, call, work)
     if call.inputs.candidate_log_q is not None:
-        bias = tl.load(call.inputs.candidate_log_q + j) * unit_of(call, work)
+        bias = candidate_log_q(j, call, work) * unit_of(call, work)
     if call.inputs.candidate_ids is not None:
         candidate_id = tl.load(call.inputs.candidate_ids + j)
+        known = candidate_id != NO_ITEM
     if not call.form.ROW_SCALE:
         scale = scale_of(temperature_of(j, call, work), call, work)
     gradient = tl.zeros([call.form.CM, call.form.BLOCK_D], dtype)
@@ -111,7 +114,8 @@ def candidate_tile(tile, first, stop, part, shift, call, work):
                     row_id = tl.load(row_ids(call, work) + place)
                 else:
                     row_id = tl.load(call.inputs.positive_ids + row)
-                p = tl.where(candidate_id[:, None] == row_id[None, :], 0.0, p)
+                hit = (candidate_id[:, None] == row_id[None, :]) & known[:, None]
+                p = tl.where(hit, 0.0, p)
             edge = start + call.form.CN > sizes.count
             if call.inputs.target is not None:
                 own = tl.load(row_integers(OWN_CANDIDATE, work) + place)
@@ -188,7 +192,8 @@ def finish_candidates(at, gradient, d_log_q, call, work):
     j = candidate_at(tl.minimum(at, sizes.places - 1), call, work)
     if call.form.IN_BATCH:
         own = at < sizes.count
-        row = row_at(tl.minimum(at, sizes.count - 1), call, work)
+        row = row_at(tl.minimum(at, tl.maximum(sizes.count - 1, 0)), call, work)
+        row = tl.where(own, row, 0)  # without an active row nothing stands in the order
         q = embeddings(call.inputs.query, row, call, work).to(gradient.dtype)
         d_positive = tl.load(work.space.rows + POSITIVE * sizes.stride + at, mask=own, other=0.0)
         gradient += tl.where(own[:, None], d_positive[:, None] * q, 0.0)

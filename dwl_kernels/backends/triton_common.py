@@ -14,7 +14,8 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 SIGN = tl.constexpr(-(2**31))
 LIMIT = tl.constexpr(2.0**100)  # of a row's total: above, its reference was too low
-FINITE = tl.constexpr(1e30)  # a reference must not be infinite: inf - inf is NaN
+NO_ITEM = tl.constexpr(-1)  # the id of what is no item: it is nobody's hit
+NOWHERE = tl.constexpr(0x7FFFFFFF)  # a place past all candidates
 HEADROOM = tl.constexpr(14)  # float16 ends at 2^16: terms start at 2^14 there
 BLOCK = tl.constexpr(256)  # rows at a time where a row is a few numbers
 MANY = tl.constexpr(4096)  # and where it is one
@@ -88,6 +89,7 @@ class Space(NamedTuple):
     rows: Any  # [NUM_ROW_ARRAYS, stride] accumulation dtype, as the three that follow
     sums: Any  # [NUM_WORKER_ARRAYS, workers]
     domains: Any  # [2, workers, num_domains]
+    log_q: Any  # [candidates], where positives that are never drawn may have to be left out
     parts: Any  # [workers, max(BM, CM) * (BLOCK_D + 3)]
     counts: Any  # [workers] int32
     integers: Any  # [4, stride + ROOM] int32, of the active rows
@@ -108,8 +110,9 @@ class Form(NamedTuple):
     SLOTS: Any  # domains per row
     WORKERS: Any  # the power of two that holds the workers
     DOMAINS: Any  # domains summed at a time
-    OWN: Any  # the positive is among the candidates, and no id says so
+    OWN: Any  # the positive is among the candidates
     IN_BATCH: Any  # candidate i is the positive of row i
+    DRAWN: Any  # a candidate is left out where its log-Q says that it is never drawn
     PACKED: Any  # rows may be padding
     IGNORE: Any  # the target of a padded row
     REDUCTION: Any
@@ -121,6 +124,7 @@ class Form(NamedTuple):
     TEMPERATURE: Any  # "float", "scalar" or "row"
     ROW_SCALE: Any  # phase 2 reads the scale of every row
     DTYPE: Any  # of logits, sums and the workspace
+    LARGEST: Any  # the largest finite number of that dtype
     PRECISION: Any  # of a float32 product
     EXACT: Any  # float32 or float64 with nothing rounded: logits as eager computes them, base e
     FOLD: Any  # the coefficient goes into the statistic, at the price of its low digits
@@ -334,6 +338,12 @@ def row_array(which, place, call, work):
 
 
 @triton.jit
+def finite(z, call, work):
+    """A reference must not be infinite: inf - inf is NaN."""
+    return tl.minimum(tl.maximum(z, -call.form.LARGEST), call.form.LARGEST)
+
+
+@triton.jit
 def unit_of(call, work):
     """Logits are in units of ``1 / log2 e``, so that `exp2` is one instruction, or plain."""
     if call.form.EXACT:
@@ -391,8 +401,33 @@ def positive_log_q(row, call, work):
 
 
 @triton.jit
+def candidate_log_q(j, call, work):
+    """``log Q_j``; +inf for a positive of the batch that is never drawn (-inf): it is nobody's."""
+    log_q = tl.load(call.inputs.candidate_log_q + j)
+    if call.form.DRAWN:
+        log_q = tl.where((log_q == float("-inf")) & (j < work.sizes.rows), float("inf"), log_q)
+    return log_q
+
+
+@triton.jit
+def list_drawn(call, work):
+    """Leave `candidate_log_q` of all candidates in the workspace.
+
+    Where candidates stream past a row tile, a look at each would cost too much. A positive that is
+    never drawn makes totals infinite, so the tile starts again with what is listed here. Programs
+    that do so at the same time write the same values.
+    """
+    for start in range(0, work.sizes.candidates, MANY):
+        j = start + tl.arange(0, MANY)
+        inside = j < work.sizes.candidates
+        log_q = candidate_log_q(tl.where(inside, j, 0), call, work)
+        tl.store(work.space.log_q + j, log_q, mask=inside)
+    tl.debug_barrier()
+
+
+@triton.jit
 def row_weight(row, call, work):
-    """``w_i``; NaN for a negative weight, or a domain id or target out of range."""
+    """``w_i``; NaN for a negative weight, or a temperature, domain id or target out of range."""
     weight = tl.full(row.shape, 1.0, call.form.DTYPE)
     if call.inputs.example_weights is not None:
         weight = tl.load(call.inputs.example_weights + row)
@@ -411,7 +446,11 @@ def row_weight(row, call, work):
         target = tl.load(call.inputs.target + row)
         outside = (target < 0) | (target >= work.sizes.candidates)
         weight = tl.where(outside, float("nan"), weight)
-    return tl.where(weight < 0, float("nan"), weight)
+    wrong = weight < 0
+    if call.form.TEMPERATURE != "float":
+        tau = temperatures_of(row, call, work)
+        wrong = wrong | ~((tau > 0) & (tau < float("inf")))
+    return tl.where(wrong, float("nan"), weight)
 
 
 @triton.jit

@@ -18,14 +18,16 @@ import triton
 import triton.language as tl
 
 from dwl_kernels.backends.triton_common import (
-    FINITE,
     INTENSITY,
     MANY,
+    NO_ITEM,
     SHIFT,
     Dual,
     Work,
     block,
+    candidate_log_q,
     embeddings,
+    finite,
     is_active,
     logarithm,
     positive_log_q,
@@ -110,7 +112,7 @@ def competing_tile(tile, call, work):
     z_positive -= positive_log_q(row, call, work) * unit_of(call, work)
     if call.inputs.candidate_ids is not None:
         row_id = tl.load(call.inputs.positive_ids + row)
-    top = tl.full([call.form.BM], -FINITE, dtype)
+    top = finite(tl.full([call.form.BM], float("-inf"), dtype), call, work)
     total = tl.zeros([call.form.BM], dtype)
     valid = tl.zeros([call.form.BM], dtype)
     best = tl.full([call.form.BM], float("-inf"), dtype)
@@ -143,9 +145,10 @@ def competing_tile(tile, call, work):
         x = scaled(x, scale[:, None], call, work)
         z = scaled(z, scale[:, None], call, work)
         if call.inputs.candidate_log_q is not None:
-            z -= (tl.load(call.inputs.candidate_log_q + j) * unit_of(call, work))[None, :]
+            z -= (candidate_log_q(j, call, work) * unit_of(call, work))[None, :]
         if call.inputs.candidate_ids is not None:
             hit = row_id[:, None] == tl.load(call.inputs.candidate_ids + j)[None, :]
+            hit = hit & (row_id != NO_ITEM)[:, None]
             x = tl.where(hit, float("-inf"), x)
             z = tl.where(hit, float("-inf"), z)
         edge = stop < start + SIZE
@@ -161,7 +164,7 @@ def competing_tile(tile, call, work):
             x = tl.where(counts, x, float("-inf"))
             z = tl.where(counts, z, float("-inf"))
         if call.form.HARDNESS or call.form.SIMILARITY:
-            higher = tl.minimum(tl.maximum(top, tl.max(x, 1)), FINITE)
+            higher = finite(tl.maximum(top, tl.max(x, 1)), call, work)
             factor = power(top - higher, call, work)
             total = total * factor + tl.sum(power(x - higher[:, None], call, work), 1)
             top = higher
@@ -186,21 +189,28 @@ def competing_tile(tile, call, work):
         shift = tl.where(valid > 0, shift, 0.0)
         tl.store(row_array(SHIFT, place, call, work), shift, mask=inside)
     if call.form.COMPETITION:
-        intensity = wins / tl.maximum(slate, 1)
+        # A row that is NaN has no intensity: maxima may leave NaN out.
+        intensity = tl.where(z_positive == z_positive, wins / tl.maximum(slate, 1), float("nan"))
         tl.store(row_array(INTENSITY, place, call, work), intensity, mask=inside)
 
 
 @triton.jit
 def mean_over_rows(FACTORS: tl.constexpr, call, work):
-    """The mean of ``g``, or of the factors that follow from it. Every program sums all rows."""
+    """The mean of ``g``, or of the factors that follow from it, over the rows that are not NaN.
+
+    Every program sums all rows.
+    """
     total = tl.zeros([MANY], call.form.DTYPE)
+    known = tl.zeros([MANY], tl.int32)
     for start in range(0, work.sizes.count, MANY):
         place = start + tl.arange(0, MANY)
         value = tl.load(row_array(INTENSITY, place, call, work))
+        counts = (place < work.sizes.count) & (value == value)
         if FACTORS:
             value = raw_factor(value, call, work)
-        total += tl.where(place < work.sizes.count, value, 0.0)
-    return tl.sum(total, 0) / tl.maximum(work.sizes.count, 1)
+        total += tl.where(counts, value, 0.0)
+        known += counts.to(tl.int32)
+    return tl.sum(total, 0) / tl.maximum(tl.sum(known, 0), 1)
 
 
 @triton.jit

@@ -21,12 +21,12 @@ import triton.language as tl
 from dwl_kernels.backends.triton_common import (
     ALIGN,
     CHUNK,
-    FINITE,
     Call,
     Outputs,
     Sizes,
     Work,
     embeddings,
+    finite,
     grid_barrier,
     power,
     row_at,
@@ -76,11 +76,11 @@ def draw_tile(tile, call, work):
     p = embeddings(call.inputs.candidates, tl.maximum(positive_id, 0), call, work)
     scale = scale_of(temperatures_of(row, call, work), call, work)
     z_positive = scaled(tl.sum(q * p.to(dtype), 1), scale, call, work)
-    reference = tl.full([call.form.BM], -FINITE, dtype)
+    reference = finite(tl.full([call.form.BM], float("-inf"), dtype), call, work)
     if not call.form.REFINED:
         if call.inputs.positive_log_q is not None:
             z_positive -= tl.load(call.inputs.positive_log_q + row) * unit_of(call, work)
-        reference = tl.minimum(tl.maximum(z_positive, -FINITE), FINITE)
+        reference = finite(z_positive, call, work)
     total = tl.zeros([call.form.BM], dtype)
     compete = tl.zeros([call.form.BM], dtype)
     weighted = tl.zeros([call.form.BM, call.form.BLOCK_D], dtype)
@@ -109,7 +109,7 @@ def draw_tile(tile, call, work):
             tl.store(call.outputs.candidates + at, z, mask=here)
         if call.form.REFINED:
             compete += tl.sum(tl.where(hit, 0.0, 1.0).to(dtype), 0)
-        higher = tl.minimum(tl.maximum(reference, tl.max(z, 0)), FINITE)
+        higher = finite(tl.maximum(reference, tl.max(z, 0)), call, work)
         factor = power(reference - higher, call, work)
         reference = higher
         e = power(z - reference[None, :], call, work)
@@ -126,7 +126,7 @@ def draw_tile(tile, call, work):
     if call.outputs.positive is not None:
         tl.store(call.outputs.positive + row, results.d_positive, mask=inside)
     if call.outputs.candidates is not None:
-        store_draws(row, inside, results, call, work)
+        store_draws(row, inside, reference, results, call, work)
 
 
 @triton.jit
@@ -145,16 +145,17 @@ def mark_lost(results, lost, call, work):
 
 
 @triton.jit
-def store_draws(row, inside, results, call, work):
+def store_draws(row, inside, reference, results, call, work):
     """``dL/d<q_i, c_ij>`` in the place of the logits that wait there."""
     tl.debug_barrier()  # other threads wrote them
+    nothing = (results.coefficient == 0) | (results.all_terms == 0)
+    coefficient = tl.where(nothing, 0.0, results.coefficient / results.all_terms)[:, None]
     for start in range(0, work.sizes.places, call.form.CN):
         j = start + tl.arange(0, call.form.CN)[None, :]
         pointer = call.outputs.candidates + row.to(tl.int64)[:, None] * work.sizes.places + j
         here = inside[:, None] & (j < work.sizes.places)
         z = tl.load(pointer, mask=here, other=float("-inf"))
-        p = power(z - results.statistic[:, None], call, work)
-        coefficient = results.coefficient[:, None]
+        p = power(z - reference[:, None], call, work)
         tl.store(pointer, tl.where(coefficient == 0, 0.0, coefficient * p), mask=here)
 
 
@@ -194,7 +195,7 @@ def indexed_softmax_loss_kernel(
     program = tl.program_id(0)
     programs = tl.num_programs(0)
     stride = tl.cdiv(num_rows, ALIGN) * ALIGN
-    space = workspace(floats, integers, barrier, stride, num_domains, workers, call)
+    space = workspace(floats, integers, barrier, stride, 0, num_domains, workers, call)
     if call.form.EVEN:
         num_draws = num_draws // 16 * 16  # says so to the compiler
     norm = tl.cast(num_rows, call.form.DTYPE)

@@ -288,18 +288,22 @@ def finish_sums(worker, call, work):
 
 
 @triton.jit
-def workspace(floats, integers, barrier, stride, num_domains, workers, call):
-    """The tensors in two flat buffers; `_workspace` on the host has their lengths."""
+def workspace(floats, integers, barrier, stride, num_candidates, num_domains, workers, call):
+    """The tensors in two flat buffers; `workspace_floats` on the host has their lengths."""
     sums = NUM_ROW_ARRAYS * stride
     domains = sums + NUM_WORKER_ARRAYS * workers
-    parts = domains
+    log_q = domains
     if call.outputs.domain_weights is not None:
-        parts += 2 * workers * num_domains
-    parts = tl.cdiv(parts, ALIGN) * ALIGN
+        log_q += 2 * workers * num_domains
+    log_q = tl.cdiv(log_q, ALIGN) * ALIGN
+    parts = log_q
+    if call.form.DRAWN:
+        parts += tl.cdiv(num_candidates, ALIGN) * ALIGN
     return Space(
         floats,
         floats + sums,
         floats + domains,
+        floats + log_q,
         floats + parts,
         integers,
         integers + tl.cdiv(workers, ALIGN) * ALIGN,
@@ -330,7 +334,7 @@ def softmax_loss_kernel(
     program = tl.program_id(0)
     programs = tl.num_programs(0)
     stride = tl.cdiv(num_rows, ALIGN) * ALIGN
-    space = workspace(floats, integers, barrier, stride, num_domains, workers, call)
+    space = workspace(floats, integers, barrier, stride, num_candidates, num_domains, workers, call)
     count = num_rows
     places = num_candidates
     norm = tl.cast(num_rows, call.form.DTYPE)

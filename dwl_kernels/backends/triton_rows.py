@@ -12,9 +12,10 @@ from dwl_kernels.backends.triton_common import (
     CHUNK,
     COEFFICIENT,
     D_TAU,
-    FINITE,
     HEADROOM,
     LIMIT,
+    NO_ITEM,
+    NOWHERE,
     OWN_CANDIDATE,
     POSITIVE,
     RATIO,
@@ -26,6 +27,8 @@ from dwl_kernels.backends.triton_common import (
     block,
     candidate_at,
     embeddings,
+    finite,
+    list_drawn,
     logarithm,
     narrow,
     own_candidate,
@@ -56,7 +59,8 @@ class Rows(NamedTuple):
     ratio: Any  # [BM], what p weighs beside q
     scale: Any  # [BM], for `scaled`
     id: Any  # [BM], for hits
-    own: Any  # [BM], the candidate that is the positive
+    known: Any  # [BM], whether the positive is an item
+    own: Any  # [BM], the candidate that is the positive and that no id excludes
     below: Any  # [BM], the probability under which a pair may be left out
 
 
@@ -68,28 +72,34 @@ def row_tile(tile, first, stop, part, call, work):
     rows = load_rows(place, row, call, work)
     dtype: tl.constexpr = call.form.DTYPE
     z_positive = positive_logits(rows.q.to(dtype), place, row, call, work)
-    reference = tl.minimum(tl.maximum(z_positive, -FINITE), FINITE)
-    if call.form.MAXIMA:
-        largest = row_maxima(rows, first, stop, call, work)
-        if call.form.HALF:
-            reference = tl.maximum(largest - HEADROOM, reference - 100)
-        else:
-            reference = tl.maximum(largest, reference)
+    reference = finite(z_positive, call, work)
     total = tl.zeros([call.form.BM], dtype)
     compete = tl.zeros([call.form.BM], dtype)
     weighted = tl.zeros([call.form.BM, call.form.BLOCK_D], dtype)
     attempt = 0
     again = True
     while again:
+        log_q = call.inputs.candidate_log_q
+        if call.form.DRAWN:
+            if attempt > 0:
+                list_drawn(call, work)
+            log_q = tl.where(attempt > 0, work.space.log_q, log_q)
+        if call.form.MAXIMA:
+            largest = row_maxima(rows, log_q, first, stop, call, work)
+            reference = finite(z_positive, call, work)
+            if call.form.HALF:
+                reference = tl.maximum(largest - HEADROOM, reference - 100)
+            else:
+                reference = tl.maximum(largest, reference)
+        elif attempt > 0:
+            largest = row_maxima(rows, log_q, first, stop, call, work)
+            reference = tl.maximum(reference, largest)
         total, compete, weighted = stream_candidates(
-            rows, z_positive, reference, first, stop, call, work
+            rows, log_q, z_positive, reference, first, stop, call, work
         )
         again = False
-        if not call.form.MAXIMA:
+        if call.form.DRAWN or (not call.form.MAXIMA):
             again = (attempt == 0) & (tl.max((total > LIMIT).to(tl.int32), 0) > 0)
-            if again:
-                largest = row_maxima(rows, first, stop, call, work)
-                reference = tl.maximum(reference, largest)
         attempt += 1
     if part < 0:
         sums = Sums(z_positive, reference, total, compete)
@@ -115,6 +125,7 @@ def load_rows(place, row, call, work):
     p = q
     ratio = scale
     id = row
+    known = row >= 0
     own = place
     below = scale
     if call.form.SIMILARITY:
@@ -122,11 +133,14 @@ def load_rows(place, row, call, work):
         ratio = dual_ratio(place, call, work)
     if call.inputs.candidate_ids is not None:
         id = tl.load(call.inputs.positive_ids + row)
+        known = id != NO_ITEM
+        if call.form.OWN:
+            own = tl.where(known, NOWHERE, place)  # its own column is a hit
     if call.inputs.target is not None:
         own = own_candidate(row, call, work)
     if call.form.SKIP:
         below = skippable_below(row, call, work)
-    return Rows(q, p, ratio, scale, id, own, below)
+    return Rows(q, p, ratio, scale, id, known, own, below)
 
 
 @triton.jit
@@ -136,13 +150,13 @@ def next_own(rows, start, call, work):
     Known ahead, it costs a block nothing to find that it holds none.
     """
     if call.form.OWN:
-        return tl.min(tl.where(rows.own >= start, rows.own, 0x7FFFFFFF), 0)
+        return tl.min(tl.where(rows.own >= start, rows.own, NOWHERE), 0)
     else:
         return start
 
 
 @triton.jit
-def row_logits(rows, reference, start, coming, call, work):
+def row_logits(rows, log_q, reference, start, coming, call, work):
     """``z_ij - reference`` of a row tile, its candidates ``c_j``, and how many compete."""
     sizes = work.sizes
     if (call.form.IN_BATCH and call.form.PACKED) or call.form.FEW_CANDIDATES:
@@ -160,11 +174,12 @@ def row_logits(rows, reference, start, coming, call, work):
     z = scaled(z, rows.scale[:, None], call, work)
     compete = tl.zeros([call.form.BM], dtype)
     if call.inputs.candidate_log_q is not None:
-        z -= (tl.load(call.inputs.candidate_log_q + j) * unit_of(call, work))[None, :]
+        z -= (tl.load(log_q + j) * unit_of(call, work))[None, :]
     z -= reference
     if call.inputs.candidate_ids is not None:
-        # A row's own column in the batch is a hit as well.
+        # The own column in the batch of a row that has an id is a hit as well.
         hit = rows.id[:, None] == tl.load(call.inputs.candidate_ids + j)[None, :]
+        hit = hit & rows.known[:, None]
         z = tl.where(hit, float("-inf"), z)
         if call.form.REFINED:
             counts = ((at >= start) & (at < sizes.places))[None, :] & ~hit
@@ -181,20 +196,20 @@ def row_logits(rows, reference, start, coming, call, work):
 
 
 @triton.jit
-def row_maxima(rows, first, stop, call, work):
+def row_maxima(rows, log_q, first, stop, call, work):
     """The largest ``z_ij`` of each row."""
-    largest = tl.full([call.form.BM], -FINITE, call.form.DTYPE)
+    largest = tl.full([call.form.BM], float("-inf"), call.form.DTYPE)
     coming = next_own(rows, first * call.form.BN, call, work)
     for start in tl.range(
         first * call.form.BN, stop * call.form.BN, call.form.BN, num_stages=call.form.STAGES_1
     ):
-        z, _, _, coming = row_logits(rows, 0.0, start, coming, call, work)
+        z, _, _, coming = row_logits(rows, log_q, 0.0, start, coming, call, work)
         largest = tl.maximum(largest, tl.max(z, 1))
-    return tl.minimum(largest, FINITE)
+    return finite(largest, call, work)
 
 
 @triton.jit
-def stream_candidates(rows, z_positive, reference, first, stop, call, work):
+def stream_candidates(rows, log_q, z_positive, reference, first, stop, call, work):
     """``sum_j e_ij``, ``sum_j e_ij c_j`` and the number of j, for ``e = exp(z - reference)``."""
     dtype: tl.constexpr = call.form.DTYPE
     total = tl.zeros([call.form.BM], dtype)
@@ -204,7 +219,7 @@ def stream_candidates(rows, z_positive, reference, first, stop, call, work):
     for start in tl.range(
         first * call.form.BN, stop * call.form.BN, call.form.BN, num_stages=call.form.STAGES_1
     ):
-        z, c, more, coming = row_logits(rows, reference[:, None], start, coming, call, work)
+        z, c, more, coming = row_logits(rows, log_q, reference[:, None], start, coming, call, work)
         e = power(z, call, work)
         total += tl.sum(e, 1)
         compete += more
@@ -226,7 +241,7 @@ def merge_rows(chunk, whole, splits, call, work):
     r = (chunk % (call.form.BM // CHUNK)) * CHUNK + tl.arange(0, CHUNK)
     d = tl.arange(0, call.form.BLOCK_D)
     dtype: tl.constexpr = call.form.DTYPE
-    reference = tl.full([CHUNK], -FINITE, dtype)
+    reference = finite(tl.full([CHUNK], float("-inf"), dtype), call, work)
     for s in range(splits):
         base = part_of(of_tile * splits + s, call, work)
         reference = tl.maximum(reference, tl.load(base + r))
@@ -308,7 +323,6 @@ def row_results(row, sums, call, work):
         row_loss = tl.where(r == 0, 0.0, r * (lse - z_positive / unit))
         p_positive_minus_1 = tl.full(total.shape, -1.0, dtype)
     else:
-        r = tl.full(total.shape, 1.0, dtype)
         all_terms = total + power(z_positive - reference, call, work)
         statistic = reference + logarithm(all_terms, call, work)
         # Where the positive leads, log(1 + odds) keeps the digits that lse - z+ would round away.
@@ -320,11 +334,13 @@ def row_results(row, sums, call, work):
         row_loss = tl.where(odds < 1, small, large)
         p_positive_minus_1 = tl.where(total == float("inf"), -1.0, -total / all_terms)
 
-    a = weight * r
+    a = weight
     if call.inputs.row_grad is not None:
         a *= tl.load(call.inputs.row_grad + row)
     elif (call.form.REDUCTION == "mean") or (call.form.REDUCTION == "weighted_mean"):
         a = tl.where(work.sizes.norm == 0, 0.0, a / work.sizes.norm)
+    if call.form.REFINED:
+        a = tl.where(a == 0, 0.0, a * r)  # r may be NaN
     coefficient = a / tau
     term = tl.where(weight == 0, 0.0, weight * row_loss)
     d_positive = tl.where(coefficient == 0, 0.0, coefficient * p_positive_minus_1)
@@ -342,6 +358,11 @@ def finish_rows(place, sums, weighted, call, work):
         compete = tl.zeros_like(sums.total) + sizes.places
         if call.inputs.positive is None:
             compete -= 1
+        sums = Sums(sums.z_positive, sums.reference, sums.total, compete)
+    if call.form.REFINED and call.form.IN_BATCH and (call.inputs.candidate_ids is not None):
+        # Without an id the own column is no hit, and was counted.
+        known = tl.load(call.inputs.positive_ids + row) != NO_ITEM
+        compete = sums.compete - tl.where(known, 0.0, 1.0)
         sums = Sums(sums.z_positive, sums.reference, sums.total, compete)
     results = row_results(row, sums, call, work)
     if call.form.COMPETITION:

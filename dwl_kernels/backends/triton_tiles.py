@@ -11,7 +11,7 @@ What decides, per multiprocessor of capability 9.0 (the arithmetic is in `benchm
 - Wider blocks (BN) share the fixed cost of a step, about 100 instructions, among more elements.
 
 None of the rows is measured yet; they were chosen by these rules and by the instructions, registers
-and spills that `python -m benchmarks.aot` counts in the machine code.
+and spills that `make tables` counts in the machine code.
 """
 
 from __future__ import annotations

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
+from dwl_kernels.arguments import integer
 from dwl_kernels.backends import Backend
 from dwl_kernels.domains import DomainWeights
 from dwl_kernels.functional import full_softmax_loss
+from dwl_kernels.modules.normalize import normalised
 from dwl_kernels.modules.weighted import (
     WeightedLoss,
     check_rows,
     check_tensors,
-    normalised,
+    checked_ids,
     padding,
 )
 from dwl_kernels.problem import Reduction
-from dwl_kernels.validation import check_skip_threshold
+from dwl_kernels.validation import checked_skip_threshold
 
 
 class CumulativeCrossEntropy(WeightedLoss):
@@ -38,10 +40,10 @@ class CumulativeCrossEntropy(WeightedLoss):
             domains follow from the target.
         calibration: ``c`` in [0, 1]: ``c log w(v)`` is added to the bias of every item. Needs
             ``item_domains``.
-        temperature: Positive number that divides the scores, 1 in the paper; where learned, the one
-            to start from.
-        learn_temperature: Whether the temperature is a parameter, kept in ``[0.005, 50]``.
-        normalize: Whether to scale query and table to length 1.
+        temperature, learn_temperature: As for :class:`DynamicWeightedSampledSoftmax`; 1 in the
+            paper.
+        normalize: Whether to scale query and table to length 1. An embedding of zeros, a padding
+            row say, stays zero and gets no gradient.
         ignore_index: The target that marks a padded step: it gives exact zeros, does not count in
             any norm, nor do its domains, and NaN in its embedding does not leak.
         reduction: ``"mean"`` over the steps that are not padded, ``"weighted_mean"``, ``"sum"`` or
@@ -51,8 +53,10 @@ class CumulativeCrossEntropy(WeightedLoss):
         backend: As for :func:`full_softmax_loss`.
 
     Raises:
+        TypeError: if an argument is of another type than named above.
         ValueError: if a number or a choice is not among those named above, if ``weights`` and
-            ``num_domains`` disagree, or if ``calibration`` lacks weights or ``item_domains``.
+            ``num_domains`` disagree, if ``item_domains`` names a domain twice for an item, or if
+            ``calibration`` lacks weights or ``item_domains``.
 
     Source: Li et al. 2023, arXiv 2301.00979; domain weights as in arXiv 2510.04375.
 
@@ -71,7 +75,7 @@ class CumulativeCrossEntropy(WeightedLoss):
         weights: DomainWeights | Tensor | Sequence[float] | None = None,
         item_domains: Any = None,
         calibration: float = 0.0,
-        temperature: float = 1.0,
+        temperature: float | Tensor | None = None,
         learn_temperature: bool = False,
         normalize: bool = False,
         ignore_index: int = -100,
@@ -95,9 +99,8 @@ class CumulativeCrossEntropy(WeightedLoss):
                 "calibration needs the domains of all items, which are the candidates; pass "
                 "item_domains"
             )
-        check_skip_threshold(skip_threshold)
-        self.ignore_index = ignore_index
-        self.skip_threshold = skip_threshold
+        self.ignore_index = integer("ignore_index", ignore_index)
+        self.skip_threshold = checked_skip_threshold(skip_threshold)
 
     def forward(
         self,
@@ -114,7 +117,8 @@ class CumulativeCrossEntropy(WeightedLoss):
         Args:
             query: ``[..., D]``, ``[batch, time, D]`` say, the states of the time steps.
             table: ``[V, D]``, the embeddings of all items.
-            target: ``[...]`` integers, the row of the table that follows each step.
+            target: ``[...]`` integers, the row of the table that follows each step. Ids and domains
+                may be NumPy arrays or pandas columns.
             bias: ``[V]``, added to the logit of every item, with a gradient.
             domain_ids: ``[...]`` or ``[..., G]`` integers, -1 = none; by default the domains of
                 ``target`` in ``item_domains``.
@@ -124,26 +128,25 @@ class CumulativeCrossEntropy(WeightedLoss):
             ``[]``, or ``[...]`` for ``reduction="none"``.
 
         Raises:
-            ValueError: if domains are needed and not given, or as :func:`full_softmax_loss`.
+            ValueError: if domains are needed and not given, if ``table`` and ``item_domains`` are
+                not of the same length, or as :func:`full_softmax_loss`.
             IndexError: if a target or a domain is out of range, on a CPU.
         """
-        check_tensors(query=query, table=table)
+        check_tensors(query=query, table=table, bias=bias, example_weights=example_weights)
+        checked = checked_ids(query, target=target, domain_ids=domain_ids)
+        target, domain_ids = cast("Tensor", checked[0]), checked[1]
+        self.check_items(table)
         leading = query.shape[:-1]
         check_rows("target", target, leading)
         padded = target == self.ignore_index
         weightless = padding(example_weights, leading)
         padded = padded if weightless is None else padded | weightless
         domain_ids, weights = self.weigh_domains(
-            ("domain_ids", domain_ids), ("target", target), leading, padded
+            ("domain_ids", domain_ids), ("target", target), query, padded
         )
         if weights is not None and self.calibration:
             assert self.item_domains is not None  # the constructor has looked
-            if len(self.item_domains) != len(table):
-                raise ValueError(
-                    f"table has {len(table)} rows but item_domains has {len(self.item_domains)}; "
-                    "calibration needs the domains of every row"
-                )
-            tilt = self.tilt(self.item_domains)
+            tilt = self.tilt(self.item_domains, weights)
             if bias is not None:
                 check_rows("bias", bias, table.shape[:1])
             bias = tilt if bias is None else bias + tilt

@@ -53,7 +53,7 @@ class DualScaleSampledSoftmax(DynamicWeightedSampledSoftmax):
 
     Example:
         >>> import torch
-        >>> loss_fn = DualScaleSampledSoftmax(num_domains=2, slate_size=1, temperature=1.0)
+        >>> loss_fn = DualScaleSampledSoftmax(num_domains=2, slate_size=1)
         >>> query, negative = torch.eye(2), torch.tensor([[1.0, 0.0], [0.0, 0.0]])
         >>> loss_fn(query, query, negative, domain_ids=torch.tensor([0, 1]))
         tensor(0.7743)
@@ -72,7 +72,7 @@ class DualScaleSampledSoftmax(DynamicWeightedSampledSoftmax):
         weights: DomainWeights | Tensor | Sequence[float] | None = None,
         item_domains: Any = None,
         calibration: float = 0.0,
-        temperature: float = 0.05,
+        temperature: float | Tensor | None = None,
         learn_temperature: bool = False,
         normalize: bool = False,
         correction: Correction = "standard",

@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, cast
 
 from torch import Tensor
 
+from dwl_kernels.arguments import flag
 from dwl_kernels.backends import Backend
-from dwl_kernels.checks import both_or_none, check_choice
+from dwl_kernels.checks import Calibrated, both_or_none, check_choice
 from dwl_kernels.domains import DomainWeights
 from dwl_kernels.functional import (
-    in_batch_softmax_loss,
     indexed_sampled_softmax_loss,
+    loss_of,
     sampled_softmax_loss,
 )
+from dwl_kernels.modules.normalize import normalised
 from dwl_kernels.modules.weighted import (
     WeightedLoss,
-    check_rows,
     check_tensors,
-    normalised,
+    checked_ids,
     padding,
 )
 from dwl_kernels.problem import Correction, Reduction
-from dwl_kernels.table import shared_rows
-from dwl_kernels.validation import indexed_ids, takes_batch
+from dwl_kernels.table import ids_in_use, shared_rows
+from dwl_kernels.validation import in_batch_problem, indexed_ids, takes_batch
 
 
 class DynamicWeightedSampledSoftmax(WeightedLoss):
@@ -37,9 +39,12 @@ class DynamicWeightedSampledSoftmax(WeightedLoss):
         L = \frac{1}{norm} \sum_i w_i \Big(
             \log\big(e^{z_i^+} + \sum_j e^{z_{ij}}\big) - z_i^+ \Big)
 
-    In training mode every call feeds the domains of its rows to :class:`DomainWeights`, so domains
-    that turn out sparse gain weight as training goes; in evaluation mode nothing is counted. With
-    neither ``num_domains`` nor ``weights`` it is the plain loss.
+    In training mode, with gradients enabled, every call feeds the domains of its rows to
+    :class:`DomainWeights`, so domains that turn out sparse gain weight as training goes; in
+    evaluation mode or under ``torch.no_grad()`` nothing is counted. A forward in the middle of a
+    backward, which activation checkpointing runs again, is not counted again and keeps the weights
+    of its first run, found by the likeness of query and domains. With neither ``num_domains`` nor
+    ``weights`` it is the plain loss.
 
     Weighted training also tilts the scores: its optimum is ``p(j|x) w(j)``, normalised, for the
     weight ``w(j)`` that an example with target ``j`` would get. ``calibration`` ``c`` takes the
@@ -50,13 +55,18 @@ class DynamicWeightedSampledSoftmax(WeightedLoss):
         num_domains: Number of domains, for weights that all start at 1 and are measured while
             training.
         weights: Measured :class:`DomainWeights` instead; or ``[num_domains]`` constant weights.
-        item_domains: ``[V]`` or ``[V, G]`` integers, the domains of every item, -1 = none. Domains
-            then follow from the ids, which index it. Not in ``state_dict``.
-        calibration: ``c`` in [0, 1].
+        item_domains: ``[V]`` or ``[V, G]`` integers, the domains of every item, each named once, -1
+            = none; a tensor, array, pandas object or list. :func:`domains_from_multi_hot` makes
+            them of flags. Domains then follow from the ids, which index it. Not in ``state_dict``.
+        calibration: ``c`` in [0, 1]. A candidate whose domains weigh 0 is then left out.
         temperature: Positive number that divides the scores; where learned, the one to start from.
-        learn_temperature: Whether the temperature is a parameter, kept in ``[0.005, 50]``.
-        normalize: Whether to scale query, positive and negative to length 1. Negatives per row of
-            a ``table`` take a scaled copy of all of it.
+            By default 1, and 0.05 with ``normalize``: a low temperature belongs to cosines.
+        learn_temperature: Whether the temperature is a parameter, kept in ``[0.005, 50]``: float32,
+            ``[1]``, whatever the model is cast to, and no candidate for weight decay; see
+            :meth:`no_decay_parameters`.
+        normalize: Whether to scale query, positive and negative to length 1. An embedding of zeros,
+            a padding row say, stays zero and gets no gradient. Negatives per row of a ``table``
+            take a scaled copy of all of it.
         correction: ``"standard"``, or ``"refined"`` (arXiv 2507.09331).
         reduction: ``"mean"`` over the rows whose example weight is not zero, ``"weighted_mean"``,
             ``"sum"`` or ``"none"``, as for :func:`sampled_softmax_loss`.
@@ -69,9 +79,11 @@ class DynamicWeightedSampledSoftmax(WeightedLoss):
         backend: As for :func:`sampled_softmax_loss`.
 
     Raises:
+        TypeError: if an argument is of another type than named above.
         ValueError: if a number or a choice is not among those named above, if ``weights`` and
-            ``num_domains`` disagree, or if ``calibration`` is asked for without weights or with the
-            refined correction, which does not correct the positive.
+            ``num_domains`` disagree, if ``item_domains`` names a domain twice for an item, as flags
+            do, or if ``calibration`` is asked for without weights or with the refined correction,
+            which does not correct the positive.
 
     Source: Mittal et al. 2025, arXiv 2510.04375, in this package's form; the calibration is this
     package's.
@@ -98,7 +110,7 @@ class DynamicWeightedSampledSoftmax(WeightedLoss):
         weights: DomainWeights | Tensor | Sequence[float] | None = None,
         item_domains: Any = None,
         calibration: float = 0.0,
-        temperature: float = 0.05,
+        temperature: float | Tensor | None = None,
         learn_temperature: bool = False,
         normalize: bool = False,
         correction: Correction = "standard",
@@ -126,9 +138,9 @@ class DynamicWeightedSampledSoftmax(WeightedLoss):
                 "pass correction='standard', or calibration=0"
             )
         self.correction: Correction = correction
-        self.remove_accidental_hits = remove_accidental_hits
-        self.in_batch = in_batch
-        self.sparse_grad = sparse_grad
+        self.remove_accidental_hits = flag("remove_accidental_hits", remove_accidental_hits)
+        self.in_batch = None if in_batch is None else flag("in_batch", in_batch)
+        self.sparse_grad = flag("sparse_grad", sparse_grad)
 
     def forward(
         self,
@@ -158,8 +170,12 @@ class DynamicWeightedSampledSoftmax(WeightedLoss):
             negative_domain_ids: ``[N]`` or ``[N, G]``, or with another dimension for every row's
                 own, used by ``calibration``; by default the domains of ``negative_ids`` in
                 ``item_domains``.
-            positive_ids, negative_ids: ``[B]``, ``[N]`` integers, -1 = no item.
-            positive_log_q, negative_log_q: ``[B]``, ``[N]``, log-probability of one draw. In a
+            positive_ids, negative_ids: ``[B]``, ``[N]`` integers, -1 = no item: nobody's hit, not
+                even another -1's. A negative of id -1 given by its embedding stays a candidate, and
+                every other integer is an id; a ``table`` and ``item_domains`` take ids that index
+                them. Ids and domains may be NumPy arrays or pandas columns.
+            positive_log_q, negative_log_q: ``[B]``, ``[N]``, log-probability of one draw, before
+                ``calibration``; both or neither, where there are negatives. In a
                 batch ``positive_log_q`` also corrects the positives as candidates.
             example_weights: ``[B]``, 0 marks a padded row, whose domain is not counted either.
 
@@ -168,12 +184,29 @@ class DynamicWeightedSampledSoftmax(WeightedLoss):
 
         Raises:
             ValueError: if domains are needed and not given, if embeddings and a table are given
-                together, if the options do not go with negatives per row, or as
-                :func:`sampled_softmax_loss`.
+                together, if ``table`` and ``item_domains`` are not of the same length, if the
+                options do not go with negatives per row, or as :func:`sampled_softmax_loss`.
             IndexError: if an id is out of range, on a CPU.
         """
-        check_tensors(query=query, negative=negative, table=table, negative_ids=negative_ids)
+        check_tensors(
+            query=query,
+            positive=positive,
+            negative=negative,
+            table=table,
+            positive_log_q=positive_log_q,
+            negative_log_q=negative_log_q,
+            example_weights=example_weights,
+        )
+        domain_ids, negative_domain_ids, positive_ids, negative_ids = checked_ids(
+            query,
+            domain_ids=domain_ids,
+            negative_domain_ids=negative_domain_ids,
+            positive_ids=positive_ids,
+            negative_ids=negative_ids,
+        )
         _check_candidates(positive, negative, table, positive_ids, negative_ids, negative_log_q)
+        if table is not None:
+            self.check_items(table)
         leading = query.shape[:-1]
         padded = padding(example_weights, leading)
         negatives = None if negative is None else negative.shape[:1]  # [N] or [B, K]
@@ -183,14 +216,23 @@ class DynamicWeightedSampledSoftmax(WeightedLoss):
         by_row = negatives is not None and len(negatives) != 1
         if by_row:
             self._check_by_row()
-        elif in_batch and negatives is not None:
+        if negatives is not None:  # before calibration, which makes both
             both_or_none("positive_log_q", positive_log_q, "negative_log_q", negative_log_q)
 
         domain_ids, weights = self.weigh_domains(
-            ("domain_ids", domain_ids), ("positive_ids", positive_ids), leading, padded
+            ("domain_ids", domain_ids), ("positive_ids", positive_ids), query, padded
         )
-        if domain_ids is not None and self.calibration:
-            positive_log_q = _calibrated("positive_log_q", positive_log_q, self.tilt(domain_ids))
+        draws: dict[str, Any] = {
+            "positive_ids": positive_ids,
+            "negative_ids": negative_ids,
+            "positive_log_q": positive_log_q,
+            "negative_log_q": negative_log_q,
+        }
+        if domain_ids is not None and weights is not None and self.calibration:
+            tilt = self.tilt(domain_ids, weights)
+            if not in_batch:  # a row of weight 0 is nobody's candidate, and needs no correction
+                tilt = tilt.masked_fill(tilt == -math.inf, 0.0)
+            draws["positive_log_q"] = Calibrated(positive_log_q, tilt)
             if negatives is not None:
                 candidate_domains = self.domains_of(
                     ("negative_domain_ids", negative_domain_ids),
@@ -198,16 +240,9 @@ class DynamicWeightedSampledSoftmax(WeightedLoss):
                     negatives,
                     padded[..., None] if by_row and padded is not None else None,
                 )
-                negative_log_q = _calibrated(
-                    "negative_log_q", negative_log_q, self.tilt(candidate_domains)
-                )
+                tilt = self.tilt(candidate_domains, weights)
+                draws["negative_log_q"] = Calibrated(negative_log_q, tilt)
 
-        draws: dict[str, Any] = {
-            "positive_ids": positive_ids,
-            "negative_ids": negative_ids,
-            "positive_log_q": positive_log_q,
-            "negative_log_q": negative_log_q,
-        }
         rows: dict[str, Any] = {
             "domain_ids": domain_ids,
             "domain_weights": weights,
@@ -220,7 +255,7 @@ class DynamicWeightedSampledSoftmax(WeightedLoss):
         if by_row:
             assert table is not None  # only its negatives are by row
             if self.normalize:
-                query, table = normalised(query, padded), normalised(table)
+                query, table = normalised(query, padded), normalised(table, drawn=True)
             return indexed_sampled_softmax_loss(
                 query, table, sparse_grad=self.sparse_grad, **draws, **rows
             )
@@ -253,6 +288,8 @@ class DynamicWeightedSampledSoftmax(WeightedLoss):
         """The embeddings that the ids name."""
         drawn = positive_ids.new_empty(0) if negative_ids is None else negative_ids
         ids = indexed_ids(query, table, positive_ids, drawn, example_weights)
+        if self.sparse_grad:
+            ids = ids_in_use(*ids, example_weights)
         positive, negative = shared_rows(table, *ids, self.sparse_grad, self.backend)
         return positive, None if negative_ids is None else negative
 
@@ -268,15 +305,18 @@ class DynamicWeightedSampledSoftmax(WeightedLoss):
         """The loss of candidates that all rows share."""
         if not in_batch:
             return sampled_softmax_loss(query, positive, cast("Tensor", negative), **draws, **rows)
-        return in_batch_softmax_loss(
+        backend = rows.pop("backend")
+        problem = in_batch_problem(
             query,
             positive,
             log_q=draws.pop("positive_log_q"),
             ids=draws.pop("positive_ids"),
             negative=negative,
+            prefix="positive_",
             **draws,
             **rows,
         )
+        return loss_of(problem, query, backend)
 
     def _check_by_row(self) -> None:
         """ValueError where an option does not go with negatives of every row's own."""
@@ -339,11 +379,3 @@ def _check_candidates(
             "negative_ids and negative_log_q describe negatives, which are not given; pass "
             "negative, or a table whose rows negative_ids names"
         )
-
-
-def _calibrated(name: str, log_q: Tensor | None, tilt: Tensor) -> Tensor:  # both [...]
-    """``log Q - c log w``."""
-    if log_q is None:
-        return -tilt
-    check_rows(name, log_q, tilt.shape)
-    return log_q - tilt

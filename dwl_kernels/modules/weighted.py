@@ -7,19 +7,21 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dwl_kernels.arguments import check_dense, check_order, flag, integer, integers, number
 from dwl_kernels.backends import Backend, check_name
-from dwl_kernels.checks import check_choice, check_tensor
+from dwl_kernels.buffers import Tables
+from dwl_kernels.checks import check_choice
 from dwl_kernels.domains import DomainWeights, check_range
-from dwl_kernels.problem import INTEGERS, Reduction
+from dwl_kernels.modules.repeats import Runs
+from dwl_kernels.problem import Reduction, check_distinct, checks_values, mean_domain_weight
 
 # A learned temperature stays in here: below, float16 logits overflow; above, all scores are alike.
 TEMPERATURE_RANGE = (0.005, 50.0)
 
 
-class WeightedLoss(nn.Module):
+class WeightedLoss(Tables):
     """A loss whose rows weigh what their domains need. The modules say what the options mean."""
 
     item_domains: Tensor | None  # [V, G] int64
@@ -31,13 +33,16 @@ class WeightedLoss(nn.Module):
         weights: DomainWeights | Tensor | Sequence[float] | None,
         item_domains: Any,
         calibration: float,
-        temperature: float,
+        temperature: float | Tensor | None,
         learn_temperature: bool,
         normalize: bool,
         reduction: Reduction,
         backend: Backend,
     ) -> None:
         super().__init__()
+        learn_temperature = flag("learn_temperature", learn_temperature)
+        normalize = flag("normalize", normalize)
+        calibration = number("calibration", calibration, "a number in [0, 1]")
         table = None if item_domains is None else _item_domains(item_domains)
         if weights is None and num_domains is None and table is not None:
             num_domains = max(int(table.max()) + 1, 1)
@@ -53,25 +58,28 @@ class WeightedLoss(nn.Module):
             raise ValueError(
                 "calibration needs domain weights to calibrate for; pass num_domains or weights"
             )
-        if not 0 < temperature < float("inf"):
-            raise ValueError(f"temperature is {temperature}; wanted a positive finite number")
         check_choice("reduction", reduction, Reduction)
         check_name(backend)
         self.calibration = calibration
         self.normalize = normalize
         self.reduction: Reduction = reduction
         self.backend: Backend = backend
-        self._temperature = float(temperature)
+        self.runs = Runs()
+        if temperature is None:
+            temperature = 0.05 if normalize else 1.0
+        self._temperature = _positive("temperature", temperature)
         self.temperature_logit: nn.Parameter | None = None
         if learn_temperature:
             low, high = (math.log(bound) for bound in TEMPERATURE_RANGE)
-            place = (math.log(temperature) - low) / (high - low)
+            place = (math.log(self._temperature) - low) / (high - low)
             if not 0 < place < 1:
                 raise ValueError(
                     f"temperature is {temperature}; a learned one must start strictly within "
                     f"{TEMPERATURE_RANGE}"
                 )
-            self.temperature_logit = nn.Parameter(torch.tensor(math.log(place / (1 - place))))
+            # [1] and not []: sharding over devices wants a dimension.
+            logit = torch.tensor([math.log(place / (1 - place))], dtype=torch.float32)
+            self.temperature_logit = nn.Parameter(logit)
 
     @property
     def temperature(self) -> float | Tensor:
@@ -79,26 +87,61 @@ class WeightedLoss(nn.Module):
 
         ``log temperature`` runs between the bounds as a sigmoid of the parameter does, so it stays
         positive and bounded under any optimiser, and a bound, unlike that of a clamp, lets go.
+
+        A number may be set at any time, ``loss_fn.temperature = 0.1``.
         """
         if self.temperature_logit is None:
             return self._temperature
         low, high = (math.log(bound) for bound in TEMPERATURE_RANGE)
-        return (low + (high - low) * self.temperature_logit.float().sigmoid()).exp()
+        return (low + (high - low) * self.temperature_logit[0].float().sigmoid()).exp()
+
+    @temperature.setter
+    def temperature(self, value: float | Tensor) -> None:
+        if self.temperature_logit is not None:
+            raise AttributeError(
+                f"temperature cannot be set to {value}, because this module learns it; build the "
+                "module with it and learn_temperature=True to start there, or with "
+                "learn_temperature=False to set it at any time"
+            )
+        self._temperature = _positive("temperature", value)
+
+    def no_decay_parameters(self) -> list[nn.Parameter]:
+        """The parameters that weight decay must leave alone: the learned temperature, if any.
+
+        Decay would pull it to 0.5, the middle of its range. Two lines make the groups of an
+        optimiser, here of a model that contains the loss:
+
+            >>> import torch
+            >>> from dwl_kernels import DynamicWeightedSampledSoftmax
+            >>> model = torch.nn.ModuleDict({"tower": torch.nn.Linear(8, 8)})
+            >>> model["loss"] = DynamicWeightedSampledSoftmax(learn_temperature=True)
+            >>> whole = set(model["loss"].no_decay_parameters())
+            >>> groups = [{"params": [*whole], "weight_decay": 0.0},
+            ...           {"params": [p for p in model.parameters() if p not in whole]}]
+            >>> optimizer = torch.optim.AdamW(groups)
+        """
+        return [] if self.temperature_logit is None else [self.temperature_logit]
+
+    def bring_up_to_date(self, state_dict: dict[str, Any], prefix: str) -> None:
+        name = prefix + "temperature_logit"
+        saved = state_dict.get(name)
+        if isinstance(saved, Tensor) and saved.dim() == 0:
+            state_dict[name] = saved[None]
 
     def weigh_domains(
         self,
         given: tuple[str, Tensor | None],  # [...] or [..., G]
         items: tuple[str, Tensor | None],  # [...]
-        leading: torch.Size,
+        query: Tensor,  # [..., D]
         padded: Tensor | None,  # [...] bool
     ) -> tuple[Tensor | None, Tensor | None]:  # [..., G], [num_domains]
-        """The domains of the rows and what domains weigh; in training mode the rows count."""
+        """The domains of the rows and what domains weigh; rows that train are counted."""
         if self.domain_weights is None:
             return given[1], None
-        domain_ids = self.domains_of(given, items, leading, padded)
-        if self.training:
-            self.domain_weights.update(_flat(domain_ids))
-        return domain_ids, self.domain_weights()
+        domain_ids = self.domains_of(given, items, query.shape[:-1], padded)
+        if not self.training:
+            return domain_ids, self.domain_weights()
+        return domain_ids, self.runs.weigh(self.domain_weights, _flat(domain_ids), query)
 
     def domains_of(
         self,
@@ -112,7 +155,12 @@ class WeightedLoss(nn.Module):
         if domains is not None:
             check_rows(name, domains, leading, slots=True)
             domains = domains if domains.dim() > len(leading) else domains[..., None]
-            return domains if padded is None else domains.masked_fill(padded[..., None], -1)
+            if padded is not None:
+                domains = domains.masked_fill(padded[..., None], -1)
+            # The loss looks at `domain_ids` itself, and the weights at all by that name.
+            if name != "domain_ids" and checks_values(domains.device):
+                check_distinct(name, _flat(domains))
+            return domains
         if self.item_domains is None or ids is None:
             raise ValueError(
                 f"the domains are unknown: pass {name}, or {item_name} together with item_domains "
@@ -124,8 +172,6 @@ class WeightedLoss(nn.Module):
                 f"{item_name} is on {ids.device} but item_domains of the module is on "
                 f"{self.item_domains.device}; move the module, loss_fn.to({str(ids.device)!r})"
             )
-        if ids.dtype not in INTEGERS:
-            raise TypeError(f"{item_name} has dtype {ids.dtype}; wanted integers, int64 or int32")
         ids = ids.long() if padded is None else ids.long().masked_fill(padded, -1)
         num_items = self.item_domains.shape[0]
         check_range(item_name, ids, num_items, "items in item_domains")
@@ -137,14 +183,27 @@ class WeightedLoss(nn.Module):
         unknown = (ids < -1) | (ids >= num_items)
         return found.masked_fill(unknown[..., None], torch.iinfo(torch.int32).max)
 
+    def check_items(
+        self,
+        table: Tensor,  # [V, D]
+    ) -> None:
+        """ValueError unless ``item_domains`` has an entry for every row of the table."""
+        if self.item_domains is not None and table.dim() and len(table) != len(self.item_domains):
+            raise ValueError(
+                f"table has {len(table)} rows but item_domains has {len(self.item_domains)}; both "
+                "are to be of the same items: pass the domains of every row, -1 for a row that is "
+                "no item"
+            )
+
     def tilt(
         self,
         domains: Tensor,  # [..., G]
+        weights: Tensor,  # [num_domains]
     ) -> Tensor:  # [...]
         """``c log w``, what weighted training adds to a score and calibration takes out again."""
         assert self.domain_weights is not None  # the constructor has looked
-        log_weight = self.domain_weights.log_weight(_flat(domains))
-        return self.calibration * log_weight.reshape(domains.shape[:-1])
+        weight = mean_domain_weight(self.domain_weights.slots(_flat(domains)), weights)
+        return self.calibration * weight.log().reshape(domains.shape[:-1])
 
     def extra_repr(self) -> str:
         temperature = self._temperature if self.temperature_logit is None else "learned"
@@ -159,15 +218,23 @@ def _flat(domains: Tensor) -> Tensor:  # [..., G] -> [B, G]
 
 
 def check_tensors(**named: Tensor | None) -> None:
-    """TypeError for what is given and no tensor."""
+    """TypeError for what is given and no dense tensor."""
     for name, value in named.items():
         if value is not None:
-            check_tensor(name, value)
+            check_dense(name, value)
+
+
+def checked_ids(query: Tensor, **named: Tensor | None) -> list[Tensor | None]:
+    """Ids and domains as tensors of int64 or int32; those of no tensor go to the query's device."""
+    return [
+        None if value is None else integers(name, value, query.device)
+        for name, value in named.items()
+    ]
 
 
 def check_rows(name: str, value: Tensor, leading: torch.Size, *, slots: bool = False) -> None:
     """One entry per row, or with `slots` several."""
-    check_tensor(name, value)
+    check_dense(name, value)
     if value.shape == leading or (slots and value.dim() and value.shape[:-1] == leading):
         return
     wanted = f"{list(leading)}" + (f", or {[*leading, 'G']}".replace("'", "") if slots else "")
@@ -182,34 +249,46 @@ def padding(example_weights: Tensor | None, leading: torch.Size) -> Tensor | Non
     return example_weights == 0
 
 
-def normalised(
-    embedding: Tensor,  # [..., D]
-    padded: Tensor | None = None,  # [...] bool
-) -> Tensor:  # [..., D]
-    """Every embedding scaled to length 1."""
-    # What stands in a padded row, NaN say, must not come back through this gradient either. A
-    # wrong shape is left to the loss, which names it.
-    if padded is not None and padded.shape == embedding.shape[:-1]:
-        embedding = embedding.masked_fill(padded[..., None], 0.0)
-    return F.normalize(embedding, dim=-1)
-
-
 def _item_domains(item_domains: Any) -> Tensor:
     """``item_domains`` as ``[V, G]`` int64."""
-    table = torch.as_tensor(item_domains)
-    if table.dtype not in INTEGERS:
-        raise TypeError(f"item_domains has dtype {table.dtype}; wanted integers, int64 or int32")
+    check_order(
+        "item_domains",
+        item_domains,
+        "item",
+        "item_domains.reindex(range(num_items), fill_value=-1)",
+    )
+    table = integers("item_domains", item_domains, lists=True)
     if table.dim() not in (1, 2) or not table.numel():
         raise ValueError(
             f"item_domains has shape {list(table.shape)}; wanted [V], or [V, G] with several "
             "domains per item"
         )
-    return table.reshape(table.shape[0], -1).long()
+    table = table.reshape(table.shape[0], -1).long()
+    check_distinct("item_domains", table)
+    return table
+
+
+def _positive(name: str, value: float | Tensor) -> float:
+    """A positive number, also from a tensor of one element that is no part of a graph."""
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise ValueError(
+            f"{name} requires a gradient, which a module does not give; pass "
+            f"learn_{name}=True, or the tensor to the function of the loss"
+        )
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    found = number(name, value, "a positive finite number")
+    if not 0 < found < math.inf:
+        raise ValueError(f"{name} is {value}; wanted a positive finite number")
+    return found
 
 
 def _domain_weights(
     num_domains: int | None, weights: DomainWeights | Tensor | Sequence[float] | None
 ) -> DomainWeights | None:
+    if num_domains is not None:
+        wanted = "an integer (weights go in by name, weights=)"
+        num_domains = integer("num_domains", num_domains, wanted, least=1)
     if weights is None:
         return None if num_domains is None else DomainWeights(num_domains)
     built = weights if isinstance(weights, DomainWeights) else DomainWeights.constant(weights)

@@ -1,0 +1,124 @@
+"""What the machine code of a kernel promises on an H200: arithmetic, not a measurement.
+
+For every resource of a multiprocessor, the clocks that one element of the logits takes of it in all
+phases; the kernel cannot be faster than the largest. Programs side by side overlap the resources
+imperfectly: the prediction is the largest plus a quarter of the others, a guess that a measurement
+will correct.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+CLOCK = 1.755e9  # Hz
+MULTIPROCESSORS = 132
+MATMUL = 4270  # bfloat16 operations per clock and multiprocessor of tensor core; tf32 has half
+EXPONENTIALS = 16  # per clock, multi-function unit
+LANES = 128  # instructions of one thread issued per clock
+L2 = 28  # bytes per clock: an assumption
+SHARED = 128  # bytes per clock of shared memory
+# Of the tensor core's rate, what `mma.sync` reaches on capability 9.0, where `wgmma` has all of it:
+# an assumption. arXiv 2402.13499 reports 0.63, the authors of FlashAttention-3 about two thirds.
+MMA_SYNC = 0.63
+FLOAT64_MATMUL = 256  # operations per clock of tensor core; `mma.sync` is its only instruction
+FLOAT64_LANES = 64  # instructions of one thread per clock
+MEMORY = 4.3e12  # bytes per second, read plus written
+SHAPE = (8192, 8192)  # B, N of the predicted time
+PER_EXAMPLE = (65536, 128, 1 << 20)  # B, K and rows of the table, for candidates by row
+
+
+def clocks(row: dict[str, Any], left_out: bool = False) -> dict[str, float]:
+    """Clocks per element of the logits, by resource, of a row of the table of `triton_shared`.
+
+    `left_out`: where a `skip_threshold` leaves every block out of the gradients.
+    """
+    d, tiles = row["D"], row["tiles"]
+    size = 2 if row["dtype"] in ("bfloat16", "float16") else 4
+    loops = [loop["per_element_left_out" if left_out else "per_element"] for loop in row["loops"]]
+    products, exponentials, passes = 4, 2, 1  # passes of the candidates past a row tile
+    if left_out:
+        products, exponentials = 2, 1
+    if row["problem"].startswith("dual"):
+        products, exponentials, passes = products + 2, exponentials + 1, passes + 1
+    if row["dtype"] == "float16":
+        products, passes = products + 1, passes + 1
+    else:
+        del loops[-3]  # the search for the maxima, rarely run
+    return {
+        "tensor": 2 * d * products / (MATMUL * 2 / size),
+        "exponentials": exponentials / EXPONENTIALS,
+        "issue": sum(loops) / LANES,
+        "L2": size * d * (passes / tiles["BM"] + 1 / tiles["CM"]) / L2,
+    }
+
+
+# Of the CUDA kernel: bytes of an element, and how often the maxima are searched.
+TYPES = {"BrainFloat": (2, 0), "Half": (2, 1), "Tf32": (4, 0), "Float32": (4, 1), "Float64": (8, 1)}
+FLOAT64 = ("DFMA", "DADD", "DMUL", "DSETP")
+
+
+def cuda_clocks(row: dict[str, Any]) -> dict[str, float]:
+    """The same of a row of the table of `cuda`."""
+    d, tiles = row["D"], row["tiles"]
+    element, searched = TYPES[row["dtype"]]
+    loops = row["loops"][0 if searched else 1 :]  # else the maxima are rarely searched
+    passes = row["passes"]  # over the columns, each with the logits anew
+    steps = searched + 2 * passes
+    products = steps + 2  # of 2 D operations
+    each = [1] * searched + [passes, passes]
+
+    def total(value: Callable[[dict[str, Any]], float]) -> float:
+        """Per element of the logits and lane."""
+        return sum(n * value(loop) for n, loop in zip(each, loops, strict=True)) / row["logits"]
+
+    def count(*kinds: str) -> float:
+        return total(lambda loop: sum(loop["kinds"].get(kind, 0) for kind in kinds))
+
+    rates = {2: MATMUL * MMA_SYNC, 4: MATMUL * MMA_SYNC / 2, 8: FLOAT64_MATMUL}
+    rows = 16 * tiles["MT"] * tiles["WARPS"] // tiles["TEAM"]
+    copied = element * d * steps / rows
+    written = 3 * copied if row["dtype"] == "Tf32" else copied  # and read and written to be rounded
+    found = {
+        "tensor": 2 * d * products / rates[element],
+        "shared memory": (total(lambda loop: loop["shared_bytes"]) + written) / SHARED,
+        "exponentials": count("MUFU") / EXPONENTIALS,
+        "issue": total(lambda loop: loop["instructions"]) / LANES,
+        "float64": count(*FLOAT64) / FLOAT64_LANES,
+        "L2": copied / L2,
+    }
+    if row["dtype"] == "Float32":  # its products are instructions as all others
+        del found["tensor"]
+    return found
+
+
+def predicted_us(row: dict[str, Any], clocks: dict[str, float]) -> int | None:
+    """Microseconds for B, N = `SHAPE`; None for another chip than capability 9.0."""
+    if row["capability"] != 90:
+        return None
+    *others, largest = sorted(clocks.values())
+    elements = SHAPE[0] * SHAPE[1] / MULTIPROCESSORS
+    return round((largest + sum(others) / 4) * elements / CLOCK * 1e6)
+
+
+def predicted_by_row_us(row: dict[str, Any]) -> int | None:
+    """Microseconds for `PER_EXAMPLE` of a row of the table of `triton_per_row`.
+
+    The loss reads a table row and an id for every pair, writes its logit, reads it and writes the
+    coefficient. The gradient of the table reads order, coefficient and, from L2, a row of the
+    source for every pair, and writes the table; the sort before it is not counted.
+    """
+    if row["capability"] != 90:
+        return None
+    rows, candidates, table_rows = PER_EXAMPLE
+    pairs = rows * candidates
+    width = row["D"] * (2 if row["dtype"] in ("bfloat16", "float16") else 4)
+    clocks = MULTIPROCESSORS * CLOCK
+    times = [pairs * row["per_element"] / (LANES * clocks)]
+    if row["kernel"].startswith("loss"):
+        times.append((pairs * (width + 8 + 3 * 4) + 3 * rows * width) / MEMORY)
+    else:
+        times.append((pairs * (8 + 4) + table_rows * width) / MEMORY)
+        times.append(pairs * width / (L2 * clocks))
+    *others, largest = sorted(times)
+    return round((largest + sum(others) / 4) * 1e6)

@@ -1,0 +1,57 @@
+"""A two-tower model of users and items, from ratings to ten recommendations.
+
+``python -m dwl_kernels.examples.two_tower [--data path/to/ml-1m]``, ten seconds. The other items of
+a batch are the negatives. Popular ones come more often, which log-Q takes back.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from dwl_kernels import DynamicWeightedSampledSoftmax
+from dwl_kernels.examples.data import Interactions, from_command_line
+
+
+def split(data: Interactions) -> tuple[Tensor, Tensor, Tensor]:
+    """Users and items of the training interactions, and the last item of every user, for tests."""
+    users, items = torch.from_numpy(data.users), torch.from_numpy(data.items)
+    last = torch.from_numpy(data.offsets[1:] - 1)
+    train = torch.ones(len(items), dtype=torch.bool).index_fill_(0, last, False)
+    return users[train], items[train], items[last]
+
+
+def train(data: Interactions, log_q: bool = True, steps: int = 1200, dim: int = 64) -> Tensor:
+    """Scores of all items for all users, ``[U, V]``, -inf for what a user has taken already."""
+    torch.manual_seed(0)
+    user, item, _ = split(data)
+    counts = torch.bincount(item, minlength=data.num_items).clamp(min=1)
+    log_probability = (counts / counts.sum()).log()  # of an item in one place of a batch
+    # A tower may be any module that makes an embedding; the simplest is a table.
+    users, items = nn.Embedding(data.num_users, dim), nn.Embedding(data.num_items, dim)
+    for tower in (users, items):
+        nn.init.normal_(tower.weight, std=0.1)
+    loss_fn = DynamicWeightedSampledSoftmax()
+    optimizer = torch.optim.Adam([*users.parameters(), *items.parameters()], lr=3e-3)
+    for _ in range(steps):
+        rows = torch.randint(len(item), (1024,))
+        u, i = user[rows], item[rows]
+        correction = log_probability[i] if log_q else None
+        loss = loss_fn(users(u), items(i), positive_ids=i, positive_log_q=correction)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():  # serving: dot products with all items
+        scores = users.weight @ items.weight.T
+    return scores.index_put_((user, item), torch.tensor(-torch.inf))
+
+
+if __name__ == "__main__":
+    data = from_command_line(__doc__)
+    user, item, last = split(data)
+    popular = torch.bincount(item, minlength=data.num_items).float().repeat(data.num_users, 1)
+    popular[user, item] = -torch.inf
+    scores = train(data)
+    for name, ranking in (("two towers", scores), ("by popularity", popular)):
+        found = (ranking.topk(50).indices == last[:, None]).any(1).float().mean()
+        print(f"{name}: Recall@50 {found:.3f} of the users' last items")
+    best = scores[0].topk(10).indices.tolist()
+    print("user 0 gets:", *(data.describe(item) for item in best), sep="\n  ")

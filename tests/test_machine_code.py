@@ -1,0 +1,110 @@
+"""The machine code of the Triton kernels, compiled without a GPU: nothing spills in a main loop."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+from benchmarks.machine_code import arithmetic
+
+ROOT = Path(__file__).parent.parent
+SHARED_OF_9_0 = (233472, 232448)  # bytes of a multiprocessor, and of a program
+
+# Between them they have every loop, with what needs most registers.
+COMPILE = """
+import json, sys, torch
+from concurrent.futures import ProcessPoolExecutor
+from benchmarks.machine_code import triton_per_row, triton_shared
+
+bf16, f16, f32 = torch.bfloat16, torch.float16, torch.float32
+SHARED = [
+    ("sampled", 64, bf16, False, 90, "mean"),
+    ("sampled", 128, f16, False, 90, "mean"),
+    ("in-batch", 128, bf16, True, 90, "none"),
+    ("full", 128, bf16, True, 90, "mean"),
+    ("skip", 128, bf16, True, 90, "mean"),
+    ("dual", 64, bf16, True, 90, "none"),
+]
+PER_ROW = [("loss, everything, none", 90, 128, f32), (triton_per_row.SUM, 90, 64, bf16)]
+
+if __name__ == "__main__":
+    with ProcessPoolExecutor(2) as pool:
+        shared = list(pool.map(triton_shared.count, SHARED))
+        per_row = list(pool.map(triton_per_row.count, PER_ROW))
+    json.dump([shared, per_row], open(sys.argv[1], "w"))
+"""
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Any]]]:
+    """In processes of their own: this one may have Triton's interpreter on."""
+    folder = tmp_path_factory.mktemp("machine_code")
+    script, found = folder / "forms.py", folder / "found.json"
+    script.write_text(COMPILE)
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(ROOT)
+    subprocess.run([sys.executable, str(script), str(found)], check=True, env=environment)
+    rows: list[list[dict[str, Any]]] = json.loads(found.read_text())
+    return rows
+
+
+def test_main_loops_do_not_spill_and_multiply_on_tensor_cores(
+    compiled: list[list[dict[str, Any]]],
+) -> None:
+    shared, _ = compiled
+    every, one = SHARED_OF_9_0
+    for row in shared:
+        tiles = row["tiles"]
+        assert len(row["loops"]) == (4 if row["problem"].startswith("dual") else 3)
+        assert all(loop["spills"] == 0 for loop in row["loops"]), row["problem"]
+        assert row["wgmma"] > 0
+        assert row["shared"] <= one
+        assert tiles["programs"] * (row["shared"] + 1024) <= every
+        registers = -(-row["registers"] // 8) * 8 * tiles["warps"] * 32
+        assert tiles["programs"] * registers <= 65536
+
+
+def test_candidates_by_row_are_gathered_16_bytes_at_a_time(
+    compiled: list[list[dict[str, Any]]],
+) -> None:
+    _, per_row = compiled
+    for row in per_row:
+        assert all(loop["spills"] == 0 for loop in row["loops"])
+        assert max(loop["loads_128"] for loop in row["loops"]) >= 4
+
+
+ROW = {
+    "capability": 90,
+    "problem": "sampled, plain",
+    "D": 256,
+    "dtype": "bfloat16",
+    "tiles": {"BM": 64, "CM": 64},
+    "loops": [{"per_element": 6.0}, {"per_element": 8.0}, {"per_element": 7.5}],
+}
+
+
+def test_prediction_is_the_largest_resource_and_a_quarter_of_the_others() -> None:
+    clocks = arithmetic.clocks(ROW)
+    assert clocks == {
+        "tensor": 8 * 256 / 4270,
+        "exponentials": 2 / 16,
+        "issue": (8.0 + 7.5) / 128,  # the search for the maxima is rarely run
+        "L2": 2 * 256 * (1 / 64 + 1 / 64) / 28,
+    }
+    *others, largest = sorted(clocks.values())
+    expected = (largest + sum(others) / 4) * 8192**2 / (132 * 1.755e9) * 1e6
+    assert arithmetic.predicted_us(ROW, clocks) == round(expected)
+    assert arithmetic.predicted_us({**ROW, "capability": 100}, clocks) is None
+
+
+def test_float16_runs_the_search_for_the_maxima() -> None:
+    clocks = arithmetic.clocks({**ROW, "dtype": "float16"})
+    assert clocks["issue"] == (6.0 + 8.0 + 7.5) / 128
+    assert clocks["tensor"] == 10 * 256 / 4270

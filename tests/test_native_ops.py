@@ -1,0 +1,190 @@
+"""The registered ops of the CPU kernels raise, or are right, whatever they are given."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dwl_kernels.backends import native
+
+
+@pytest.fixture(autouse=True)
+def _kernel() -> None:
+    if native.why_not() is not None:
+        pytest.skip(f"no CPU kernel: {native.why_not()}")
+
+
+def sampled_softmax(**changed: Any) -> tuple[Tensor, ...]:
+    """The op on 3 rows, their positives and 5 candidates, every gradient wanted."""
+    arguments = {
+        "query": torch.ones(3, 4),
+        "positive": torch.ones(3, 4),
+        "candidates": torch.ones(5, 4),
+        "target": None,
+        "tau": torch.ones(3),
+        "coefficient": torch.ones(3),
+        "positive_log_q": None,
+        "candidate_log_q": torch.zeros(5),
+        "score": None,
+        "shift": None,
+        "positive_ids": None,
+        "candidate_ids": None,
+        "skip_below": None,
+        "active": None,
+        "refined": False,
+        **dict.fromkeys(("want_query", "want_positive", "want_candidates", "want_log_q"), True),
+    }
+    return torch.ops.dwl_kernels_native.sampled_softmax(**{**arguments, **changed})  # type: ignore[no-any-return]
+
+
+def indexed_softmax(**changed: Any) -> tuple[Tensor, ...]:
+    """The op on 3 rows with 2 candidates each, of a table of 5 rows."""
+    arguments = {
+        "query": torch.ones(3, 4),
+        "table": torch.ones(5, 4),
+        "positive_ids": torch.tensor([0, 1, 2]),
+        "candidate_ids": torch.tensor([[3, 4], [3, 4], [3, 4]]),
+        "tau": torch.ones(3),
+        "coefficient": torch.ones(3),
+        "positive_log_q": None,
+        "candidate_log_q": None,
+        "active": None,
+        "refined": False,
+        "want_query": True,
+        "want_table": True,
+    }
+    return torch.ops.dwl_kernels_native.indexed_softmax(**{**arguments, **changed})  # type: ignore[no-any-return]
+
+
+def table_gradient(**changed: Any) -> tuple[Tensor, ...]:
+    """The op on 3 rows with 2 places each in a table of 5 rows."""
+    arguments = {
+        "source": torch.ones(3, 4),
+        "ids": [torch.tensor([[0, 1], [1, 2], [2, 3]])],
+        "coefficients": [torch.ones(3, 2)],
+        "table_rows": 5,
+        "dtype": torch.float32,
+        "compact": False,
+    }
+    return torch.ops.dwl_kernels_native.table_gradient(**{**arguments, **changed})  # type: ignore[no-any-return]
+
+
+IN_BATCH = {"positive": None, "want_positive": False}
+NOTHING = {"query": torch.ones(3, 0)}
+WRONG: dict[Callable[..., Any], list[tuple[dict[str, Any], str]]] = {
+    sampled_softmax: [
+        (
+            {**NOTHING, "positive": torch.ones(3, 0), "candidates": torch.ones(5, 0)},
+            "embeddings of size 0",
+        ),
+        ({"query": torch.ones(4)}, "must be matrices"),
+        ({"query": torch.ones(3, 4).half()}, "wanted float32 or float64"),
+        ({"query": torch.ones(4, 3).T}, "query: wanted a contiguous"),
+        ({"positive": torch.ones(2, 4)}, "positive: wanted"),
+        ({"positive": torch.ones(3, 4).double()}, "positive: wanted"),
+        ({"candidates": torch.ones(5, 3)}, "candidates: wanted"),
+        ({"tau": torch.ones(2)}, "tau: wanted"),
+        ({"tau": torch.zeros(3)}, "tau is 0 in row 0"),
+        ({"tau": torch.tensor([1.0, 1.0, -2.0])}, "tau is -2 in row 2"),
+        ({"coefficient": torch.ones(3, 1)}, "coefficient: wanted"),
+        ({"positive_log_q": torch.ones(5)}, "positive_log_q: wanted"),
+        ({"candidate_log_q": torch.ones(3)}, "candidate_log_q: wanted"),
+        ({"candidate_log_q": None}, "no candidate_log_q to differentiate"),
+        ({"score": torch.ones(3, 5)}, "score: wanted"),
+        ({"shift": torch.ones(4)}, "shift: wanted"),
+        ({"positive_ids": torch.arange(3)}, "positive_ids and candidate_ids"),
+        ({"candidate_ids": torch.arange(5)}, "positive_ids and candidate_ids"),
+        (
+            {"positive_ids": torch.arange(3), "candidate_ids": torch.arange(5).int()},
+            "candidate_ids: wanted",
+        ),
+        ({"skip_below": torch.ones(5)}, "skip_below: wanted"),
+        ({"active": torch.ones(3)}, "active: wanted"),
+        ({"target": torch.zeros(3, dtype=torch.int64)}, "not both"),
+        ({"positive": None}, "the positive is a candidate"),
+        ({**IN_BATCH, "target": torch.tensor([0, 4, 5])}, "target out of range in row 2"),
+        ({**IN_BATCH, "target": torch.tensor([0, -1, 4])}, "target out of range in row 1"),
+        ({**IN_BATCH, "target": torch.zeros(2, dtype=torch.int64)}, "target: wanted"),
+        ({**IN_BATCH, "candidates": torch.ones(2, 4)}, "in-batch"),
+    ],
+    indexed_softmax: [
+        ({**NOTHING, "table": torch.ones(5, 0)}, "embeddings of size 0"),
+        ({"table": torch.ones(5, 3)}, "table: wanted"),
+        ({"table": torch.ones(5, 4).double()}, "got Double in Float"),
+        ({"table": torch.ones(0, 4)}, "positive_ids out of range in row 0"),
+        ({"positive_ids": torch.tensor([0, 1, 5])}, "positive_ids out of range in row 2"),
+        (
+            {"candidate_ids": torch.tensor([[3, 4], [-1, 4], [3, 4]])},
+            "candidate_ids out of range in row 1",
+        ),
+        ({"candidate_ids": torch.zeros(2, 2, dtype=torch.int64)}, "candidate_ids: wanted"),
+        ({"candidate_ids": torch.zeros(3, dtype=torch.int64)}, "must be matrices"),
+        ({"candidate_log_q": torch.zeros(2)}, "candidate_log_q: wanted"),
+        ({"tau": torch.zeros(3)}, "tau is 0 in row 0"),
+    ],
+    table_gradient: [
+        ({"ids": [], "coefficients": []}, "ids is an empty list"),
+        ({"coefficients": [torch.ones(3, 2)] * 2}, "coefficients for all ids"),
+        ({"coefficients": [torch.ones(3, 3)]}, "coefficients: wanted"),
+        ({"coefficients": [torch.ones(3, 2).double()]}, "coefficients: wanted"),
+        ({"ids": [torch.zeros(2, 2, dtype=torch.int64)]}, "ids: wanted"),
+        ({"ids": [torch.zeros(3, dtype=torch.int64)]}, "must be matrices"),
+        ({"table_rows": -1}, "table_rows is -1"),
+        ({"dtype": torch.float64}, "got Double in Float"),
+        ({"source": torch.ones(4)}, "source must be a matrix"),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("op", "changed", "message"),
+    [
+        pytest.param(op, changed, message, id=f"{op.__name__}: {message}")
+        for op, cases in WRONG.items()
+        for changed, message in cases
+    ],
+)
+def test_op_names_what_it_does_not_take(
+    op: Callable[..., Any], changed: dict[str, Any], message: str
+) -> None:
+    with pytest.raises((RuntimeError, IndexError, ValueError), match=re.escape(message)):
+        op(**changed)
+
+
+def test_op_looks_at_no_id_or_temperature_of_padding() -> None:
+    padded: dict[str, Any] = {"active": torch.tensor([True, True, False])}
+    tau = torch.tensor([1.0, 1.0, 0.0])
+    target = torch.tensor([0, 4, -100])
+    full = sampled_softmax(**IN_BATCH, **padded, target=target, tau=tau)
+    torch.testing.assert_close(full[0], torch.tensor([math.log(5)] * 2 + [0.0]))
+    drawn = torch.tensor([[3, 4], [3, 4], [-1, 9]])
+    ids = torch.tensor([0, 1, 1 << 40])
+    by_row = indexed_softmax(**padded, tau=tau, positive_ids=ids, candidate_ids=drawn)
+    torch.testing.assert_close(by_row[0], torch.tensor([math.log(3)] * 2 + [0.0]))
+    assert not full[1][2].any()
+    assert not any(gradient[2].any() for gradient in by_row[1:])
+
+
+def test_op_writes_the_gradients_of_empty_problems() -> None:
+    none, no_rows = torch.ones(0, 4), {"tau": torch.ones(0), "coefficient": torch.ones(0)}
+    alone = sampled_softmax(candidates=none, candidate_log_q=torch.ones(0))
+    assert not any(value.any() for value in alone)
+    nobody = sampled_softmax(query=none, positive=none, **no_rows)
+    assert nobody[3].shape == (5, 4)
+    assert not any(value.any() for value in nobody)
+    no_draws = indexed_softmax(candidate_ids=torch.zeros(3, 0, dtype=torch.int64))
+    assert no_draws[2].shape == (3,)
+    assert not any(value.any() for value in no_draws)
+    places = [torch.zeros(3, 0, dtype=torch.int64)]
+    for compact in (False, True):
+        values, ids = table_gradient(ids=places, coefficients=[], compact=compact)
+        assert values.shape == (0 if compact else 5, 4)
+        assert not values.any()
+        assert ids.shape == (0,)
+    assert table_gradient(table_rows=0)[0].shape == (0, 4)
