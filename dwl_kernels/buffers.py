@@ -2,15 +2,75 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
+
+from dwl_kernels.problem import has_values
+
+
+@contextmanager
+def on_host() -> Iterator[None]:
+    """New tensors have values, also where a model is built on `meta` or of fake tensors."""
+    with torch.device("cpu"), _disable_current_modes():
+        yield
 
 
 class Tables(nn.Module):
-    """Module whose tensors keep their dtype, and whose arguments no checkpoint overrides."""
+    """Module whose tensors keep their dtype, and whose arguments nothing overrides.
+
+    What follows from the arguments is a constant: an attribute that is where the module is, but no
+    buffer. So no checkpoint replaces it, nothing that averages models averages it, and it is there
+    again when a module built on `meta` gets memory, in whatever way.
+
+    What a constructor builds, it builds :func:`on_host`, and then calls :meth:`settle`. On `meta`
+    the other tensors leave their values here too, until there is memory for them.
+    """
+
+    device_marker: Tensor  # [0] says where the module is
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._constants: dict[str, Tensor] = {}
+        self._saved: set[str] = set()  # constants that a checkpoint holds, to be compared
+        self._left: dict[str, Tensor] = {}  # values of tensors that are on `meta`
+        self.register_buffer("device_marker", torch.empty(0), persistent=False)
+
+    def register_constant(self, name: str, value: Tensor, *, saved: bool = False) -> None:
+        self._constants[name] = value
+        if saved:
+            self._saved.add(name)
+
+    def __getattr__(self, name: str) -> Any:
+        # Only for what is no ordinary attribute.
+        constants = self.__dict__.get("_constants")
+        if constants is None or name not in constants:
+            return super().__getattr__(name)
+        value, marker = constants[name], self.device_marker
+        if value.device == marker.device and (type(marker) is Tensor or torch.compiler.is_compiling()):
+            return value
+        if not has_values(marker):
+            return marker.new_empty(value.shape, dtype=value.dtype)
+        if not has_values(value):
+            raise RuntimeError(
+                f"{name} of {type(self).__name__} has no values: what it follows from was itself "
+                "on the meta device when the module was built; give it as a list, an array or a "
+                "tensor of the CPU"
+            )
+        constants[name] = value = value.to(marker.device)
+        return value
+
+    def settle(self) -> None:
+        """Goes from the host to where tensors are made by default."""
+        blank = torch.empty(0)
+        if type(blank) is Tensor:
+            self._apply(lambda tensor: tensor.to(blank.device), recurse=False)
+        else:  # fake
+            self._apply(lambda t: torch.empty(t.shape, dtype=t.dtype), recurse=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Tables:
         # `model.half()` or `model.to(torch.bfloat16)` would round probabilities to three digits.
@@ -21,8 +81,28 @@ class Tables(nn.Module):
         if recurse:
             for child in self.children():
                 child._apply(fn)
+        with on_host():
+            before = {name: tensor.detach() for name, tensor in self._tensors()}
         super()._apply(keep_dtype, recurse=False)
+        for name, now in self._tensors():
+            if has_values(before[name]) and not has_values(now):
+                self._left[name] = before[name]
+            elif has_values(now) and name in self._left:
+                now.data.copy_(self._left.pop(name))
+        for name in self._constants:
+            getattr(self, name)  # moves it now, and not in the middle of a step
         return self
+
+    def _tensors(self) -> list[tuple[str, Tensor]]:
+        named = (*self._parameters.items(), *self._buffers.items())
+        return [(name, tensor) for name, tensor in named if tensor is not None]
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in self._saved:
+            destination[prefix + name] = getattr(self, name)
 
     def contradiction(self, saved: dict[str, Tensor]) -> str | None:
         """How a checkpoint contradicts the constructor's arguments, and the mend; None if not."""
@@ -41,10 +121,10 @@ class Tables(nn.Module):
             error_msgs.append(f"{prefix.removesuffix('.') or type(self).__name__}: {message}.")
             return
         self.bring_up_to_date(state_dict, prefix)
-        for name, own in (*self._parameters.items(), *self._buffers.items()):
-            if name in self._non_persistent_buffers_set:
-                state_dict.pop(prefix + name, None)  # earlier versions saved some of them
-            elif name in saved and own is not None:  # which it replaces with assign=True
+        for name in (*self._non_persistent_buffers_set, *self._constants):
+            state_dict.pop(prefix + name, None)  # compared, or saved by an earlier version
+        for name, own in self._tensors():
+            if prefix + name in state_dict and name in saved:  # it replaces them with assign=True
                 state_dict[prefix + name] = state_dict[prefix + name].to(own.dtype)
         super()._load_from_state_dict(state_dict, prefix, *more)
 

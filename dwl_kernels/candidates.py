@@ -22,8 +22,8 @@ from dwl_kernels.arguments import (
     real_numbers,
     wrong_type,
 )
-from dwl_kernels.buffers import Tables, difference
-from dwl_kernels.problem import checks_values
+from dwl_kernels.buffers import Tables, difference, on_host
+from dwl_kernels.problem import checks_values, has_values
 
 # Beyond this, float64 no longer tells the log-uniform borders of neighbouring ids apart, and the
 # remainder of a 62-bit random number is no longer uniform to 2^-14.
@@ -33,16 +33,12 @@ _MAX_ITEMS = 2**48
 class _Sampler(Tables):
     """Draws ids from a fixed distribution over `[0, num_items)`."""
 
-    device_marker: Tensor
-
     def __init__(self, num_items: int) -> None:
         super().__init__()
         wanted = "an integer, the size of the catalogue (UnigramSampler takes counts)"
         self.num_items = integer("num_items", num_items, wanted, least=1)
         if self.num_items > _MAX_ITEMS:
             raise ValueError(f"num_items is {num_items}, at most 2**48 items can be told apart")
-        # Without state of its own a sampler still follows `.to(device)`.
-        self.register_buffer("device_marker", torch.empty(0), persistent=False)
 
     def sample(
         self, n: int | Sequence[int], *, generator: torch.Generator | None = None
@@ -198,23 +194,21 @@ class UnigramSampler(_Sampler):
     log_probability: Tensor
 
     def __init__(self, counts: Tensor, power: float = 1.0) -> None:
-        counts = _checked_counts(counts)
+        with on_host():
+            given, counts = counts, _checked_counts(counts)
         power = number("power", power)
         if not (math.isfinite(power) and power >= 0):
             raise ValueError(f"power is {power}, wanted a finite number of at least 0")
         super().__init__(counts.numel())
-        # Relative to the largest count no power overflows. 0 ** 0 is 1 in PyTorch, hence `where`.
-        relative = counts / counts.max()
-        weights = torch.where(counts > 0, relative**power, 0.0)
-        probability, alias = _alias_table(weights)
-        log_weights = torch.where(counts > 0, power * relative.log(), -math.inf)
-        for name, table in (
-            ("probability", probability),  # [V] of keeping a cell's own id
-            ("alias", alias),  # [V] the cell's other id
-            ("log_probability", (log_weights - weights.sum().log()).float()),  # [V]
-        ):
-            self.register_buffer(name, table, persistent=False)  # the counts say it all
-        self.device_marker = self.device_marker.to(counts.device)
+        with on_host():
+            if has_values(counts):
+                tables = _tables(counts, power)
+            else:
+                tables = tuple(counts.to(dtype) for dtype in (torch.float64, torch.int32, torch.float32))
+        for name, table in zip(("probability", "alias", "log_probability"), tables, strict=True):
+            self.register_constant(name, table)
+        if isinstance(given, Tensor) and has_values(self.device_marker) and has_values(given):
+            self.device_marker = self.device_marker.to(given.device)
 
     def contradiction(self, saved: dict[str, Tensor]) -> str | None:
         text = difference("log_probability", saved, self.log_probability)
@@ -254,6 +248,18 @@ def _log_uniform_ids(uniform: Tensor, num_items: int) -> Tensor:  # float64 in [
     # At the border of the next id exp may fall just short of an integer; the logarithm decides.
     ids += (target >= torch.log1p(ids + 1)).double()
     return ids.clamp_(0, num_items - 1).long()
+
+
+def _tables(
+    counts: Tensor,  # [V] float64
+    power: float,
+) -> tuple[Tensor, ...]:  # each [V]
+    """The probability of keeping a cell's own id, the cell's other id, and log-Q."""
+    # Relative to the largest count no power overflows. 0 ** 0 is 1 in PyTorch, hence `where`.
+    relative = counts / counts.max()
+    weights = torch.where(counts > 0, relative**power, 0.0)
+    log_weights = torch.where(counts > 0, power * relative.log(), -math.inf)
+    return *_alias_table(weights), (log_weights - weights.sum().log()).float()
 
 
 def _alias_table(weights: Tensor) -> tuple[Tensor, Tensor]:  # [V] float64, sum > 0
@@ -301,6 +307,8 @@ def _checked_counts(counts: Any) -> Tensor:  # [V] -> float64 [V]
             f"counts is {tuple(counts.shape)}, wanted [num_items] with an item or more"
         )
     counts = counts.detach().double()
+    if not has_values(counts):
+        return counts
     if not bool(((counts >= 0) & counts.isfinite()).all()):
         raise ValueError(
             "counts holds a negative, NaN or infinite value, wanted finite counts >= 0"

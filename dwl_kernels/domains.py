@@ -33,8 +33,8 @@ from dwl_kernels.arguments import (
     several_numbers,
     wrong_type,
 )
-from dwl_kernels.buffers import Tables, difference
-from dwl_kernels.problem import check_distinct, checks_values, mean_domain_weight
+from dwl_kernels.buffers import Tables, difference, on_host
+from dwl_kernels.problem import check_distinct, checks_values, has_values, mean_domain_weight
 
 # An interaction with an item of G domains counts 1/G for each of them. Kept as integers in units
 # that every G up to 16 divides: exact, the same in every run on a GPU, and safe from `.half()`.
@@ -140,17 +140,17 @@ class DomainWeights(Tables):
         self.start = start
         self.full = full
         self.fixed = False
-        # Nothing seen yet: every domain is as sparse as can be, and all weigh the same.
-        self.register_buffer("weights", torch.ones(num_domains, dtype=torch.float32))
-        self.register_buffer(
-            "average", torch.full((num_domains,), float(weight_range[1]), dtype=torch.float32)
-        )
-        for name in ("interactions", "shares", "users"):
-            self.register_buffer(name, torch.zeros(num_domains, dtype=torch.int64))
-        self.register_buffer("entropy", torch.zeros(num_domains, dtype=torch.float32))
-        for name in ("num_users", "num_items", "steps"):
-            self.register_buffer(name, torch.zeros((), dtype=torch.int64))
-        self.register_buffer("arguments", self._arguments(self.weights.device))
+        with on_host():
+            # Nothing seen yet: every domain is as sparse as can be, and all weigh the same.
+            self.register_buffer("weights", torch.ones(num_domains, dtype=torch.float32))
+            self.register_buffer("average", torch.full((num_domains,), bounds[1], dtype=torch.float32))
+            for name in ("interactions", "shares", "users"):
+                self.register_buffer(name, torch.zeros(num_domains, dtype=torch.int64))
+            self.register_buffer("entropy", torch.zeros(num_domains, dtype=torch.float32))
+            for name in ("num_users", "num_items", "steps"):
+                self.register_buffer(name, torch.zeros((), dtype=torch.int64))
+            self.register_buffer("arguments", self._arguments())
+        self.settle()
 
     @classmethod
     def from_interactions(
@@ -196,6 +196,23 @@ class DomainWeights(Tables):
         """
         given = {"users": users, "items": items, "domains": domains}
         device = next((v.device for v in given.values() if isinstance(v, Tensor)), None)
+        options: dict[str, Any] = {"measures": measures, "weight_range": weight_range}
+        options |= {"momentum": momentum, "start": start, "full": full}
+        with on_host():
+            measured = cls._measured(given, device, num_domains, names, options)
+        if device is None or not has_values(torch.empty(0)):
+            measured.settle()
+        return measured
+
+    @classmethod
+    def _measured(
+        cls,
+        given: dict[str, Any],
+        device: torch.device | None,
+        num_domains: int | None,
+        names: Sequence[str] | None,
+        options: dict[str, Any],
+    ) -> DomainWeights:
         columns = {name: integers(name, value, device, lists=True) for name, value in given.items()}
         slots = _slots("domains", columns.pop("domains"))  # [M, G]
         check_distinct("domains", slots)
@@ -211,15 +228,7 @@ class DomainWeights(Tables):
         if num_domains is None:
             largest = int(slots.max()) if slots.numel() else -1
             num_domains = max(largest + 1, 1) if names is None else len(names)
-        measured = cls(
-            num_domains,
-            names=names,
-            measures=measures,
-            weight_range=weight_range,
-            momentum=momentum,
-            start=start,
-            full=full,
-        ).to(slots.device)
+        measured = cls(num_domains, names=names, **options).to(slots.device)
         check_range("domains", slots, num_domains, "domains", always=True)
         labelled = (slots >= 0).any(1)
         slots = slots[labelled]
@@ -278,21 +287,28 @@ class DomainWeights(Tables):
                 "pass it as domain_weights to sampled_softmax_loss"
             )
         check_order("weights", weights, "domain", "weights.reindex(range(num_domains))")
-        values = real_numbers("weights", weights).to(torch.float32)
+        with on_host():
+            values = real_numbers("weights", weights).to(torch.float32)
         if values.dim() != 1 or not len(values):
             raise ValueError(
                 f"weights has shape {list(values.shape)}; wanted [num_domains] with at least one "
                 "domain"
             )
-        if not bool((values.isfinite() & (values >= 0)).all()):
-            raise ValueError(
-                f"weights is {values.tolist()}; wanted finite numbers that are not negative"
-            )
-        built = cls(values.shape[0], names=names, start=start, full=full).to(values.device)
+        if has_values(values):
+            with on_host():
+                wrong = not bool((values.isfinite() & (values >= 0)).all())
+            if wrong:
+                raise ValueError(
+                    f"weights is {values.tolist()}; wanted finite numbers that are not negative"
+                )
+        built = cls(values.shape[0], names=names, start=start, full=full)
+        if isinstance(weights, Tensor) and has_values(values) and has_values(built.weights):
+            built.to(values.device)
         built.fixed = True
-        for name in ("weights", "average"):
-            built.register_buffer(name, values.clone(), persistent=False)
-        del built.arguments
+        del built.weights, built.average, built.arguments
+        with on_host():
+            for name in ("weights", "average"):
+                built.register_constant(name, values.clone())
         return built
 
     @torch.no_grad()
@@ -315,7 +331,7 @@ class DomainWeights(Tables):
                 under ``torch.compile``, such an id is not counted, unless ``DWL_KERNELS_CHECK=1``.
         """
         ids = self.slots(domain_ids)  # [B, G]
-        if checks_values(ids.device):
+        if checks_values(ids):
             check_distinct("domain_ids", ids)
         rows = self._count(ids, (ids >= 0) & (ids < self.num_domains))
         self.steps.add_(1)
@@ -453,9 +469,10 @@ class DomainWeights(Tables):
         self.average.copy_(moved.clamp(low, high))  # the clamp only removes rounding
         self.weights.copy_(_of_mean_one(self.average, self.shares))
 
-    def _arguments(self, device: torch.device | str = "cpu") -> Tensor:  # [5]
+    def _arguments(self) -> Tensor:  # [5]
         shares = [measure / sum(self.measures) for measure in self.measures]
-        return torch.tensor([*self.weight_range, *shares], dtype=torch.float32, device=device)
+        with on_host():
+            return torch.tensor([*self.weight_range, *shares], dtype=torch.float32)
 
     def contradiction(self, saved: dict[str, Tensor]) -> str | None:
         if self.fixed:
@@ -588,7 +605,7 @@ def domains_from_multi_hot(
     on = flags_of("flags", flags)
     if on.dim() == 0:
         raise ValueError("flags has shape []; wanted [..., C], a flag per domain")
-    per_row = on.reshape(on.shape[:-1].numel(), on.shape[-1])
+    per_row = on.reshape(math.prod(on.shape[:-1]), on.shape[-1])
     row, domain = per_row.nonzero(as_tuple=True)  # row by row
     count = per_row.sum(1)
     slot = torch.arange(len(row), device=on.device) - (count.cumsum(0) - count)[row]

@@ -326,11 +326,16 @@ def checks_values(value: Tensor | torch.device) -> bool:
         return False
     tensor = isinstance(value, Tensor)
     device: torch.device = value.device if tensor else value  # type: ignore[assignment]
-    if device.type == "meta" or (tensor and type(value).__name__ == "FakeTensor"):
+    if device.type == "meta" or (tensor and not has_values(value)):  # type: ignore[arg-type]
         return False
     if torch._C._len_torch_dispatch_stack() > 0 and _traced():
         return False
     return device.type == "cpu" or os.environ.get("DWL_KERNELS_CHECK") == "1"
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether `tensor` is neither fake nor on the device `meta`."""
+    return not tensor.is_meta and type(tensor).__name__ != "FakeTensor"
 
 
 def _traced() -> bool:

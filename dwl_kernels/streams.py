@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dwl_kernels.arguments import ids_on, integer, number
-from dwl_kernels.buffers import Tables, difference
+from dwl_kernels.buffers import Tables, difference, on_host
 
 
 class StreamingFrequency(Tables):
@@ -91,14 +91,16 @@ class StreamingFrequency(Tables):
         self.learning_rate = learning_rate
         self.initial_gap = initial_gap
         self.batch_size = None if batch_size is None else integer("batch_size", batch_size, least=1)
-        # The rows of all H hashes lie end to end: one flat index reads and writes them at once.
-        self.register_buffer("step", torch.zeros((), dtype=torch.int64))  # t, batches so far
-        self.register_buffer("last_step", torch.zeros(size, dtype=torch.int64))  # A, 0 = never
-        gap = torch.full((size,), initial_gap or 1, dtype=torch.float32)
-        self.register_buffer("gap", gap)  # B, in batches
-        self.register_buffer("sightings", torch.zeros(size, dtype=torch.int32))
         self.seed = integer("seed", seed)
-        self.register_buffer("seeds", _hash_seeds(num_hashes, seed))
+        with on_host():
+            # The rows of all H hashes lie end to end: one flat index reads and writes them at once.
+            self.register_buffer("step", torch.zeros((), dtype=torch.int64))  # t, batches so far
+            self.register_buffer("last_step", torch.zeros(size, dtype=torch.int64))  # A, 0 = never
+            gap = torch.full((size,), initial_gap or 1, dtype=torch.float32)
+            self.register_buffer("gap", gap)  # B, in batches
+            self.register_buffer("sightings", torch.zeros(size, dtype=torch.int32))
+            self.register_constant("seeds", _hash_seeds(num_hashes, seed), saved=True)
+        self.settle()
 
     @torch.no_grad()
     def update(self, ids: Tensor) -> None:
@@ -206,10 +208,12 @@ class CountMinSketch(Tables):
         self.width = integer("width", width, least=1)
         depth = integer("depth", depth, least=1)
         size = self.width * depth
-        self.register_buffer("counts", torch.zeros(size, dtype=torch.int64))  # rows end to end
-        self.register_buffer("total", torch.zeros((), dtype=torch.int64))  # ids seen
         self.seed = integer("seed", seed)
-        self.register_buffer("seeds", _hash_seeds(depth, seed))
+        with on_host():
+            self.register_buffer("counts", torch.zeros(size, dtype=torch.int64))  # rows end to end
+            self.register_buffer("total", torch.zeros((), dtype=torch.int64))  # ids seen
+            self.register_constant("seeds", _hash_seeds(depth, seed), saved=True)
+        self.settle()
 
     @torch.no_grad()
     def update(self, ids: Tensor) -> None:
@@ -269,7 +273,7 @@ def _hash_seeds(rows: int, seed: int) -> Tensor:  # [rows]
 
 def _other_hashes(saved: dict[str, Tensor], rows: int, seed: int) -> str | None:
     """That a checkpoint was counted with other hash functions."""
-    with torch.device("cpu"):  # not from the buffer, which has no values before it is loaded
+    with on_host():  # the module itself may be on `meta`
         text = difference("seeds", saved, _hash_seeds(rows, seed))
     return text and (
         f"{text}: the checkpoint was counted with other hash functions; build the module with the "

@@ -142,12 +142,12 @@ def test_sampler_follows_from_its_arguments_and_not_from_a_checkpoint(name: str)
 
 def test_half_precision_model_keeps_exact_probabilities() -> None:
     sampler = UnigramSampler(COUNTS)
-    before = {key: value.clone() for key, value in sampler.named_buffers()}
-    assert {"probability", "alias", "log_probability"} <= before.keys()
+    names = ("probability", "alias", "log_probability")
+    before = {name: getattr(sampler, name).clone() for name in names}
     torch.nn.ModuleList([sampler]).to(torch.bfloat16)
-    for key, value in sampler.named_buffers():
-        assert value.dtype == before[key].dtype
-        assert torch.equal(value, before[key])
+    for name in names:
+        assert getattr(sampler, name).dtype == before[name].dtype
+        assert torch.equal(getattr(sampler, name), before[name])
 
 
 def test_small_and_large_integer_ids_look_up_alike() -> None:

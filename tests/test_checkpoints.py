@@ -41,8 +41,8 @@ def constant(*weights):
 
 
 def saved_by_earlier(module):
-    """Every buffer, and no arguments."""
-    state = {**module.state_dict(), **dict(module.named_buffers())}
+    """Every buffer, constants among them, and no arguments."""
+    state = {**module.state_dict(), **dict(module.named_buffers()), **module._constants}
     return {k: v.clone() for k, v in state.items() if k not in ("device_marker", "arguments")}
 
 

@@ -11,11 +11,17 @@ from torch import Tensor, nn
 
 from dwl_kernels.arguments import check_dense, check_order, flag, integer, integers, number
 from dwl_kernels.backends import Backend, check_name
-from dwl_kernels.buffers import Tables
+from dwl_kernels.buffers import Tables, on_host
 from dwl_kernels.checks import check_choice
 from dwl_kernels.domains import DomainWeights, check_range
 from dwl_kernels.modules.repeats import Runs
-from dwl_kernels.problem import Reduction, check_distinct, checks_values, mean_domain_weight
+from dwl_kernels.problem import (
+    Reduction,
+    check_distinct,
+    checks_values,
+    has_values,
+    mean_domain_weight,
+)
 
 # A learned temperature stays in here: below, float16 logits overflow; above, all scores are alike.
 TEMPERATURE_RANGE = (0.005, 50.0)
@@ -43,15 +49,19 @@ class WeightedLoss(Tables):
         learn_temperature = flag("learn_temperature", learn_temperature)
         normalize = flag("normalize", normalize)
         calibration = number("calibration", calibration, "a number in [0, 1]")
-        table = None if item_domains is None else _item_domains(item_domains)
-        if weights is None and num_domains is None and table is not None:
-            num_domains = max(int(table.max()) + 1, 1)
+        with on_host():
+            table = None if item_domains is None else _item_domains(item_domains)
+            if weights is None and num_domains is None and table is not None:
+                num_domains = _num_domains(table)
         self.domain_weights = _domain_weights(num_domains, weights)
-        if table is not None and self.domain_weights is not None:
-            check_range(
-                "item_domains", table, self.domain_weights.num_domains, "domains", always=True
-            )
-        self.register_buffer("item_domains", table, persistent=False)
+        if table is None:
+            self.item_domains = None
+        else:
+            if self.domain_weights is not None and has_values(table):
+                num_domains = self.domain_weights.num_domains
+                with on_host():
+                    check_range("item_domains", table, num_domains, "domains", always=True)
+            self.register_constant("item_domains", table)
         if not 0 <= calibration <= 1:
             raise ValueError(f"calibration is {calibration}; wanted a number in [0, 1]")
         if calibration and self.domain_weights is None:
@@ -78,8 +88,13 @@ class WeightedLoss(Tables):
                     f"{TEMPERATURE_RANGE}"
                 )
             # [1] and not []: sharding over devices wants a dimension.
-            logit = torch.tensor([math.log(place / (1 - place))], dtype=torch.float32)
-            self.temperature_logit = nn.Parameter(logit)
+            with on_host():
+                logit = torch.tensor([math.log(place / (1 - place))], dtype=torch.float32)
+                self.temperature_logit = nn.Parameter(logit)
+            self.settle()
+        if isinstance(item_domains, Tensor) and has_values(self.device_marker):
+            if has_values(item_domains):
+                self.device_marker = self.device_marker.to(item_domains.device)
 
     @property
     def temperature(self) -> float | Tensor:
@@ -158,7 +173,7 @@ class WeightedLoss(Tables):
             if padded is not None:
                 domains = domains.masked_fill(padded[..., None], -1)
             # The loss looks at `domain_ids` itself, and the weights at all by that name.
-            if name != "domain_ids" and checks_values(domains.device):
+            if name != "domain_ids" and checks_values(domains):
                 check_distinct(name, _flat(domains))
             return domains
         if self.item_domains is None or ids is None:
@@ -264,8 +279,21 @@ def _item_domains(item_domains: Any) -> Tensor:
             "domains per item"
         )
     table = table.reshape(table.shape[0], -1).long()
-    check_distinct("item_domains", table)
+    if has_values(table):
+        check_distinct("item_domains", table)
     return table
+
+
+def _num_domains(
+    item_domains: Tensor,  # [V, G]
+) -> int:
+    """The largest domain and those below it."""
+    if not has_values(item_domains):
+        raise ValueError(
+            "item_domains is on the meta device and has no values to count domains by; pass "
+            "num_domains, and item_domains as a list, an array or a tensor of the CPU"
+        )
+    return max(int(item_domains.max()) + 1, 1)
 
 
 def _positive(name: str, value: float | Tensor) -> float:
