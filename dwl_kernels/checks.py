@@ -173,7 +173,7 @@ _ROUNDING = 1e-5
 
 
 def _check_log_q(name: str, log_q: Tensor, example_weights: Tensor | None) -> None:
-    if not (checks_values(log_q.device) and log_q.numel()) or float(log_q.max()) <= 0:
+    if not (checks_values(log_q) and log_q.numel()) or float(log_q.max()) <= 0:
         return
     if example_weights is not None:
         log_q = log_q.reshape(len(example_weights), -1)[example_weights != 0]

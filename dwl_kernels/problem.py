@@ -233,7 +233,7 @@ class Problem(NamedTuple):
         tau = self.temperature
         if tau is None:
             return weight
-        checks = checks_values(tau.device)
+        checks = checks_values(tau)
         if checks and tau.numel():
             low, high = tau.aminmax()  # of NaN, NaN
             if float(low) > 0 and float(high) < math.inf:
