@@ -1,4 +1,4 @@
-"""Batches of problems and of upstream gradients: ``vmap`` and ``is_grads_batched``, slice by slice."""
+"""Batches of problems and of upstream gradients, slice by slice: ``vmap``, ``is_grads_batched``."""
 
 from __future__ import annotations
 

@@ -51,7 +51,8 @@ class Tables(nn.Module):
         if constants is None or name not in constants:
             return super().__getattr__(name)
         value, marker = constants[name], self.device_marker
-        if value.device == marker.device and (type(marker) is Tensor or torch.compiler.is_compiling()):
+        ordinary = type(marker) is Tensor or torch.compiler.is_compiling()
+        if ordinary and value.device == marker.device:
             return value
         if not has_values(marker):
             return marker.new_empty(value.shape, dtype=value.dtype)

@@ -204,7 +204,8 @@ class UnigramSampler(_Sampler):
             if has_values(counts):
                 tables = _tables(counts, power)
             else:
-                tables = tuple(counts.to(dtype) for dtype in (torch.float64, torch.int32, torch.float32))
+                dtypes = torch.float64, torch.int32, torch.float32
+                tables = tuple(counts.to(dtype) for dtype in dtypes)
         for name, table in zip(("probability", "alias", "log_probability"), tables, strict=True):
             self.register_constant(name, table)
         if isinstance(given, Tensor) and has_values(self.device_marker) and has_values(given):

@@ -143,7 +143,8 @@ class DomainWeights(Tables):
         with on_host():
             # Nothing seen yet: every domain is as sparse as can be, and all weigh the same.
             self.register_buffer("weights", torch.ones(num_domains, dtype=torch.float32))
-            self.register_buffer("average", torch.full((num_domains,), bounds[1], dtype=torch.float32))
+            average = torch.full((num_domains,), bounds[1], dtype=torch.float32)
+            self.register_buffer("average", average)
             for name in ("interactions", "shares", "users"):
                 self.register_buffer(name, torch.zeros(num_domains, dtype=torch.int64))
             self.register_buffer("entropy", torch.zeros(num_domains, dtype=torch.float32))

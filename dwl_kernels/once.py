@@ -1,4 +1,4 @@
-"""What the losses do where their derivative is asked for in a way that they do not have: they say so.
+"""What the losses do where they are asked for a derivative that they do not have: they say so.
 
 A gradient is computed together with its loss and is a constant to PyTorch, and a kernel knows
 nothing of tangents. So a second derivative and a forward-mode one would come out as 0.

@@ -316,21 +316,17 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def checks_values(value: Tensor | torch.device) -> bool:
+def checks_values(tensor: Tensor) -> bool:
     """Whether looking at values is free, or asked for by ``DWL_KERNELS_CHECK=1``.
 
     Never where there are none: in a graph, under a transform or a mode that traces, in a fake or a
-    meta tensor. Only a tensor tells whether it is fake where no mode is at work.
+    meta tensor.
     """
-    if torch.compiler.is_compiling() or transforms_active():
-        return False
-    tensor = isinstance(value, Tensor)
-    device: torch.device = value.device if tensor else value  # type: ignore[assignment]
-    if device.type == "meta" or (tensor and not has_values(value)):  # type: ignore[arg-type]
+    if torch.compiler.is_compiling() or transforms_active() or not has_values(tensor):
         return False
     if torch._C._len_torch_dispatch_stack() > 0 and _traced():
         return False
-    return device.type == "cpu" or os.environ.get("DWL_KERNELS_CHECK") == "1"
+    return tensor.device.type == "cpu" or os.environ.get("DWL_KERNELS_CHECK") == "1"
 
 
 def has_values(tensor: Tensor) -> bool:

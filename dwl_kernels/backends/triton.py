@@ -115,7 +115,7 @@ def solve(
     if 0 in (problem.query.shape[0], num_candidates(problem)):
         return eager.solve(problem, wanted, row_grad)
     device = problem.query.device
-    if checks_values(device):
+    if checks_values(problem.query):
         problem.row_weights()
     if interpreting():
         with _one_at_a_time:

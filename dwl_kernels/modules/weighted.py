@@ -92,9 +92,9 @@ class WeightedLoss(Tables):
                 logit = torch.tensor([math.log(place / (1 - place))], dtype=torch.float32)
                 self.temperature_logit = nn.Parameter(logit)
             self.settle()
-        if isinstance(item_domains, Tensor) and has_values(self.device_marker):
-            if has_values(item_domains):
-                self.device_marker = self.device_marker.to(item_domains.device)
+        given = item_domains if isinstance(item_domains, Tensor) else self.device_marker
+        if has_values(given) and has_values(self.device_marker):
+            self.device_marker = self.device_marker.to(given.device)
 
     @property
     def temperature(self) -> float | Tensor:
