@@ -10,8 +10,8 @@ READY  := $(VENV)/.ready
 .PHONY: help venv test demo bench tables lint format build clean
 
 help:
-	@echo "make demo            train the plain and the weighted loss on a synthetic catalogue, then"
-	@echo "                     compare speed and memory with eager PyTorch (about 4 minutes)"
+	@echo "make demo            what log-Q, domain weights and the dial for sparse domains do on a"
+	@echo "                     synthetic catalogue, then speed and memory (about 2 minutes)"
 	@echo "make demo DATA=path  the same on real ratings: a GroupLens folder such as ml-1m"
 	@echo "make test            run the tests"
 	@echo "make bench           measure speed, memory and accuracy against all rivals, write figures and"
@@ -48,8 +48,7 @@ test: $(READY)
 	$(BIN)/python -m pytest
 
 demo: $(READY)
-	$(BIN)/python -m benchmarks.quality $(if $(DATA),--data "$(DATA)")
-	$(BIN)/python -m benchmarks.speed --demo
+	$(BIN)/python -m benchmarks.demo $(if $(DATA),--data "$(DATA)")
 
 # The peers run on GPUs only, so they are fetched where there is one.
 bench: $(READY)

@@ -92,6 +92,13 @@ def check_device(name: str, value: Tensor, query: Tensor) -> None:
         )
 
 
+def either(name: str, value: Any, other_name: str, other: Any) -> Any:
+    """One argument under two names."""
+    if value is not None and other is not None:
+        raise ValueError(f"{name} and {other_name} are the same argument; pass one of them")
+    return other if value is None else value
+
+
 def both_or_none(first: str, a: Tensor | None, second: str, b: Tensor | None) -> None:
     if (a is None) != (b is None):
         got, missing = (first, second) if b is None else (second, first)

@@ -38,8 +38,13 @@ class Dial(NamedTuple):
         """What the sparse domains gain at the chosen strength."""
         return self.sparse[self.strengths.index(self.strength)]
 
-    def plot(self, path: str | PathLike[str]) -> None:
-        """Draw both changes over the strength, with the one chosen. Needs matplotlib."""
+    def plot(self, path: str | PathLike[str], **options: Any) -> None:
+        """Draw both changes over the strength, with the one chosen. Needs matplotlib.
+
+        Args:
+            path: where the picture goes; its ending says in what format.
+            options: for ``savefig`` of matplotlib.
+        """
         import matplotlib
 
         matplotlib.use("Agg")
@@ -65,7 +70,7 @@ class Dial(NamedTuple):
             axes.tick_params(length=0)
             axes.spines[["top", "right"]].set_visible(False)
             axes.legend(frameon=False, loc="lower right")
-            figure.savefig(path, dpi=150)
+            figure.savefig(path, **{"dpi": 150, **options})
             plt.close(figure)
 
     def __str__(self) -> str:

@@ -529,7 +529,10 @@ class DomainWeights(Tables):
         if self.fixed:
             text = f"{self.num_domains}, constant"
         else:
-            text = f"{self.num_domains}, weight_range={self.weight_range}, momentum={self.momentum}"
+            text = (
+                f"{self.num_domains}, measures={self.measures}, weight_range={self.weight_range}, "
+                f"momentum={self.momentum}"
+            )
         return f"{text}, start={self.start}, full={self.full}" if self.full else text
 
     def __str__(self) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor
 from dwl_kernels.arguments import flag
 from dwl_kernels.autograd import softmax_loss
 from dwl_kernels.backends import Backend, check_name
+from dwl_kernels.checks import either
 from dwl_kernels.problem import Correction, DualScale, Problem, Reduction
 from dwl_kernels.table import ids_in_use, shared_rows
 from dwl_kernels.validation import (
@@ -149,6 +150,8 @@ def in_batch_softmax_loss(
     correction: Correction = "standard",
     reduction: Reduction = "mean",
     backend: Backend = "auto",
+    positive_log_q: Tensor | None = None,  # [B]
+    positive_ids: Tensor | None = None,  # [B]
 ) -> Tensor:
     r"""The same loss with the positives of the other rows as candidates, and ``negative`` if given.
 
@@ -161,6 +164,8 @@ def in_batch_softmax_loss(
         positive: the embedding each query should score highest, and candidate of the other rows.
         log_q: log-probability of each positive under the sampling of the batch, for its two roles.
         ids: integer item ids of the positives.
+        positive_log_q, positive_ids: the same two arguments under the names that they have in
+            the other losses.
         negative: further candidates, shared by all rows (mixed negatives).
         negative_log_q: their log-Q; with ``negative``, pass both this and ``log_q``, or neither.
         negative_ids: their ids; with ``negative``, pass both this and ``ids``, or neither.
@@ -181,8 +186,8 @@ def in_batch_softmax_loss(
     problem = in_batch_problem(
         query,
         positive,
-        log_q=log_q,
-        ids=ids,
+        log_q=either("log_q", log_q, "positive_log_q", positive_log_q),
+        ids=either("ids", ids, "positive_ids", positive_ids),
         negative=negative,
         negative_log_q=negative_log_q,
         negative_ids=negative_ids,

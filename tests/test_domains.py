@@ -425,7 +425,9 @@ def test_printed_table_names_and_numbers_the_domains():
         users=[1, 1, 2, 3], items=[10, 11, 10, 12], domains=[1, 1, 1, 0], names=["noir", "drama"]
     )
     lines = str(weights).splitlines()
-    assert lines[0] == "DomainWeights(2, weight_range=(1.0, 4.0), momentum=0.99)"
+    assert lines[0] == (
+        "DomainWeights(2, measures=(1.0, 1.0, 1.0), weight_range=(1.0, 4.0), momentum=0.99)"
+    )
     header = ["domain", "interactions", "share", "users", "entropy", "sparsity", "weight"]
     assert lines[1].split() == header
     sparsity, weight = weights.sparsity()[1], weights()[1]

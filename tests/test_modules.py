@@ -362,6 +362,6 @@ def test_item_ids_out_of_range_are_named():
 
 def test_printed_module_shows_its_choices_in_short():
     text = repr(fixed(calibration=0.5, learn_temperature=True))
-    assert "temperature=learned" in text
+    assert "temperature='learned'" in text
     assert "calibration=0.5" in text
     assert "DomainWeights(3, constant)" in text

@@ -287,3 +287,23 @@ def test_autocast_rounds_the_embeddings_and_sums_in_float32(kind):
     if kind != "by row":  # its table keeps its dtype, as an embedding does
         rounded = call(kind, loss_fn, query.bfloat16(), table.bfloat16())
         assert torch.equal(got, rounded)
+
+
+@pytest.mark.parametrize(
+    "module", [CumulativeCrossEntropy, DualScaleSampledSoftmax, DynamicWeightedSampledSoftmax]
+)
+def test_printed_module_names_every_argument(module):
+    """But for what is printed below it, the domain weights, and what the temperature says."""
+    text = repr(module())
+    elsewhere = {"num_domains", "weights", "domain_weights", "learn_temperature"}
+    for name in set(inspect.signature(module).parameters) - elsewhere:
+        assert f"{name}=" in text
+
+
+@pytest.mark.parametrize(
+    "module", [CumulativeCrossEntropy, DualScaleSampledSoftmax, DynamicWeightedSampledSoftmax]
+)
+def test_weights_go_by_the_name_that_functions_have_too(module):
+    assert module(domain_weights=[1.0, 2.0]).domain_weights().tolist() == [1.0, 2.0]
+    with pytest.raises(ValueError, match="weights and domain_weights are the same argument"):
+        module(weights=[1.0, 2.0], domain_weights=[1.0, 2.0])

@@ -476,3 +476,15 @@ def test_meta_tensors_give_a_loss_of_the_right_shape() -> None:
     inputs = {k: v.to("meta").requires_grad_() for k, v in good().items()}
     loss = sampled_softmax_loss(**inputs, reduction="none")
     assert (loss.shape, loss.device.type) == ((B,), "meta")
+
+
+def test_in_batch_takes_the_names_of_the_other_losses() -> None:
+    query, positive = torch.randn(3, 4), torch.randn(3, 4)
+    log_q, ids = torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([1, 1, 2])
+    short = dwl_kernels.in_batch_softmax_loss(query, positive, log_q=log_q, ids=ids)
+    long = dwl_kernels.in_batch_softmax_loss(
+        query, positive, positive_log_q=log_q, positive_ids=ids
+    )
+    assert torch.equal(short, long)
+    with pytest.raises(ValueError, match="log_q and positive_log_q are the same argument"):
+        dwl_kernels.in_batch_softmax_loss(query, positive, log_q=log_q, positive_log_q=log_q)

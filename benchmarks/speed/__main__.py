@@ -19,9 +19,6 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks.record import ROOT, write_json
 from benchmarks.speed import shapes
-from benchmarks.speed.accuracy import check
-from benchmarks.speed.baselines import kernels, losses
-from benchmarks.speed.measure import Rounds, compare_versions, peak_memories
 from benchmarks.speed.report import (
     Report,
     all_points,
@@ -39,8 +36,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parsed(arguments)
     # A table of figures is wider than the 80 columns that a log file is taken for.
     console = Console(width=None if sys.stdout.isatty() else 140)
-    if options.demo:
-        return demo()
     out: Path = options.out
     old = None if options.compare is None else read(options.compare)  # this run may replace it
     if options.load is not None:
@@ -74,7 +69,6 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m benchmarks.speed", description=(__doc__ or "").split(": ", 1)[1]
     )
     add = parser.add_argument
-    add("--demo", action="store_true", help="a first look within a minute, without a JSON")
     add("--quick", action="store_true", help="smaller shapes, within two minutes")
     add("--dry", action="store_true", help="the GPU's shapes at tiny sizes, to try the suite")
     add("--shapes", default="", metavar="A,B", help="only these shapes, and no growth")
@@ -123,38 +117,6 @@ def run(todo: Plan, console: Console, path: Path) -> Report:
     write_json(path, report)
     partial.unlink(missing_ok=True)
     return report
-
-
-def demo() -> int:
-    """A smaller shape and no compilation by PyTorch, so that it ends within half a minute."""
-    shape, large = shapes.DEMO, shapes.DEMO_MEMORY
-    found = losses(shape, "cpu")
-    del found["torch.compile"]
-    verdict = check(shape, found)
-    if verdict.refused:
-        print(f"wrong results, so no times: {verdict.refused}")
-        return 1
-    found = {name: found[name] for name in verdict.passed}
-    print(f"{shape}; forward and backward, all corrections on, against float64 first")
-    ratios = {}
-    for t in compare_versions(shape, found, Rounds(6, least=5, most=7)):
-        error = verdict.errors.get(t.version)
-        suffix = "" if error is None else f", error of gradients {error.gradient:.0e}"
-        print(f"  {t.version:<10}{t.median_ms:>7.1f} ms, {t.ratio:.2f} times the bound{suffix}")
-        ratios[t.version] = t.ratio
-    print(f"{large}; peak memory above inputs and gradients")
-    peaks = peak_memories(list(found), large)
-    for name, peak in peaks.items():
-        print(f"  {name:<10}" + ("   failed" if peak is None else f"{peak / 1e6:>7.0f} MB"))
-    eager = peaks["eager"]
-    for kernel in kernels("cpu"):
-        own = peaks[kernel]
-        if own is not None and eager is not None:
-            print(
-                f"the kernel is {ratios['eager'] / ratios[kernel]:.1f} times as fast as eager, "
-                f"in 1/{eager / max(own, 1e6):.0f} of its memory"
-            )
-    return 0
 
 
 if __name__ == "__main__":

@@ -17,11 +17,11 @@ import numpy as np
 
 from dwl_kernels.examples.data import Interactions
 
-FOLLOW, STAY = 0.15, 0.15  # probability of a successor, of an item of the same domain; else a jump
+FOLLOW, STAY = 0.2, 0.15  # probability of a successor, of an item of the same domain; else a jump
 SUCCESSORS, CLUSTER = 4, 12  # successors of an item, items of a cluster
 TASTE = 0.5  # concentration of the Dirichlet distribution of tastes: few domains per user
 FLAT = 0.7  # power of the domains' shares that gives those of the tastes
-CROWD = 0.7  # how much of the first jump follows the crowd; it falls to 0 at the last
+CROWD = 1.0  # how far the first jump follows the crowd; the last does not
 PROPOSALS = 8
 
 

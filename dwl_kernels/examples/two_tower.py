@@ -19,7 +19,7 @@ def split(data: Interactions) -> tuple[Tensor, Tensor, Tensor]:
     return users[train], items[train], items[last]
 
 
-def train(data: Interactions, log_q: bool = True, steps: int = 1200, dim: int = 64) -> Tensor:
+def train(data: Interactions, log_q: bool = True, steps: int = 1000, dim: int = 64) -> Tensor:
     """Scores of all items for all users, ``[U, V]``, -inf for what a user has taken already."""
     torch.manual_seed(0)
     user, item, _ = split(data)
@@ -28,7 +28,7 @@ def train(data: Interactions, log_q: bool = True, steps: int = 1200, dim: int = 
     # A tower may be any module that makes an embedding; the simplest is a table.
     users, items = nn.Embedding(data.num_users, dim), nn.Embedding(data.num_items, dim)
     for tower in (users, items):
-        nn.init.normal_(tower.weight, std=0.1)
+        nn.init.normal_(tower.weight, std=0.05)
     loss_fn = DynamicWeightedSampledSoftmax()
     optimizer = torch.optim.Adam([*users.parameters(), *items.parameters()], lr=3e-3)
     for _ in range(steps):

@@ -73,6 +73,7 @@ class CumulativeCrossEntropy(WeightedLoss):
         num_domains: int | None = None,
         *,
         weights: DomainWeights | Tensor | Sequence[float] | None = None,
+        domain_weights: DomainWeights | Tensor | Sequence[float] | None = None,
         item_domains: Any = None,
         calibration: float = 0.0,
         temperature: float | Tensor | None = None,
@@ -86,6 +87,7 @@ class CumulativeCrossEntropy(WeightedLoss):
         super().__init__(
             num_domains,
             weights=weights,
+            domain_weights=domain_weights,
             item_domains=item_domains,
             calibration=calibration,
             temperature=temperature,
@@ -166,3 +168,7 @@ class CumulativeCrossEntropy(WeightedLoss):
             skip_threshold=self.skip_threshold,
             backend=self.backend,
         )
+
+    def choices(self) -> dict[str, Any]:
+        more = {"ignore_index": self.ignore_index, "skip_threshold": self.skip_threshold}
+        return {**super().choices(), **more}

@@ -70,6 +70,7 @@ class DualScaleSampledSoftmax(DynamicWeightedSampledSoftmax):
         slate_size: int = 16,
         competition: float = 1.0,
         weights: DomainWeights | Tensor | Sequence[float] | None = None,
+        domain_weights: DomainWeights | Tensor | Sequence[float] | None = None,
         item_domains: Any = None,
         calibration: float = 0.0,
         temperature: float | Tensor | None = None,
@@ -85,6 +86,7 @@ class DualScaleSampledSoftmax(DynamicWeightedSampledSoftmax):
         super().__init__(
             num_domains,
             weights=weights,
+            domain_weights=domain_weights,
             item_domains=item_domains,
             calibration=calibration,
             temperature=temperature,
@@ -114,6 +116,5 @@ class DualScaleSampledSoftmax(DynamicWeightedSampledSoftmax):
             query, positive, negative, in_batch=in_batch, **scales, **draws, **rows
         )
 
-    def extra_repr(self) -> str:
-        scales = ", ".join(f"{name}={value}" for name, value in self.scales._asdict().items())
-        return f"{scales}, {super().extra_repr()}"
+    def choices(self) -> dict[str, Any]:
+        return {**self.scales._asdict(), **super().choices()}

@@ -55,6 +55,7 @@ class DynamicWeightedSampledSoftmax(WeightedLoss):
         num_domains: Number of domains, for weights that all start at 1 and are measured while
             training.
         weights: Measured :class:`DomainWeights` instead; or ``[num_domains]`` constant weights.
+            ``domain_weights``, as the functions call it, is the same argument.
         item_domains: ``[V]`` or ``[V, G]`` integers, the domains of every item, each named once, -1
             = none; a tensor, array, pandas object or list. :func:`domains_from_multi_hot` makes
             them of flags. Domains then follow from the ids, which index it. Not in ``state_dict``.
@@ -108,6 +109,7 @@ class DynamicWeightedSampledSoftmax(WeightedLoss):
         num_domains: int | None = None,
         *,
         weights: DomainWeights | Tensor | Sequence[float] | None = None,
+        domain_weights: DomainWeights | Tensor | Sequence[float] | None = None,
         item_domains: Any = None,
         calibration: float = 0.0,
         temperature: float | Tensor | None = None,
@@ -123,6 +125,7 @@ class DynamicWeightedSampledSoftmax(WeightedLoss):
         super().__init__(
             num_domains,
             weights=weights,
+            domain_weights=domain_weights,
             item_domains=item_domains,
             calibration=calibration,
             temperature=temperature,
@@ -342,8 +345,14 @@ class DynamicWeightedSampledSoftmax(WeightedLoss):
             if conflict:
                 raise ValueError(f"negative_ids names negatives per row, but {reason}")
 
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, correction={self.correction!r}"
+    def choices(self) -> dict[str, Any]:
+        return {
+            **super().choices(),
+            "correction": self.correction,
+            "remove_accidental_hits": self.remove_accidental_hits,
+            "in_batch": self.in_batch,
+            "sparse_grad": self.sparse_grad,
+        }
 
 
 def _check_candidates(

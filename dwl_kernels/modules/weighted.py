@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dwl_kernels.arguments import check_dense, check_order, flag, integer, integers, number
 from dwl_kernels.backends import Backend, check_name
 from dwl_kernels.buffers import Tables, on_host
-from dwl_kernels.checks import check_choice
+from dwl_kernels.checks import check_choice, either
 from dwl_kernels.domains import DomainWeights, check_range
 from dwl_kernels.modules.repeats import Runs
 from dwl_kernels.problem import (
@@ -37,6 +37,7 @@ class WeightedLoss(Tables):
         num_domains: int | None,
         *,
         weights: DomainWeights | Tensor | Sequence[float] | None,
+        domain_weights: DomainWeights | Tensor | Sequence[float] | None,
         item_domains: Any,
         calibration: float,
         temperature: float | Tensor | None,
@@ -53,6 +54,7 @@ class WeightedLoss(Tables):
             table = None if item_domains is None else _item_domains(item_domains)
             if weights is None and num_domains is None and table is not None:
                 num_domains = _num_domains(table)
+        weights = either("weights", weights, "domain_weights", domain_weights)
         self.domain_weights = _domain_weights(num_domains, weights)
         if table is None:
             self.item_domains = None
@@ -220,12 +222,21 @@ class WeightedLoss(Tables):
         weight = mean_domain_weight(self.domain_weights.slots(_flat(domains)), weights)
         return self.calibration * weight.log().reshape(domains.shape[:-1])
 
+    def choices(self) -> dict[str, Any]:
+        """What was chosen, by the names of the constructor."""
+        learns = self.temperature_logit is not None
+        items = self.item_domains
+        return {
+            "temperature": "learned" if learns else self._temperature,
+            "normalize": self.normalize,
+            "calibration": self.calibration,
+            "item_domains": None if items is None else list(items.shape),
+            "reduction": self.reduction,
+            "backend": self.backend,
+        }
+
     def extra_repr(self) -> str:
-        temperature = self._temperature if self.temperature_logit is None else "learned"
-        return (
-            f"temperature={temperature}, calibration={self.calibration}, "
-            f"reduction={self.reduction!r}"
-        )
+        return ", ".join(f"{name}={value!r}" for name, value in self.choices().items())
 
 
 def _flat(domains: Tensor) -> Tensor:  # [..., G] -> [B, G]
