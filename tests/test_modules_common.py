@@ -1,6 +1,7 @@
 """What every module has: weights, padding, temperature, state, `torch.compile`, autocast."""
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -19,6 +20,8 @@ from module_inputs import (
 )
 
 from dwl_kernels import (
+    CumulativeCrossEntropy,
+    DualScaleSampledSoftmax,
     DynamicWeightedSampledSoftmax,
     in_batch_softmax_loss,
     sampled_softmax_loss,
