@@ -16,6 +16,12 @@ RESULTS = ROOT / "benchmarks" / "results"
 SPEED_CPU, SPEED_GPU = RESULTS / "speed-cpu.json", RESULTS / "speed-cuda.json"
 QUALITY_JSON = RESULTS / "quality-ml-1m.json", RESULTS / "quality-ml-1m-calibrated.json"
 
+STEP = RESULTS / "training-step.json"
+# A package index shows the README, so links and pictures are absolute.
+RESULTS_PATH = "benchmarks/results"
+BLOB = "https://github.com/dwl-kernels/dwl_kernels/blob/main/"
+RAW = "https://raw.githubusercontent.com/dwl-kernels/dwl_kernels/main/"
+
 KERNELS = ("cpu", "triton", "cuda")  # of this package
 
 Report = dict[str, Any]
@@ -30,6 +36,7 @@ def filled(text: str) -> str:
     speed = [read(path) for path in (SPEED_CPU, SPEED_GPU) if path.exists()]
     for name, content in (
         ("result", "".join(map(result, speed)) + gpu_line(speed)),
+        ("step", step_table(read(STEP))),
         ("speed", "\n".join(map(speed_table, speed)) + gpu_line(speed)),
         ("quality", quality_table(*map(read, QUALITY_JSON))),
     ):
@@ -60,35 +67,57 @@ def kernel_of(figures: Report) -> str | None:
 
 
 def result(speed: Report) -> str:
-    """The first line that a reader sees: the goals' shapes, those with everything switched on."""
+    """The first figures that a reader sees: the goals' shapes with everything switched on."""
     on_cpu = speed["device"] == "cpu"
     shapes = [f for f in speed["shapes"] if not on_cpu or f["shape"]["name"] == "cpu"]
     shapes = [f for f in shapes if f["level"] != "plain"]
-
-    def faster_than(rival: str) -> str:
-        """How many times as fast as a rival the kernel is, on the shape where that is least."""
-        pairs = [(by_version(f), kernel_of(f)) for f in shapes]
-        gains = [
-            rows[rival]["ratio"] / rows[own]["ratio"]
-            for rows, own in pairs
-            if own is not None and rival in rows
-        ]
-        return f"{min(gains):.1f} times as fast as" if gains else "not compared with"
-
-    def peaks(figures: Report) -> tuple[float, float]:
-        rows, own = by_version(figures), kernel_of(figures)
-        found = [rows.get(name or "", {}).get("peak_bytes") or 0.0 for name in ("eager", own)]
-        return found[0], found[1]
-
-    bounds = [by_version(f)[own]["ratio"] for f in shapes if (own := kernel_of(f)) is not None]
-    eager, kernel = max((peaks(f) for f in shapes), key=lambda pair: pair[1], default=(0.0, 0.0))
     where = "CPU" if on_cpu else f"GPU ({speed['machine']['gpu']})"
+    lines = [
+        f"| loss and gradients on a {where}, everything above switched on | PyTorch as usual | "
+        "`torch.compile` | this package |",
+        "|---|---:|---:|---:|",
+    ]
+    for figures in shapes:
+        rows, own, shape = by_version(figures), kernel_of(figures), figures["shape"]
+        if own is None:
+            continue
+        cells = [
+            f"{rows[name]['ratio'] / rows[own]['ratio']:.1f}, {megabytes(rows[name])}"
+            if name in rows
+            else "–"
+            for name in ("eager", "torch.compile", own)
+        ]
+        sizes = f"{shape['rows']:,} queries, {shape['candidates']:,} candidates"
+        lines.append(f"| {sizes}, {shape['dim']} dimensions | " + " | ".join(cells) + " |")
     return (
-        f"On a {where}, with log-Q, hit removal and domain weights on: **{faster_than('eager')} "
-        f"eager PyTorch**, {faster_than('torch.compile')} `torch.compile`, {max(bounds):.2f} times "
-        "the three matrix products that no implementation can avoid; "
-        f"**{max(kernel, 1e6) / 1e6:,.0f} MB instead of {eager / 1e6:,.0f} MB** of memory.\n"
+        "\n".join(lines)
+        + "\n\nTime in that of this package, and memory beside inputs and gradients.\n"
     )
+
+
+def step_table(step: Report) -> str:
+    """What the loss is of a whole training step, with PyTorch and with this package."""
+    lines = [
+        "| a training step on a CPU | its loss in PyTorch | in this package | the whole step |",
+        "|---|---:|---:|---:|",
+    ]
+    for figures in step["models"]:
+        plain, ours = figures["pytorch"], figures["package"]
+        lines.append(
+            f"| {figures['model']} | {plain['loss_ms'] / plain['step_ms']:.0%} of it | "
+            f"{ours['loss_ms'] / ours['step_ms']:.0%} | "
+            f"{plain['step_ms'] / ours['step_ms']:.1f} times as fast |"
+        )
+    return (
+        "\n".join(lines)
+        + f"\n\nSizes of MovieLens 1M, 64 dimensions, float32; `{step['command']}`, "
+        f"[json]({BLOB}{RESULTS_PATH}/training-step.json).\n"
+    )
+
+
+def megabytes(row: Report) -> str:
+    peak = row.get("peak_bytes")
+    return "memory not measured" if peak is None else f"{max(peak, 1e6) / 1e6:,.0f} MB"
 
 
 def speed_table(speed: Report) -> str:
@@ -116,11 +145,11 @@ def speed_table(speed: Report) -> str:
     machine = speed["machine"]
     where = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
     runs = [row["runs"] for f in shapes for row in f["versions"]]
-    name = f"benchmarks/results/speed-{speed['device']}"
+    name = f"{RESULTS_PATH}/speed-{speed['device']}"
     drawn = {"overhead": "ladder"} | ({"growth": "growth"} if any(speed["growth"].values()) else {})
     drawn |= {"scales of logits": "scales"} if speed.get("scales") else {}
     drawn |= {"launches": "launches"} if speed["device"] == "cuda" else {}
-    pictures = ", ".join(f"[{what}]({name}-{suffix}.png)" for what, suffix in drawn.items())
+    pictures = ", ".join(f"[{what}]({BLOB}{name}-{suffix}.png)" for what, suffix in drawn.items())
     lines += [
         "",
         f"Forward and backward, medians of {min(runs)} to {max(runs)} rounds in turn; memory above "
@@ -134,10 +163,10 @@ def speed_table(speed: Report) -> str:
         f"All corrections over the plain loss: {', '.join(ladders)}.",
         "",
         *scales_line(speed.get("scales", [])),
-        f"{where}, torch {speed['versions']['torch']}. Figures: [json]({name}.json); "
+        f"{where}, torch {speed['versions']['torch']}. Figures: [json]({BLOB}{name}.json); "
         f"pictures: {pictures}.",
         "",
-        f"![time and memory by shape and version]({name}.png)",
+        f"![time and memory by shape and version]({RAW}{name}.png)",
     ]
     return "\n".join(lines) + "\n"
 
@@ -171,8 +200,7 @@ def cell(figures: Report, version: str) -> str:
         if version in figures["too_large"]:
             return f"needs {figures['too_large'][version] / 1e9:.0f} GB"
         return "refused" if version in figures["refused"] else "–"
-    peak = row.get("peak_bytes")
-    memory = "not measured" if peak is None else f"{max(peak, 1e6) / 1e6:,.0f} MB"
+    memory = megabytes(row)
     ratio = f"{row['ratio']:.2f}"
     return f"{f'**{ratio}**' if version in KERNELS else ratio}, {memory}"
 

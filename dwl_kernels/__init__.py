@@ -4,6 +4,7 @@ Start at :class:`DynamicWeightedSampledSoftmax`, or at the functions it calls.
 """
 
 from dwl_kernels.candidates import LogUniformSampler, UniformSampler, UnigramSampler
+from dwl_kernels.dial import choose_bonus, ranks_with_bonus
 from dwl_kernels.domains import DomainWeights, domains_from_multi_hot
 from dwl_kernels.functional import (
     dual_scale_softmax_loss,
@@ -31,10 +32,12 @@ __all__ = [
     "StreamingFrequency",
     "UniformSampler",
     "UnigramSampler",
+    "choose_bonus",
     "domains_from_multi_hot",
     "dual_scale_softmax_loss",
     "full_softmax_loss",
     "in_batch_softmax_loss",
     "indexed_sampled_softmax_loss",
+    "ranks_with_bonus",
     "sampled_softmax_loss",
 ]

@@ -26,13 +26,16 @@ from dwl_kernels.batching import (
     is_legacy_batched,
     register_by_slices,
 )
+from dwl_kernels.flops import tell_counters
 from dwl_kernels.once import (
     ReverseOnly,
     once,
+    refuse_jit,
     refuse_tangents,
     tracked,
     transforms_active,
 )
+from dwl_kernels.op_checks import check_problem, check_scale
 from dwl_kernels.problem import (
     NUM_TENSORS,
     SOURCES,
@@ -88,6 +91,9 @@ def softmax_loss(problem: Problem, backend: str = "auto", sparse_grad: bool = Fa
     watched = compiling or _watched(tensors)
     if watched:
         refuse_tangents(tensors)
+        refuse_jit()
+        if not compiling:
+            tell_counters()
     if torch.is_grad_enabled():
         wanted = Wanted(*[t is not None and t.requires_grad for t in sources])
         if True in wanted:
@@ -329,6 +335,8 @@ def _problem(fields: list[Any]) -> Problem:
     """The problem of what `_fields` gave."""
     dual = fields[-1]
     if dual is not None:
+        if len(dual) != len(DualScale._fields):
+            raise ValueError(f"dual has {len(dual)} numbers; wanted {len(DualScale._fields)}")
         hardness, similarity, slate_size, competition = dual
         dual = DualScale(hardness, similarity, int(slate_size), competition)
     return Problem(*[*fields[:-1], dual])
@@ -337,6 +345,7 @@ def _problem(fields: list[Any]) -> Problem:
 def _softmax_loss(*args: Any) -> tuple[Tensor, ...]:
     *fields, row_grad, wanted, backend = args
     problem = _problem(fields)
+    check_problem(problem, row_grad, wanted, backend)
     output = _solve(problem, row_grad, Wanted(*wanted), backend)
     # An op cannot return None; a gradient that is not wanted is an empty tensor.
     return tuple([problem.query.new_empty(0) if t is None else t for t in output])
@@ -361,6 +370,7 @@ def _fake_softmax_loss(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _scale(gradients: list[Tensor], upstream: Tensor, places: list[int]) -> list[Tensor]:
+    check_scale(gradients, upstream, places, _DTYPES)
     return _products(gradients, upstream, [_DTYPES[place] for place in places])
 
 

@@ -17,9 +17,11 @@ from dwl_kernels.batching import backward_by_slices, is_batched, register_by_sli
 from dwl_kernels.once import (
     ReverseOnly,
     once,
+    refuse_jit,
     refuse_tangents,
     transforms_active,
 )
+from dwl_kernels.op_checks import check_table
 from dwl_kernels.problem import no_autocast
 
 _library = torch.library.Library("dwl_kernels", "FRAGMENT")
@@ -35,6 +37,7 @@ def gather_rows(table: Tensor, ids: Tensor, sparse_grad: bool, backend: str) -> 
     if transforms_active():
         return _TransformedRows.apply(table, ids, sparse_grad, backend)
     refuse_tangents((table,))
+    refuse_jit()
     return _GatherRows.apply(table, ids, sparse_grad, backend)
 
 
@@ -148,6 +151,7 @@ def _solve(
     compact: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
+    check_table(source, ids, coefficients, table_rows, dtype, backend)
     solve = backends.pick_table_gradient(backend, source, dtype)
     with no_autocast(source.device.type):
         return solve(source, ids, coefficients, table_rows, dtype, compact)

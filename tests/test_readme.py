@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import re
+import subprocess
+import sys
 from typing import Any
 
 import pytest
-import torch
 
 import dwl_kernels
 from benchmarks import readme
@@ -35,7 +36,10 @@ def test_changed_figure_no_longer_passes() -> None:
 
 
 def test_linked_files_are_committed() -> None:
-    links = re.findall(r"\]\((?!http)([^)#]+)\)", readme.README.read_text("utf-8"))
+    text = readme.README.read_text("utf-8")
+    relative = re.findall(r"\]\((?!http)([^)#]+)\)", text)
+    assert relative == [], "a package index shows absolute links only"
+    links = re.findall(rf"\]\((?:{readme.BLOB}|{readme.RAW})([^)#]+)\)", text)
     assert links
     assert [link for link in links if not (readme.ROOT / link).exists()] == []
 
@@ -64,29 +68,18 @@ def test_gpu_is_not_measured_until_its_result_is_committed(speed: dict[str, Any]
     assert "some GPU" in readme.speed_table(on_gpu)
 
 
-def test_example_runs_as_it_stands() -> None:
-    example = re.findall(r"```python\n(.*?)```", readme.README.read_text("utf-8"), re.DOTALL)[0]
-    item_domains = torch.randint(0, 4, (500,))
-    items = torch.randint(0, 500, (3000,))
-    table = torch.nn.Embedding(500, 16)
-    positive_ids = items[torch.randint(0, 3000, (6, 9))]  # seen, so none has log-Q -inf
-    query = torch.randn(6, 9, 16, requires_grad=True)
-    exec(
-        example,
-        {
-            "users": torch.randint(0, 50, (3000,)),
-            "items": items,
-            "domains": item_domains[items],
-            "item_domains": item_domains,
-            "item_counts": torch.bincount(items, minlength=500),
-            "table": table,
-            "positive_ids": positive_ids,
-            "query": query,
-            "mask": torch.rand(6, 9) > 0.3,
-        },
-    )
-    assert query.grad is not None
-    assert query.grad.isfinite().all()
+BLOCKS = re.findall(r"```python\n(.*?)```", readme.README.read_text("utf-8"), re.DOTALL)
+
+
+@pytest.mark.parametrize("number", range(len(BLOCKS)))
+def test_block_runs_in_a_fresh_process(number: int) -> None:
+    done = subprocess.run([sys.executable, "-c", BLOCKS[number]], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    if number == 0:
+        losses = [float(one) for one in re.findall(r"loss (\d+\.\d+)", done.stdout)]
+        assert len(losses) == 3
+        assert all(0 < one < 20 for one in losses)
 
 
 def test_every_public_name_is_in_the_readme() -> None:
