@@ -235,7 +235,7 @@ class Problem(NamedTuple):
             return weight
         checks = checks_values(tau)
         if checks and tau.numel():
-            low, high = tau.aminmax()  # of NaN, NaN
+            low, high = tau.detach().aminmax()  # of NaN, NaN
             if float(low) > 0 and float(high) < math.inf:
                 return weight
         wrong = ~((tau > 0) & (tau < torch.inf))
