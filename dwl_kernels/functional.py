@@ -40,7 +40,7 @@ from dwl_kernels.autograd import softmax_loss
 from dwl_kernels.backends import Backend, check_name
 from dwl_kernels.checks import either
 from dwl_kernels.problem import Correction, DualScale, Problem, Reduction
-from dwl_kernels.table import ids_in_use, shared_rows
+from dwl_kernels.table import shared_rows
 from dwl_kernels.validation import (
     full_problem,
     in_batch_problem,
@@ -343,8 +343,9 @@ def indexed_sampled_softmax_loss(
             (``[..., K]`` with leading dimensions), ``K`` of every query's own. A negative that is
             the positive of a row (an accidental hit) is always removed from that row.
         sparse_grad: whether the gradient of the table is a coalesced sparse COO tensor of the rows
-            that were used, as ``torch.optim.SparseAdam`` takes it, or dense. The ids of padded rows
-            are not among them. ``torch.compile`` does not trace sparse gradients.
+            that were used, as ``torch.optim.SparseAdam`` takes it, or dense. Rows whose gradient is
+            zero, as of padding, are not among them. ``torch.compile`` does not trace sparse
+            gradients.
         negative_log_q: log-probability (nats) of one draw of every negative.
 
     The other arguments, what is returned and what is raised: see :func:`sampled_softmax_loss`. An
@@ -375,8 +376,6 @@ def indexed_sampled_softmax_loss(
     }
     sparse_grad = flag("sparse_grad", sparse_grad)
     ids = indexed_ids(query, table, positive_ids, negative_ids, example_weights)
-    if sparse_grad:
-        ids = ids_in_use(*ids, example_weights)
     if ids[1].dim() != 1:
         problem = indexed_problem(query, table, *ids, **arguments)
         return loss_of(problem, query, backend, sparse_grad)

@@ -55,30 +55,6 @@ def shared_rows(
     return positive.reshape(*positive_ids.shape, table.shape[1]), negative
 
 
-def ids_in_use(
-    positive_ids: Tensor,  # [...]
-    negative_ids: Tensor,  # [N] or [..., K]
-    example_weights: Tensor | None,  # [...]
-) -> tuple[Tensor, Tensor]:
-    """The ids, in padded rows those of the first row that is none.
-
-    A sparse gradient then has no entry of zeros for the ids of padding, by which an optimiser would
-    move those rows of the table further on their old momentum.
-    """
-    # A wrong shape is left to the loss, which names it.
-    if example_weights is None or getattr(example_weights, "shape", ()) != positive_ids.shape:
-        return positive_ids, negative_ids
-    if not positive_ids.numel():
-        return positive_ids, negative_ids
-    padded = example_weights == 0
-    first = (~padded).flatten().int().argmax(keepdim=True)
-    positive_ids = torch.where(padded, positive_ids.flatten()[first], positive_ids)
-    if negative_ids.dim() > 1:
-        rows = negative_ids.flatten(0, -2)
-        negative_ids = torch.where(padded[..., None], rows[first], negative_ids)
-    return positive_ids, negative_ids
-
-
 class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
@@ -133,6 +109,10 @@ def table_gradient(
     )
     if not sparse:
         return values
+    # An optimiser would move the rows of padding, whose gradient is zero, on their old momentum.
+    used = values.any(1)
+    if not used.all():
+        values, distinct = values[used], distinct[used]
     return torch.sparse_coo_tensor(
         distinct[None],
         values,

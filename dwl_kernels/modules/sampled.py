@@ -25,7 +25,7 @@ from dwl_kernels.modules.weighted import (
     padding,
 )
 from dwl_kernels.problem import Correction, Reduction
-from dwl_kernels.table import ids_in_use, shared_rows
+from dwl_kernels.table import shared_rows
 from dwl_kernels.validation import in_batch_problem, indexed_ids, takes_batch
 
 
@@ -291,8 +291,6 @@ class DynamicWeightedSampledSoftmax(WeightedLoss):
         """The embeddings that the ids name."""
         drawn = positive_ids.new_empty(0) if negative_ids is None else negative_ids
         ids = indexed_ids(query, table, positive_ids, drawn, example_weights)
-        if self.sparse_grad:
-            ids = ids_in_use(*ids, example_weights)
         positive, negative = shared_rows(table, *ids, self.sparse_grad, self.backend)
         return positive, None if negative_ids is None else negative
 
