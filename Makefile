@@ -45,7 +45,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 demo: $(READY)
 	$(BIN)/python -m benchmarks.demo $(if $(DATA),--data "$(DATA)")

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
@@ -245,8 +245,10 @@ def in_parallel(
 ) -> list[Result]:
     """`function` of each argument, in threads, of which Ctrl-C ends the compilers too."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        futures = [pool.submit(function, argument) for argument in arguments]
+        futures: list[Future[Result]] = []
         try:
+            for argument in arguments:
+                futures.append(pool.submit(function, argument))
             return [future.result() for future in futures]
         except BaseException as error:
             pool.shutdown(wait=False, cancel_futures=True)
