@@ -86,7 +86,9 @@ def softmax_loss(problem: Problem, backend: str = "auto", sparse_grad: bool = Fa
     tensors, sources = problem.tensors(), problem.sources()
     if transforms_active():
         wanted = Wanted(*[t is not None and tracked(t) for t in sources])
-        loss, *_ = _Transformed.apply(_call(problem, wanted, backend, sparse_grad), *tensors)
+        dtypes = [t.dtype for t, want in zip(sources, wanted, strict=True) if want and t is not None]
+        call = _call(problem, wanted, dtypes, backend, sparse_grad)
+        loss, *_ = _Transformed.apply(call, *tensors)
         return loss
     watched = compiling or _watched(tensors)
     if watched:
@@ -97,8 +99,9 @@ def softmax_loss(problem: Problem, backend: str = "auto", sparse_grad: bool = Fa
     if torch.is_grad_enabled():
         wanted = Wanted(*[t is not None and t.requires_grad for t in sources])
         if True in wanted:
-            leaves = [t for t, want in zip(sources, wanted, strict=True) if want]
-            call = _call(problem, wanted, backend, sparse_grad)
+            leaves = [t for t in sources if t is not None and t.requires_grad]
+            dtypes = [t.dtype for t in leaves]
+            call = _call(problem, wanted, dtypes, backend, sparse_grad)
             apply = _SoftmaxLoss.apply if watched else _apply
             loss, _ = apply((problem, call, watched), *leaves)
             return loss
@@ -116,11 +119,11 @@ class _Call(NamedTuple):
     again: bool  # whether the backward solves the problem: the rows of "none" know no gradients yet
 
 
-def _call(problem: Problem, wanted: Wanted, backend: str, sparse_grad: bool) -> _Call:
-    sources = problem.sources()
-    dtypes = [t.dtype for t, want in zip(sources, wanted, strict=True) if want and t is not None]
+def _call(
+    problem: Problem, wanted: Wanted, dtypes: list[torch.dtype], backend: str, sparse_grad: bool
+) -> _Call:
     table: Any = None
-    if problem.by_row and wanted.candidates:
+    if wanted.candidates and problem.by_row:
         at = int(wanted.query)
         dtypes[at : at + 1] = [problem.candidate_gradient] * 2
         table = (at, len(problem.candidates), problem.candidates.dtype, sparse_grad, backend)
