@@ -30,7 +30,6 @@ from dwl_kernels.flops import tell_counters
 from dwl_kernels.once import (
     ReverseOnly,
     once,
-    refuse_jit,
     refuse_tangents,
     tracked,
     transforms_active,
@@ -86,14 +85,15 @@ def softmax_loss(problem: Problem, backend: str = "auto", sparse_grad: bool = Fa
     tensors, sources = problem.tensors(), problem.sources()
     if transforms_active():
         wanted = Wanted(*[t is not None and tracked(t) for t in sources])
-        dtypes = [t.dtype for t, want in zip(sources, wanted, strict=True) if want and t is not None]
+        dtypes = [
+            t.dtype for t, want in zip(sources, wanted, strict=True) if want and t is not None
+        ]
         call = _call(problem, wanted, dtypes, backend, sparse_grad)
         loss, *_ = _Transformed.apply(call, *tensors)
         return loss
     watched = compiling or _watched(tensors)
     if watched:
         refuse_tangents(tensors)
-        refuse_jit()
         if not compiling:
             tell_counters()
     if torch.is_grad_enabled():

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dwl_kernels.arguments import check_dense, integers, number
+from dwl_kernels.once import refuse_jit
 from dwl_kernels.problem import (
     FLOATS,
     INTEGERS,
@@ -22,6 +23,7 @@ from dwl_kernels.problem import (
 
 def check_embeddings(query: Tensor, **others: Tensor) -> list[Tensor]:
     """Query and what it is compared with, cast to the autocast dtype if there is one."""
+    refuse_jit()  # before PyTorch finds a reason of its own
     check_embedding("query", query)
     for name, value in others.items():
         check_embedding(name, value)

@@ -17,7 +17,6 @@ from dwl_kernels.batching import backward_by_slices, is_batched, register_by_sli
 from dwl_kernels.once import (
     ReverseOnly,
     once,
-    refuse_jit,
     refuse_tangents,
     transforms_active,
 )
@@ -37,7 +36,6 @@ def gather_rows(table: Tensor, ids: Tensor, sparse_grad: bool, backend: str) -> 
     if transforms_active():
         return _TransformedRows.apply(table, ids, sparse_grad, backend)
     refuse_tangents((table,))
-    refuse_jit()
     return _GatherRows.apply(table, ids, sparse_grad, backend)
 
 
