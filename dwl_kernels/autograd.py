@@ -78,8 +78,12 @@ def softmax_loss(problem: Problem, backend: str = "auto", sparse_grad: bool = Fa
     backends.check_name(backend)
     compiling = torch.compiler.is_compiling()
     if compiling:
-        # It refuses one tensor in two places of an autograd.Function.
-        distinct: Any = [f.view_as(f) if isinstance(f, Tensor) else f for f in problem]
+        # It refuses one tensor in two places of an autograd.Function. One of them may stay what it
+        # is: the table, since a sparse gradient has no way through a view.
+        distinct: Any = [
+            f.view_as(f) if isinstance(f, Tensor) and name != "candidates" else f
+            for name, f in zip(Problem._fields, problem, strict=True)
+        ]
         problem = Problem(*distinct)
     loss: Tensor
     tensors, sources = problem.tensors(), problem.sources()
