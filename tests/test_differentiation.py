@@ -110,7 +110,6 @@ FORWARD_OR_TWICE = {
     "dual number, no_grad": dual_number_without_grad,
     "dual upstream gradient": dual_upstream_gradient,
     "func.jvp": lambda f, x: torch.func.jvp(f, (x,), (torch.ones_like(x),)),
-    "func.linearize": lambda f, x: torch.func.linearize(f, x)[1](torch.ones_like(x)),
     "func.jacfwd": lambda f, x: torch.func.jacfwd(f)(x),
     "func.hessian": lambda f, x: torch.func.hessian(f)(x),
     "func.grad twice": lambda f, x: torch.func.grad(lambda y: torch.func.grad(f)(y).sum())(x),
