@@ -78,8 +78,12 @@ def softmax_loss(problem: Problem, backend: str = "auto", sparse_grad: bool = Fa
     backends.check_name(backend)
     compiling = torch.compiler.is_compiling()
     if compiling:
-        # It refuses one tensor in two places of an autograd.Function.
-        distinct: Any = [f.view_as(f) if isinstance(f, Tensor) else f for f in problem]
+        # It refuses one tensor in two places of an autograd.Function. One of them may stay what it
+        # is: the table, since a sparse gradient has no way through a view.
+        distinct: Any = [
+            f.view_as(f) if isinstance(f, Tensor) and name != "candidates" else f
+            for name, f in zip(Problem._fields, problem, strict=True)
+        ]
         problem = Problem(*distinct)
     loss: Tensor
     tensors, sources = problem.tensors(), problem.sources()
@@ -114,7 +118,7 @@ class _Call(NamedTuple):
     wanted: Wanted  # by row with those of the products, from which that of the table follows
     backend: str
     dtypes: list[torch.dtype]  # of the wanted gradients
-    table: Any  # by row, if its gradient is wanted: its place among them, rows, dtype, sparse
+    table: Any  # by row, if its gradient is wanted: its place among them, dtype, sparse, backend
     constants: tuple[Any, ...]  # the fields of the problem that are no tensors
     again: bool  # whether the backward solves the problem: the rows of "none" know no gradients yet
 
@@ -126,7 +130,7 @@ def _call(
     if wanted.candidates and problem.by_row:
         at = int(wanted.query)
         dtypes[at : at + 1] = [problem.candidate_gradient] * 2
-        table = (at, len(problem.candidates), problem.candidates.dtype, sparse_grad, backend)
+        table = (at, problem.candidates.dtype, sparse_grad, backend)
         wanted = wanted._replace(positive=True)
     again = problem.reduction == "none"
     return _Call(wanted, backend, dtypes, table, problem[NUM_TENSORS:], again)
@@ -150,7 +154,8 @@ class _SoftmaxLoss(torch.autograd.Function):
             loss, *gradients = _solved(problem, None, call.wanted, call.backend, watched)
             kept = [g for g in gradients if g is not None]
         root = loss.new_empty(0) if watched else loss.data  # `data` takes a third of the time
-        ctx.call = call, len(kept)
+        # Asked here: a compiler of symbolic sizes hands the backward none from outside the forward.
+        ctx.call = call, len(kept), problem.candidates.shape[0]
         ctx.save_for_backward(*kept, root, *(_draws(problem) if call.table else ()))
         return loss, root
 
@@ -164,10 +169,10 @@ class _SoftmaxLoss(torch.autograd.Function):
             if is_batched(grad):
                 return backward_by_slices(_SoftmaxLoss.backward, ctx, grad)
             refuse_tangents((grad,))
-        call, num = ctx.call
+        call, num, table_rows = ctx.call
         saved = ctx.saved_tensors
         kept, root, draws = saved[:num], saved[num], saved[num + 1 :]
-        return None, *_gradients(call, kept, root, draws, grad, watched)
+        return None, *_gradients(call, kept, root, draws, table_rows, grad, watched)
 
 
 class _Transformed(ReverseOnly):
@@ -203,7 +208,8 @@ class _Transformed(ReverseOnly):
         sources = [place for place, want in zip(SOURCES, call.wanted, strict=True) if want]
         if call.table is not None:
             sources.remove(SOURCES[1])  # what is wanted of the positives is part of the table's
-        gradients = _gradients(call, kept, root, _draws(problem), upstream[0], watched=True)
+        draws, table_rows = _draws(problem), problem.candidates.shape[0]
+        gradients = _gradients(call, kept, root, draws, table_rows, upstream[0], watched=True)
         for place, gradient in zip(sources, gradients, strict=True):
             found[place] = gradient
         return None, *found
@@ -214,6 +220,7 @@ def _gradients(
     kept: Sequence[Any],
     root: Tensor,
     draws: Sequence[Any],
+    table_rows: int,
     grad: Tensor,
     watched: bool,
 ) -> list[Tensor]:
@@ -233,7 +240,9 @@ def _gradients(
         query, positive_ids, candidate_ids = draws
         products = [gradients[at][:, None], gradients[at + 1]]
         ids = [positive_ids[:, None], candidate_ids]
-        gradients[at : at + 2] = [table_gradient(query.detach(), ids, products, *options)]
+        gradients[at : at + 2] = [
+            table_gradient(query.detach(), ids, products, table_rows, *options)
+        ]
     if watched or torch.is_grad_enabled():
         gradients = [once(g, root, grad) for g in gradients]
     return gradients

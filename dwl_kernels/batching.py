@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,11 +10,18 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 
-def register_by_slices(library: torch.library.Library, name: str) -> None:
-    """The rule of ``vmap`` for an op of `library`."""
+def register_by_slices(
+    library: torch.library.Library, name: str, sparse: Callable[..., bool] = lambda *args: False
+) -> None:
+    """The rule of ``vmap`` for an op of `library`, which raises for arguments that are `sparse`."""
     op = getattr(torch.ops.dwl_kernels, name)
 
     def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        if sparse(*args):
+            raise RuntimeError(
+                "gradients of a batch are stacked, which sparse ones of a table cannot be; pass "
+                "sparse_grad=False"
+            )
         return by_slices(op, info, in_dims, args)
 
     torch.library.register_vmap(f"dwl_kernels::{name}", rule, lib=library)
@@ -26,18 +33,9 @@ def by_slices(
     """A call of `function` for every slice, their outputs stacked, as a rule of ``vmap``."""
     calls = [function(*_slice(args, in_dims, place)) for place in range(info.batch_size)]
     if isinstance(calls[0], Tensor):
-        return _stacked(calls), 0
-    outputs = tuple(_stacked(output) for output in zip(*calls, strict=True))
+        return torch.stack(calls), 0
+    outputs = tuple(torch.stack(output) for output in zip(*calls, strict=True))
     return outputs, (0,) * len(outputs)
-
-
-def _stacked(slices: Sequence[Tensor]) -> Tensor:
-    if slices[0].is_sparse or len({one.shape for one in slices}) > 1:
-        raise RuntimeError(
-            "gradients of a batch are stacked, which sparse ones of a table cannot be; pass "
-            "sparse_grad=False"
-        )
-    return torch.stack([*slices])
 
 
 def _slice(value: Any, dim: Any, place: int) -> Any:

@@ -86,8 +86,10 @@ class Tables(nn.Module):
             before = {name: tensor.detach() for name, tensor in self._tensors()}
         super()._apply(keep_dtype, recurse=False)
         for name, now in self._tensors():
-            if has_values(before[name]) and not has_values(now):
-                self._left[name] = before[name]
+            if has_values(before[name]):
+                self._left.pop(name, None)  # a checkpoint has put others in its place since
+                if not has_values(now):
+                    self._left[name] = before[name]
             elif has_values(now) and name in self._left:
                 now.data.copy_(self._left.pop(name))
         for name in self._constants:
@@ -128,6 +130,18 @@ class Tables(nn.Module):
             if prefix + name in state_dict and name in saved:  # it replaces them with assign=True
                 state_dict[prefix + name] = state_dict[prefix + name].to(own.dtype)
         super()._load_from_state_dict(state_dict, prefix, *more)
+        assigns: bool = more[0].get("assign_to_params_buffers", False)
+        if assigns and not has_values(self.device_marker):
+            self._leave_meta([v.device for v in named.values() if isinstance(v, Tensor)])
+
+    def _leave_meta(self, devices: list[torch.device]) -> None:
+        """Puts the constants where a checkpoint was assigned, if nothing is left on `meta`.
+
+        They are in no checkpoint, so nobody else would, and `to` takes no module from there.
+        """
+        own = [tensor for name, tensor in self._tensors() if name != "device_marker"]
+        if all(has_values(tensor) for tensor in own):
+            self.device_marker = torch.empty(0, device=devices[0] if devices else None)
 
 
 def difference(

@@ -107,10 +107,6 @@ def table_gradient(
     )
     if not sparse:
         return values
-    # An optimiser would move the rows of padding, whose gradient is zero, on their old momentum.
-    used = values.any(1)
-    if not used.all():
-        values, distinct = values[used], distinct[used]
     return torch.sparse_coo_tensor(
         distinct[None],
         values,
@@ -132,7 +128,13 @@ def _solve(
     check_table(source, ids, coefficients, table_rows, dtype, backend)
     solve = backends.pick_table_gradient(backend, source, dtype)
     with no_autocast(source.device.type):
-        return solve(source, ids, coefficients, table_rows, dtype, compact)
+        values, distinct = solve(source, ids, coefficients, table_rows, dtype, compact)
+    if compact:
+        # An optimiser would move the rows of padding, whose gradient is 0, on their old momentum.
+        used = values.any(1)
+        if not used.all():
+            values, distinct = values[used], distinct[used]
+    return values, distinct
 
 
 def _fake(
@@ -151,4 +153,4 @@ def _fake(
 
 _library.impl("table_gradient", _solve, "CompositeExplicitAutograd")
 torch.library.register_fake("dwl_kernels::table_gradient", _fake)
-register_by_slices(_library, "table_gradient")
+register_by_slices(_library, "table_gradient", sparse=lambda *args: args[5])  # compact

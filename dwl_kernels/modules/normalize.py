@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dwl_kernels.once import once
+from dwl_kernels.batching import backward_by_slices, is_batched
+from dwl_kernels.once import ReverseOnly, once, refuse_tangents, transforms_active
 from dwl_kernels.problem import accumulate_dtype
 
 
@@ -29,7 +30,12 @@ def normalised(
     masked = None
     if padded is not None and padded.shape == embedding.shape[:-1]:
         masked = padded[..., None]
-    out: Tensor = _Normalised.apply(embedding, masked, drawn)[0]
+    out: Tensor
+    if transforms_active():
+        out = _TransformedRows.apply(embedding, masked, drawn)[0]
+        return out
+    refuse_tangents((embedding,))
+    out = _Normalised.apply(embedding, masked, drawn)[0]
     return out
 
 
@@ -63,6 +69,9 @@ class _Normalised(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Any) -> tuple[Tensor | None, ...]:
+        if is_batched(upstream[0]):
+            return backward_by_slices(_Normalised.backward, ctx, upstream[0])
+        refuse_tangents(upstream[:1])
         embedding, masked, largest, length = ctx.saved_tensors
         # (g - <g, u> u) / |x|; in two divisions, because the length itself may not be finite.
         unit = embedding.detach().to(largest.dtype).div(largest).div_(length)
@@ -76,3 +85,11 @@ class _Normalised(torch.autograd.Function):
             gradient = gradient.masked_fill_(masked, 0.0)
         gradient = gradient.to(embedding.dtype)
         return once(once(gradient, embedding), upstream[0]), None, None
+
+
+class _TransformedRows(ReverseOnly):
+    """`_Normalised` for the transforms of ``torch.func``."""
+
+    forward = staticmethod(_Normalised.forward)
+    setup_context = staticmethod(_Normalised.setup_context)
+    backward = staticmethod(_Normalised.backward)
