@@ -27,7 +27,7 @@ class Tables(nn.Module):
     buffer. So no checkpoint replaces it, nothing that averages models averages it, and it is there
     again when a module built on `meta` gets memory, in whatever way.
 
-    What a constructor builds, it builds :func:`on_host`, and then calls :meth:`settle`. On `meta`
+    What a constructor builds, it builds :func:`on_host`, and then calls :meth:`_settle`. On `meta`
     the other tensors leave their values here too, until there is memory for them.
     """
 
@@ -40,7 +40,7 @@ class Tables(nn.Module):
         self._left: dict[str, Tensor] = {}  # values of tensors that are on `meta`
         self.register_buffer("device_marker", torch.empty(0), persistent=False)
 
-    def register_constant(self, name: str, value: Tensor, *, saved: bool = False) -> None:
+    def _register_constant(self, name: str, value: Tensor, *, saved: bool = False) -> None:
         self._constants[name] = value
         if saved:
             self._saved.add(name)
@@ -65,7 +65,7 @@ class Tables(nn.Module):
         constants[name] = value = value.to(marker.device)
         return value
 
-    def settle(self) -> None:
+    def _settle(self) -> None:
         """Goes from the host to where tensors are made by default."""
         blank = torch.empty(0)
         if type(blank) is Tensor:
@@ -107,23 +107,23 @@ class Tables(nn.Module):
         for name in self._saved:
             destination[prefix + name] = getattr(self, name)
 
-    def contradiction(self, saved: dict[str, Tensor]) -> str | None:
+    def _contradiction(self, saved: dict[str, Tensor]) -> str | None:
         """How a checkpoint contradicts the constructor's arguments, and the mend; None if not."""
         return None
 
-    def bring_up_to_date(self, state_dict: dict[str, Any], prefix: str) -> None:
+    def _bring_up_to_date(self, state_dict: dict[str, Any], prefix: str) -> None:
         """Makes a checkpoint of an earlier version one of this."""
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *more: Any) -> None:
         named = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
         # Tensors without values, of a subclass or on `meta`, cannot be compared.
         saved = {k: v for k, v in named.items() if type(v) in (Tensor, nn.Parameter)}
-        message = self.contradiction({k: v for k, v in saved.items() if not v.is_meta})
+        message = self._contradiction({k: v for k, v in saved.items() if not v.is_meta})
         if message is not None:
             error_msgs: list[str] = more[-1]
             error_msgs.append(f"{prefix.removesuffix('.') or type(self).__name__}: {message}.")
             return
-        self.bring_up_to_date(state_dict, prefix)
+        self._bring_up_to_date(state_dict, prefix)
         for name in (*self._non_persistent_buffers_set, *self._constants):
             state_dict.pop(prefix + name, None)  # compared, or saved by an earlier version
         for name, own in self._tensors():

@@ -31,7 +31,7 @@ _MAX_ITEMS = 2**48
 
 
 class _Sampler(Tables):
-    """Draws ids from a fixed distribution over `[0, num_items)`."""
+    """Draws ids from a fixed distribution over ``[0, num_items)``."""
 
     def __init__(self, num_items: int) -> None:
         super().__init__()
@@ -46,14 +46,15 @@ class _Sampler(Tables):
         """Draw ids with replacement, with the log-probability of one draw of each.
 
         Args:
-            n: number of draws, or a shape such as `(B, K)`.
+            n: number of draws, or a shape such as ``(B, K)``, ``K`` for each of ``B`` rows.
             generator: source of randomness on the sampler's device; the global one if None.
 
         Returns:
-            `ids` int64 `[n]` and `log_q` float32 `[n]`, or both of the shape that was asked for.
+            ``ids`` ``[n]`` int64 and ``log_q`` ``[n]`` float32, nats, or both of the shape that was
+            asked for.
 
         Raises:
-            TypeError: `n` is neither an integer nor a shape, or `generator` is none.
+            TypeError: ``n`` is neither an integer nor a shape, or ``generator`` is none.
             ValueError: a negative size, or a generator of another device.
         """
         device = self.device_marker.device
@@ -71,15 +72,16 @@ class _Sampler(Tables):
         """Log-probability of one draw of each id.
 
         Args:
-            ids: integer ids in `[0, num_items)`, any shape; a tensor, NumPy array or pandas column.
+            ids: ``[...]`` integers in ``[0, num_items)``, any shape; a tensor, NumPy array or
+                pandas column.
 
         Returns:
-            float32 of the shape of `ids`; -inf for an id that is never drawn. An id out of range
-            gives NaN on CUDA and in compiled code, where a check would wait for the device.
+            ``[...]`` float32, nats; -inf for an id that is never drawn. An id out of range gives
+            NaN on CUDA and in compiled code, where a check would wait for the device.
 
         Raises:
-            TypeError: `ids` is no tensor or array of integers.
-            ValueError: `ids` is on another device than the sampler.
+            TypeError: ``ids`` is no tensor or array of integers.
+            ValueError: ``ids`` is on another device than the sampler.
             IndexError: an id is out of range, on CPU or with ``DWL_KERNELS_CHECK=1``.
         """
         ids = ids_on(self.device_marker.device, ids)
@@ -104,16 +106,16 @@ class _Sampler(Tables):
 
 
 class UniformSampler(_Sampler):
-    """Draws every id with the same probability, `Q = 1 / num_items`.
+    """Draws every id with the same probability, ``Q = 1 / num_items``.
 
     Args:
         num_items: size of the catalogue, at most 2^48.
 
     Raises:
-        TypeError, ValueError: `num_items` is no integer, or not in `[1, 2^48]`.
+        TypeError, ValueError: ``num_items`` is no integer, or not in ``[1, 2^48]``.
 
     Example:
-        >>> from dwl_kernels.candidates import UniformSampler
+        >>> from dwl_kernels import UniformSampler
         >>> ids, log_q = UniformSampler(4).sample(1024)
         >>> round(log_q[0].exp().item(), 4)
         0.25
@@ -131,17 +133,17 @@ class UniformSampler(_Sampler):
 class LogUniformSampler(_Sampler):
     """Draws ids sorted by decreasing frequency from Zipf's law, without a table.
 
-    `Q_k = log((k + 2) / (k + 1)) / log(num_items + 1)`, so id 0 must be the most frequent item.
+    ``Q_k = log((k + 2) / (k + 1)) / log(num_items + 1)``, so id 0 must be the most frequent item.
     The inverse of the cumulative distribution is taken in float64.
 
     Args:
         num_items: size of the catalogue, at most 2^48.
 
     Raises:
-        TypeError, ValueError: `num_items` is no integer, or not in `[1, 2^48]`.
+        TypeError, ValueError: ``num_items`` is no integer, or not in ``[1, 2^48]``.
 
     Example:
-        >>> from dwl_kernels.candidates import LogUniformSampler
+        >>> from dwl_kernels import LogUniformSampler
         >>> sampler = LogUniformSampler(3)
         >>> sampler.log_q(torch.arange(3)).exp()  # log 2, log 3/2 and log 4/3 over log 4
         tensor([0.5000, 0.2925, 0.2075])
@@ -162,7 +164,7 @@ class LogUniformSampler(_Sampler):
 class UnigramSampler(_Sampler):
     """Draws ids in proportion to a power of their counts, by Walker's alias method.
 
-    `Q_k = counts_k^power / sum_j counts_j^power`. An item with count zero is never drawn and has
+    ``Q_k = counts_k^power / sum_j counts_j^power``. An item with count zero is never drawn and has
     log-Q -inf, whatever the power: power 0 is uniform over the items that were counted at all.
 
     The table takes 16 bytes per item: the probability in float64, the alias in int32 (int64 from
@@ -170,20 +172,20 @@ class UnigramSampler(_Sampler):
     but near-uniform ones send many surpluses below 2^-24 to one item, which would lose them all.
 
     Args:
-        counts: `[num_items]` occurrences of each item, non-negative, integer or floating, such as
-            `numpy.bincount(items, minlength=num_items)`; a tensor, array, or list.
+        counts: ``[num_items]`` occurrences of each item, non-negative, integer or floating, such as
+            ``numpy.bincount(items, minlength=num_items)``; a tensor, array, or list.
         power: exponent of the counts, at least 0; word2vec takes 0.75.
 
     Raises:
-        TypeError: `counts` is neither integer nor floating, or `power` is no number.
-        ValueError: `counts` is not one-dimensional, is empty, all zero, holds a negative, NaN or
+        TypeError: ``counts`` is neither integer nor floating, or ``power`` is no number.
+        ValueError: ``counts`` is not one-dimensional, is empty, all zero, holds a negative, NaN or
             infinite value, or is a pandas Series whose index is not 0, 1, 2 and so on, such as
-            `value_counts()` returns; or `power` is negative or not finite.
+            ``value_counts()`` returns; or ``power`` is negative or not finite.
 
     Source: Vose 1991; prefix sums in place of its loop as in arXiv 1903.00227.
 
     Example:
-        >>> from dwl_kernels.candidates import UnigramSampler
+        >>> from dwl_kernels import UnigramSampler
         >>> sampler = UnigramSampler(torch.tensor([6, 0, 2]))
         >>> sampler.log_q(torch.arange(3)).exp()
         tensor([0.7500, 0.0000, 0.2500])
@@ -207,11 +209,11 @@ class UnigramSampler(_Sampler):
                 dtypes = torch.float64, torch.int32, torch.float32
                 tables = tuple(counts.to(dtype) for dtype in dtypes)
         for name, table in zip(("probability", "alias", "log_probability"), tables, strict=True):
-            self.register_constant(name, table)
+            self._register_constant(name, table)
         if isinstance(given, Tensor) and has_values(self.device_marker) and has_values(given):
             self.device_marker = self.device_marker.to(given.device)
 
-    def contradiction(self, saved: dict[str, Tensor]) -> str | None:
+    def _contradiction(self, saved: dict[str, Tensor]) -> str | None:
         text = difference("log_probability", saved, self.log_probability)
         return text and (
             f"{text}, since the checkpoint holds the tables of other counts; give the sampler "

@@ -85,8 +85,8 @@ class Dial(NamedTuple):
 
 
 def choose_bonus(
-    ranks: Mapping[float, Tensor],  # strength -> [E]
-    sparse: Any,  # [E] bool
+    ranks: Mapping[float, Tensor],
+    sparse: Any,
     *,
     price: float = 0.0,
     k: int = 10,
@@ -103,7 +103,7 @@ def choose_bonus(
             :func:`ranks_with_bonus` gives it.
         sparse: ``[E]`` flags, whether the target is of a sparse domain:
             ``weights.sparsest(item_domains)[targets]``.
-        price: the part of NDCG over all targets that may be lost, 0.03 is 3%.
+        price: the part of NDCG over all targets that may be lost, in [0, 1); 0.03 is 3%.
         k: how many items are shown.
 
     Returns:
@@ -111,8 +111,11 @@ def choose_bonus(
         ``.plot(path)`` draws them. Ranks of several seeds are joined by ``torch.cat``.
 
     Raises:
+        TypeError: ranks are no integers, ``sparse`` no flags, or ``price`` no number.
         ValueError: no strength 0, other numbers of targets, no target of a sparse domain, NDCG 0 at
             strength 0, or a price that is not in [0, 1).
+
+    Source: this package's.
 
     Example:
         >>> import torch
@@ -156,25 +159,30 @@ def choose_bonus(
 
 
 def ranks_with_bonus(
-    scores: Tensor,  # [E, V]
-    targets: Tensor,  # [E]
-    bonus: Tensor,  # [V]
+    scores: Tensor,
+    targets: Tensor,
+    bonus: Tensor,
     *,
     strengths: Sequence[float] = STRENGTHS,
-    seen: Tensor | None = None,  # [E, V] bool
-) -> dict[float, Tensor]:  # strength -> [E]
+    seen: Tensor | None = None,
+) -> dict[float, Tensor]:
     """The rank of every target under ``scores + strength * bonus``, for every strength.
 
     Args:
         scores: ``[E, V]``, what the model gives every item for every validation user.
         targets: ``[E]`` integers, the item that each user took.
         bonus: ``[V]``, ``weights.log_weight(item_domains)``.
-        strengths: the grid.
+        strengths: the grid, 0 among them for :func:`choose_bonus`.
         seen: ``[E, V]`` bools, items that are not shown to a user; the target is.
 
     Returns:
         For every strength ``[E]`` int64 ranks, 0 the best. Items with the score of the target come
         before it. Large catalogues go in parts, a batch of users at a time.
+
+    Raises:
+        TypeError: an argument is no dense tensor, ``targets`` are no integers, or ``strengths`` no
+            numbers.
+        ValueError: shapes do not fit.
 
     Example:
         >>> import torch

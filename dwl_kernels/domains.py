@@ -44,7 +44,14 @@ MOMENTUM_ROWS = 1024  # rows after which `momentum` of the old average is left
 
 
 class DomainWeights(Tables):
-    """The weight of every domain, from the sparsity that is measured in the data.
+    r"""The weight of every domain, from the sparsity that is measured in the data.
+
+    The loss modules hold one and call it; by hand it is::
+
+        weights = DomainWeights.from_interactions(users, items, domains)  # [M], [M], [M] or [M, G]
+        weights.update(domain_ids)                    # counts a batch, [B] or [B, G]
+        weights()                                     # [num_domains], for the loss
+        scores + weights.log_weight(item_domains)     # [..., V] and [V], when serving
 
     All domains start at weight 1. :meth:`from_interactions` measures all three parts of the
     sparsity at once; :meth:`update` streams domain ids during training and refreshes the counts
@@ -58,6 +65,17 @@ class DomainWeights(Tables):
     divided by its mean over all interactions seen, so that the average example weighs 1 and the
     learning rate keeps its meaning. Only the ratio ``w_max / w_min`` of the range therefore
     matters: no example, and no gradient, is scaled by more than ``w_max / mean(average)``.
+
+    .. math::
+        s_d = \frac{\alpha \, idf_d + \beta \, users_d + \gamma \, entropy_d}
+            {\alpha + \beta + \gamma}, \qquad
+        w^*_d = w_{min} + (w_{max} - w_{min}) s_d
+
+        idf_d = \frac{\log(N / n_d)}{\max_e \log(N / n_e)}, \qquad
+        users_d = 1 - u_d / U, \qquad entropy_d = 1 - H_d / \log I
+
+    of ``N`` interactions of ``U`` users with ``I`` items, of which ``n_d``, by ``u_d`` users and
+    with item entropy ``H_d``, belong to domain ``d``. The form is this package's own.
 
     Args:
         num_domains: Number of domains; ids are in ``[0, num_domains)``, -1 means none.
@@ -151,7 +169,7 @@ class DomainWeights(Tables):
             for name in ("num_users", "num_items", "steps"):
                 self.register_buffer(name, torch.zeros((), dtype=torch.int64))
             self.register_buffer("arguments", self._arguments())
-        self.settle()
+        self._settle()
 
     @classmethod
     def from_interactions(
@@ -183,6 +201,9 @@ class DomainWeights(Tables):
             num_domains: Number of domains; by default ``len(names)``, else the largest id plus 1.
             names, measures, weight_range, momentum, start, full: As for the class.
 
+        Returns:
+            The weights, ``[num_domains]`` when called, on the device of the first tensor given.
+
         Raises:
             TypeError: if ids are not integers.
             ValueError: if lengths differ, or if a row names a domain twice, as flags do.
@@ -202,7 +223,7 @@ class DomainWeights(Tables):
         with on_host():
             measured = cls._measured(given, device, num_domains, names, options)
         if device is None or not has_values(torch.empty(0)):
-            measured.settle()
+            measured._settle()
         return measured
 
     @classmethod
@@ -271,6 +292,9 @@ class DomainWeights(Tables):
             names: Names for the printed table, one per domain.
             start, full: As for the class.
 
+        Returns:
+            The weights, ``[num_domains]`` when called.
+
         Raises:
             TypeError: if they are no numbers.
             ValueError: if a weight is negative or not finite, if they require a gradient, or if
@@ -309,14 +333,11 @@ class DomainWeights(Tables):
         del built.weights, built.average, built.arguments
         with on_host():
             for name in ("weights", "average"):
-                built.register_constant(name, values.clone())
+                built._register_constant(name, values.clone())
         return built
 
     @torch.no_grad()
-    def update(
-        self,
-        domain_ids: Tensor,  # [B] or [B, G]
-    ) -> None:
+    def update(self, domain_ids: Tensor) -> None:
         """Count the domains of a batch and move the weights; no wait for the device.
 
         Args:
@@ -331,7 +352,7 @@ class DomainWeights(Tables):
             IndexError: if an id is outside ``[-1, num_domains)``, on a CPU. On other devices, and
                 under ``torch.compile``, such an id is not counted, unless ``DWL_KERNELS_CHECK=1``.
         """
-        ids = self.slots(domain_ids)  # [B, G]
+        ids = self._checked_ids(domain_ids)  # [B, G]
         if checks_values(ids):
             check_distinct("domain_ids", ids)
         rows = self._count(ids, (ids >= 0) & (ids < self.num_domains))
@@ -345,10 +366,13 @@ class DomainWeights(Tables):
             self._move((rows > 0).float())
 
     def forward(self) -> Tensor:
-        """The weights of this step, ``[num_domains]``, a copy: updates leave what a backward needs.
+        """The weights of this step.
 
         By the schedule they lie between 1 and ``weights``, which :meth:`example_weight` and
         :meth:`log_weight` take.
+
+        Returns:
+            ``[num_domains]`` float32, a copy: updates leave what a backward needs.
         """
         if self.full == 0:
             return self.weights.clone()
@@ -356,7 +380,11 @@ class DomainWeights(Tables):
         return torch.lerp(torch.ones_like(self.weights), self.weights, share.clamp(0.0, 1.0))
 
     def sparsity(self) -> Tensor:
-        """``s_d``, ``[num_domains]`` in [0, 1]; 1 for a domain never seen."""
+        """How sparse each domain is by what was measured.
+
+        Returns:
+            ``s_d``, ``[num_domains]`` float32 in [0, 1]; 1 for a domain never seen.
+        """
         n = self.interactions
         total = torch.div(self.shares.sum(), _WHOLE, rounding_mode="floor")
         rarity = (total.float() / n.clamp(min=1).float()).log().clamp(min=0)
@@ -371,27 +399,37 @@ class DomainWeights(Tables):
         measured = torch.where(self.num_users > 0, mixed, idf)
         return torch.where(n > 0, measured, 1.0).clamp(0.0, 1.0)
 
-    def example_weight(
-        self,
-        domain_ids: Tensor,  # [B] or [B, G]
-    ) -> Tensor:  # [B]
-        """Mean weight of each row's domains, ``[B]``; 1 for a row that has none.
+    def example_weight(self, domain_ids: Tensor) -> Tensor:
+        """Mean weight of each row's domains.
+
+        Args:
+            domain_ids: ``[B]`` or ``[B, G]`` integers, as for :meth:`update`.
+
+        Returns:
+            ``[B]`` float32; 1 for a row that has no domain.
 
         Raises:
             TypeError, ValueError: As for :meth:`update`.
             IndexError: if an id is outside ``[-1, num_domains)``, on a CPU. On other devices, and
                 under ``torch.compile``, such a row gets NaN, unless ``DWL_KERNELS_CHECK=1``.
         """
-        return mean_domain_weight(self.slots(domain_ids), self.weights)
+        return mean_domain_weight(self._checked_ids(domain_ids), self.weights)
 
-    def log_weight(
-        self,
-        domain_ids: Tensor,  # [V] or [V, G]
-    ) -> Tensor:  # [V]
+    def log_weight(self, domain_ids: Tensor) -> Tensor:
         """Log of :meth:`example_weight`: the tilt that weighted training gives an item's score.
 
         Add ``c * log_weight(item_domains)`` to the scores of a plain or calibrated model to favour
         sparse domains when serving, or subtract it to take the tilt of an uncalibrated one back.
+        :func:`choose_bonus` finds a good ``c``.
+
+        Args:
+            domain_ids: ``[V]`` or ``[V, G]`` integers, the domains of every item, -1 = none.
+
+        Returns:
+            ``[V]`` float32, nats; 0 for an item that has no domain.
+
+        Raises:
+            TypeError, ValueError, IndexError: As for :meth:`example_weight`.
 
         Example:
             >>> weights = DomainWeights.constant([1.0, 2.0])
@@ -401,19 +439,19 @@ class DomainWeights(Tables):
         """
         return self.example_weight(domain_ids).log()
 
-    def sparsest(
-        self,
-        domain_ids: Tensor,  # [V] or [V, G]
-        part: float = 0.25,
-    ) -> Tensor:  # [V] bool
+    def sparsest(self, domain_ids: Tensor, part: float = 0.25) -> Tensor:
         """Which items belong to one of the sparsest domains, by their counts.
 
         Args:
             domain_ids: ``[V]`` or ``[V, G]`` integers, the domains of every item, -1 = none.
-            part: What part of the domains, rounded up, a quarter by default.
+            part: What part of the domains, in (0, 1], rounded up; a quarter by default.
 
         Returns:
             ``[V]`` bools.
+
+        Raises:
+            TypeError, ValueError, IndexError: As for :meth:`update`, or if ``part`` is no number in
+                (0, 1].
 
         Example:
             >>> weights = DomainWeights(3)
@@ -427,10 +465,10 @@ class DomainWeights(Tables):
         by_count = self.interactions.argsort(descending=True, stable=True)
         sparse = torch.zeros(self.num_domains + 1, dtype=torch.bool, device=by_count.device)
         sparse[by_count[self.num_domains - math.ceil(part * self.num_domains) :]] = True
-        ids = self.slots(domain_ids)
+        ids = self._checked_ids(domain_ids)
         return sparse[torch.where(ids >= 0, ids, self.num_domains)].any(1)
 
-    def slots(
+    def _checked_ids(
         self,
         domain_ids: Tensor,  # [B] or [B, G]
     ) -> Tensor:  # [B, G] int64
@@ -475,7 +513,7 @@ class DomainWeights(Tables):
         with on_host():
             return torch.tensor([*self.weight_range, *shares], dtype=torch.float32)
 
-    def contradiction(self, saved: dict[str, Tensor]) -> str | None:
+    def _contradiction(self, saved: dict[str, Tensor]) -> str | None:
         if self.fixed:
             text = difference("weights", saved, self.weights)
             text = text or difference("average", saved, self.average)
@@ -518,7 +556,7 @@ class DomainWeights(Tables):
             "but those of this module are measured; give the module the constant weights"
         )
 
-    def bring_up_to_date(self, state_dict: dict[str, Any], prefix: str) -> None:
+    def _bring_up_to_date(self, state_dict: dict[str, Any], prefix: str) -> None:
         if not self.fixed and prefix + "average" in state_dict:
             # Anew, because a module that was made on `meta` holds anything before it is loaded.
             state_dict.setdefault(prefix + "arguments", self._arguments())
@@ -580,9 +618,7 @@ def _of_mean_one(
     return average / (seen / seen.sum() * average).sum()
 
 
-def domains_from_multi_hot(
-    flags: Any,  # [..., C]
-) -> Tensor:  # [..., G]
+def domains_from_multi_hot(flags: Any) -> Tensor:
     """The domains of each row, from one flag of 0 or 1 per domain.
 
     Genres often come this way, one column for each. Losses and :class:`DomainWeights` take ids.

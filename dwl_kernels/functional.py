@@ -52,18 +52,18 @@ from dwl_kernels.validation import (
 
 
 def sampled_softmax_loss(
-    query: Tensor,  # [B, D]
-    positive: Tensor,  # [B, D]
-    negative: Tensor,  # [N, D]
+    query: Tensor,
+    positive: Tensor,
+    negative: Tensor,
     *,
-    positive_log_q: Tensor | None = None,  # [B]
-    negative_log_q: Tensor | None = None,  # [N]
-    positive_ids: Tensor | None = None,  # [B]
-    negative_ids: Tensor | None = None,  # [N]
-    domain_ids: Tensor | None = None,  # [B] or [B, G]
-    domain_weights: Tensor | None = None,  # [num_domains]
-    example_weights: Tensor | None = None,  # [B]
-    temperature: float | Tensor | None = None,  # [] or [B]
+    positive_log_q: Tensor | None = None,
+    negative_log_q: Tensor | None = None,
+    positive_ids: Tensor | None = None,
+    negative_ids: Tensor | None = None,
+    domain_ids: Tensor | None = None,
+    domain_weights: Tensor | None = None,
+    example_weights: Tensor | None = None,
+    temperature: float | Tensor | None = None,
     correction: Correction = "standard",
     reduction: Reduction = "mean",
     backend: Backend = "auto",
@@ -83,25 +83,27 @@ def sampled_softmax_loss(
     Double backward raises.
 
     Args:
-        query: embeddings of the queries or time steps; float32, float64, bfloat16 or float16.
-        positive: the embedding each query should score highest, same shape and dtype.
-        negative: embeddings of the sampled negatives.
-        positive_log_q: log-probability (nats) that one draw of the sampler gives the positive; with
-            ``negative_log_q``, pass both or neither. From the log of an expected count subtract the
-            log of the number of draws.
-        negative_log_q: the same for every negative; ``+inf`` takes a negative out.
-        positive_ids: integer item ids of the positives. A negative with the id of a row's positive
-            (an accidental hit) is removed from that row.
-        negative_ids: integer item ids of the negatives.
-        domain_ids: the domain, or the ``G`` domains, of each row, each named once; -1 means none.
-            :func:`domains_from_multi_hot` makes them of flags. Ids and domains may be NumPy arrays
-            or pandas columns.
-        domain_weights: the weight of each domain. A row weighs the mean over its domains, and 1 if
-            it has none.
-        example_weights: further weights, not negative. 0 marks a padded row: it gives exact zeros,
-            does not count in any norm, and NaN in its embeddings does not leak. A bool mask works.
-        temperature: a positive number, or a tensor, for all rows (``[]`` or ``[1]``) or per row;
-            None is 1.
+        query: ``[B, D]``, the embeddings of the queries or time steps; float32, float64, bfloat16
+            or float16. With ``[..., D]``, what is ``[B]`` below is ``[...]``.
+        positive: ``[B, D]``, the embedding each query should score highest, of the same dtype.
+        negative: ``[N, D]``, the embeddings of the sampled negatives, of the same dtype.
+        positive_log_q: ``[B]``, log-probability (nats) that one draw of the sampler gives the
+            positive; with ``negative_log_q``, pass both or neither. From the log of an expected
+            count subtract the log of the number of draws.
+        negative_log_q: ``[N]``, the same for every negative; ``+inf`` takes a negative out.
+        positive_ids: ``[B]`` integers, the item ids of the positives. A negative with the id of a
+            row's positive (an accidental hit) is removed from that row.
+        negative_ids: ``[N]`` integers, the item ids of the negatives.
+        domain_ids: ``[B]`` or ``[B, G]`` integers, the domain, or the ``G`` domains, of each row,
+            each named once; -1 means none. :func:`domains_from_multi_hot` makes them of flags. Ids
+            and domains may be NumPy arrays or pandas columns.
+        domain_weights: ``[num_domains]``, the weight of each domain, not negative. A row weighs the
+            mean over its domains, and 1 if it has none.
+        example_weights: ``[B]``, further weights, not negative. 0 marks a padded row: it gives
+            exact zeros, does not count in any norm, and NaN in its embeddings does not leak. A bool
+            mask works.
+        temperature: a positive number that divides the scores, or a tensor, ``[]`` or ``[1]`` for
+            all rows, ``[B]`` per row; None is 1.
         correction: ``"standard"``, or ``"refined"`` (arXiv 2507.09331): the positive leaves the
             denominator, is not corrected itself, and the row weighs
             ``r_i = sigmoid(lse_i - log n_i - z_i+)``, detached, with ``lse_i = log sum_j exp z_ij +
@@ -114,7 +116,7 @@ def sampled_softmax_loss(
             which of them work here, ``python -m dwl_kernels`` says.
 
     Returns:
-        The loss, a scalar, or of the leading shape for ``"none"``: float32, or float64 for float64
+        The loss, ``[]``, or ``[B]`` (``[...]``) for ``"none"``: float32, or float64 for float64
         inputs. Under autocast the products run in its dtype.
 
     Raises:
@@ -160,42 +162,60 @@ def sampled_softmax_loss(
 
 
 def in_batch_softmax_loss(
-    query: Tensor,  # [B, D]
-    positive: Tensor,  # [B, D]
+    query: Tensor,
+    positive: Tensor,
     *,
-    log_q: Tensor | None = None,  # [B]
-    ids: Tensor | None = None,  # [B]
-    negative: Tensor | None = None,  # [N, D]
-    negative_log_q: Tensor | None = None,  # [N]
-    negative_ids: Tensor | None = None,  # [N]
-    domain_ids: Tensor | None = None,  # [B] or [B, G]
-    domain_weights: Tensor | None = None,  # [num_domains]
-    example_weights: Tensor | None = None,  # [B]
-    temperature: float | Tensor | None = None,  # [] or [B]
+    log_q: Tensor | None = None,
+    ids: Tensor | None = None,
+    negative: Tensor | None = None,
+    negative_log_q: Tensor | None = None,
+    negative_ids: Tensor | None = None,
+    domain_ids: Tensor | None = None,
+    domain_weights: Tensor | None = None,
+    example_weights: Tensor | None = None,
+    temperature: float | Tensor | None = None,
     correction: Correction = "standard",
     reduction: Reduction = "mean",
     backend: Backend = "auto",
-    positive_log_q: Tensor | None = None,  # [B]
-    positive_ids: Tensor | None = None,  # [B]
+    positive_log_q: Tensor | None = None,
+    positive_ids: Tensor | None = None,
 ) -> Tensor:
     r"""The same loss with the positives of the other rows as candidates, and ``negative`` if given.
 
-    Row ``i`` competes with ``positive[k]`` for all ``k != i``. With ``ids``, rows of the same id as
+    .. math::
+        z_{ik} = \langle q_i, p_k \rangle / \tau_i - \log Q_k^+, \qquad
+        \ell_i = \log\Big(\sum_k e^{z_{ik}} + \sum_j e^{z_{ij}}\Big) - z_{ii}
+
+    Row ``i`` competes with ``positive[k]`` for all ``k != i``, and with the negatives ``j``, whose
+    ``z_ij`` is that of :func:`sampled_softmax_loss`. With ``ids``, rows of the same id as
     row ``i`` are no candidates of it; without, only its own positive is removed. The positives of
     padded rows (``example_weights`` 0) are nobody's candidates.
 
     Args:
-        query: embeddings of the queries.
-        positive: the embedding each query should score highest, and candidate of the other rows.
-        log_q: log-probability of each positive under the sampling of the batch, for its two roles.
-        ids: integer item ids of the positives.
-        positive_log_q, positive_ids: the same two arguments under the names that they have in
-            the other losses.
-        negative: further candidates, shared by all rows (mixed negatives).
-        negative_log_q: their log-Q; with ``negative``, pass both this and ``log_q``, or neither.
-        negative_ids: their ids; with ``negative``, pass both this and ``ids``, or neither.
+        query: ``[B, D]``, or ``[..., D]``, the embeddings of the queries.
+        positive: ``[B, D]``, the embedding each query should score highest, and candidate of the
+            other rows.
+        log_q: ``[B]``, log-probability (nats) of each positive in one place of the batch, for its
+            two roles, as positive and as candidate.
+        ids: ``[B]`` integers, the item ids of the positives.
+        negative: ``[N, D]``, further candidates, shared by all rows (mixed negatives).
+        negative_log_q: ``[N]``, their log-Q; with ``negative``, pass both this and ``log_q``, or
+            neither.
+        negative_ids: ``[N]`` integers, their ids; with ``negative``, pass both this and ``ids``, or
+            neither.
+        positive_log_q, positive_ids: ``[B]``, ``log_q`` and ``ids`` under the names that they have
+            in the other losses.
+        domain_ids, domain_weights: ``[B]`` or ``[B, G]`` integers, and ``[num_domains]``, the
+            domains of the rows and what they weigh, as for :func:`sampled_softmax_loss`.
+        example_weights, temperature: ``[B]``, and a number, ``[]`` or ``[B]``, likewise.
+        correction, reduction, backend: as for :func:`sampled_softmax_loss`.
 
-    The other arguments, what is returned and what is raised: see :func:`sampled_softmax_loss`.
+    Returns:
+        The loss, ``[]``, or ``[B]`` for ``"none"``, of the dtype that :func:`sampled_softmax_loss`
+        gives.
+
+    Raises:
+        TypeError, ValueError, IndexError, RuntimeError: as :func:`sampled_softmax_loss`.
 
     Source: Yi et al. 2019; mixed negatives as in arXiv 2205.04507.
 
@@ -227,16 +247,16 @@ def in_batch_softmax_loss(
 
 
 def full_softmax_loss(
-    query: Tensor,  # [T, D]
-    table: Tensor,  # [V, D]
-    target: Tensor,  # [T]
+    query: Tensor,
+    table: Tensor,
+    target: Tensor,
     *,
-    bias: Tensor | None = None,  # [V]
+    bias: Tensor | None = None,
     ignore_index: int = -100,
-    domain_ids: Tensor | None = None,  # [T] or [T, G]
-    domain_weights: Tensor | None = None,  # [num_domains]
-    example_weights: Tensor | None = None,  # [T]
-    temperature: float | Tensor | None = None,  # [] or [T]
+    domain_ids: Tensor | None = None,
+    domain_weights: Tensor | None = None,
+    example_weights: Tensor | None = None,
+    temperature: float | Tensor | None = None,
     reduction: Reduction = "mean",
     skip_threshold: float = 0.0,
     backend: Backend = "auto",
@@ -252,12 +272,17 @@ def full_softmax_loss(
     cross-entropy): ``query`` ``[batch, time, D]`` with ``target`` ``[batch, time]``.
 
     Args:
-        query: embeddings of the queries or hidden states of the time steps.
-        table: the embeddings of all items.
-        target: the row of the table that each query should score highest; int64 or int32.
-        bias: added to the logit of every item, with a gradient.
+        query: ``[T, D]``, or ``[..., D]``, the embeddings of the queries or hidden states of the
+            time steps.
+        table: ``[V, D]``, the embeddings of all items.
+        target: ``[T]`` integers, the row of the table that each query should score highest.
+        bias: ``[V]``, added to the logit of every item, with a gradient.
         ignore_index: the target that marks a padded row: it gives exact zeros, does not count in
             any norm, and NaN in its embedding does not leak.
+        domain_ids, domain_weights: ``[T]`` or ``[T, G]`` integers, and ``[num_domains]``, the
+            domains of the rows and what they weigh, as for :func:`sampled_softmax_loss`.
+        example_weights, temperature: ``[T]``, and a number, ``[]`` or ``[T]``, likewise.
+        reduction, backend: as for :func:`sampled_softmax_loss`.
         skip_threshold: faster, less exact gradients: a block of (rows x items) may be left out of
             them when ``w_i p_iv < skip_threshold`` for every pair in it, with ``p_iv`` the
             probability of item ``v`` and ``w_i`` the weight of the row before the norm divides it.
@@ -277,9 +302,14 @@ def full_softmax_loss(
     of two backends differ within these bounds; ``"cpu"`` and ``"triton"`` leave blocks out,
     ``"eager"``, ``"chunked"`` and ``"cuda"`` nothing.
 
-    The other arguments, what is returned and what is raised: see :func:`sampled_softmax_loss`; a
-    target out of range is an ``IndexError`` on a CPU, and a loss of NaN on CUDA; a negative or
-    infinite ``skip_threshold`` is a ``ValueError``.
+    Returns:
+        The loss, ``[]``, or ``[T]`` for ``"none"``, of the dtype that :func:`sampled_softmax_loss`
+        gives.
+
+    Raises:
+        IndexError: a target out of range, on a CPU. On CUDA the row's loss is NaN.
+        ValueError: ``skip_threshold`` is negative or infinite, or as :func:`sampled_softmax_loss`.
+        TypeError, RuntimeError: as :func:`sampled_softmax_loss`.
 
     Source: Li et al. 2023, arXiv 2301.00979; leaving out small probabilities: Wijmans et al. 2024,
     arXiv 2411.09009 (by absolute probability, without weights).
@@ -308,18 +338,18 @@ def full_softmax_loss(
 
 
 def indexed_sampled_softmax_loss(
-    query: Tensor,  # [B, D]
-    table: Tensor,  # [V, D]
-    positive_ids: Tensor,  # [B]
-    negative_ids: Tensor,  # [N] or [B, K]
+    query: Tensor,
+    table: Tensor,
+    positive_ids: Tensor,
+    negative_ids: Tensor,
     *,
     sparse_grad: bool = False,
-    positive_log_q: Tensor | None = None,  # [B]
-    negative_log_q: Tensor | None = None,  # like negative_ids
-    domain_ids: Tensor | None = None,  # [B] or [B, G]
-    domain_weights: Tensor | None = None,  # [num_domains]
-    example_weights: Tensor | None = None,  # [B]
-    temperature: float | Tensor | None = None,  # [] or [B]
+    positive_log_q: Tensor | None = None,
+    negative_log_q: Tensor | None = None,
+    domain_ids: Tensor | None = None,
+    domain_weights: Tensor | None = None,
+    example_weights: Tensor | None = None,
+    temperature: float | Tensor | None = None,
     correction: Correction = "standard",
     reduction: Reduction = "mean",
     backend: Backend = "auto",
@@ -336,22 +366,34 @@ def indexed_sampled_softmax_loss(
     in a fixed order over the places where it was drawn, and written once.
 
     Args:
-        query: embeddings of the queries or time steps.
-        table: the embeddings of all items, the weight of an ``Embedding`` or ``EmbeddingBag``.
-        positive_ids: the row of the table that each query should score highest.
-        negative_ids: rows of the table that are negatives: ``[N]`` of all queries, or ``[B, K]``
-            (``[..., K]`` with leading dimensions), ``K`` of every query's own. A negative that is
-            the positive of a row (an accidental hit) is always removed from that row.
+        query: ``[B, D]``, or ``[..., D]``, the embeddings of the queries or time steps.
+        table: ``[V, D]``, the embeddings of all items, the weight of an ``Embedding`` or
+            ``EmbeddingBag``.
+        positive_ids: ``[B]`` integers, the row of the table that each query should score highest.
+        negative_ids: integers, rows of the table that are negatives: ``[N]`` of all queries, or
+            ``[B, K]`` (``[..., K]`` with leading dimensions), ``K`` of every query's own. A
+            negative that is the positive of a row (an accidental hit) is always removed from that
+            row; one of id -1 is left out.
         sparse_grad: whether the gradient of the table is a coalesced sparse COO tensor of the rows
             that were used, as ``torch.optim.SparseAdam`` takes it, or dense. Rows whose gradient is
             zero, as of padding, are not among them. ``torch.compile`` does not trace sparse
             gradients.
-        negative_log_q: log-probability (nats) of one draw of every negative.
+        positive_log_q: ``[B]``, log-probability (nats) that one draw gives the positive.
+        negative_log_q: ``[N]`` or ``[B, K]``, as ``negative_ids``, the same for every negative;
+            pass both log-Q or neither.
+        domain_ids, domain_weights: ``[B]`` or ``[B, G]`` integers, and ``[num_domains]``, the
+            domains of the rows and what they weigh, as for :func:`sampled_softmax_loss`.
+        example_weights, temperature: ``[B]``, and a number, ``[]`` or ``[B]``, likewise.
+        correction, reduction, backend: as for :func:`sampled_softmax_loss`.
 
-    The other arguments, what is returned and what is raised: see :func:`sampled_softmax_loss`. An
-    id that is no row of the table is an ``IndexError`` on a CPU, and a loss of NaN on CUDA; those
-    of padded rows are not looked at. Under autocast a table of negatives per row keeps its dtype,
-    as an embedding does.
+    Returns:
+        The loss, ``[]``, or ``[B]`` for ``"none"``, of the dtype that :func:`sampled_softmax_loss`
+        gives. Under autocast a table of negatives per row keeps its dtype, as an embedding does.
+
+    Raises:
+        IndexError: an id that is no row of the table, on a CPU; those of padded rows are not looked
+            at. On CUDA the row's loss is NaN.
+        TypeError, ValueError, RuntimeError: as :func:`sampled_softmax_loss`.
 
     Source: Yi et al. 2019, arXiv 2510.04375.
 
@@ -385,23 +427,23 @@ def indexed_sampled_softmax_loss(
 
 
 def dual_scale_softmax_loss(
-    query: Tensor,  # [B, D]
-    positive: Tensor,  # [B, D]
-    negative: Tensor | None = None,  # [N, D]
+    query: Tensor,
+    positive: Tensor,
+    negative: Tensor | None = None,
     *,
     hardness: float = 1.0,
     similarity: float = 1.0,
     slate_size: int = 16,
     competition: float = 1.0,
     in_batch: bool | None = None,
-    positive_log_q: Tensor | None = None,  # [B]
-    negative_log_q: Tensor | None = None,  # [N]
-    positive_ids: Tensor | None = None,  # [B]
-    negative_ids: Tensor | None = None,  # [N]
-    domain_ids: Tensor | None = None,  # [B] or [B, G]
-    domain_weights: Tensor | None = None,  # [num_domains]
-    example_weights: Tensor | None = None,  # [B]
-    temperature: float | Tensor | None = None,  # [] or [B]
+    positive_log_q: Tensor | None = None,
+    negative_log_q: Tensor | None = None,
+    positive_ids: Tensor | None = None,
+    negative_ids: Tensor | None = None,
+    domain_ids: Tensor | None = None,
+    domain_weights: Tensor | None = None,
+    example_weights: Tensor | None = None,
+    temperature: float | Tensor | None = None,
     correction: Correction = "standard",
     reduction: Reduction = "mean",
     backend: Backend = "auto",
@@ -424,18 +466,33 @@ def dual_scale_softmax_loss(
     claims no reproduction of the paper's equations.
 
     Args:
-        negative: embeddings of the sampled negatives; without, the positives of the other rows are
-            the candidates, as for :func:`in_batch_softmax_loss`.
+        query: ``[B, D]``, or ``[..., D]``, the embeddings of the queries or time steps.
+        positive: ``[B, D]``, the embedding each query should score highest.
+        negative: ``[N, D]``, the embeddings of the sampled negatives; without, the positives of the
+            other rows are the candidates, as for :func:`in_batch_softmax_loss`.
         hardness: ``h``, how much more a candidate weighs that the query itself scores high.
         similarity: ``s``, how much more a candidate weighs that is like the positive.
         slate_size: candidates fall, in their order, into so many equal groups; the strongest of
             each make the slate of a row. Candidates drawn at random make this a stochastic top-K.
         competition: ``k``, how much warmer a row gets whose slate competes harder than others'.
         in_batch: True takes the positives of the other rows as candidates next to ``negative``.
-            ``positive_log_q`` and ``positive_ids`` then describe their two roles.
+            ``positive_log_q`` and ``positive_ids`` then describe their two roles. None does so
+            where there is no ``negative``.
+        positive_log_q, negative_log_q: ``[B]`` and ``[N]``, log-probability (nats) of one draw, as
+            for :func:`sampled_softmax_loss`.
+        positive_ids, negative_ids: ``[B]`` and ``[N]`` integers, the item ids, likewise.
+        domain_ids, domain_weights: ``[B]`` or ``[B, G]`` integers, and ``[num_domains]``, the
+            domains of the rows and what they weigh, as for :func:`sampled_softmax_loss`.
+        example_weights, temperature: ``[B]``, and a number, ``[]`` or ``[B]``, likewise.
+        correction, reduction, backend: as for :func:`sampled_softmax_loss`.
 
-    The other arguments, what is returned and what is raised: see :func:`sampled_softmax_loss`; a
-    negative strength or an empty slate is a ``ValueError``.
+    Returns:
+        The loss, ``[]``, or ``[B]`` for ``"none"``, of the dtype that :func:`sampled_softmax_loss`
+        gives.
+
+    Raises:
+        ValueError: a negative strength, an empty slate, or as :func:`sampled_softmax_loss`.
+        TypeError, IndexError, RuntimeError: as :func:`sampled_softmax_loss`.
 
     Source: after Sahyouni et al. 2026, arXiv 2602.07206.
 

@@ -26,23 +26,24 @@ class StreamingFrequency(Tables):
 
     Ids that share a bucket shorten its gap, hence the largest of the B (algorithm 3).
 
-    `1 / B` is the probability that a batch holds the id, not that of one draw. While the batches
-    are small, `P = batch_size Q`, and the constant cancels in the standard correction if all the
+    ``1 / B`` is the probability that a batch holds the id, not that of one draw. While the batches
+    are small, ``P = batch_size Q``, and the constant cancels in the standard correction if all the
     log-Q come from here. Where it does not cancel (the refined correction, or sampled candidates
-    beside the in-batch ones), give `batch_size`: log-Q is then that of one draw,
+    beside the in-batch ones), give ``batch_size``: log-Q is then that of one draw,
 
         Q = 1 - (1 - P)^(1 / batch_size),    P at most 1 / (1 + learning_rate)
 
     An id that is in nearly every batch has no gaps to measure, so its Q is underestimated there;
-    `CountMinSketch` counts duplicates and has no such limit.
+    ``CountMinSketch`` counts duplicates and has no such limit.
 
     Args:
         num_buckets: length of A and B, several times the number of distinct ids.
         num_hashes: 1 is algorithm 2, more are algorithm 3.
         learning_rate: rate of the moving average, in (0, 1]; smaller is smoother and slower.
         initial_gap: B of every bucket at the start, at least 1, in batches: the algorithm to the
-            letter. If None, the first `1 / learning_rate` gaps of a bucket are averaged evenly, so
-            a rare id is not held at a guess: `1 / B` starts as its share of the batches so far.
+            letter. If None, the first ``1 / learning_rate`` gaps of a bucket are averaged evenly,
+            so a rare id is not held at a guess: ``1 / B`` starts as its share of the batches so
+            far.
         batch_size: ids in a batch, to get log-Q of one draw; if None, that of a batch.
         seed: chooses the hash functions.
 
@@ -53,7 +54,7 @@ class StreamingFrequency(Tables):
     recommendations", algorithms 2 and 3.
 
     Example:
-        >>> from dwl_kernels.streams import StreamingFrequency
+        >>> from dwl_kernels import StreamingFrequency
         >>> frequency = StreamingFrequency(1024)
         >>> for step in range(12):  # id 7 is in every batch, id 5 in every fourth
         ...     frequency.update(torch.tensor([7, 5 if step % 4 == 3 else 7]))
@@ -99,19 +100,19 @@ class StreamingFrequency(Tables):
             gap = torch.full((size,), initial_gap or 1, dtype=torch.float32)
             self.register_buffer("gap", gap)  # B, in batches
             self.register_buffer("sightings", torch.zeros(size, dtype=torch.int32))
-            self.register_constant("seeds", _hash_seeds(num_hashes, seed), saved=True)
-        self.settle()
+            self._register_constant("seeds", _hash_seeds(num_hashes, seed), saved=True)
+        self._settle()
 
     @torch.no_grad()
     def update(self, ids: Tensor) -> None:
         """Take one step with the ids of a batch; an id that occurs twice counts once.
 
         Args:
-            ids: the ids of one batch, any int64 values, any shape; a tensor, array or pandas
-                column.
+            ids: ``[...]`` integers of any size, the ids of one batch in any shape; a tensor, array
+                or pandas column.
 
         Raises:
-            TypeError, ValueError: `ids` is no tensor or array of integers, or on another device.
+            TypeError, ValueError: ``ids`` is no tensor or array of integers, or on another device.
         """
         bucket = self._buckets(ids).flatten()  # [H n]
         self.step += 1
@@ -126,17 +127,17 @@ class StreamingFrequency(Tables):
         self.last_step[bucket] = self.step
 
     def log_q(self, ids: Tensor) -> Tensor:
-        """Log-probability of each id in a batch, or in one draw if `batch_size` was given.
+        """Log-probability of each id in a batch, or in one draw if ``batch_size`` was given.
 
         Args:
-            ids: any int64 values, any shape; a tensor, array or pandas column.
+            ids: ``[...]`` integers of any size, any shape; a tensor, array or pandas column.
 
         Returns:
-            float32 of the shape of `ids`, finite. An id never seen in t batches has a gap of
-            `t + 1` batches, or of `initial_gap` if that is more.
+            ``[...]`` float32, nats, finite. An id never seen in t batches has a gap of
+            ``t + 1`` batches, or of ``initial_gap`` if that is more.
 
         Raises:
-            TypeError, ValueError: `ids` is no tensor or array of integers, or on another device.
+            TypeError, ValueError: ``ids`` is no tensor or array of integers, or on another device.
         """
         bucket = self._buckets(ids)  # [H, ...]
         gap = self.gap[bucket]
@@ -149,7 +150,7 @@ class StreamingFrequency(Tables):
         share = gap.double().clamp(min=1 + self.learning_rate).reciprocal()
         return (-torch.expm1(torch.log1p(-share) / self.batch_size)).log().float()
 
-    def contradiction(self, saved: dict[str, Tensor]) -> str | None:
+    def _contradiction(self, saved: dict[str, Tensor]) -> str | None:
         text = _other_hashes(saved, self.seeds.numel(), self.seed)
         if text is None and saved.keys() >= {"gap", "last_step"}:
             start = saved["gap"].new_tensor(self.initial_gap or 1)
@@ -176,9 +177,9 @@ class StreamingFrequency(Tables):
 class CountMinSketch(Tables):
     """Counts the ids of a stream in bounded memory.
 
-    Every id adds one to a counter in each of `depth` rows, and its count is read from the smallest
-    of them. Other ids only ever add to these counters, so a count is never too low. It is too high
-    by more than `e / width` of all ids seen with probability at most `exp(-depth)`.
+    Every id adds one to a counter in each of ``depth`` rows, and its count is read from the
+    smallest of them. Other ids only ever add to these counters, so a count is never too low. It is
+    too high by more than ``e / width`` of all ids seen with probability at most ``exp(-depth)``.
 
     Args:
         width: counters per row.
@@ -186,13 +187,13 @@ class CountMinSketch(Tables):
         seed: chooses the hash functions.
 
     Raises:
-        TypeError, ValueError: `width` or `depth` is no positive integer, or `seed` no integer.
+        TypeError, ValueError: ``width`` or ``depth`` is no positive integer, ``seed`` no integer.
 
     Source: Cormode and Muthukrishnan 2005, "An improved data stream summary: the count-min sketch
     and its applications".
 
     Example:
-        >>> from dwl_kernels.streams import CountMinSketch
+        >>> from dwl_kernels import CountMinSketch
         >>> sketch = CountMinSketch(width=1024)
         >>> sketch.update(torch.tensor([3, -8, 3, 3]))
         >>> sketch.count(torch.tensor([3, -8, 5]))
@@ -212,18 +213,18 @@ class CountMinSketch(Tables):
         with on_host():
             self.register_buffer("counts", torch.zeros(size, dtype=torch.int64))  # rows end to end
             self.register_buffer("total", torch.zeros((), dtype=torch.int64))  # ids seen
-            self.register_constant("seeds", _hash_seeds(depth, seed), saved=True)
-        self.settle()
+            self._register_constant("seeds", _hash_seeds(depth, seed), saved=True)
+        self._settle()
 
     @torch.no_grad()
     def update(self, ids: Tensor) -> None:
         """Count ids, duplicates included.
 
         Args:
-            ids: any int64 values, any shape; a tensor, array or pandas column.
+            ids: ``[...]`` integers of any size, any shape; a tensor, array or pandas column.
 
         Raises:
-            TypeError, ValueError: `ids` is no tensor or array of integers, or on another device.
+            TypeError, ValueError: ``ids`` is no tensor or array of integers, or on another device.
         """
         bucket = self._buckets(ids)  # [depth, ...]
         self.total += bucket[0].numel()
@@ -231,32 +232,35 @@ class CountMinSketch(Tables):
         self.counts.index_add_(0, bucket, torch.ones_like(bucket))
 
     def count(self, ids: Tensor) -> Tensor:
-        """Estimated occurrences of each id, int64 of the shape of `ids`, never too low.
+        """Estimated occurrences of each id, never too low.
 
         Args:
-            ids: any int64 values, any shape; a tensor, array or pandas column.
+            ids: ``[...]`` integers of any size, any shape; a tensor, array or pandas column.
+
+        Returns:
+            ``[...]`` int64.
 
         Raises:
-            TypeError, ValueError: `ids` is no tensor or array of integers, or on another device.
+            TypeError, ValueError: ``ids`` is no tensor or array of integers, or on another device.
         """
         return self.counts[self._buckets(ids)].amin(0)
 
     def log_q(self, ids: Tensor) -> Tensor:
-        """Log-probability of one draw, `log(max(count, 1) / max(total, 1))`.
+        """Log-probability of one draw, ``log(max(count, 1) / max(total, 1))``.
 
         Args:
-            ids: any int64 values, any shape; a tensor, array or pandas column.
+            ids: ``[...]`` integers of any size, any shape; a tensor, array or pandas column.
 
         Returns:
-            float32 of the shape of `ids`, finite: an id never seen counts as seen once.
+            ``[...]`` float32, nats, finite: an id never seen counts as seen once.
 
         Raises:
-            TypeError, ValueError: `ids` is no tensor or array of integers, or on another device.
+            TypeError, ValueError: ``ids`` is no tensor or array of integers, or on another device.
         """
         count = self.count(ids).clamp(min=1).double()
         return (count.log() - self.total.clamp(min=1).double().log()).float()
 
-    def contradiction(self, saved: dict[str, Tensor]) -> str | None:
+    def _contradiction(self, saved: dict[str, Tensor]) -> str | None:
         return _other_hashes(saved, self.seeds.numel(), self.seed)
 
     def extra_repr(self) -> str:

@@ -92,23 +92,43 @@ class Log:
     times: array[int] = field(default_factory=lambda: array("q"))
 
 
-def from_command_line(description: str | None) -> Interactions:
-    """The data set that ``--data`` names, or a synthetic one; ends the script where it is wrong.
+def from_command_line(description: str | None, **length: int) -> tuple[Interactions, int]:
+    """The data set that ``--data`` names, or a synthetic one, and how long to train.
 
-    From then on Ctrl-C ends the script with one line.
+    Args:
+        description: what ``--help`` says.
+        length: the option that says how long, and its default: ``epochs=5`` makes ``--epochs``.
+
+    A data set that cannot be read ends the script, and from then on Ctrl-C does with one line.
     """
     from dwl_kernels.examples.synthetic import synthetic
 
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--data", help="folder of a data set, ml-1m say (default: a synthetic one)")
-    folder = parser.parse_args().data
+    parser.add_argument(
+        "--users", type=_positive, default=5000, help="users of the synthetic one (default: 5000)"
+    )
+    ((unit, default),) = length.items()
+    parser.add_argument(
+        f"--{unit}",
+        type=_positive,
+        default=default,
+        help=f"{unit} of training (default: {default})",
+    )
+    options = parser.parse_args()
     sys.excepthook = _without_traceback
     try:
-        data = synthetic() if folder is None else load(folder)
+        data = synthetic(users=options.users) if options.data is None else load(options.data)
     except DataError as error:
         sys.exit(f"error: {error}")
     print(f"{data.name}: {data.num_users:,} users, {data.num_items:,} items", flush=True)
-    return data
+    return data, getattr(options, unit)
+
+
+def _positive(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return int(text)
 
 
 def _without_traceback(kind: Any, error: Any, traceback: Any) -> None:

@@ -1,7 +1,7 @@
 """A sequence model after SASRec, from ratings to ten recommendations.
 
-``python -m dwl_kernels.examples.sasrec [--data path/to/ml-1m]``, a minute or two. Every step of a
-sequence predicts the item that follows, among all items (the cumulative cross-entropy).
+``python -m dwl_kernels.examples.sasrec [--data path/to/ml-1m] [--epochs 5]``, a minute or two.
+Every step predicts the item that follows, among all items (the cumulative cross-entropy).
 """
 
 import torch
@@ -10,14 +10,12 @@ from torch import nn
 from dwl_kernels import CumulativeCrossEntropy
 from dwl_kernels.examples.data import from_command_line
 
-data = from_command_line(__doc__)
+data, epochs = from_command_line(__doc__, epochs=5)
 torch.manual_seed(0)
 LENGTH, PADDING = 50, data.num_items  # padding is one row more in the table, after the items
 users = [user for user in range(data.num_users) if data.lengths[user] >= 3]
-sequences = torch.full((len(users), LENGTH + 1), PADDING)
-for row, user in enumerate(users):
-    recent = torch.from_numpy(data.sequence(user)[-LENGTH - 1 :])
-    sequences[row, : len(recent)] = recent
+recent = [torch.from_numpy(data.sequence(user)[-LENGTH - 1 :]) for user in users]
+sequences = nn.utils.rnn.pad_sequence(recent, batch_first=True, padding_value=PADDING)
 rows, last = torch.arange(len(users)), (sequences != PADDING).sum(1) - 1
 test = sequences[rows, last]  # the last item of each user is for testing
 sequences[rows, last] = PADDING
@@ -33,14 +31,14 @@ class SASRec(nn.Module):
         self.encoder = nn.TransformerEncoder(layer, 2, nn.LayerNorm(dim), False)
 
     def forward(self, items: torch.Tensor) -> torch.Tensor:  # [B, L] -> [B, L, D]
-        x = (self.items(items) + self.places.weight) * 8  # small tables, scaled up at the input
-        mask = nn.Transformer.generate_square_subsequent_mask(LENGTH)
-        return self.encoder(x, mask, is_causal=True)
+        x = self.items(items) + self.places.weight[: items.shape[1]]
+        mask = nn.Transformer.generate_square_subsequent_mask(items.shape[1])
+        return self.encoder(8 * x, mask, is_causal=True)  # small tables, scaled up at the input
 
 
 model, loss_fn = SASRec(), CumulativeCrossEntropy(ignore_index=PADDING)
 optimizer = torch.optim.Adam(model.parameters(), lr=3e-3, betas=(0.9, 0.98))
-for epoch in range(5):
+for epoch in range(epochs):
     model.train()
     for batch in torch.randperm(len(users)).split(64):
         inputs, targets = sequences[batch, :-1], sequences[batch, 1:]

@@ -1,7 +1,7 @@
 """A two-tower model of users and items, from ratings to ten recommendations.
 
-``python -m dwl_kernels.examples.two_tower [--data path/to/ml-1m]``, ten seconds. The other items of
-a batch are the negatives. Popular ones come more often, which log-Q takes back.
+``python -m dwl_kernels.examples.two_tower [--data path/to/ml-1m] [--steps 1000]``, ten seconds. The
+other items of a batch are the negatives. Popular ones come more often, which log-Q takes back.
 """
 
 import torch
@@ -45,11 +45,11 @@ def train(data: Interactions, log_q: bool = True, steps: int = 1000, dim: int = 
 
 
 if __name__ == "__main__":
-    data = from_command_line(__doc__)
+    data, steps = from_command_line(__doc__, steps=1000)
     user, item, last = split(data)
     popular = torch.bincount(item, minlength=data.num_items).float().repeat(data.num_users, 1)
     popular[user, item] = -torch.inf
-    scores = train(data)
+    scores = train(data, steps=steps)
     for name, ranking in (("two towers", scores), ("by popularity", popular)):
         found = (ranking.topk(50).indices == last[:, None]).any(1).float().mean()
         print(f"{name}: Recall@50 {found:.3f} of the users' last items")

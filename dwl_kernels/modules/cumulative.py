@@ -26,6 +26,15 @@ from dwl_kernels.validation import checked_skip_threshold
 class CumulativeCrossEntropy(WeightedLoss):
     r"""Cross-entropy of every time step of every sequence over the whole table of items.
 
+    It is called with the states of the time steps and the table of all items::
+
+        loss = loss_fn(states, table, target)  # [batch, time, D], [V, D], [batch, time]
+
+    ``target`` names the row of the table that follows each step; any leading dimensions ``[...]``
+    do. ``bias`` ``[V]``, ``domain_ids`` ``[...]`` or ``[..., G]`` and ``example_weights`` ``[...]``
+    go in by name: see :meth:`forward`. It returns the loss, ``[]``, or ``[...]`` for
+    ``reduction="none"``.
+
     .. math::
         z_{iv} = \langle q_i, c_v \rangle / \tau + b_v, \qquad
         L = \frac{1}{norm} \sum_i w_i \Big( \log \sum_v e^{z_{iv}} - z_{i y_i} \Big)
@@ -36,12 +45,16 @@ class CumulativeCrossEntropy(WeightedLoss):
     ``weights`` it is the plain loss.
 
     Args:
-        num_domains, weights, item_domains: As for :class:`DynamicWeightedSampledSoftmax`; the
-            domains follow from the target.
+        num_domains: Number of domains, for weights that all start at 1 and are measured while
+            training.
+        weights, domain_weights: Measured :class:`DomainWeights` instead; or ``[num_domains]``
+            constant weights. Two names, one argument.
+        item_domains: ``[V]`` or ``[V, G]`` integers, the domains of every item, as for
+            :class:`DynamicWeightedSampledSoftmax`. Domains then follow from the target.
         calibration: ``c`` in [0, 1]: ``c log w(v)`` is added to the bias of every item. Needs
             ``item_domains``.
-        temperature, learn_temperature: As for :class:`DynamicWeightedSampledSoftmax`; 1 in the
-            paper.
+        temperature, learn_temperature: A positive number, ``[]`` or ``[1]``, and whether it is
+            learned, as for :class:`DynamicWeightedSampledSoftmax`; 1 in the paper.
         normalize: Whether to scale query and table to length 1. An embedding of zeros, a padding
             row say, stays zero and gets no gradient.
         ignore_index: The target that marks a padded step: it gives exact zeros, does not count in
@@ -106,15 +119,15 @@ class CumulativeCrossEntropy(WeightedLoss):
 
     def forward(
         self,
-        query: Tensor,  # [..., D]
-        table: Tensor,  # [V, D]
-        target: Tensor,  # [...]
+        query: Tensor,
+        table: Tensor,
+        target: Tensor,
         *,
-        bias: Tensor | None = None,  # [V]
-        domain_ids: Tensor | None = None,  # [...] or [..., G]
-        example_weights: Tensor | None = None,  # [...]
+        bias: Tensor | None = None,
+        domain_ids: Tensor | None = None,
+        example_weights: Tensor | None = None,
     ) -> Tensor:
-        """The loss.
+        """The loss of the time steps.
 
         Args:
             query: ``[..., D]``, ``[batch, time, D]`` say, the states of the time steps.
@@ -127,9 +140,11 @@ class CumulativeCrossEntropy(WeightedLoss):
             example_weights: ``[...]``, 0 marks a padded step.
 
         Returns:
-            ``[]``, or ``[...]`` for ``reduction="none"``.
+            ``[]``, or ``[...]`` for ``reduction="none"``; float32, or float64 for float64
+            embeddings.
 
         Raises:
+            TypeError: as :func:`full_softmax_loss`.
             ValueError: if domains are needed and not given, if ``table`` and ``item_domains`` are
                 not of the same length, or as :func:`full_softmax_loss`.
             IndexError: if a target or a domain is out of range, on a CPU.
@@ -137,18 +152,18 @@ class CumulativeCrossEntropy(WeightedLoss):
         check_tensors(query=query, table=table, bias=bias, example_weights=example_weights)
         checked = checked_ids(query, target=target, domain_ids=domain_ids)
         target, domain_ids = cast("Tensor", checked[0]), checked[1]
-        self.check_items(table)
+        self._check_items(table)
         leading = query.shape[:-1]
         check_rows("target", target, leading)
         padded = target == self.ignore_index
         weightless = padding(example_weights, leading)
         padded = padded if weightless is None else padded | weightless
-        domain_ids, weights = self.weigh_domains(
+        domain_ids, weights = self._weigh_domains(
             ("domain_ids", domain_ids), ("target", target), query, padded
         )
         if weights is not None and self.calibration:
             assert self.item_domains is not None  # the constructor has looked
-            tilt = self.tilt(self.item_domains, weights)
+            tilt = self._tilt(self.item_domains, weights)
             if bias is not None:
                 check_rows("bias", bias, table.shape[:1])
             bias = tilt if bias is None else bias + tilt
@@ -169,6 +184,6 @@ class CumulativeCrossEntropy(WeightedLoss):
             backend=self.backend,
         )
 
-    def choices(self) -> dict[str, Any]:
+    def _choices(self) -> dict[str, Any]:
         more = {"ignore_index": self.ignore_index, "skip_threshold": self.skip_threshold}
-        return {**super().choices(), **more}
+        return {**super()._choices(), **more}

@@ -18,6 +18,16 @@ from dwl_kernels.validation import effective_dual
 class DualScaleSampledSoftmax(DynamicWeightedSampledSoftmax):
     r"""Sampled softmax on two scales, under the log-Q, hits and domain weights of its base class.
 
+    It is called as :class:`DynamicWeightedSampledSoftmax` is, with candidates that all rows share::
+
+        loss = loss_fn(query, positive)            # the other rows' positives are the negatives
+        loss = loss_fn(query, positive, negative)  # [B, D], [B, D], [N, D]
+        loss = loss_fn(query, table=table, positive_ids=positive_ids, negative_ids=negative_ids)
+
+    with ``table`` ``[V, D]``, ``positive_ids`` ``[B]`` and ``negative_ids`` ``[N]``. Domains, ids
+    and log-Q go in by name: see :meth:`forward`. It returns the loss, ``[]``, or ``[B]`` for
+    ``reduction="none"``.
+
     .. math::
         \kappa_{ij} = n_i \, \mathrm{softmax}_j\big((h \langle q_i, c_j \rangle
             + s \langle p_i, c_j \rangle) / \tau\big), \qquad
@@ -28,13 +38,13 @@ class DualScaleSampledSoftmax(DynamicWeightedSampledSoftmax):
 
     Within a row the candidates weigh by how hard they are and how like the positive; between rows
     the temperature moves with how hard the strongest candidates, the slate, compete. Both are
-    detached, and with all three strengths 0 it is the base class, exactly. The candidates are
-    shared by all rows: ``negative``, ``[N]`` ids of a ``table``, or the batch.
+    detached, and with all three strengths 0 it is the base class, exactly.
 
     The form is this package's own. It has every property that the abstract of the paper names, and
     claims no reproduction of the paper's equations.
 
     Args:
+        num_domains: Number of domains, for weights that are measured while training.
         hardness: ``h``. At 1 a candidate weighs in proportion to the probability that the model
             gives it among the candidates; at 0 all weigh alike.
         similarity: ``s``, in the same units: at 1 in proportion to the probability that the
@@ -44,10 +54,18 @@ class DualScaleSampledSoftmax(DynamicWeightedSampledSoftmax):
             candidates each of the 16 is still the strongest of many.
         competition: ``k``. Intensities lie in [0, 1], so that at 1 the upper clip, twice the
             temperature, is just never needed.
+        weights, domain_weights: :class:`DomainWeights`, or ``[num_domains]`` constant weights.
+        item_domains: ``[V]`` or ``[V, G]`` integers, the domains of every item.
+        temperature, learn_temperature: A positive number, ``[]`` or ``[1]``, and whether it is
+            learned.
+        calibration, normalize, correction, reduction: These, and what stands above without a
+            letter, as for :class:`DynamicWeightedSampledSoftmax`.
+        remove_accidental_hits, in_batch, sparse_grad, backend: Likewise.
 
-    The other arguments, :meth:`forward` and what is raised: see
-    :class:`DynamicWeightedSampledSoftmax`; a strength that is negative or not finite, or an empty
-    slate, is a ``ValueError``, and so are negatives per row.
+    Raises:
+        ValueError: if a strength is negative or not finite, if the slate is empty, or as
+            :class:`DynamicWeightedSampledSoftmax`. Negatives per row raise it in :meth:`forward`.
+        TypeError: as :class:`DynamicWeightedSampledSoftmax`.
 
     Source: after Sahyouni et al. 2026, arXiv 2602.07206.
 
@@ -59,7 +77,7 @@ class DualScaleSampledSoftmax(DynamicWeightedSampledSoftmax):
         tensor(0.7743)
     """
 
-    takes_negatives_by_row = False
+    _takes_negatives_by_row = False
 
     def __init__(
         self,
@@ -116,5 +134,5 @@ class DualScaleSampledSoftmax(DynamicWeightedSampledSoftmax):
             query, positive, negative, in_batch=in_batch, **scales, **draws, **rows
         )
 
-    def choices(self) -> dict[str, Any]:
-        return {**self.scales._asdict(), **super().choices()}
+    def _choices(self) -> dict[str, Any]:
+        return {**self.scales._asdict(), **super()._choices()}

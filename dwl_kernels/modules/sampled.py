@@ -32,6 +32,18 @@ from dwl_kernels.validation import in_batch_problem, indexed_ids, takes_batch
 class DynamicWeightedSampledSoftmax(WeightedLoss):
     r"""Log-Q corrected sampled softmax whose rows weigh what their domains need.
 
+    It is called with embeddings, or with ids that name rows of a table::
+
+        loss = loss_fn(query, positive)            # the other rows' positives are the negatives
+        loss = loss_fn(query, positive, negative)  # negatives that all rows share
+        loss = loss_fn(query, table=table, positive_ids=positive_ids, negative_ids=negative_ids)
+
+    with ``query`` and ``positive`` ``[B, D]`` (or ``[..., D]``), ``negative`` ``[N, D]``, ``table``
+    ``[V, D]``, ``positive_ids`` ``[B]`` and ``negative_ids`` ``[N]``, or of a table ``[B, K]``,
+    every row's own. ``domain_ids`` ``[B]`` or ``[B, G]``, ids and log-Q of either side and
+    ``example_weights`` ``[B]`` go in by name: see :meth:`forward`. It returns the loss, ``[]``, or
+    ``[B]`` for ``reduction="none"``.
+
     .. math::
         z_{ij} = \langle q_i, c_j \rangle / \tau - \log Q_j, \qquad
         z_i^+ = \langle q_i, p_i \rangle / \tau - \log Q_i^+
@@ -54,14 +66,15 @@ class DynamicWeightedSampledSoftmax(WeightedLoss):
     Args:
         num_domains: Number of domains, for weights that all start at 1 and are measured while
             training.
-        weights: Measured :class:`DomainWeights` instead; or ``[num_domains]`` constant weights.
-            ``domain_weights``, as the functions call it, is the same argument.
+        weights, domain_weights: Measured :class:`DomainWeights` instead; or ``[num_domains]``
+            constant weights. Two names, one argument: the functions call it by the second.
         item_domains: ``[V]`` or ``[V, G]`` integers, the domains of every item, each named once, -1
             = none; a tensor, array, pandas object or list. :func:`domains_from_multi_hot` makes
             them of flags. Domains then follow from the ids, which index it. Not in ``state_dict``.
         calibration: ``c`` in [0, 1]. A candidate whose domains weigh 0 is then left out.
-        temperature: Positive number that divides the scores; where learned, the one to start from.
-            By default 1, and 0.05 with ``normalize``: a low temperature belongs to cosines.
+        temperature: Positive number, or ``[]`` or ``[1]`` without a gradient, that divides the
+            scores; where learned, the one to start from. By default 1, and 0.05 with ``normalize``:
+            a low temperature belongs to cosines.
         learn_temperature: Whether the temperature is a parameter, kept in ``[0.005, 50]``: float32,
             ``[1]``, whatever the model is cast to, and no candidate for weight decay; see
             :meth:`no_decay_parameters`.
@@ -102,7 +115,7 @@ class DynamicWeightedSampledSoftmax(WeightedLoss):
         >>> loss = DynamicWeightedSampledSoftmax()(query, table=table.weight, **ids)
     """
 
-    takes_negatives_by_row = True
+    _takes_negatives_by_row = True
 
     def __init__(
         self,
@@ -147,45 +160,49 @@ class DynamicWeightedSampledSoftmax(WeightedLoss):
 
     def forward(
         self,
-        query: Tensor,  # [B, D], or [..., D] with [...] in place of [B] below
-        positive: Tensor | None = None,  # [B, D]
-        negative: Tensor | None = None,  # [N, D]
+        query: Tensor,
+        positive: Tensor | None = None,
+        negative: Tensor | None = None,
         *,
-        table: Tensor | None = None,  # [V, D]
-        domain_ids: Tensor | None = None,  # [B] or [B, G]
-        negative_domain_ids: Tensor | None = None,  # [N] or [N, G], [B, K] or [B, K, G]
-        positive_ids: Tensor | None = None,  # [B]
-        negative_ids: Tensor | None = None,  # [N], or [B, K] with a table
-        positive_log_q: Tensor | None = None,  # [B]
-        negative_log_q: Tensor | None = None,  # like negative_ids
-        example_weights: Tensor | None = None,  # [B]
+        table: Tensor | None = None,
+        domain_ids: Tensor | None = None,
+        negative_domain_ids: Tensor | None = None,
+        positive_ids: Tensor | None = None,
+        negative_ids: Tensor | None = None,
+        positive_log_q: Tensor | None = None,
+        negative_log_q: Tensor | None = None,
+        example_weights: Tensor | None = None,
     ) -> Tensor:
         """The loss of embeddings, or of rows of a table.
 
         Args:
             query: ``[B, D]``, or ``[..., D]``; what is said to be ``[B]`` then is ``[...]``.
-            positive: As ``query``, one positive per row.
+            positive: ``[B, D]``, one positive per row.
             negative: ``[N, D]`` candidates for all rows; without, the other rows' positives.
             table: ``[V, D]`` in place of both: ``positive_ids`` and ``negative_ids`` name its rows,
                 and negatives ``[B, K]`` are ``K`` of every row's own.
             domain_ids: ``[B]`` or ``[B, G]`` integers, -1 = none; by default the domains of
                 ``positive_ids`` in ``item_domains``.
-            negative_domain_ids: ``[N]`` or ``[N, G]``, or with another dimension for every row's
-                own, used by ``calibration``; by default the domains of ``negative_ids`` in
+            negative_domain_ids: ``[N]`` or ``[N, G]``, or ``[B, K]`` or ``[B, K, G]`` for negatives
+                per row, used by ``calibration``; by default the domains of ``negative_ids`` in
                 ``item_domains``.
-            positive_ids, negative_ids: ``[B]``, ``[N]`` integers, -1 = no item: nobody's hit, not
-                even another -1's. A negative of id -1 given by its embedding stays a candidate, and
-                every other integer is an id; a ``table`` and ``item_domains`` take ids that index
-                them. Ids and domains may be NumPy arrays or pandas columns.
-            positive_log_q, negative_log_q: ``[B]``, ``[N]``, log-probability of one draw, before
-                ``calibration``; both or neither, where there are negatives. In a
-                batch ``positive_log_q`` also corrects the positives as candidates.
+            positive_ids, negative_ids: ``[B]`` and ``[N]`` integers, or of a ``table`` ``[B, K]``
+                negatives, -1 = no item: nobody's hit, not even another -1's. A negative of id -1
+                given by its embedding stays a candidate, and every other integer is an id; a
+                ``table`` and ``item_domains`` take ids that index them. Ids and domains may be
+                NumPy arrays or pandas columns.
+            positive_log_q, negative_log_q: ``[B]`` and ``[N]``, or ``[B, K]`` as the ids,
+                log-probability (nats) of one draw, before ``calibration``; both or neither, where
+                there are negatives. In a batch ``positive_log_q`` also corrects the positives as
+                candidates.
             example_weights: ``[B]``, 0 marks a padded row, whose domain is not counted either.
 
         Returns:
-            ``[]``, or ``[B]`` for ``reduction="none"``.
+            ``[]``, or ``[B]`` (``[...]``) for ``reduction="none"``; float32, or float64 for
+            float64 embeddings.
 
         Raises:
+            TypeError: as :func:`sampled_softmax_loss`.
             ValueError: if domains are needed and not given, if embeddings and a table are given
                 together, if ``table`` and ``item_domains`` are not of the same length, if the
                 options do not go with negatives per row, or as :func:`sampled_softmax_loss`.
@@ -209,7 +226,7 @@ class DynamicWeightedSampledSoftmax(WeightedLoss):
         )
         _check_candidates(positive, negative, table, positive_ids, negative_ids, negative_log_q)
         if table is not None:
-            self.check_items(table)
+            self._check_items(table)
         leading = query.shape[:-1]
         padded = padding(example_weights, leading)
         negatives = None if negative is None else negative.shape[:1]  # [N] or [B, K]
@@ -222,7 +239,7 @@ class DynamicWeightedSampledSoftmax(WeightedLoss):
         if negatives is not None:  # before calibration, which makes both
             both_or_none("positive_log_q", positive_log_q, "negative_log_q", negative_log_q)
 
-        domain_ids, weights = self.weigh_domains(
+        domain_ids, weights = self._weigh_domains(
             ("domain_ids", domain_ids), ("positive_ids", positive_ids), query, padded
         )
         draws: dict[str, Any] = {
@@ -232,18 +249,18 @@ class DynamicWeightedSampledSoftmax(WeightedLoss):
             "negative_log_q": negative_log_q,
         }
         if domain_ids is not None and weights is not None and self.calibration:
-            tilt = self.tilt(domain_ids, weights)
+            tilt = self._tilt(domain_ids, weights)
             if not in_batch:  # a row of weight 0 is nobody's candidate, and needs no correction
                 tilt = tilt.masked_fill(tilt == -math.inf, 0.0)
             draws["positive_log_q"] = Calibrated(positive_log_q, tilt)
             if negatives is not None:
-                candidate_domains = self.domains_of(
+                candidate_domains = self._domains_of(
                     ("negative_domain_ids", negative_domain_ids),
                     ("negative_ids", negative_ids),
                     negatives,
                     padded[..., None] if by_row and padded is not None else None,
                 )
-                tilt = self.tilt(candidate_domains, weights)
+                tilt = self._tilt(candidate_domains, weights)
                 draws["negative_log_q"] = Calibrated(negative_log_q, tilt)
 
         rows: dict[str, Any] = {
@@ -323,7 +340,7 @@ class DynamicWeightedSampledSoftmax(WeightedLoss):
         """ValueError where an option does not go with negatives of every row's own."""
         for conflict, reason in (
             (
-                not self.takes_negatives_by_row,
+                not self._takes_negatives_by_row,
                 f"{type(self).__name__} takes negatives that all rows share: pass [N]",
             ),
             (
@@ -343,9 +360,9 @@ class DynamicWeightedSampledSoftmax(WeightedLoss):
             if conflict:
                 raise ValueError(f"negative_ids names negatives per row, but {reason}")
 
-    def choices(self) -> dict[str, Any]:
+    def _choices(self) -> dict[str, Any]:
         return {
-            **super().choices(),
+            **super()._choices(),
             "correction": self.correction,
             "remove_accidental_hits": self.remove_accidental_hits,
             "in_batch": self.in_batch,

@@ -63,7 +63,7 @@ class WeightedLoss(Tables):
                 num_domains = self.domain_weights.num_domains
                 with on_host():
                     check_range("item_domains", table, num_domains, "domains", always=True)
-            self.register_constant("item_domains", table)
+            self._register_constant("item_domains", table)
         if not 0 <= calibration <= 1:
             raise ValueError(f"calibration is {calibration}; wanted a number in [0, 1]")
         if calibration and self.domain_weights is None:
@@ -93,7 +93,7 @@ class WeightedLoss(Tables):
             with on_host():
                 logit = torch.tensor([math.log(place / (1 - place))], dtype=torch.float32)
                 self.temperature_logit = nn.Parameter(logit)
-            self.settle()
+            self._settle()
         given = item_domains if isinstance(item_domains, Tensor) else self.device_marker
         if has_values(given) and has_values(self.device_marker):
             self.device_marker = self.device_marker.to(given.device)
@@ -125,8 +125,13 @@ class WeightedLoss(Tables):
     def no_decay_parameters(self) -> list[nn.Parameter]:
         """The parameters that weight decay must leave alone: the learned temperature, if any.
 
-        Decay would pull it to 0.5, the middle of its range. Two lines make the groups of an
-        optimiser, here of a model that contains the loss:
+        Decay would pull it to 0.5, the middle of its range.
+
+        Returns:
+            A list of the parameter, ``[1]``, or an empty one.
+
+        Example:
+            Two lines make the groups of an optimiser, here of a model that contains the loss.
 
             >>> import torch
             >>> from dwl_kernels import DynamicWeightedSampledSoftmax
@@ -139,13 +144,13 @@ class WeightedLoss(Tables):
         """
         return [] if self.temperature_logit is None else [self.temperature_logit]
 
-    def bring_up_to_date(self, state_dict: dict[str, Any], prefix: str) -> None:
+    def _bring_up_to_date(self, state_dict: dict[str, Any], prefix: str) -> None:
         name = prefix + "temperature_logit"
         saved = state_dict.get(name)
         if isinstance(saved, Tensor) and saved.dim() == 0:
             state_dict[name] = saved[None]
 
-    def weigh_domains(
+    def _weigh_domains(
         self,
         given: tuple[str, Tensor | None],  # [...] or [..., G]
         items: tuple[str, Tensor | None],  # [...]
@@ -155,12 +160,12 @@ class WeightedLoss(Tables):
         """The domains of the rows and what domains weigh; rows that train are counted."""
         if self.domain_weights is None:
             return given[1], None
-        domain_ids = self.domains_of(given, items, query.shape[:-1], padded)
+        domain_ids = self._domains_of(given, items, query.shape[:-1], padded)
         if not self.training:
             return domain_ids, self.domain_weights()
         return domain_ids, self.runs.weigh(self.domain_weights, _flat(domain_ids), query)
 
-    def domains_of(
+    def _domains_of(
         self,
         given: tuple[str, Tensor | None],  # [...] or [..., G]
         items: tuple[str, Tensor | None],  # [...]
@@ -200,7 +205,7 @@ class WeightedLoss(Tables):
         unknown = (ids < -1) | (ids >= num_items)
         return found.masked_fill(unknown[..., None], torch.iinfo(torch.int32).max)
 
-    def check_items(
+    def _check_items(
         self,
         table: Tensor,  # [V, D]
     ) -> None:
@@ -212,17 +217,17 @@ class WeightedLoss(Tables):
                 "no item"
             )
 
-    def tilt(
+    def _tilt(
         self,
         domains: Tensor,  # [..., G]
         weights: Tensor,  # [num_domains]
     ) -> Tensor:  # [...]
         """``c log w``, what weighted training adds to a score and calibration takes out again."""
         assert self.domain_weights is not None  # the constructor has looked
-        weight = mean_domain_weight(self.domain_weights.slots(_flat(domains)), weights)
+        weight = mean_domain_weight(self.domain_weights._checked_ids(_flat(domains)), weights)
         return self.calibration * weight.log().reshape(domains.shape[:-1])
 
-    def choices(self) -> dict[str, Any]:
+    def _choices(self) -> dict[str, Any]:
         """What was chosen, by the names of the constructor."""
         learns = self.temperature_logit is not None
         items = self.item_domains
@@ -236,7 +241,7 @@ class WeightedLoss(Tables):
         }
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.choices().items())
+        return ", ".join(f"{name}={value!r}" for name, value in self._choices().items())
 
 
 def _flat(domains: Tensor) -> Tensor:  # [..., G] -> [B, G]
