@@ -159,6 +159,8 @@ def test_ctrl_c_ends_a_build_and_its_compilers_in_one_line(tmp_path: Path) -> No
         f'exec {real} "$@"\n'
     )
     script.chmod(0o755)
+    # A job of a shell in the background ignores it, and so would its children.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
         [sys.executable, "-m", "dwl_kernels", "build"],
         env=os.environ | {"CXX": str(script), "DWL_KERNELS_CACHE": str(tmp_path / "cache")},
