@@ -373,7 +373,7 @@ def indexed_sampled_softmax_loss(
         negative_ids: integers, rows of the table that are negatives: ``[N]`` of all queries, or
             ``[B, K]`` (``[..., K]`` with leading dimensions), ``K`` of every query's own. A
             negative that is the positive of a row (an accidental hit) is always removed from that
-            row; one of id -1 is left out.
+            row. -1 is no row of the table; ``+inf`` as log-Q takes a negative out.
         sparse_grad: whether the gradient of the table is a coalesced sparse COO tensor of the rows
             that were used, as ``torch.optim.SparseAdam`` takes it, or dense. Rows whose gradient is
             zero, as of padding, are not among them. ``torch.compile`` does not trace sparse
