@@ -46,6 +46,7 @@ from dwl_kernels.validation import (
     in_batch_problem,
     indexed_ids,
     indexed_problem,
+    leave_out_no_items,
     sampled_problem,
     takes_batch,
 )
@@ -373,7 +374,7 @@ def indexed_sampled_softmax_loss(
         negative_ids: integers, rows of the table that are negatives: ``[N]`` of all queries, or
             ``[B, K]`` (``[..., K]`` with leading dimensions), ``K`` of every query's own. A
             negative that is the positive of a row (an accidental hit) is always removed from that
-            row. -1 is no row of the table; ``+inf`` as log-Q takes a negative out.
+            row. A negative of id -1 is no item, and left out; so is one of log-Q ``+inf``.
         sparse_grad: whether the gradient of the table is a coalesced sparse COO tensor of the rows
             that were used, as ``torch.optim.SparseAdam`` takes it, or dense. Rows whose gradient is
             zero, as of padding, are not among them. ``torch.compile`` does not trace sparse
@@ -421,8 +422,11 @@ def indexed_sampled_softmax_loss(
     if ids[1].dim() != 1:
         problem = indexed_problem(query, table, *ids, **arguments)
         return loss_of(problem, query, backend, sparse_grad)
-    positive, negative = shared_rows(table, *ids, sparse_grad, backend)
-    named: dict[str, Any] = {"positive_ids": ids[0], "negative_ids": ids[1]}
+    drawn, arguments["positive_log_q"], arguments["negative_log_q"] = leave_out_no_items(
+        query, ids[1], positive_log_q, negative_log_q
+    )
+    positive, negative = shared_rows(table, ids[0], drawn, sparse_grad, backend)
+    named: dict[str, Any] = {"positive_ids": ids[0], "negative_ids": drawn}
     return loss_of(sampled_problem(query, positive, negative, **named, **arguments), query, backend)
 
 

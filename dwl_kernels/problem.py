@@ -266,6 +266,7 @@ def ids_outside(
     ids: Tensor,  # [B] or [B, K]
     table_rows: int,
     active: Tensor | None = None,  # [B] bool, ids of other rows are not looked at
+    least: int = 0,
 ) -> Tensor | None:  # [B] bool
     """Which rows hold an id that is no row of the table; None where none can.
 
@@ -275,14 +276,15 @@ def ids_outside(
     checks = checks_values(ids)
     if checks and ids.numel():
         low, high = ids.aminmax()
-        if int(low) >= 0 and int(high) < table_rows:
+        if int(low) >= least and int(high) < table_rows:
             return None
-    outside = (ids < 0) | (ids >= table_rows)
+    outside = (ids < least) | (ids >= table_rows)
     if active is not None:
         outside &= active.view(-1, *(1,) * (ids.dim() - 1))
     if checks:
         if bool(outside.any()):
             otherwise = ", or ignore_index" if name == "target" else ""
+            otherwise = ", or -1, no item" if name == "negative_ids" else otherwise
             raise IndexError(
                 f"{name} holds {int(ids[outside][0])}, but table has {table_rows} rows: ids must "
                 f"be in [0, {table_rows}){otherwise}"

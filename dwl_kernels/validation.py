@@ -6,13 +6,14 @@ Every loss has its builder here; what is wrong with a single argument, `checks` 
 from __future__ import annotations
 
 import math
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from dwl_kernels.arguments import check_dense, flag, integer, integers, number
 from dwl_kernels.checks import (
+    Calibrated,
     autocast_dtype,
     both_or_none,
     check_embeddings,
@@ -24,6 +25,7 @@ from dwl_kernels.checks import (
     row_arguments,
 )
 from dwl_kernels.problem import (
+    NO_ITEM,
     Correction,
     DualScale,
     Problem,
@@ -287,8 +289,31 @@ def indexed_ids(
         if example_weights is not None and example_weights.shape == leading:
             active = example_weights.reshape(-1) != 0
         ids_outside("positive_ids", positive_ids.reshape(-1), table.shape[0], active)
-        ids_outside("negative_ids", negative_ids, table.shape[0])
-    return positive_ids.long(), negative_ids.long()
+        ids_outside("negative_ids", negative_ids, table.shape[0], least=NO_ITEM)
+    positive_ids, negative_ids = positive_ids.long(), negative_ids.long()
+    if not shared:  # what is no item is left out as a hit is
+        absent = negative_ids == NO_ITEM
+        negative_ids = torch.where(absent, positive_ids[..., None], negative_ids)
+    return positive_ids, negative_ids
+
+
+def leave_out_no_items(
+    query: Tensor,  # [..., D]
+    negative_ids: Tensor,  # [N]
+    positive_log_q: Any,  # [...], perhaps calibrated
+    negative_log_q: Any,  # [N]
+) -> tuple[Tensor, Any, Any]:
+    """Shared negatives that are no items get a log-Q of +inf, and the embedding of any row."""
+    absent = negative_ids == NO_ITEM
+    if checks_values(absent) and not bool(absent.any()):
+        return negative_ids, positive_log_q, negative_log_q
+    both_or_none("positive_log_q", positive_log_q, "negative_log_q", negative_log_q)
+    if positive_log_q is None:
+        positive_log_q = Calibrated(None, query.new_zeros(query.shape[:-1]))
+    if not isinstance(negative_log_q, Calibrated):
+        negative_log_q = Calibrated(negative_log_q, query.new_zeros(absent.shape))
+    tilt = negative_log_q.tilt.masked_fill(absent, -torch.inf)
+    return negative_ids.masked_fill(absent, 0), positive_log_q, negative_log_q._replace(tilt=tilt)
 
 
 def _query_and_table(query: Tensor, table: Tensor) -> list[Tensor]:

@@ -11,7 +11,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dwl_kernels import indexed_sampled_softmax_loss, sampled_softmax_loss, table
+from dwl_kernels import (
+    DynamicWeightedSampledSoftmax,
+    indexed_sampled_softmax_loss,
+    sampled_softmax_loss,
+    table,
+)
 from dwl_kernels.backends import chunked
 from dwl_kernels.problem import Problem, Wanted
 
@@ -293,3 +298,36 @@ class Largest(TorchDispatchMode):
             if isinstance(one, Tensor):
                 self.elements = max(self.elements, one.numel())
         return out
+
+
+@pytest.mark.parametrize("kind", ["shared", "by row", "compiled", "module", "module, mixed"])
+@pytest.mark.parametrize("log_q", [False, True])
+def test_negative_that_is_no_item_is_left_out(backend: str, kind: str, log_q: bool) -> None:
+    g = torch.Generator().manual_seed(0)
+    query = torch.randn(5, 6, generator=g, dtype=torch.float64, requires_grad=True)
+    items = torch.randn(20, 6, generator=g, dtype=torch.float64, requires_grad=True)
+    near, far = torch.tensor([1, 2, 3, 4, 0]), torch.tensor([7, -1, 0, 3, -1, 9])
+    values = -torch.rand(11, generator=g, dtype=torch.float64)
+    if kind == "by row":
+        far = torch.stack([far.roll(k) for k in range(5)])
+    kept = far != -1
+
+    def loss(negative_ids: Tensor, negative_log_q: Tensor) -> Tensor:
+        draws = {"positive_ids": near, "negative_ids": negative_ids}
+        if log_q:
+            draws |= {"positive_log_q": values[:5], "negative_log_q": negative_log_q}
+        if kind.startswith("module"):
+            mixed = kind == "module, mixed"
+            module = DynamicWeightedSampledSoftmax(in_batch=mixed or None, backend=backend)
+            return module(query, table=items, **draws)
+        return indexed_sampled_softmax_loss(query, items, backend=backend, **draws)
+
+    few = far[kept].reshape(*far.shape[:-1], -1)
+    of_far = values[5:].expand(far.shape)
+    run = torch.compile(loss, backend="aot_eager") if kind == "compiled" else loss
+    a, b = run(far, of_far), loss(few, of_far[kept].reshape(few.shape))
+    torch.testing.assert_close(a, b, rtol=1e-14, atol=1e-14)
+    for x, y in zip(*(torch.autograd.grad(one, [query, items]) for one in (a, b)), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-13, atol=1e-15)
+    with pytest.raises(IndexError, match=r"negative_ids holds -2, .* or -1, no item"):
+        loss(far - (far == -1).long(), of_far)

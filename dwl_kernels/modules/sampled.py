@@ -26,7 +26,7 @@ from dwl_kernels.modules.weighted import (
 )
 from dwl_kernels.problem import Correction, Reduction
 from dwl_kernels.table import shared_rows
-from dwl_kernels.validation import in_batch_problem, indexed_ids, takes_batch
+from dwl_kernels.validation import in_batch_problem, indexed_ids, leave_out_no_items, takes_batch
 
 
 class DynamicWeightedSampledSoftmax(WeightedLoss):
@@ -188,8 +188,9 @@ class DynamicWeightedSampledSoftmax(WeightedLoss):
                 ``item_domains``.
             positive_ids, negative_ids: ``[B]`` and ``[N]`` integers, or of a ``table`` ``[B, K]``
                 negatives, -1 = no item: nobody's hit, not even another -1's. A negative of id -1
-                given by its embedding stays a candidate, and every other integer is an id; a
-                ``table`` and ``item_domains`` take ids that index them. Ids and domains may be
+                given by its embedding stays a candidate, one to be read from a ``table`` is left
+                out. Every other integer is an id; a ``table`` and ``item_domains`` take ids that
+                index them. Ids and domains may be
                 NumPy arrays or pandas columns.
             positive_log_q, negative_log_q: ``[B]`` and ``[N]``, or ``[B, K]`` as the ids,
                 log-probability (nats) of one draw, before ``calibration``; both or neither, where
@@ -281,9 +282,8 @@ class DynamicWeightedSampledSoftmax(WeightedLoss):
             )
         if table is not None:
             assert positive_ids is not None  # _check_candidates has looked
-            positive, negative = self._read(
-                query, table, positive_ids, negative_ids, example_weights
-            )
+            positive, negative = self._read(query, table, example_weights, draws)
+            positive_ids, negative_ids = draws["positive_ids"], draws["negative_ids"]
         assert positive is not None  # likewise
         if self.normalize:
             query, positive = normalised(query, padded), normalised(positive, padded)
@@ -301,15 +301,21 @@ class DynamicWeightedSampledSoftmax(WeightedLoss):
         self,
         query: Tensor,  # [..., D]
         table: Tensor,  # [V, D]
-        positive_ids: Tensor,  # [...]
-        negative_ids: Tensor | None,  # [N]
         example_weights: Tensor | None,  # [...]
+        draws: dict[str, Any],  # ids and log-Q; negatives that are no items are left out of it
     ) -> tuple[Tensor, Tensor | None]:  # [..., D], [N, D]
         """The embeddings that the ids name."""
-        drawn = positive_ids.new_empty(0) if negative_ids is None else negative_ids
+        positive_ids, drawn = draws["positive_ids"], draws["negative_ids"]
+        if drawn is None:
+            drawn = positive_ids.new_empty(0)
         ids = indexed_ids(query, table, positive_ids, drawn, example_weights)
-        positive, negative = shared_rows(table, *ids, self.sparse_grad, self.backend)
-        return positive, None if negative_ids is None else negative
+        if draws["negative_ids"] is not None:
+            drawn, draws["positive_log_q"], draws["negative_log_q"] = leave_out_no_items(
+                query, ids[1], draws["positive_log_q"], draws["negative_log_q"]
+            )
+            draws["negative_ids"] = drawn
+        positive, negative = shared_rows(table, ids[0], drawn, self.sparse_grad, self.backend)
+        return positive, None if draws["negative_ids"] is None else negative
 
     def _loss(
         self,
