@@ -19,7 +19,6 @@ from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -93,29 +92,18 @@ class Log:
 
 
 def from_command_line(description: str | None) -> Interactions:
-    """The data set that ``--data`` names, or a synthetic one; ends the script where it is wrong.
-
-    From then on Ctrl-C ends the script with one line.
-    """
+    """The data set that ``--data`` names, or a synthetic one; ends the script where it is wrong."""
     from dwl_kernels.examples.synthetic import synthetic
 
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--data", help="folder of a data set, ml-1m say (default: a synthetic one)")
     folder = parser.parse_args().data
-    sys.excepthook = _without_traceback
     try:
         data = synthetic() if folder is None else load(folder)
     except DataError as error:
         sys.exit(f"error: {error}")
     print(f"{data.name}: {data.num_users:,} users, {data.num_items:,} items", flush=True)
     return data
-
-
-def _without_traceback(kind: Any, error: Any, traceback: Any) -> None:
-    if not issubclass(kind, KeyboardInterrupt):
-        sys.__excepthook__(kind, error, traceback)
-        return
-    print("\ninterrupted", file=sys.stderr)
 
 
 def load(folder: str | Path) -> Interactions:
