@@ -55,7 +55,7 @@ class Plan:
 
     @property
     def steps(self) -> int:
-        """For the progress bar: check, times, ladder and memory; points of the growth; scales."""
+        """For the progress line: check, times, ladder and memory; points of the growth; scales."""
         return 4 * len(self.shapes) + sum(map(len, self.growth.values())) + len(self.scales)
 
 
@@ -74,7 +74,7 @@ def plan(device: str, mode: Mode, names: Sequence[str] = ()) -> Plan:
         chosen = tuple(
             s.shrunk(s.rows // 4, max(128, s.candidates // 4), s.table // 4) for s in few
         )
-        growth = {side: growth[side][:2] for side in SIDES}
+        growth = {}
         rounds = (Rounds(1.5), Rounds(1), Rounds(0.5))
     if mode == "dry":
         chosen = tuple(s.shrunk(48, 40, 97, dim=16) for s in chosen)
@@ -141,7 +141,7 @@ def measure_shape(shape: Shape, todo: Plan, advance: Callable[[str], object]) ->
 
 
 def measure_point(shape: Shape, todo: Plan) -> Report:
-    """One point of the growth; the versions are checked on a small twin of it."""
+    """One point of the growth; the versions are checked on few rows of it."""
     found, figures = admit(shape, shape.shrunk(512, 512, 0), todo)
     add_times(figures, shape, found, todo.along, todo)
     add_memory(figures, shape, found, todo)
