@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from benchmarks.quality import __main__ as quality
 from benchmarks.speed import __main__ as speed
 from benchmarks.speed import suite
 from dwl_kernels import _interrupt
+from dwl_kernels.examples.synthetic import synthetic
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = [
@@ -50,9 +52,13 @@ def test_ctrl_c_ends_a_command_in_one_line_even_while_torch_loads(
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
 
 
-def test_other_programs_keep_their_ctrl_c() -> None:
-    program = "import sys; hook = sys.excepthook; import dwl_kernels; assert sys.excepthook is hook"
-    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+def test_other_programs_keep_their_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = sys.excepthook
+    for given in (["program.py"], ["-m"]):
+        monkeypatch.setattr(sys, "argv", given)
+        monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "program"])
+        importlib.reload(_interrupt)
+        assert sys.excepthook is own
 
 
 def test_other_errors_keep_their_traceback(capsys: pytest.CaptureFixture[str]) -> None:
@@ -64,10 +70,11 @@ def test_other_errors_keep_their_traceback(capsys: pytest.CaptureFixture[str]) -
 
 
 WAITING = """
-from benchmarks.progress import in_processes
 if __name__ == "__main__":
+    from benchmarks.progress import in_processes
+
     work = "import time; print('begun', flush=True); time.sleep(60)"
-    dict(in_processes(exec, {1: (work,), 2: (work,)}, 2))
+    dict(in_processes(exec, {1: (work,), 2: (work,)}, 1))
 """
 
 
@@ -144,6 +151,9 @@ def test_long_command_says_what_it_does(
 ) -> None:
     """The first long step of each takes a while, and then stops the command."""
     out = ["--out", str(tmp_path)]
+    data = synthetic(users=60, items=80, domains=8, length=12)
+    for module in (quality, demo):
+        monkeypatch.setattr(module, "synthetic", lambda: data)
     if name == "speed":
         monkeypatch.setattr(suite, "forget_compiled", lambda: None)  # imports a compiler
         monkeypatch.setattr(suite, "admit", slow)
@@ -185,8 +195,10 @@ def test_training_step_prints_a_table_of_60_columns(
 def test_demo_fits_60_columns(
     often: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    data = demo.synthetic(users=300, items=80, domains=8, length=12)
+    data = synthetic(users=300, items=80, domains=8, length=12)
     monkeypatch.setattr(demo, "synthetic", lambda: data)
+    scores = torch.zeros(data.num_users, data.num_items)
+    monkeypatch.setattr(demo.two_tower, "train", lambda *_: scores)
     ranks = np.zeros(data.num_users, np.int64)
     trained = SimpleNamespace(model=None, ranks=ranks)
     monkeypatch.setattr(demo, "train", lambda *given: (given[-1]("99%"), trained)[1])
