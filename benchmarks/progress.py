@@ -65,10 +65,16 @@ class Progress:
 
 
 def in_processes(
-    function: Callable[..., Any], calls: dict[Key, tuple[Any, ...]], jobs: int | None = None
+    function: Callable[..., Any],
+    calls: dict[Key, tuple[Any, ...]],
+    jobs: int | None = None,
+    before: Callable[[], object] | None = None,
 ) -> Iterator[tuple[Key, Any]]:
-    """Each call's key and result as they come, from processes that end with this one."""
-    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"))
+    """Each call's key and result as they come, from processes that end with this one.
+
+    Each process calls `before` first. Spawned ones find no functions of a package's `__main__`.
+    """
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), before)
     # Ctrl-C goes to all processes of a terminal. These inherit that they have none of it.
     usual = signal.signal(signal.SIGINT, signal.SIG_IGN)
     waiting = {pool.submit(function, *call): key for key, call in calls.items()}

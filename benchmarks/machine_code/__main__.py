@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +22,16 @@ VERSION = ".".join(triton.__version__.split(".")[:2])
 Count = Callable[[Any], dict[str, Any]]
 
 
-def at_precision(precision: str, count: Count, row: Any) -> dict[str, Any]:
-    """`count` of a row where float32 products have that precision."""
-    torch.set_float32_matmul_precision(precision)
-    return count(row)
-
-
 def counted(
     precision: str, count: Count, rows: Sequence[Any], progress: Progress
 ) -> list[dict[str, Any]]:
-    """`count` of all rows, in processes: Triton compiles in one at a time."""
+    """`count` of all rows, float32 products having that precision, in processes: Triton compiles
+    in one at a time."""
     progress(f"Triton, 0 of {len(rows)}")
-    calls = {number: (precision, count, row) for number, row in enumerate(rows)}
+    calls = {number: (row,) for number, row in enumerate(rows)}
+    before = partial(torch.set_float32_matmul_precision, precision)
     found = {}
-    for number, result in in_processes(at_precision, calls):
+    for number, result in in_processes(count, calls, before=before):
         found[number] = result
         progress(f"Triton, {len(found)} of {len(rows)}")
     return [found[number] for number in calls]
