@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from benchmarks.quality.__main__ import INTERRUPTED, folder, positive
+from benchmarks.progress import Progress
+from benchmarks.quality.__main__ import folder, positive
 from benchmarks.quality.metrics import LeaveOneOut, ndcg, rank_targets
 from benchmarks.quality.train import Config, measure_domains, train
 from benchmarks.record import replacing
@@ -32,7 +32,6 @@ from dwl_kernels.examples.synthetic import synthetic
 STEPS, EPOCHS, MOST_EPOCHS = 1000, 5, 12  # of the two towers; of the sequence model
 REAL_STEPS = 1200  # of the sequence model on a data set that is given
 PRICES = (0.0, 0.03)  # what NDCG over all items may lose for sparse domains
-EVERY = 30  # seconds between lines of progress where there is no terminal
 SHOWN = 6  # domains of the table, half of them the sparsest
 
 
@@ -49,38 +48,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{data.name}: {data.num_users:,} users, {data.num_items:,} items,\n"
             f"{len(data.items):,} interactions, {len(data.domain_names)} domains\n"
         )
-        log_q_on_and_off(data, options.steps)
-        split = LeaveOneOut(data)
-        weights = show_domains(split)
-        turn_the_dial(split, weights, options)
-        return speed_and_memory()
+        with Progress() as progress:
+            log_q_on_and_off(data, options.steps, progress)
+            split = LeaveOneOut(data)
+            weights = show_domains(split)
+            turn_the_dial(split, weights, options, progress)
+            return speed_and_memory(progress)
     except DataError as error:
         print(f"error: {error}")
         return 1
-    except KeyboardInterrupt:
-        print("\ninterrupted")
-        return INTERRUPTED
 
 
-def log_q_on_and_off(data: Interactions, steps: int) -> None:
-    print("1. log-Q: two towers, the other items of a batch as negatives")
+def log_q_on_and_off(data: Interactions, steps: int, progress: Progress) -> None:
+    print("1. log-Q: two towers, with the other items of a batch as\n   negatives", flush=True)
     *_, last = two_tower.split(data)
-    found = {}
-    for log_q in (False, True):
+    for name, log_q in (("without log-Q", False), ("with log-Q", True)):
+        progress(f"two towers {name}")
         scores = two_tower.train(data, log_q, steps)
-        hits = scores.topk(50).indices == last[:, None]
-        found[log_q] = float(hits.any(1).float().mean())
-        print(
-            f"   {'with' if log_q else 'without'} log-Q: Recall@50 {found[log_q]:.3f}", flush=True
-        )
+        found = (scores.topk(50).indices == last[:, None]).any(1)
+        progress("")
+        print(f"   {name}: Recall@50 {float(found.float().mean()):.3f}", flush=True)
     print(
-        "   Popular items are negatives too often and get too low scores; log-Q\n"
-        "   takes that back, in the same pass.\n"
+        "   Popular items are negatives too often and get too low\n"
+        "   scores; log-Q takes that back, in the same pass.\n"
     )
 
 
 def show_domains(split: LeaveOneOut) -> DomainWeights:
-    print("2. domains: how sparse each is, and what its examples weigh")
+    print("2. domains: how sparse each is, what its examples weigh")
     weights = measure_domains(split, Config(epochs=1, max_length=2))
     by_size = weights.interactions.argsort(descending=True).tolist()
     shown = by_size if len(by_size) <= SHOWN else [*by_size[:3], *by_size[-3:]]
@@ -91,21 +86,24 @@ def show_domains(split: LeaveOneOut) -> DomainWeights:
             f"   {names[domain][:21]:<22}{int(weights.interactions[domain]):>13,}"
             f"{int(weights.users[domain]):>8,}{float(weights.weights[domain]):>8.2f}"
         )
-    print(f"   ({len(shown)} of {len(by_size)}; few interactions, few users: a larger weight)\n")
+    print(f"   ({len(shown)} of {len(by_size)}; the sparser, the larger the weight)\n")
     return weights
 
 
-def turn_the_dial(split: LeaveOneOut, weights: DomainWeights, options: argparse.Namespace) -> None:
+def turn_the_dial(
+    split: LeaveOneOut, weights: DomainWeights, options: argparse.Namespace, progress: Progress
+) -> None:
     """Train one model, choose the strength of the bonus on validation items, show test items."""
-    print("3. the dial: scores + strength x log weight of the item's domains, at")
-    print("   serving time; the model is trained once, without weights", flush=True)
+    print("3. the dial: scores + strength x log weight of the item's")
+    print("   domains, when serving; the model is trained once, without", flush=True)
     data = split.data
     epochs = options.epochs
     if epochs is None:
         per_epoch = max(len(split.users) // Config.batch_size, 1)
         epochs = EPOCHS if options.data is None else min(-(-REAL_STEPS // per_epoch), MOST_EPOCHS)
     config = Config(epochs=epochs, max_length=min(int(data.lengths.max()), 50))
-    run = train("plain", split, config, seed=0, progress=progress_lines())
+    run = train("plain", split, config, 0, progress.of("the model"))
+    progress("ranks of the items")
     domains = torch.from_numpy(data.item_domains)
     bonus, sparse = weights.log_weight(domains), weights.sparsest(domains)
 
@@ -119,8 +117,9 @@ def turn_the_dial(split: LeaveOneOut, weights: DomainWeights, options: argparse.
     target = {part: torch.from_numpy(split.target(part)) for part in ("validation", "test")}
     dials = [choose_bonus(validation, sparse[target["validation"]], price=p) for p in PRICES]
     test = ranks("test", sorted({0.0, *(dial.strength for dial in dials)}))
-    print(f"   NDCG@10 of the test items {ndcg(run.ranks).mean():.3f}; sparse: the sparsest")
-    print("   quarter of the domains; strengths chosen on validation items")
+    progress("")
+    print(f"   NDCG@10 of the test items {ndcg(run.ranks).mean():.3f}; sparse: the")
+    print("   sparsest quarter of the domains; strengths chosen on\n   validation items")
     of_sparse = sparse[target["test"]]
     for dial in dials:
         held = choose_bonus(test, of_sparse, price=0.99)
@@ -130,7 +129,7 @@ def turn_the_dial(split: LeaveOneOut, weights: DomainWeights, options: argparse.
             f"sparse {held.sparse[at]:+.1%}, all {held.overall[at]:+.1%}"
         )
     print(
-        "   Sparse domains are raised without training again, and how far is yours\n   to choose.",
+        "   Sparse domains are raised without training again, and how\n   far is yours to choose."
     )
     draw(dials[-1], options.out / "demo-dial.png")
 
@@ -141,26 +140,11 @@ def draw(dial: Dial, path: Path) -> None:
     print(f"   picture: {path}\n")
 
 
-def progress_lines() -> Callable[..., object]:
-    """On a terminal one line that changes, elsewhere a line every half minute."""
-    last = [time.monotonic()]
-    terminal = sys.stdout.isatty()
-
-    def progress(*, completed: float, text: str) -> None:
-        if terminal:
-            end = "\r" if completed < 1 else "\r\033[K"
-            print(f"   {completed:4.0%} {text}", end=end, flush=True)
-        elif time.monotonic() - last[0] > EVERY:
-            last[0] = time.monotonic()
-            print(f"   {completed:4.0%} of the training {text}", flush=True)
-
-    return progress
-
-
-def speed_and_memory() -> int:
+def speed_and_memory(progress: Progress) -> int:
     """A smaller shape and no compilation by PyTorch, so that it ends within half a minute."""
     print("4. speed and memory: loss and gradients, all corrections on")
     shape, large = shapes.DEMO, shapes.DEMO_MEMORY
+    progress("speed, then memory")
     found = losses(shape, "cpu")
     del found["torch.compile"]
     verdict = check(shape, found)
@@ -172,16 +156,17 @@ def speed_and_memory() -> int:
     peaks = peak_memories(list(found), large)
     kernel = next(iter(kernels("cpu")), "chunked")
     own, eager = times[kernel], times["eager"]
+    progress("")
     print(
-        f"   PyTorch as usual {eager.median_ms:.0f} ms, this package {own.median_ms:.0f} ms: "
-        f"{eager.ratio / own.ratio:.1f} times as fast\n"
+        f"   PyTorch as usual {eager.median_ms:.0f} ms, this package {own.median_ms:.0f} ms:\n"
+        f"   {eager.ratio / own.ratio:.1f} times as fast\n"
         f"   ({shape.rows:,} rows, {shape.candidates:,} candidates, {shape.dim} dimensions)"
     )
     before, after = peaks["eager"], peaks[kernel]
     if before is not None and after is not None:
         print(
-            f"   {before / 1e6:.0f} MB of memory become {after / 1e6:.0f} MB: no matrix of logits\n"
-            f"   ({large.rows:,} rows, {large.candidates:,} candidates)"
+            f"   {before / 1e6:.0f} MB of memory become {after / 1e6:.0f} MB: no matrix of\n"
+            f"   logits ({large.rows:,} rows, {large.candidates:,} candidates)"
         )
     return 0
 

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import subprocess
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime, timezone
@@ -45,6 +46,21 @@ def record(**figures: Any) -> dict[str, Any]:
         },
         **figures,
     }
+
+
+def busy() -> str:
+    """A warning where other processes have kept this machine at work; else nothing."""
+    if not hasattr(os, "getloadavg"):
+        return ""
+    # The mean of the last minute, to which this process has added the time that it has computed.
+    others = os.getloadavg()[0] - time.process_time() / 60
+    if others < 0.5:
+        return ""
+    return (
+        f"This machine is busy: in the last minute other processes kept {others:.1f} of its "
+        f"{_cores()} processors at work. Times come out longer and less certain; for good ones "
+        "let the others end first, and wait a minute."
+    )
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.progress import Progress
 from benchmarks.quality.model import SequenceModel
 from benchmarks.record import ROOT, record, write_json
 from dwl_kernels import full_softmax_loss, in_batch_softmax_loss
@@ -115,22 +116,24 @@ def measured(model: Model, rounds: int) -> dict[str, Any]:
     }
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.training_step", description=__doc__)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--out", type=Path, default=RESULT)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     torch.manual_seed(0)
     found = []
     for model in (two_towers(), sequence_model()):
-        figures = measured(model, options.rounds)
+        with Progress() as progress:
+            progress(model.name)
+            figures = measured(model, options.rounds)
         found.append({"model": model.name, **figures})
-        plain, ours = figures["pytorch"], figures["package"]
-        print(
-            f"{model.name}: a step {plain['step_ms']:.1f} ms, {plain['loss_ms']:.1f} of it the "
-            f"loss; with this package {ours['step_ms']:.1f} and {ours['loss_ms']:.1f}: "
-            f"{plain['step_ms'] / ours['step_ms']:.2f} times as fast"
-        )
+        print(f"{model.name}\n{'ms':<20}{'step':>8}{'its loss':>10}")
+        for name, version in (("plain PyTorch", "pytorch"), ("this package", "package")):
+            step, loss = figures[version]["step_ms"], figures[version]["loss_ms"]
+            print(f"{name:<20}{step:>8.1f}{loss:>10.1f}")
+        ratio = figures["pytorch"]["step_ms"] / figures["package"]["step_ms"]
+        print(f"a step is {ratio:.2f} times as fast\n", flush=True)
     command = "python -m benchmarks.training_step"
     write_json(options.out, record(command=command, rounds=options.rounds, models=found))
     return 0

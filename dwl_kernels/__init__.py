@@ -3,6 +3,7 @@
 Start at :class:`DynamicWeightedSampledSoftmax`, or at the functions it calls.
 """
 
+from dwl_kernels import _interrupt as _interrupt  # first, before torch
 from dwl_kernels.candidates import LogUniformSampler, UniformSampler, UnigramSampler
 from dwl_kernels.dial import choose_bonus, ranks_with_bonus
 from dwl_kernels.domains import DomainWeights, domains_from_multi_hot

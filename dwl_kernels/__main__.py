@@ -34,14 +34,6 @@ the user or to root, and nobody else can write them."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    try:
-        return run(arguments)
-    except KeyboardInterrupt:
-        print("dwl_kernels: interrupted", file=sys.stderr)
-        return 130  # as a shell names it
-
-
-def run(arguments: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m dwl_kernels",
         description="Print versions, devices and which backends work here.",

@@ -175,23 +175,12 @@ def test_ctrl_c_ends_a_build_and_its_compilers_in_one_line(tmp_path: Path) -> No
     assert process.returncode == 130
     assert said.splitlines() == [
         "dwl_kernels: compiling the CPU kernel (about 10 s, once) ...",
-        "dwl_kernels: interrupted",
+        "interrupted",
     ]
     for compiler in started.read_text().split():
         with pytest.raises(ProcessLookupError):
             os.kill(int(compiler), 0)
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
-
-
-def test_ctrl_c_ends_the_report_in_one_line(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupted(name: str, device: str) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(backends, "why_not", interrupted)
-    assert main([]) == 130
-    assert capsys.readouterr().err == "dwl_kernels: interrupted\n"
 
 
 def test_unknown_command_prints_usage_and_exits_with_2() -> None:

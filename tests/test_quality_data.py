@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 import time
 from collections.abc import Callable
@@ -163,6 +164,36 @@ def test_broken_files_are_named_with_line_and_expectation(
     with pytest.raises(DataError, match=message) as caught:
         load(folder)
     assert str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "file"), [("ml-1m", "ratings.dat"), ("ml-1m", "movies.dat"), ("ml-100k", "u.genre")]
+)
+def test_last_line_without_its_end_is_named(write: Write, kind: str, file: str) -> None:
+    cut = FORMATS[kind][file].rstrip(b"\n")
+    lines = cut.decode("latin-1").split("\n")
+    with pytest.raises(DataError) as caught:
+        load(write({**FORMATS[kind], file: cut}))
+    said = f"{file}, line {len(lines)}: the last line, {lines[-1]!r}, has no end"
+    assert said in str(caught.value)
+
+
+def test_byte_that_is_not_utf_8_is_reported_in_its_own_line(write: Write) -> None:
+    first, second, *rest = RATINGS_DAT.splitlines(keepends=True)
+    files = {**FORMATS["ml-1m"], "ratings.dat": b"".join([first, b"\xff" + second, *rest])}
+    with pytest.raises(DataError, match=r"ratings\.dat, line 2: not utf-8 text"):
+        load(write(files))
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_byte_order_mark_makes_no_difference(write: Write, kind: str) -> None:
+    marked = {name: codecs.BOM_UTF8 + text for name, text in FORMATS[kind].items()}
+    assert load(write(marked)).sequence(1).tolist() == [0, 1, 2, 3]
+
+
+def test_home_is_a_tilde(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(write(FORMATS["ml-1m"])))
+    assert load("~").num_users == 2
 
 
 def test_missing_folder_is_named(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from test_quality_main import folder as folder  # a fixture
 
 from benchmarks.quality import frontier
@@ -49,6 +50,12 @@ def test_frontier_has_every_method_and_range(
             plain = document["points"][0]["changes"][part]["all"]["plain"]
             assert one["changes"][part]["all"]["plain"] == plain  # one rival for all
     assert "chosen on the validation items" in capsys.readouterr().out
+
+
+def test_table_fits_60_columns() -> None:
+    points = [point(16, -0.12, 0.22, method) for method in ("dynamic, calibrated", "bonus")]
+    table = frontier.table(points, "title")
+    assert Console(width=200, quiet=True).measure(table).maximum <= 60
 
 
 @pytest.mark.parametrize("text", ["1", "0.5,2", "2,inf", "2,x", ""])

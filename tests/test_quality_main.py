@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -81,7 +82,6 @@ def test_interrupted_run_leaves_nothing_behind(
     folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
     stopped_in: str,
 ) -> None:
     def interrupt(*arguments: object) -> None:
@@ -92,9 +92,9 @@ def test_interrupted_run_leaves_nothing_behind(
     module = {"train": quality, "plot": report}[stopped_in]
     monkeypatch.setattr(module, stopped_in, interrupt)
     out = tmp_path / "out"
-    assert quality.main(command(folder, "--out", str(out))) == quality.INTERRUPTED
+    with pytest.raises(KeyboardInterrupt):
+        quality.main(command(folder, "--out", str(out)))
     assert not out.exists() or not list(out.iterdir())
-    assert "interrupted; nothing was written" in capsys.readouterr().out
 
 
 def test_earlier_results_survive_an_interrupted_run(
@@ -105,7 +105,8 @@ def test_earlier_results_survive_an_interrupted_run(
 
     (tmp_path / "quality-tiny.png").write_bytes(b"earlier")
     monkeypatch.setattr(report, "plot", interrupt)
-    quality.main(command(folder, "--out", str(tmp_path)))
+    with pytest.raises(KeyboardInterrupt):
+        quality.main(command(folder, "--out", str(tmp_path)))
     assert (tmp_path / "quality-tiny.png").read_bytes() == b"earlier"
 
 
@@ -184,10 +185,13 @@ def test_groups_count_a_user_for_every_domain_of_the_test_item() -> None:
 
 
 @pytest.mark.parametrize("loss", LOSSES[1:])
-def test_table_fits_a_terminal_of_80_columns(loss: str) -> None:
+def test_table_fits_60_columns(loss: str) -> None:
     split = LeaveOneOut(synthetic(users=200, items=120, domains=8, length=12))
     ranks = torch.randint(20, (2, 200)).numpy()
     runs = [run("plain", 0, ranks[0]), run(loss, 0, ranks[1])]
-    console = Console(width=80, record=True, quiet=True)
-    table = report.table(runs, loss, report.make_groups(split), "title")
-    assert console.measure(table).maximum <= 80
+    # The widest numbers of ml-1m, and a change of a tenth.
+    groups = [
+        replace(g, interactions=1_000_209, name="Documentary") for g in report.make_groups(split)
+    ]
+    table = report.table(runs, loss, groups, "title")
+    assert Console(width=200, quiet=True).measure(table).maximum <= 60

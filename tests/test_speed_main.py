@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,8 @@ import pytest
 import torch.nn.functional as F
 from rich.console import Console
 
+from benchmarks import record
+from benchmarks.progress import WIDTH
 from benchmarks.readme import scales_line
 from benchmarks.record import write_json
 from benchmarks.speed import __main__ as command
@@ -20,6 +23,8 @@ from benchmarks.speed import peers, pictures, shapes, suite, warm
 from benchmarks.speed.baselines import package_loss, usual_loss
 from benchmarks.speed.measure import Rounds
 from benchmarks.speed.report import (
+    LEGEND,
+    all_points,
     comparison,
     growth_table,
     rows_of,
@@ -80,12 +85,54 @@ def printed(table: Any) -> str:
 
 def test_tables_name_every_version_and_size(report: dict[str, Any]) -> None:
     text = printed(shape_table(report["shapes"][0]))
-    for wanted in ("bound", "eager", "chunked", "domain weights", "N = 53"):
+    for wanted in ("matrix products", "eager", "chunked", "domain weights", "53 candidates"):
         assert wanted in text
-    assert "B = 9" in printed(growth_table("rows", report["growth"]["rows"]))
+    assert "\n   9 " in printed(growth_table("rows", report["growth"]["rows"]))
     text = printed(scale_table(report["scales"]))
-    for wanted in ("± 0.1", "± 100", "rising", "chunked, D = 8"):
+    for wanted in ("±0.1", "±100", "rising", "chunked, D = 8"):
         assert wanted in text
+
+
+def test_tables_fit_60_columns_and_need_no_other_page(report: dict[str, Any]) -> None:
+    wide = copy.deepcopy(report)
+    for point in all_points(wide):
+        point["shape"]["twin"] = True
+        for number, row in enumerate(point["versions"]):
+            row.update(median_ms=99_999.0, high_ms=99_999.0, low_ms=0.0, ratio=99.5)
+            row.update(peak_bytes=9.9e10, **({"launches": 14} if number else {}))
+            if number == 1:
+                row["version"] = "cut-cross-entropy, no filter"
+    tables = [shape_table(figures) for figures in wide["shapes"]]
+    growth = copy.deepcopy(report["growth"]["rows"])
+    for point in growth:  # all that a GPU measures
+        names = ("bound", "eager", "torch.compile", "chunked", "triton", "cuda")
+        point["versions"] = [{"version": name, "median_ms": 9999.0} for name in names]
+        point["shape"]["rows"] = 1_048_576
+    tables += [growth_table("rows", growth), scale_table(report["scales"])]
+    tables += comparison(report, wide)[0]
+    for table in tables:
+        assert Console(width=200, quiet=True).measure(table).maximum <= WIDTH
+    said = LEGEND + "".join(map(printed, tables[: len(wide["shapes"]) + 2]))
+    assert re.findall(r"bound|twin|\bhits?\b|ladder", said) == []
+    assert max(map(len, LEGEND.splitlines())) <= WIDTH
+
+
+def test_busy_machine_is_warned_of_before_anything_is_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(record.time, "process_time", lambda: 30.0)  # this process: a half
+    monkeypatch.setattr(record.os, "getloadavg", lambda: (0.9, 9.0, 9.0))
+    assert record.busy() == ""
+    monkeypatch.setattr(record.os, "getloadavg", lambda: (2.5, 0.0, 0.0))
+
+    def stop(*_: object) -> None:
+        raise InterruptedError
+
+    monkeypatch.setattr(command, "run", stop)
+    with pytest.raises(InterruptedError):
+        command.main(["--quick", "--out", str(tmp_path)])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "busy: in the last minute other processes kept 2.0 of its" in said
 
 
 def test_pictures_are_drawn_for_what_was_measured(report: dict[str, Any], tmp_path: Path) -> None:
@@ -130,9 +177,9 @@ def test_slower_beyond_the_spread_is_flagged(report: dict[str, Any]) -> None:
     row = rows_of(new)[report["shapes"][0]["label"], "chunked"]
     for key in ("ratio", "ratio_low", "ratio_high"):
         row[key] = 2 * row["ratio_high"]
-    table, worse = comparison(report, new)
+    tables, worse = comparison(report, new)
     assert worse == 1
-    assert "SLOWER" in printed(table)
+    assert "SLOWER" in printed(tables[0])
     assert comparison(new, report)[1] == 0
 
 
@@ -140,9 +187,9 @@ def test_more_memory_is_flagged(report: dict[str, Any]) -> None:
     old, new = copy.deepcopy(report), copy.deepcopy(report)
     for either, peak in ((old, 10e6), (new, 12e6)):
         rows_of(either)[report["shapes"][0]["label"], "chunked"]["peak_bytes"] = peak
-    table, worse = comparison(old, new)
+    tables, worse = comparison(old, new)
     assert worse == 1
-    assert "MORE MEMORY" in printed(table)
+    assert "MORE MB" in printed(tables[0])
 
 
 def test_figures_are_shown_and_drawn_again_without_measuring(
@@ -203,6 +250,7 @@ def test_plans_measure_what_their_device_holds() -> None:
     assert [s.name for s in suite.plan("cpu", "dry").shapes] == [s.name for s in GPU]
     assert suite.plan("cpu", "full", ["small"]).growth == {}
     assert suite.plan("cpu", "full", ["small"]).scales == []
+    assert suite.plan("cpu", "quick").growth == {}  # two minutes have no room for it
     assert {s.dim for s in suite.plan("cpu", "full").scales} == {64, 128}
     for shape, full in zip(suite.plan("cpu", "quick").shapes, (CPU[0], *CPU[3:]), strict=False):
         assert shape.logits_bytes <= full.logits_bytes

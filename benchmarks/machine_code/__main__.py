@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import multiprocessing
-import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,52 +12,63 @@ import torch
 import triton
 
 from benchmarks.machine_code import cuda, triton_per_row, triton_shared
-from dwl_kernels import _build_cuda, _cache
+from benchmarks.progress import Progress, in_processes
+from dwl_kernels import _build, _build_cuda, _cache
 
 RESULTS = Path(__file__).parent.parent / "results" / "machine-code"
 VERSION = ".".join(triton.__version__.split(".")[:2])
 
 
-def processes(precision: str) -> Executor:
-    """Workers in which float32 products have that precision; Triton compiles in one at a time."""
-    return ProcessPoolExecutor(
-        os.cpu_count(),
-        multiprocessing.get_context("spawn"),
-        initializer=torch.set_float32_matmul_precision,
-        initargs=(precision,),
-    )
+Count = Callable[[Any], dict[str, Any]]
 
 
 def counted(
-    pool: Executor, count: Callable[[Any], dict[str, Any]], rows: Sequence[Any]
+    precision: str, count: Count, rows: Sequence[Any], progress: Progress
 ) -> list[dict[str, Any]]:
-    """`count` of all rows; says which are done."""
-    found = []
-    for number, (row, result) in enumerate(zip(rows, pool.map(count, rows), strict=True), 1):
-        print(f"{number} of {len(rows)}:", *row, flush=True)
-        found.append(result)
-    return found
+    """`count` of all rows, float32 products having that precision, in processes: Triton compiles
+    in one at a time."""
+    progress(f"Triton, 0 of {len(rows)}")
+    calls = {number: (row,) for number, row in enumerate(rows)}
+    before = partial(torch.set_float32_matmul_precision, precision)
+    found = {}
+    for number, result in in_processes(count, calls, before=before):
+        found[number] = result
+        progress(f"Triton, {len(found)} of {len(rows)}")
+    return [found[number] for number in calls]
 
 
-def main() -> None:
+def counted_cuda(rows: Sequence[cuda.Row], progress: Progress) -> list[dict[str, Any]]:
+    """The same of the CUDA kernel, whose compilers are processes of their own."""
+    progress(f"CUDA, 0 of {len(rows)}")
+    done = []
+
+    def one(row: cuda.Row) -> dict[str, Any]:
+        result = cuda.compiled_and_counted(row)
+        done.append(row)
+        progress(f"CUDA, {len(done)} of {len(rows)}")
+        return result
+
+    return _build.in_parallel(one, rows)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.machine_code", description=__doc__)
     parser.add_argument("out", type=Path, nargs="?", default=RESULTS)
-    out = parser.parse_args().out
+    out = parser.parse_args(arguments).out
     out.mkdir(parents=True, exist_ok=True)
-    with processes("high") as pool:  # tf32, the faster choice
-        table = counted(pool, triton_shared.count, triton_shared.rows())
+    with Progress() as progress:
+        # tf32, the faster choice
+        table = counted("high", triton_shared.count, triton_shared.rows(), progress)
         (out / f"triton-{VERSION}.md").write_text(triton_shared.markdown(table))
-    with processes("highest") as pool:  # that of PyTorch: nothing here goes to tensor cores
-        table = counted(pool, triton_per_row.count, triton_per_row.rows())
+        # That of PyTorch: nothing here goes to tensor cores.
+        table = counted("highest", triton_per_row.count, triton_per_row.rows(), progress)
         (out / f"triton-per-row-{VERSION}.md").write_text(triton_per_row.markdown(table))
-    try:
-        compiler = _build_cuda.nvcc_version()
-    except _cache.BuildError as error:
-        print(f"no table of the CUDA kernel: {error}")
-        return
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        table = counted(pool, cuda.compiled_and_counted, cuda.rows())
-        (out / "cuda.md").write_text(cuda.markdown(table, compiler))
+        try:
+            compiler = _build_cuda.nvcc_version()
+        except _cache.BuildError as error:
+            print(f"no table of the CUDA kernel: {error}")
+            return
+        (out / "cuda.md").write_text(cuda.markdown(counted_cuda(cuda.rows(), progress), compiler))
 
 
 if __name__ == "__main__":

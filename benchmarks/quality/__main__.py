@@ -7,12 +7,11 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from benchmarks.progress import WIDTH, Progress
 from benchmarks.record import record, replacing, write_json
 from dwl_kernels import backends
 from dwl_kernels.examples.data import DataError, Interactions, load
@@ -23,7 +22,6 @@ from .metrics import LeaveOneOut, ndcg, recall
 from .train import LOSSES, Config, Loss, Run, steps_per_epoch, train, with_bonus
 
 SYNTHETIC_EPOCHS, REAL_STEPS = 10, 3000  # enough for NDCG@10 on the validation items to level off
-INTERRUPTED = 130  # the exit status of a shell command that was stopped by Ctrl-C
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,15 +29,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.weight_range[0] > options.weight_range[1]:
         parser.error("--weight-range: wanted 0 < LOW <= HIGH")
-    console = Console(width=None if sys.stdout.isatty() else 100, highlight=False)
+    console = Console(width=WIDTH, highlight=False)
     try:
         paths = compare_losses(options, console)
     except (DataError, FloatingPointError) as error:
         console.print(f"error: {error}", markup=False, soft_wrap=True)
         return 1
-    except KeyboardInterrupt:
-        console.print("\ninterrupted; nothing was written")
-        return INTERRUPTED
     console.print("wrote", *paths, soft_wrap=True)
     return 0
 
@@ -93,32 +88,23 @@ def load_data(name: str) -> Interactions:
 def train_all(
     losses: Sequence[Loss], split: LeaveOneOut, config: Config, seeds: int, console: Console
 ) -> list[Run]:
-    """One run per seed and loss, with a progress bar each and a line when it is done."""
+    """One run per seed and loss, with a line when it is done."""
     runs: list[Run] = []
-    with Progress(
-        TextColumn("{task.description:<16}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[text]}"),
-        console=console,
-        transient=True,
-    ) as progress:
+    with Progress() as progress:
         for seed in range(seeds):
             for loss in losses:
                 name = f"{loss}, seed {seed}"
-                bar = progress.add_task(name, total=1.0, text="")
                 if loss == "bonus":
+                    progress(name)
                     plain = next(run for run in reversed(runs) if run.loss == "plain")
                     run = with_bonus(plain, split, config)
                 else:
-                    update = partial(progress.update, bar)
-                    run = train(loss, split, config, seed, update)
-                progress.remove_task(bar)
+                    run = train(loss, split, config, seed, progress.of(name))
                 runs.append(run)
-                progress.console.print(
-                    f"{name:<16} NDCG@10 {ndcg(run.ranks).mean():.4f}, "
-                    f"Recall@10 {recall(run.ranks).mean():.4f}, epoch {run.best_epoch}, "
+                progress("")
+                console.print(
+                    f"{name}: NDCG@10 {ndcg(run.ranks).mean():.4f}, "
+                    f"Recall@10 {recall(run.ranks).mean():.4f},\n  epoch {run.best_epoch}, "
                     f"{run.seconds:.0f} s, loss {run.loss_share:.0%} of a step"
                 )
     return runs

@@ -14,10 +14,8 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from itertools import product
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +24,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.progress import WIDTH, Progress, in_processes
 from benchmarks.record import record, replacing, write_json
 
 from .__main__ import backend_name, folder, load_data, make_config, make_parser, positive
@@ -84,13 +83,14 @@ def all_ranks(
             changed = replace(config, weight_range=(1.0, high), calibration=calibration)
             calls[method, high, seed] = (loss, split, changed, seed, highs)
     found: dict[Any, tuple[Ranks, dict[float, Ranks]]] = {}
-    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
-        waiting = {pool.submit(ranks_of_model, *call): name for name, call in calls.items()}
-        for done in as_completed(waiting):
-            name = waiting[done]
-            found[name] = done.result()
-            scores = (f"{part} {ndcg(found[name][0][part]).mean():.4f}" for part in PARTS)
+    with Progress() as progress:
+        progress(f"trained 0 of {len(calls)}")
+        for name, ranks in in_processes(ranks_of_model, calls, jobs):
+            found[name] = ranks
+            scores = (f"{part} {ndcg(ranks[0][part]).mean():.4f}" for part in PARTS)
+            progress("")
             console.print(f"{name[0]}, 1 to {name[1]:g}, seed {name[2]}: {', '.join(scores)}")
+            progress(f"trained {len(found)} of {len(calls)}")
     plain = [found["plain", 1.0, seed] for seed in range(seeds)]
     points = {
         (method, high): [found[method, high, seed][0] for seed in range(seeds)]
@@ -139,19 +139,19 @@ def summaries(split: LeaveOneOut, part: str) -> list[Group]:
 
 def table(points: Sequence[Point], title: str) -> Table:
     """A line per point: change of NDCG@10 and its standard error, of the plain one in percent."""
-    result = Table(title=title, box=None, padding=(0, 2, 0, 0), title_justify="left")
-    result.add_column("")
-    result.add_column("weights", justify="right")
+    title = f"{title}, change in %; validation, then test items"
+    result = Table(title=title, box=None, padding=(0, 1, 0, 0), title_justify="left")
+    result.add_column("weights\n1 to ...")
     for part in PARTS:
         for group in points[0].changes[part]:
-            result.add_column(f"{part}\n{group}", justify="right")
+            result.add_column(group.replace(" ", "\n"), justify="right")
     for point in points:
         cells = [
-            "{:+.1%} ± {:.1%}".format(*relative(change))
+            "{:+.1f}±{:.1f}".format(*(100 * part for part in relative(change)))
             for part in PARTS
             for change in point.changes[part].values()
         ]
-        result.add_row(point.method, f"1 to {point.high:g}", *cells)
+        result.add_row(f"{point.method}, {point.high:g}".replace(", c", ",\nc"), *cells)
     return result
 
 
@@ -227,7 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=positive, default=1, help="trainings at once (default 1)")
     parser.add_argument("--out", type=folder, default=Path("results"), help="folder of the results")
     options = parser.parse_args(arguments)
-    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    console = Console(width=WIDTH, highlight=False)
     data = load_data(options.data)
     split = LeaveOneOut(data)
     more = [] if options.epochs is None else ["--epochs", str(options.epochs)]

@@ -96,25 +96,22 @@ def compared_losses(runs: Sequence[Run]) -> list[str]:
 
 
 def table(runs: Sequence[Run], loss: str, groups: Sequence[Group], title: str) -> Table:
-    """Plain, the loss and the change with its standard error, a row per group."""
+    """Plain and the change by the loss with its standard error, a row per group."""
     result = Table(title=title, box=None, padding=(0, 1, 0, 0), title_justify="left")
     result.add_column("")
-    for name in ("size", "users"):
-        result.add_column(name, justify="right", style="dim")
+    result.add_column("size", justify="right", style="dim")
     for metric in METRICS:
         short = metric.split("@")[0]
         result.add_column(f"{short}\nplain", justify="right")
-        name = loss.replace("-", "-\n") if "-" in loss else f"\n{loss}"
-        result.add_column(name, justify="right")
         result.add_column("\nchange", justify="right")
     for group in groups:
-        cells: list[str | Text] = [group.name, f"{group.interactions:,}", f"{group.users:,}"]
+        cells: list[str | Text] = [group.name, f"{group.interactions:,}"]
         for metric in METRICS:
             c = compare(runs, loss, metric, group)
             change = Text(f"{_signed(c.change)}±{_short(c.standard_error)}")
             if abs(c.change) > 2 * c.standard_error:
                 change.stylize("bold green" if c.change > 0 else "bold red")
-            cells += [_short(c.plain), _short(c.mean), change]
+            cells += [_short(c.plain), change]
         result.add_row(*cells, style="" if group.is_domain else "bold")
     return result
 

@@ -158,7 +158,7 @@ def train(
     split: LeaveOneOut,
     config: Config,
     seed: int,
-    progress: Callable[..., object] = lambda *, completed, text: None,
+    progress: Callable[[str], object] = lambda text: None,
 ) -> Run:
     """Train from scratch and rank the test items with the model of the best validation epoch.
 
@@ -171,7 +171,7 @@ def train(
         split: training, validation and test items.
         config: shared by all losses.
         seed: fixes initial weights, batches, dropout and negatives, alike for every loss.
-        progress: called with `completed`, the share of the run that is done, and a `text`.
+        progress: called with what is done so far, in words.
 
     Returns:
         The ranks of the test items and how they came about.
@@ -218,8 +218,8 @@ def train(
             optimizer.step()
             schedule.step()
             in_training += time.perf_counter() - step_started
-            so_far = f"NDCG@10 {validation[-1]:.3f}" if validation else ""
-            progress(completed=(epoch + (step + 1) / steps) / config.epochs, text=so_far)
+            so_far = f", NDCG@10 {validation[-1]:.3f}" if validation else ""
+            progress(f"{(epoch + (step + 1) / steps) / config.epochs:.0%}{so_far}")
         validation.append(float(ndcg(rank_targets(model, split, "validation")).mean()))
         if validation[-1] == max(validation):
             best_epoch, best_state = epoch + 1, copy.deepcopy(model.state_dict())

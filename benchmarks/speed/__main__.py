@@ -15,11 +15,12 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks.record import ROOT, write_json
+from benchmarks.progress import WIDTH, Progress
+from benchmarks.record import ROOT, busy, write_json
 from benchmarks.speed import shapes
 from benchmarks.speed.report import (
+    LEGEND,
     Report,
     all_points,
     comparison,
@@ -34,15 +35,17 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parsed(arguments)
-    # A table of figures is wider than the 80 columns that a log file is taken for.
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = Console(width=WIDTH, highlight=False)
     out: Path = options.out
     old = None if options.compare is None else read(options.compare)  # this run may replace it
+    console.print(LEGEND)
     if options.load is not None:
         report = read(options.load)
         for figures in report["shapes"]:
             console.print(shape_table(figures))
     else:
+        if warning := busy():
+            console.print(f"[bold red]{warning}[/]\n")
         device = "cuda" if torch.cuda.is_available() and not options.dry else "cpu"
         mode: Mode = "dry" if options.dry else "quick" if options.quick else "full"
         report = run(plan(device, mode, options.shapes), console, out / f"speed-{device}.json")
@@ -53,10 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from benchmarks.speed import pictures  # matplotlib takes a second, and a demo needs none
 
     for path in pictures.draw(report, out):
-        console.print(f"drawn: {path}")
+        console.print(f"drawn: {path}", soft_wrap=True)
     if old is not None:
-        table, worse = comparison(old, report)
-        console.print(table)
+        tables, worse = comparison(old, report)
+        console.print(*tables, sep="\n")
         console.print(f"{worse} got worse beyond the spread")
     wrong = [f"{name} on {p['label']}" for p in all_points(report) for name in p["refused"]]
     for name in wrong:
@@ -100,16 +103,16 @@ def read(path: Path) -> Report:
 def run(todo: Plan, console: Console, path: Path) -> Report:
     """Measure, with tables as they come. A run that is cut short leaves a `.partial.json`."""
     partial = path.with_suffix(".partial.json")
-    columns = (BarColumn(), TextColumn("{task.completed}/{task.total} {task.description}"))
-    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
-        bar = progress.add_task("", total=todo.steps)
-        begun = [0]
+    begun = 0
+    with Progress() as progress:
 
         def advance(step: str) -> None:
-            progress.update(bar, completed=begun[0], description=step)
-            begun[0] += 1
+            nonlocal begun
+            begun += 1
+            progress(f"{begun}/{todo.steps} {step}")
 
         def show(report: Report) -> None:
+            progress("")
             console.print(shape_table(report["shapes"][-1]))
             write_json(partial, report)
 

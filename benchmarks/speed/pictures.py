@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from benchmarks.record import replacing
-from benchmarks.speed.report import Report, scale_lines, scale_of
+from benchmarks.speed.report import Report, in_words, scale_lines, scale_of
 from benchmarks.speed.shapes import MATRICES
 
 INK, MUTED, GRID = "#222222", "#80868b", "#e3e5e8"
@@ -295,7 +295,7 @@ def ladder(report: Report) -> Figure:
     axis.margins(x=0.15)
     tidy(axis)
     for level, colour in LADDER.items():
-        axis.barh([0], [0], color=colour, label=f"+ {level}")
+        axis.barh([0], [0], color=colour, label=f"+ {in_words(level)}")
     tall = figure.get_figheight()
     figure.subplots_adjust(left=0.3, right=0.98, top=1 - 0.62 / tall, bottom=0.75 / tall)
     figure.legend(loc="center", bbox_to_anchor=(0.6, 1 - 0.2 / tall), ncols=3, frameon=False)

@@ -55,7 +55,7 @@ class Plan:
 
     @property
     def steps(self) -> int:
-        """For the progress bar: check, times, ladder and memory; points of the growth; scales."""
+        """For the progress line: check, times, ladder and memory; points of the growth; scales."""
         return 4 * len(self.shapes) + sum(map(len, self.growth.values())) + len(self.scales)
 
 
@@ -74,7 +74,7 @@ def plan(device: str, mode: Mode, names: Sequence[str] = ()) -> Plan:
         chosen = tuple(
             s.shrunk(s.rows // 4, max(128, s.candidates // 4), s.table // 4) for s in few
         )
-        growth = {side: growth[side][:2] for side in SIDES}
+        growth = {}
         rounds = (Rounds(1.5), Rounds(1), Rounds(0.5))
     if mode == "dry":
         chosen = tuple(s.shrunk(48, 40, 97, dim=16) for s in chosen)
@@ -106,10 +106,10 @@ def measure(
     forget_compiled()
     for side, points in todo.growth.items():
         for shape in points:
-            advance(f"growth with {side}, {shape}")
+            advance(f"growth: {getattr(shape, side):,} {side}")
             report["growth"][side].append(measure_point(shape, todo))
     for shape in todo.scales:
-        advance(f"scale, {shape}")
+        advance(f"size of the logits of {shape.name}")
         report["scales"].append(measure_scale(shape, todo))
     report["wall_seconds"] = round(time.monotonic() - begun)
     return report
@@ -118,13 +118,13 @@ def measure(
 def measure_shape(shape: Shape, todo: Plan, advance: Callable[[str], object]) -> Report:
     """Check every version, time what passed, then the overhead ladder and memory."""
     forget_compiled()
-    advance(f"check {shape}")
+    advance(f"check {shape.name}")
     found, figures = admit(shape, shape, todo)
     if figures["checked"] != figures["shape"]:
         forget_compiled()
-    advance(f"time {shape}")
+    advance(f"time {shape.name}")
     add_times(figures, shape, found, todo.versions, todo)
-    advance(f"ladder of {shape}")
+    advance(f"corrections of {shape.name}")
     own = [name for name in kernels(todo.device, todo.mode == "dry") if name in found]
     figures["ladder"] = {
         kernel: [asdict(t) for t in compare_levels(shape, kernel, todo.ladder, todo.device)]
@@ -135,13 +135,13 @@ def measure_shape(shape: Shape, todo: Plan, advance: Callable[[str], object]) ->
             kernel: [asdict(t) for t in compare_padding(shape, kernel, todo.ladder, todo.device)]
             for kernel in own
         }
-    advance(f"memory of {shape}")
+    advance(f"memory of {shape.name}")
     add_memory(figures, shape, found, todo)
     return figures
 
 
 def measure_point(shape: Shape, todo: Plan) -> Report:
-    """One point of the growth; the versions are checked on a small twin of it."""
+    """One point of the growth; the versions are checked on few rows of it."""
     found, figures = admit(shape, shape.shrunk(512, 512, 0), todo)
     add_times(figures, shape, found, todo.along, todo)
     add_memory(figures, shape, found, todo)

@@ -7,15 +7,14 @@ Compilers keep what they made on disk: Triton for every form of the kernel, PyTo
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 
 import torch
 
+from benchmarks.progress import in_processes
 from benchmarks.speed.baselines import compiled_loss, kernels, package_loss, step
 from benchmarks.speed.shapes import GPU, Level, Shape, random_inputs
 
@@ -63,9 +62,9 @@ def main() -> None:
     if "triton" not in kernels(device, dry=True):
         sys.exit("the Triton kernel does not run here")
     workers = max((os.cpu_count() or 1) - 2, 1)
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        for future in [pool.submit(compile_one, job, device) for job in jobs(chosen, device)]:
-            print(future.result())
+    calls = {job: (job, device) for job in jobs(chosen, device)}
+    for _, line in in_processes(compile_one, calls, workers):
+        print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -99,7 +98,7 @@ def from_command_line(description: str | None, **length: int) -> tuple[Interacti
         description: what ``--help`` says.
         length: the option that says how long, and its default: ``epochs=5`` makes ``--epochs``.
 
-    A data set that cannot be read ends the script, and from then on Ctrl-C does with one line.
+    A data set that cannot be read ends the script.
     """
     from dwl_kernels.examples.synthetic import synthetic
 
@@ -116,7 +115,6 @@ def from_command_line(description: str | None, **length: int) -> tuple[Interacti
         help=f"{unit} of training (default: {default})",
     )
     options = parser.parse_args()
-    sys.excepthook = _without_traceback
     try:
         data = synthetic(users=options.users) if options.data is None else load(options.data)
     except DataError as error:
@@ -129,13 +127,6 @@ def _positive(text: str) -> int:
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is less than 1")
     return int(text)
-
-
-def _without_traceback(kind: Any, error: Any, traceback: Any) -> None:
-    if not issubclass(kind, KeyboardInterrupt):
-        sys.__excepthook__(kind, error, traceback)
-        return
-    print("\ninterrupted", file=sys.stderr)
 
 
 def load(folder: str | Path) -> Interactions:
