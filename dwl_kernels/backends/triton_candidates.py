@@ -84,7 +84,9 @@ def candidate_tile(tile, first, stop, part, shift, call, work):
             row = tl.minimum(place, sizes.count - 1)
             q = embeddings(call.inputs.query, row, call, work)
         else:
-            place, q = block(call.inputs.query, start, sizes.rows, call.form.CN, call, work)
+            place, q = block(
+                call.inputs.query, start, sizes.rows, call.form.CN, call.form.EVEN, call, work
+            )
             row = place
         arrays = work.space.rows + place
         statistic = tl.load(arrays + STATISTIC * sizes.stride)

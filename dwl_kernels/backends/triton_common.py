@@ -227,14 +227,15 @@ def embeddings(base, index, call, work):
 
 
 @triton.jit
-def block(base, start, length, SIZE: tl.constexpr, call, work):
+def block(base, start, length, SIZE: tl.constexpr, EVEN: tl.constexpr, call, work):
     """The indices and embeddings of a block of a matrix with at least SIZE rows.
 
     The last block begins early enough to end with the matrix, so its first rows came before. With
-    one address for the whole block, a load costs no arithmetic.
+    one address for the whole block, a load costs no arithmetic. EVEN promises the compiler that
+    `start` and `length` are multiples of 16, so that it may load vectors.
     """
     first = tl.minimum(start, length - SIZE)
-    if call.form.EVEN:
+    if EVEN:
         first = tl.multiple_of(first, 16)
     row = tl.arange(0, SIZE)
     return first + row, embeddings(base + tl.cast(first, tl.int64) * call.form.D, row, call, work)
@@ -476,6 +477,12 @@ def shares(tiles, steps, workers):
 
 
 @triton.jit
+def share_start(turn, of, steps):
+    """Where share `turn` of `of` begins; ``steps * turn`` may not fit 32 bits."""
+    return turn * (steps // of) + tl.minimum(turn, steps % of)
+
+
+@triton.jit
 def unit(number, whole, splits, steps):
     """The tile, its first and last step, and its part (-1: all of it) of work unit `number`."""
     split = (number >= whole) & (splits > 1)
@@ -483,7 +490,8 @@ def unit(number, whole, splits, steps):
     tile = tl.where(split, whole + part // splits, number)
     turn = tl.where(split, part % splits, 0)
     of = tl.where(split, splits, 1)
-    return tile, steps * turn // of, steps * (turn + 1) // of, tl.where(split, part, -1)
+    first = share_start(turn, of, steps)
+    return tile, first, share_start(turn + 1, of, steps), tl.where(split, part, -1)
 
 
 @triton.jit

@@ -290,7 +290,7 @@ def finish_sums(worker, call, work):
 @triton.jit
 def workspace(floats, integers, barrier, stride, num_candidates, num_domains, workers, call):
     """The tensors in two flat buffers; `workspace_floats` on the host has their lengths."""
-    sums = NUM_ROW_ARRAYS * stride
+    sums = tl.cast(stride, tl.int64) * NUM_ROW_ARRAYS  # what follows may lie past 2^31
     domains = sums + NUM_WORKER_ARRAYS * workers
     log_q = domains
     if call.outputs.domain_weights is not None:

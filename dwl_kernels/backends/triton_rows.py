@@ -164,7 +164,8 @@ def row_logits(rows, log_q, reference, start, coming, call, work):
         j = candidate_at(tl.minimum(at, sizes.places - 1), call, work)
         c = embeddings(call.inputs.candidates, j, call, work)
     else:
-        at, c = block(call.inputs.candidates, start, sizes.candidates, call.form.BN, call, work)
+        matrix = call.inputs.candidates
+        at, c = block(matrix, start, sizes.candidates, call.form.BN, call.form.EVEN, call, work)
         j = at
     dtype: tl.constexpr = call.form.DTYPE
     z = tl.zeros([call.form.BM, call.form.BN], dtype)
