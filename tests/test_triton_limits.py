@@ -47,9 +47,7 @@ LONGEST = (1 << 30) // 16  # steps of the documented limit of candidates, with t
 @pytest.mark.parametrize("workers", [132, 264, 1024])
 @pytest.mark.parametrize("steps", [LONGEST // 4, LONGEST - 5, LONGEST])
 @pytest.mark.parametrize("tiles", [1, 3, 100])
-def test_parts_of_a_tile_follow_each_other_to_its_end(
-    tiles: int, steps: int, workers: int
-) -> None:
+def test_parts_of_a_tile_follow_each_other_to_its_end(tiles: int, steps: int, workers: int) -> None:
     found = torch.full((4, 1024), -7, dtype=torch.int64)
     units_kernel[(1,)](found, tiles, steps, workers, 1024)
     units = sorted(unit[:3] for unit in found.T.tolist() if unit[0] >= 0)

@@ -12,6 +12,7 @@ namespace dwl {
 
 constexpr double kLog2e = 1.4426950408889634;
 constexpr float kLimit = 0x1p100f;  // of a row's total: above, its reference was too low
+constexpr float kRaise = 64;  // of a reference, in powers of two: 44 nats
 constexpr int64_t kNoItem = -1;     // the id of a row whose positive is no item
 // A reference must not be infinite: inf - inf is NaN.
 template <class Number>

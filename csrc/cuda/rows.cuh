@@ -159,6 +159,7 @@ __device__ __forceinline__ void row_tile(const Program<S>& p, int number) {
       own.scale[mt][h] = p.scale_of(p.numbers(call.tau)[place]);
       own.offset[mt][h] =
           fmin(fmax(p.shared.z_positive[p.row_of(mt, h)], -kFinite<Number>), kFinite<Number>);
+      if (!M::LARGEST && call.refined) own.offset[mt][h] = -kFinite<Number>;  // it is no term
     }
   }
 
@@ -171,12 +172,14 @@ __device__ __forceinline__ void row_tile(const Program<S>& p, int number) {
       totals.hits[mt][0] = totals.hits[mt][1] = 0;
     }
   };
-  bool look_for_maxima = M::LARGEST;
+  bool again = false;
   for (int d0 = 0; d0 < S::SUM_D; d0 += S::ACC_D) {
     for (;;) {
-      if (look_for_maxima) {
+      if (d0 == 0) {
         clear(-kFinite<Number>);
-        stream<Mode::kMaxima, S>(p, unit, own, totals, sums, 0, false);
+        Unit seen = unit;
+        if (!M::LARGEST && !again) seen.stop = seen.first + 1;
+        stream<Mode::kMaxima, S>(p, seen, own, totals, sums, 0, false);
         p.join(totals.total, Largest());
 #pragma unroll
         for (int mt = 0; mt < S::MT; ++mt) {
@@ -188,6 +191,7 @@ __device__ __forceinline__ void row_tile(const Program<S>& p, int number) {
               reference = fmax(largest - kHeadroom, reference - 100);
             } else {
               reference = fmax(largest, reference);
+              if (!M::LARGEST && !again) reference += kRaise;
             }
           }
         }
@@ -201,11 +205,10 @@ __device__ __forceinline__ void row_tile(const Program<S>& p, int number) {
       for (int mt = 0; mt < S::MT; ++mt) {
         above |= totals.total[mt][0] > kLimit || totals.total[mt][1] > kLimit;
       }
-      if (M::LARGEST || look_for_maxima || d0 > 0) break;
-      look_for_maxima = any_in_block(above);
-      if (!look_for_maxima) break;
+      if (M::LARGEST || again || d0 > 0) break;
+      again = any_in_block(above);
+      if (!again) break;
     }
-    look_for_maxima = false;
     if (weighted) store_sums(p, sums, d0);
   }
   Number hits[S::MT][2];

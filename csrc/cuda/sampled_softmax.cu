@@ -13,9 +13,9 @@
 // through two buffers, one being filled by cp.async while the other is multiplied: one product
 // gives the logits in registers, exponentials are taken in place, and as the left operand of a
 // second product, rounded to its type without leaving registers, they sum the streamed embeddings.
-// The reference of a row is the logit of its positive, which is a term of the total anyway: nothing
-// is rescaled on the way, and only where a total leaves the range of the type the tile looks for
-// its maxima and starts again. What rows leave to phase 2 is `lse` and `a / tau`: e = exp(z - lse)
+// The reference of a row stands 44 nats above the larger of two logits, that of its positive and the
+// largest of the first block: nothing is rescaled on the way, and only where a total leaves the
+// range of the type the tile looks for its maxima and starts again. What rows leave to phase 2 is `lse` and `a / tau`: e = exp(z - lse)
 // a / tau is the gradient of <q, c>. A positive that is itself a candidate has its own gradient in
 // its place there.
 //

@@ -14,6 +14,7 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 SIGN = tl.constexpr(-(2**31))
 LIMIT = tl.constexpr(2.0**100)  # of a row's total: above, its reference was too low
+RAISE = tl.constexpr(64.0)  # of a reference, in powers of two: 44 nats
 NO_ITEM = tl.constexpr(-1)  # the id of what is no item: it is nobody's hit
 NOWHERE = tl.constexpr(0x7FFFFFFF)  # a place past all candidates
 HEADROOM = tl.constexpr(14)  # float16 ends at 2^16: terms start at 2^14 there

@@ -18,6 +18,7 @@ from dwl_kernels.backends.triton_common import (
     NOWHERE,
     OWN_CANDIDATE,
     POSITIVE,
+    RAISE,
     RATIO,
     ROW_LOSS,
     SCALE,
@@ -84,22 +85,17 @@ def row_tile(tile, first, stop, part, call, work):
             if attempt > 0:
                 list_drawn(call, work)
             log_q = tl.where(attempt > 0, work.space.log_q, log_q)
-        if call.form.MAXIMA:
-            largest = row_maxima(rows, log_q, first, stop, call, work)
-            reference = finite(z_positive, call, work)
-            if call.form.HALF:
-                reference = tl.maximum(largest - HEADROOM, reference - 100)
-            else:
-                reference = tl.maximum(largest, reference)
-        elif attempt > 0:
-            largest = row_maxima(rows, log_q, first, stop, call, work)
-            reference = tl.maximum(reference, largest)
+        until = stop
+        if not call.form.MAXIMA:
+            until = tl.where(attempt > 0, stop, tl.minimum(first + 1, stop))
+        largest = row_maxima(rows, log_q, first, until, call, work)
+        reference = reference_of(z_positive, largest, attempt, call, work)
         total, compete, weighted = stream_candidates(
             rows, log_q, z_positive, reference, first, stop, call, work
         )
         again = False
         if call.form.DRAWN or (not call.form.MAXIMA):
-            again = (attempt == 0) & (tl.max((total > LIMIT).to(tl.int32), 0) > 0)
+            again = (attempt == 0) & any_above(total)
         attempt += 1
     if part < 0:
         sums = Sums(z_positive, reference, total, compete)
@@ -115,6 +111,31 @@ def row_tile(tile, first, stop, part, call, work):
             tl.store(
                 base + 3 * call.form.BM + r[:, None] * call.form.BLOCK_D + d[None, :], weighted
             )
+
+
+@triton.jit
+def reference_of(z_positive, largest, attempt, call, work):
+    """What is subtracted from the logits of each row, so that no exponential leaves its dtype.
+
+    Where no maxima are searched, `largest` are those of the first block, and the reference stands
+    RAISE above the larger of it and the positive. Terms down to 2^-126 then still have 2^62 of
+    range below that, more than any result shows, and a candidate may be 2^(RAISE + 100), e^113,
+    times as likely before the tile starts again with the maxima of all blocks.
+    """
+    reference = largest
+    if call.form.HALF:
+        reference = tl.maximum(largest - HEADROOM, finite(z_positive, call, work) - 100)
+    elif call.form.MAXIMA or (not call.form.REFINED):  # there the positive is no term
+        reference = tl.maximum(largest, finite(z_positive, call, work))
+    if not call.form.MAXIMA:
+        reference += tl.where(attempt > 0, 0.0, RAISE)
+    return reference
+
+
+@triton.jit
+def any_above(total):
+    """Whether a reference was too low."""
+    return tl.max((total > LIMIT).to(tl.int32), 0) > 0
 
 
 @triton.jit
