@@ -122,7 +122,7 @@ def test_an_outlier_costs_one_tile_its_maxima(monkeypatch: pytest.MonkeyPatch, w
 def test_positives_far_ahead_of_all_candidates(
     backend: str, margin: float, correction: str
 ) -> None:
-    """Nats by which every positive leads: what lies below the range of a float32 is zero, not NaN."""
+    """By so many nats: what lies below the range of a float32 is zero and not NaN."""
     if (reason := backends.why_not(backend, "cpu")) is not None:
         pytest.skip(reason)
     query = torch.ones(33, 1, dtype=torch.bfloat16)

@@ -17,7 +17,7 @@ import triton.language as tl
 from dwl_kernels import backends
 from dwl_kernels.backends import triton as host
 from dwl_kernels.backends.triton_call import MAX_WORKERS
-from dwl_kernels.backends.triton_common import shares, unit
+from dwl_kernels.backends.triton_common import part_at, parts_of, shares, unit, units_of
 from dwl_kernels.backends.triton_dual import group_start
 from dwl_kernels.backends.triton_kernels import workspace
 from dwl_kernels.backends.triton_tiles import Tiles
@@ -27,35 +27,104 @@ pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 BY_NAME = {case.name: case for case in cases.CASES}
 
 
-@triton.jit(do_not_specialize=["tiles", "steps", "workers"])
-def units_kernel(found, tiles, steps, workers, LENGTH: tl.constexpr):
-    """The first LENGTH units: tile, first and last step, part."""
-    number = tl.arange(0, LENGTH)
-    whole, splits = shares(tiles, steps, workers)
-    count = whole + (tiles - whole) * splits
-    tile, first, stop, part = unit(number, whole, splits, steps)
-    inside = number < count
-    tl.store(found + number, tile, mask=inside)
-    tl.store(found + LENGTH + number, first, mask=inside)
-    tl.store(found + 2 * LENGTH + number, stop, mask=inside)
-    tl.store(found + 3 * LENGTH + number, part, mask=inside)
+@triton.jit(do_not_specialize=["tiles", "steps", "workers", "turn"])
+def unit_kernel(found, tiles, steps, workers, turn, LENGTH: tl.constexpr):
+    """Of every worker: how many units it has, and tile, first and last step and part of one."""
+    worker = tl.arange(0, LENGTH)
+    dealt = shares(tiles, steps, workers)
+    tile, first, stop, part = unit(turn, worker, dealt, steps, workers)
+    tl.store(found + worker, units_of(worker, dealt, workers), mask=worker < workers)
+    tl.store(found + LENGTH + worker, tile)
+    tl.store(found + 2 * LENGTH + worker, first)
+    tl.store(found + 3 * LENGTH + worker, stop)
+    tl.store(found + 4 * LENGTH + worker, part)
+
+
+@triton.jit(do_not_specialize=["tiles", "steps", "workers", "split"])
+def parts_kernel(found, tiles, steps, workers, split):
+    """The places of the parts of a split tile, in the order in which they are merged."""
+    dealt = shares(tiles, steps, workers)
+    first, part, last = parts_of(split, dealt, steps)
+    place = 0
+    for worker in range(first, last + 1):
+        tl.store(found + place, part_at(worker, first, part))
+        place += 1
 
 
 LONGEST = (1 << 30) // 16  # steps of the documented limit of candidates, with the smallest blocks
 
 
-@pytest.mark.parametrize("workers", [132, 264, 1024])
-@pytest.mark.parametrize("steps", [LONGEST // 4, LONGEST - 5, LONGEST])
-@pytest.mark.parametrize("tiles", [1, 3, 100])
-def test_parts_of_a_tile_follow_each_other_to_its_end(tiles: int, steps: int, workers: int) -> None:
-    found = torch.full((4, 1024), -7, dtype=torch.int64)
-    units_kernel[(1,)](found, tiles, steps, workers, 1024)
-    units = sorted(unit[:3] for unit in found.T.tolist() if unit[0] >= 0)
-    for tile in range(tiles):
-        mine = [unit[1:] for unit in units if unit[0] == tile]
-        assert [first for first, _ in mine] == [0, *(stop for _, stop in mine[:-1])]
-        assert mine[-1][1] == steps
-    assert len(units) > workers / 2
+@pytest.mark.parametrize("workers", [1, 7, 100, 264])
+@pytest.mark.parametrize("steps", [0, 1, 2, 9, 64, LONGEST - 5, LONGEST])
+def test_every_step_of_every_tile_is_taken_once_and_merged_in_order(
+    steps: int, workers: int
+) -> None:
+    for tiles in (1, 3, workers - 1, workers, workers + workers // 2 + 1):
+        units = []  # tile, first, stop, part
+        turn, most = 0, 1
+        while turn < most:
+            found = torch.zeros(5, 512, dtype=torch.int64)
+            unit_kernel[(1,)](found, tiles, steps, workers, turn, 512)
+            most = int(found[0].max())
+            units += [unit[1:] for unit in found.T.tolist() if turn < unit[0]]
+            turn += 1
+        units.sort()
+        parts = [unit[3] for unit in units if unit[3] >= 0]
+        assert len(set(parts)) == len(parts)
+        assert all(part < 2 * workers for part in parts)
+        by_tile: dict[int, list[list[int]]] = {tile: [] for tile in range(tiles)}
+        for tile, *rest in units:
+            by_tile[tile].append(rest)
+        whole = sum(mine[0][2] == -1 for mine in by_tile.values())
+        for tile, mine in by_tile.items():
+            assert [first for first, *_ in mine] == [0, *(stop for _, stop, _ in mine[:-1])]
+            assert mine[-1][1] == steps
+            if mine[0][2] == -1:
+                assert len(mine) == 1
+            elif tile in (whole, tiles - 1) and len(mine) < 40:
+                found = torch.full((1024,), -1, dtype=torch.int64)
+                parts_kernel[(1,)](found, tiles, steps, workers, tile - whole)
+                assert [part for part in found.tolist() if part >= 0] == [m[2] for m in mine]
+
+
+@triton.jit
+def busy_kernel(found, tiles, steps, WORKERS: tl.constexpr, TURNS: tl.constexpr, N: tl.constexpr):
+    """The steps of every worker, and whether anything is merged: sizes by workers, flat."""
+    at = tl.arange(0, N)
+    all_tiles, all_steps = tl.load(tiles + at // WORKERS), tl.load(steps + at // WORKERS)
+    dealt = shares(all_tiles, all_steps, WORKERS)
+    mine = units_of(at % WORKERS, dealt, WORKERS)
+    taken = tl.zeros([N], tl.int32)
+    for turn in range(TURNS):
+        _, first, stop, _ = unit(turn, at % WORKERS, dealt, all_steps, WORKERS)
+        taken += tl.where(turn < mine, stop - first, 0)
+    tl.store(found + at, tl.where(mine <= TURNS, taken, 0x7FFFFFFF))
+
+
+def busy(sizes: list[tuple[int, int]], rows: int, columns: int) -> torch.Tensor:
+    """For tiles of `rows` of the first size and steps of `columns` of the second."""
+    tiles, steps = torch.tensor([(-(-a // rows), -(-b // columns)) for a, b in sizes]).int().T
+    longest, block = [], 1 << 18  # sizes by workers that the interpreter takes at a time
+    for first in range(0, len(sizes), block // 264):
+        part = slice(first, first + block // 264)
+        padded = torch.ones(2, block // 264 + 1, dtype=torch.int32)
+        padded[0, : len(tiles[part])], padded[1, : len(tiles[part])] = tiles[part], steps[part]
+        found = torch.zeros(block, dtype=torch.int32)
+        turns = int(tiles[part].max()) // 264 + 2
+        busy_kernel[(1,)](found, *padded, 264, turns, block)
+        found = found[: len(tiles[part]) * 264].view(-1, 264)
+        assert (found.sum(1) == tiles[part] * steps[part]).all()
+        longest.append(found.amax(1))
+    return tiles * steps / (264 * torch.cat(longest))
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(64, 128), (128, 64)])
+def test_no_size_leaves_the_chip_idle(rows: int, columns: int) -> None:
+    """264 programs: either side from 4,096 to 65,536, the other 8,192; the same in both phases."""
+    lengths = range(4096, 65537, 100)
+    for sizes in ([(n, 8192) for n in lengths], [(8192, n) for n in lengths]):
+        assert busy(sizes, rows, columns).min() > 0.85
+    assert busy([(10_000, 10_000), (8512, 8512), (12_288, 12_288)], rows, columns).min() > 0.97
 
 
 class SizesOfCandidates(NamedTuple):

@@ -259,7 +259,7 @@ def workspace_floats(problem: Problem, wanted: Wanted, tiles: Tiles, workers: in
     if problem.in_batch and problem.candidate_log_q is not None:
         floats += -(-num_candidates(problem) // 64) * 64
     if not problem.by_row:
-        floats += workers * max(tiles.BM, tiles.CM) * (power_of_two(d, 16) + 3)
+        floats += 2 * workers * max(tiles.BM, tiles.CM) * (power_of_two(d, 16) + 3)
     return int(floats)
 
 

@@ -40,7 +40,8 @@ compete. The mean over the batch, summed by every program for itself, then moves
 and phases 1 and 2 take the positives as a second query.
 
 Where the tiles do not fill the last round of workers, the streamed side of the tiles that are left
-is split: each part goes to the workspace, and after a barrier the parts are merged in their order.
+is split, evenly whatever their number (`Shares`): each part goes to the workspace, and after a
+barrier the parts of a tile are merged in their order.
 `worker` is the program, except in the interpreter, where one program plays all workers in turn.
 """
 
@@ -77,6 +78,7 @@ from dwl_kernels.backends.triton_common import (
     slice_of,
     store_embeddings,
     unit,
+    units_of,
 )
 from dwl_kernels.backends.triton_dual import competing_tile, with_means
 from dwl_kernels.backends.triton_rows import merge_rows, row_tile
@@ -366,16 +368,16 @@ def softmax_loss_kernel(
         work = with_means(call, work)
     tiles = tl.cdiv(count, call.form.BM)
     steps = tl.cdiv(places, call.form.BN)
-    whole, splits = shares(tiles, steps, workers)
+    dealt = shares(tiles, steps, workers)
     for worker in range(program, workers, programs):
-        for number in range(worker, whole + (tiles - whole) * splits, workers):
-            tile, first, stop, part = unit(number, whole, splits, steps)
+        for turn in range(0, units_of(worker, dealt, workers)):
+            tile, first, stop, part = unit(turn, worker, dealt, steps, workers)
             row_tile(tile, first, stop, part, call, work)
-    if splits > 1:
+    if dealt.split > 0:
         grid_barrier(barrier)
         for worker in range(program, workers, programs):
-            for chunk in range(worker, (tiles - whole) * (call.form.BM // CHUNK), workers):
-                merge_rows(chunk, whole, splits, call, work)
+            for chunk in range(worker, dealt.split * (call.form.BM // CHUNK), workers):
+                merge_rows(chunk, dealt, steps, call, work)
 
     by_candidate: tl.constexpr = (call.outputs.candidates is not None) or (
         call.outputs.candidate_log_q is not None
@@ -391,24 +393,27 @@ def softmax_loss_kernel(
         for worker in range(program, workers, programs):
             sum_rows(worker, call, work)
 
-    splits = 1
+    split = False
     if by_candidate:
         tiles = tl.cdiv(places, call.form.CM)
         steps = tl.cdiv(count, call.form.CN)
-        whole, splits = shares(tiles, steps, workers)
+        dealt = shares(tiles, steps, workers)
+        split = dealt.split > 0
         shift = 0.0
         if call.form.HALF:
             shift = half_shift(call, work)
         for worker in range(program, workers, programs):
-            for number in range(worker, whole + (tiles - whole) * splits, workers):
-                tile, first, stop, part = unit(number, whole, splits, steps)
+            for turn in range(0, units_of(worker, dealt, workers)):
+                tile, first, stop, part = unit(turn, worker, dealt, steps, workers)
                 candidate_tile(tile, first, stop, part, shift, call, work)
-    if sum_needed or (splits > 1):
+    if sum_needed or split:
         grid_barrier(barrier)
-    if by_candidate and (splits > 1):
-        for worker in range(program, workers, programs):
-            for chunk in range(worker, (tiles - whole) * (call.form.CM // CHUNK), workers):
-                merge_candidates(chunk, whole, splits, call, work)
+    if by_candidate:
+        if split:
+            for worker in range(program, workers, programs):
+                chunks = dealt.split * (call.form.CM // CHUNK)
+                for chunk in range(worker, chunks, workers):
+                    merge_candidates(chunk, dealt, steps, call, work)
     if sum_needed:
         for worker in range(program, workers, programs):
             finish_sums(worker, call, work)

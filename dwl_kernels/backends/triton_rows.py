@@ -12,6 +12,7 @@ from dwl_kernels.backends.triton_common import (
     CHUNK,
     COEFFICIENT,
     D_TAU,
+    EXACTLY,
     HEADROOM,
     LIMIT,
     NO_ITEM,
@@ -33,7 +34,9 @@ from dwl_kernels.backends.triton_common import (
     logarithm,
     narrow,
     own_candidate,
+    part_at,
     part_of,
+    parts_of,
     positive_log_q,
     positives,
     power,
@@ -128,6 +131,11 @@ def reference_of(z_positive, largest, attempt, call, work):
     elif call.form.MAXIMA or (not call.form.REFINED):  # there the positive is no term
         reference = tl.maximum(largest, finite(z_positive, call, work))
     if not call.form.MAXIMA:
+        if not call.form.REFINED:
+            # By whole powers of two, so that no term is rounded as it would not have been.
+            near = finite(z_positive, call, work)
+            ahead = tl.ceil(tl.maximum(largest - near, 0.0))
+            reference = tl.where(ahead < EXACTLY, near + ahead, reference)
         reference += tl.where(attempt > 0, 0.0, RAISE)
     return reference
 
@@ -256,29 +264,30 @@ def stream_candidates(rows, log_q, z_positive, reference, first, stop, call, wor
 
 
 @triton.jit
-def merge_rows(chunk, whole, splits, call, work):
+def merge_rows(chunk, dealt, steps, call, work):
     """Join the parts of `CHUNK` rows of a split tile."""
     chunk = tl.cast(chunk, tl.int32)  # a plain number in the interpreter
     of_tile = chunk // (call.form.BM // CHUNK)
     r = (chunk % (call.form.BM // CHUNK)) * CHUNK + tl.arange(0, CHUNK)
     d = tl.arange(0, call.form.BLOCK_D)
     dtype: tl.constexpr = call.form.DTYPE
+    first, part, last = parts_of(of_tile, dealt, steps)
     reference = finite(tl.full([CHUNK], float("-inf"), dtype), call, work)
-    for s in range(splits):
-        base = part_of(of_tile * splits + s, call, work)
+    for worker in range(first, last + 1):
+        base = part_of(part_at(worker, first, part), call, work)
         reference = tl.maximum(reference, tl.load(base + r))
     total = tl.zeros([CHUNK], dtype)
     compete = tl.zeros([CHUNK], dtype)
     weighted = tl.zeros([CHUNK, call.form.BLOCK_D], dtype)
-    for s in range(splits):
-        base = part_of(of_tile * splits + s, call, work)
+    for worker in range(first, last + 1):
+        base = part_of(part_at(worker, first, part), call, work)
         factor = power(tl.load(base + r) - reference, call, work)
         total += tl.load(base + call.form.BM + r) * factor
         compete += tl.load(base + 2 * call.form.BM + r)
         if (call.outputs.query is not None) or (call.outputs.temperature is not None):
-            part = tl.load(base + 3 * call.form.BM + r[:, None] * call.form.BLOCK_D + d[None, :])
-            weighted += part * factor[:, None]
-    place = (whole + of_tile) * call.form.BM + r
+            more = tl.load(base + 3 * call.form.BM + r[:, None] * call.form.BLOCK_D + d[None, :])
+            weighted += more * factor[:, None]
+    place = (dealt.whole + of_tile) * call.form.BM + r
     row = row_at(tl.minimum(place, work.sizes.count - 1), call, work)
     q = embeddings(call.inputs.query, row, call, work).to(dtype)
     z_positive = positive_logits(q, place, row, call, work)
