@@ -45,10 +45,8 @@ def parts_kernel(found, tiles, steps, workers, split):
     """The places of the parts of a split tile, in the order in which they are merged."""
     dealt = shares(tiles, steps, workers)
     first, part, last = parts_of(split, dealt, steps)
-    place = 0
     for worker in range(first, last + 1):
-        tl.store(found + place, part_at(worker, first, part))
-        place += 1
+        tl.store(found + (worker - first), part_at(worker, first, part))
 
 
 LONGEST = (1 << 30) // 16  # steps of the documented limit of candidates, with the smallest blocks

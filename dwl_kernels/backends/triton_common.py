@@ -136,6 +136,7 @@ class Form(NamedTuple):
     FEW_ROWS: Any  # less than CN
     NARROW: Any  # ids of a table's rows fit into 32 bits
     EVEN: Any  # B and N, by row K, are multiples of 16, see `is_even`
+    FENCED: Any  # products need a fence of ours, see `fence`
     UPCAST: Any  # products are made in float64: bfloat16 and float32 in the interpreter
 
 
@@ -198,8 +199,24 @@ def grid_barrier(counter):
 
 
 @triton.jit
+def fence():
+    """What was copied to shared memory is there for tensor cores, which read it on a path of their
+    own. Triton before 3.7.1 leaves this out between asynchronous copies and `wgmma`."""
+    tl.inline_asm_elementwise(
+        "fence.proxy.async.shared::cta; mov.b32 $0, $1;",
+        "=r,r",
+        [tl.program_id(0)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
 def product(a, b, total, call, work):
     """``total + a b``, accumulated in the dtype of `total`."""
+    if call.form.FENCED:
+        fence()
     if call.form.UPCAST:
         wide = tl.dot(a.to(tl.float64), b.to(tl.float64), out_dtype=tl.float64)
         return total + wide.to(total.dtype)

@@ -18,11 +18,12 @@ one product gives ``z log2 e``, ``exp2(z - reference)`` goes into the row's tota
 second product, into ``sum_j e_ij c_j``. The reference of a row stands 44 nats above the larger of
 two logits, that of its positive and the largest of the first block: nothing is rescaled on the way.
 Only where a total leaves the range of the dtype, a candidate being e^113 times as likely as those
-two, the tile looks for its maxima and starts again. Then the row has all it needs: its loss, ``dq`` and ``dp``. For phase 2 it leaves
-one number, ``lse - log2(a / tau)``: with it ``exp2(z - statistic)`` *is* ``a p / tau``, so domain
-weights, reduction and temperature cost phase 2 nothing per element; ``a = 0`` gives an infinite
-statistic and exact zeros. Phase 2 keeps CM candidates, recomputes the transposed logits with the
-rows that pass, and its second product sums ``dc`` to the end.
+two, the tile looks for its maxima and starts again. Then the row has all it needs: its loss, ``dq``
+and ``dp``. For phase 2 it leaves one number, ``lse - log2(a / tau)``: with it ``exp2(z -
+statistic)`` *is* ``a p / tau``, so domain weights, reduction and temperature cost phase 2 nothing
+per element; ``a = 0`` gives an infinite statistic and exact zeros. Phase 2 keeps CM candidates,
+recomputes the transposed logits with the rows that pass, and its second product sums ``dc`` to the
+end.
 
 Where the positive is one of the candidates, phase 1 leaves its column out and adds it at the end,
 in full precision, as it does with a positive of its own: the tile knows which block will be the
@@ -408,12 +409,10 @@ def softmax_loss_kernel(
                 candidate_tile(tile, first, stop, part, shift, call, work)
     if sum_needed or split:
         grid_barrier(barrier)
-    if by_candidate:
-        if split:
-            for worker in range(program, workers, programs):
-                chunks = dealt.split * (call.form.CM // CHUNK)
-                for chunk in range(worker, chunks, workers):
-                    merge_candidates(chunk, dealt, steps, call, work)
+    if by_candidate and split:
+        for worker in range(program, workers, programs):
+            for chunk in range(worker, dealt.split * (call.form.CM // CHUNK), workers):
+                merge_candidates(chunk, dealt, steps, call, work)
     if sum_needed:
         for worker in range(program, workers, programs):
             finish_sums(worker, call, work)
