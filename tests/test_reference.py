@@ -39,7 +39,7 @@ class CallOfReference(NamedTuple):
 def reference_kernel(z_positive, largest, reference, ROWS: tl.constexpr):
     row = tl.arange(0, ROWS)
     call = CallOfReference(FormOfReference(False, False, False, 3.4e38))
-    found = reference_of(tl.load(z_positive + row), tl.load(largest + row), 0, call, None)
+    found = reference_of(tl.load(z_positive + row), tl.load(largest + row), 64.0, call, None)
     tl.store(reference + row, found)
 
 

@@ -92,7 +92,10 @@ def row_tile(tile, first, stop, part, call, work):
         if not call.form.MAXIMA:
             until = tl.where(attempt > 0, stop, tl.minimum(first + 1, stop))
         largest = row_maxima(rows, log_q, first, until, call, work)
-        reference = reference_of(z_positive, largest, attempt, call, work)
+        # float32 products keep more digits than logits 64 below their reference have.
+        most: tl.constexpr = 0.0 if rows.q.dtype == tl.float32 else RAISE
+        lift = tl.where(attempt > 0, 0.0, most)
+        reference = reference_of(z_positive, largest, lift, call, work)
         total, compete, weighted = stream_candidates(
             rows, log_q, z_positive, reference, first, stop, call, work
         )
@@ -117,7 +120,7 @@ def row_tile(tile, first, stop, part, call, work):
 
 
 @triton.jit
-def reference_of(z_positive, largest, attempt, call, work):
+def reference_of(z_positive, largest, lift, call, work):
     """What is subtracted from the logits of each row, so that no exponential leaves its dtype.
 
     Where no maxima are searched, `largest` are those of the first block, and the reference stands
@@ -136,7 +139,7 @@ def reference_of(z_positive, largest, attempt, call, work):
             near = finite(z_positive, call, work)
             ahead = tl.ceil(tl.maximum(largest - near, 0.0))
             reference = tl.where(ahead < EXACTLY, near + ahead, reference)
-        reference += tl.where(attempt > 0, 0.0, RAISE)
+        reference += lift
     return reference
 
 
