@@ -146,22 +146,48 @@ def test_embeddings_that_are_not_aligned_are_copied_one_by_one(dtype: torch.dtyp
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=0)
 
 
-@emulated
-def test_shares_deal_every_step_of_every_tile_out_once() -> None:
+def dealt(tiles: int, steps: int, workers: int) -> list[list[int]]:
+    """All units in order: tile, first and last step, place, whether it is a whole tile."""
     library = _build_cuda.load(variant(torch.bfloat16, 64, None), None)
-    found = (ctypes.c_int * 4)()
-    for tiles in (0, 1, 3, 7, 8, 20):
-        for steps in (0, 1, 2, 9):
-            for workers in (1, 2, 7, 16):
-                seen = []
-                units = library.dwl_unit(tiles, steps, workers, 0, found)
-                for number in range(units):
-                    library.dwl_unit(tiles, steps, workers, number, found)
-                    tile, first, stop, whole = found
-                    # A part lies with the worker of its number: its last unit.
-                    assert whole or number + workers >= units
-                    seen += [(tile, step) for step in range(first, stop)]
-                assert sorted(seen) == [(t, s) for t in range(tiles) for s in range(steps)]
+    found, units = (ctypes.c_int * 5)(), []
+    for worker in range(workers):
+        for turn in range(library.dwl_unit(tiles, steps, workers, worker, 0, found)):
+            library.dwl_unit(tiles, steps, workers, worker, turn, found)
+            assert found[3] // 2 == worker
+            units.append(list(found))
+    return sorted(units)
+
+
+@emulated
+@pytest.mark.parametrize("workers", [1, 2, 7, 16, 264])
+@pytest.mark.parametrize("steps", [0, 1, 2, 9, 64, 2**26])
+def test_shares_deal_every_step_of_every_tile_out_once(steps: int, workers: int) -> None:
+    library = _build_cuda.load(variant(torch.bfloat16, 64, None), None)
+    places = (ctypes.c_int * workers)()
+    for tiles in (0, 1, 3, 7, 20, workers - 1, workers, workers + 1):
+        units = dealt(tiles, steps, workers)
+        split = [unit[3] for unit in units if not unit[4]]
+        assert len(set(split)) == len(split)
+        for tile in range(tiles):
+            mine = [unit for unit in units if unit[0] == tile]
+            assert [unit[1] for unit in mine] == [0, *(unit[2] for unit in mine[:-1])]
+            assert mine[-1][2] == steps
+            parts = library.dwl_parts(tiles, steps, workers, tile, places)
+            assert parts == (0 if mine[0][4] else len(mine))
+            assert list(places[:parts]) == [unit[3] for unit in mine[:parts]]
+
+
+@emulated
+def test_no_size_leaves_the_chip_idle() -> None:
+    """264 blocks: either side from 4,096 to 65,536, the other 8,192; the same in both phases."""
+    library = _build_cuda.load(variant(torch.bfloat16, 64, None), None)
+    library.dwl_longest.restype = ctypes.c_int64
+    for rows, columns in ((128, 32), (128, 64)):
+        for n in range(4096, 65537, 100):
+            for a, b in ((n, 8192), (8192, n)):
+                tiles, steps = -(-a // rows), -(-b // columns)
+                longest = library.dwl_longest(tiles, steps, 264)
+                assert tiles * steps > 0.85 * 264 * longest, (a, b)
 
 
 @emulated

@@ -50,6 +50,21 @@ def test_kernel_is_as_exact_as_eager(kernel: str, case: cases.Case, dtype: torch
     cases.check(case, backend, dtype, device="cuda")
 
 
+@pytest.mark.parametrize("name", ["log-Q", "mixed, everything", "full softmax, past the tile"])
+def test_tf32_products_are_as_exact_as_their_mantissa(
+    kernel: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Precision "high": float32 is rounded to tf32, which has the mantissa of float16."""
+    monkeypatch.setitem(cases.MARGIN, torch.float32, cases.MARGIN[torch.float16])
+    case = next(case for case in cases.CASES if case.name == name)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        cases.check(case, kernel, torch.float32, device="cuda")
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 @pytest.mark.parametrize("dim", [32, 64, 96, 128, 200, 256])
 @pytest.mark.parametrize("shape", [(1, 1), (127, 129), (1000, 3000), (4096, 515)], ids=str)
 def test_default_tiles_at_their_own_sizes(kernel: str, dim: int, shape: tuple[int, int]) -> None:

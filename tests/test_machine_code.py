@@ -19,26 +19,38 @@ SHARED_OF_9_0 = (233472, 232448)  # bytes of a multiprocessor, and of a program
 
 # Between them they have every loop, with what needs most registers.
 COMPILE = """
-import json, sys, torch
+import json, re, sys, torch
 from concurrent.futures import ProcessPoolExecutor
 from benchmarks.machine_code import triton_per_row, triton_shared
+from benchmarks.machine_code.sass import machine_code
+from dwl_kernels.backends import triton_call as host
 
 bf16, f16, f32 = torch.bfloat16, torch.float16, torch.float32
 SHARED = [
     ("sampled", 64, bf16, False, 90, "mean"),
+    ("sampled", 128, bf16, False, 90, "mean"),
     ("sampled", 128, f16, False, 90, "mean"),
     ("in-batch", 128, bf16, True, 90, "none"),
     ("full", 128, bf16, True, 90, "mean"),
     ("skip", 128, bf16, True, 90, "mean"),
     ("dual", 64, bf16, True, 90, "none"),
 ]
+def fences(fenced):
+    host.fenced = lambda capability: fenced
+    _, launch = triton_shared.prepared(("sampled", 128, bf16, False, 90, "mean"))
+    found = triton_shared.compiled_for(90, triton_shared.softmax_loss_kernel, launch)
+    sass, _ = machine_code(found.asm["cubin"])
+    waits = [int(n, 16) for n in re.findall(r"DEPBAR\\.LE SB0, (0x\\w+)", sass)]
+    return found.asm["ptx"].count("fence.proxy.async.shared::cta; mov.b32"), waits
+
 PER_ROW = [("loss, everything, none", 90, 128, f32), (triton_per_row.SUM, 90, 64, bf16)]
 
 if __name__ == "__main__":
     with ProcessPoolExecutor(2) as pool:
         shared = list(pool.map(triton_shared.count, SHARED))
         per_row = list(pool.map(triton_per_row.count, PER_ROW))
-    json.dump([shared, per_row], open(sys.argv[1], "w"))
+        fenced = list(pool.map(fences, (False, True)))
+    json.dump([shared, per_row, fenced], open(sys.argv[1], "w"))
 """
 
 
@@ -58,7 +70,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, An
 def test_main_loops_do_not_spill_and_multiply_on_tensor_cores(
     compiled: list[list[dict[str, Any]]],
 ) -> None:
-    shared, _ = compiled
+    shared, *_ = compiled
     every, one = SHARED_OF_9_0
     for row in shared:
         tiles = row["tiles"]
@@ -74,10 +86,41 @@ def test_main_loops_do_not_spill_and_multiply_on_tensor_cores(
 def test_candidates_by_row_are_gathered_16_bytes_at_a_time(
     compiled: list[list[dict[str, Any]]],
 ) -> None:
-    _, per_row = compiled
+    _, per_row, _ = compiled
     for row in per_row:
         assert all(loop["spills"] == 0 for loop in row["loops"])
         assert max(loop["loads_128"] for loop in row["loops"]) >= 4
+
+
+def test_an_old_triton_gets_a_fence_before_every_product(
+    compiled: list[list[dict[str, Any]]],
+) -> None:
+    """The search for the maxima has one product, and either phase two."""
+    (without, _), (with_one, _) = compiled[2]
+    assert without == 0
+    assert with_one >= 5
+
+
+def test_a_block_is_waited_for_while_the_next_one_is_under_way(
+    compiled: list[list[dict[str, Any]]],
+) -> None:
+    """Three stages: the loops of phase 1 leave one group of copies pending."""
+    (_, waits), _ = compiled[2]
+    assert sum(pending >= 1 for pending in waits) >= 2
+
+
+def test_only_old_versions_and_new_devices_need_the_fence(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dwl_kernels.backends import triton_call
+
+    for version, needed in (
+        ((3, 6, 0), True),
+        ((3, 7, 0), True),
+        ((3, 7, 1), False),
+        ((4,), False),
+    ):
+        monkeypatch.setattr(triton_call, "installed", lambda version=version: version)
+        assert triton_call.fenced(9) == needed
+        assert not triton_call.fenced(8)
 
 
 ROW = {

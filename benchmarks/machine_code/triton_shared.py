@@ -74,11 +74,15 @@ class Launch(NamedTuple):
 
 
 def launch_of(
-    problem: Problem, wanted: Wanted, tiles: Tiles, row_grad: Tensor | None = None
+    problem: Problem,
+    wanted: Wanted,
+    tiles: Tiles,
+    row_grad: Tensor | None = None,
+    capability: int = 90,
 ) -> Launch:
     """The launch of `triton.solve` on a device."""
     inputs = host.inputs_of(problem, row_grad)
-    form = host.form_of(problem, inputs, tiles)
+    form = host.form_of(problem, inputs, tiles, capability // 10)
     call = Call(
         Inputs(*inputs),
         Outputs(*host.outputs_of(host.results_of(problem, wanted, inputs), inputs)),
@@ -114,7 +118,7 @@ def prepared(row: Row) -> tuple[Tiles, Launch]:
     row_grad = torch.zeros(len(problem.query)) if reduction == "none" else None
     load = host.load_of(problem, row_grad)
     tiles = default(host.power_of_two(d, 16), dtype, capability // 10, exact(dtype), load)
-    return tiles, launch_of(problem, wanted, tiles, row_grad)
+    return tiles, launch_of(problem, wanted, tiles, row_grad, capability)
 
 
 def exact(dtype: torch.dtype) -> bool:

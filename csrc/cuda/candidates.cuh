@@ -5,11 +5,10 @@
 
 namespace dwl {
 
-// Writes the gradients of 16 candidates, those from candidate m of the tile on, from the parts of
-// `splits` blocks.
+// Writes the gradients of 16 candidates, those from candidate m of the tile on, from its parts.
 template <class S>
 __device__ __forceinline__ void finish_candidates(const Program<S>& given, int tile, int m,
-                                                  int block, int splits) {
+                                                  const Parts& parts) {
   using Number = typename S::M::Number;
   const Program<S> p = given.anew();
   const Call& call = p.call;
@@ -21,14 +20,14 @@ __device__ __forceinline__ void finish_candidates(const Program<S>& given, int t
     const int64_t row = p.at(call.candidate, place);
     if (call.candidate_log_q_gradient != nullptr && p.lane.t == 0) {
       Number total = 0;
-      for (int s = 0; s < splits; ++s) total += p.part(block + s)[kTotal * S::BM + r];
+      for (int s = 0; s < parts.count; ++s) total += p.part(parts[s])[kTotal * S::BM + r];
       static_cast<Number*>(call.candidate_log_q_gradient)[row] = -total / lift;
     }
     if (call.candidate_gradient == nullptr) continue;
     for (int d = 2 * p.lane.t; d < call.dim; d += 8) {
       Number sum[2] = {0, 0};
-      for (int s = 0; s < splits; ++s) {
-        const Number* part = p.part(block + s);
+      for (int s = 0; s < parts.count; ++s) {
+        const Number* part = p.part(parts[s]);
         sum[0] += part[part_index(p, m, d / 8, 2 * h)];
         sum[1] += part[part_index(p, m, d / 8, 2 * h + 1)];
       }
@@ -39,10 +38,10 @@ __device__ __forceinline__ void finish_candidates(const Program<S>& given, int t
 
 // The candidate tile and the rows of a unit.
 template <class S>
-__device__ __forceinline__ void candidate_tile(const Program<S>& p, int number) {
+__device__ __forceinline__ void candidate_tile(const Program<S>& p, int turn) {
   using Number = typename S::M::Number;
   const Call& call = p.call;
-  const Unit unit = p.template unit<Phase::kCandidates>(number);
+  const Unit unit = p.template unit<Phase::kCandidates>(turn);
   p.own_tile(call.candidate, p.places(), unit.tile);
 
   Owned<S> own;
@@ -69,8 +68,9 @@ __device__ __forceinline__ void candidate_tile(const Program<S>& p, int number) 
     Sums<S> sums[S::MT];
     zero(sums);
     stream<Mode::kCandidates, S>(p, unit, own, totals, sums, d0, weighted);
-    if (weighted) store_sums(p, sums, d0);
-    Number* part = p.part(block_index());
+    const int place = p.template unit<Phase::kCandidates>(turn).part;
+    if (weighted) store_sums(p, sums, place, d0);
+    Number* part = p.part(place);
     p.join(totals.total, Sum());
 #pragma unroll
     for (int mt = 0; mt < S::MT; ++mt) {
@@ -83,11 +83,11 @@ __device__ __forceinline__ void candidate_tile(const Program<S>& p, int number) 
     }
   }
   p.sync_team();
-  const Unit done = p.template unit<Phase::kCandidates>(number);
+  const Unit done = p.template unit<Phase::kCandidates>(turn);
   if (!done.whole) return;
 #pragma unroll 1
   for (int mt = p.member; mt < S::MT; mt += S::TEAM) {
-    finish_candidates(p, done.tile, (p.team * S::MT + mt) * 16, block_index(), 1);
+    finish_candidates(p, done.tile, (p.team * S::MT + mt) * 16, {0, done.part, 1});
   }
 }
 

@@ -11,8 +11,10 @@
 namespace dwl {
 
 constexpr double kLog2e = 1.4426950408889634;
-constexpr float kLimit = 0x1p100f;  // of a row's total: above, its reference was too low
-constexpr int64_t kNoItem = -1;     // the id of a row whose positive is no item
+constexpr float kLimit = 0x1p100f;   // of a row's total: above, its reference was too low
+constexpr float kRaise = 64;         // of a reference, in powers of two: 44 nats
+constexpr float kExactly = 0x1p16f;  // a reference moves by less in whole powers of two
+constexpr int64_t kNoItem = -1;      // the id of a row whose positive is no item
 // A reference must not be infinite: inf - inf is NaN.
 template <class Number>
 constexpr Number kFinite = sizeof(Number) == 8 ? Number(1.7e308) : Number(3.4e38);
@@ -140,8 +142,8 @@ struct Program {
                   divide_up(FIRST ? places() : rows(), S::BN), opaque(num_blocks()));
   }
   template <Phase PHASE>
-  __device__ Unit unit(int number) const {
-    return shares<PHASE>().unit(opaque(number));
+  __device__ Unit unit(int turn) const {
+    return shares<PHASE>().unit(opaque(turn), opaque(block_index()));
   }
 
   __device__ static int count_of(const Side& side) {
@@ -156,9 +158,9 @@ struct Program {
   __device__ RowNumbers<Number>* row_numbers() const {
     return static_cast<RowNumbers<Number>*>(call.space);
   }
-  __device__ Number* part(int block) const {
+  __device__ Number* part(int place) const {
     return reinterpret_cast<Number*>(row_numbers() + call.row.length) +
-           int64_t(opaque(block)) * S::PART;
+           int64_t(opaque(place)) * S::PART;
   }
   __device__ const Element* embedding(const void* matrix, int64_t row) const {
     return static_cast<const Element*>(matrix) + row * call.dim;
@@ -372,8 +374,8 @@ __device__ __forceinline__ int part_index(const Program<S>& p, int m, int k, int
 // Leaves what the block knows of its tile, or of its part of one, in the workspace.
 template <class S>
 __device__ __forceinline__ void store_sums(const Program<S>& p, const Sums<S> (&sums)[S::MT],
-                                           int d0) {
-  typename S::M::Number* part = p.part(block_index());
+                                           int place, int d0) {
+  typename S::M::Number* part = p.part(place);
   const int first = (p.member * S::SUM_D + d0) / 8;
 #pragma unroll
   for (int mt = 0; mt < S::MT; ++mt) {

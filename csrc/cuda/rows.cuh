@@ -37,11 +37,10 @@ __device__ __forceinline__ void positive_logits(const Program<S>& p, int first) 
 }
 
 // From the sums over all candidates to the losses, gradients and statistics of 16 rows, those from
-// row m of the tile on. The tile was split among `splits` blocks from `block` on; their parts are
-// joined in their order.
+// row m of the tile on. Its parts are joined in their order.
 template <class S>
-__device__ __forceinline__ void finish_rows(const Program<S>& given, int tile, int m, int block,
-                                            int splits) {
+__device__ __forceinline__ void finish_rows(const Program<S>& given, int tile, int m,
+                                            const Parts& parts) {
   using Number = typename S::M::Number;
   constexpr Number INF = INFINITY;
   const Program<S> p = given.anew();
@@ -53,13 +52,13 @@ __device__ __forceinline__ void finish_rows(const Program<S>& given, int tile, i
     const bool inside = place < p.rows();
     const int known = inside ? place : p.rows() - 1;
     const int64_t row = p.at(call.row, known);
-    const Number z_positive = p.part(block)[kZPositive * S::BM + r];
+    const Number z_positive = p.part(parts[0])[kZPositive * S::BM + r];
     const Number tau = p.numbers(call.tau)[known];
 
     Number reference = -kFinite<Number>, total = 0, hits = 0;
-    for (int s = 0; s < splits; ++s) reference = fmax(reference, p.part(block + s)[r]);
-    for (int s = 0; s < splits; ++s) {
-      const Number* part = p.part(block + s);
+    for (int s = 0; s < parts.count; ++s) reference = fmax(reference, p.part(parts[s])[r]);
+    for (int s = 0; s < parts.count; ++s) {
+      const Number* part = p.part(parts[s]);
       total += part[kTotal * S::BM + r] * p.power(part[r] - reference);
       hits += part[kHits * S::BM + r];
     }
@@ -108,8 +107,8 @@ __device__ __forceinline__ void finish_rows(const Program<S>& given, int tile, i
     Number product = 0;  // <q, dq>
     for (int d = 2 * p.lane.t; d < call.dim; d += 8) {
       Number sum[2] = {0, 0}, q[2], dq[2];
-      for (int s = 0; weighted && s < splits; ++s) {
-        const Number* part = p.part(block + s);
+      for (int s = 0; weighted && s < parts.count; ++s) {
+        const Number* part = p.part(parts[s]);
         const Number factor = p.power(part[r] - reference);
         sum[0] += part[part_index(p, m, d / 8, 2 * h)] * factor;
         sum[1] += part[part_index(p, m, d / 8, 2 * h + 1)] * factor;
@@ -139,12 +138,12 @@ __device__ __forceinline__ void finish_rows(const Program<S>& given, int tile, i
 
 // The row tile and the candidates of a unit.
 template <class S>
-__device__ __forceinline__ void row_tile(const Program<S>& p, int number) {
+__device__ __forceinline__ void row_tile(const Program<S>& p, int turn) {
   using M = typename S::M;
   using Number = typename M::Number;
   const Call& call = p.call;
   const bool weighted = call.query_gradient != nullptr || call.tau_gradient != nullptr;
-  const Unit unit = p.template unit<Phase::kRows>(number);
+  const Unit unit = p.template unit<Phase::kRows>(turn);
   p.own_tile(call.row, p.rows(), unit.tile);
 
   Owned<S> own;
@@ -159,6 +158,7 @@ __device__ __forceinline__ void row_tile(const Program<S>& p, int number) {
       own.scale[mt][h] = p.scale_of(p.numbers(call.tau)[place]);
       own.offset[mt][h] =
           fmin(fmax(p.shared.z_positive[p.row_of(mt, h)], -kFinite<Number>), kFinite<Number>);
+      if (!M::LARGEST && call.refined) own.offset[mt][h] = -kFinite<Number>;  // it is no term
     }
   }
 
@@ -171,12 +171,14 @@ __device__ __forceinline__ void row_tile(const Program<S>& p, int number) {
       totals.hits[mt][0] = totals.hits[mt][1] = 0;
     }
   };
-  bool look_for_maxima = M::LARGEST;
+  bool again = false;
   for (int d0 = 0; d0 < S::SUM_D; d0 += S::ACC_D) {
     for (;;) {
-      if (look_for_maxima) {
+      if (d0 == 0) {
         clear(-kFinite<Number>);
-        stream<Mode::kMaxima, S>(p, unit, own, totals, sums, 0, false);
+        Unit seen = unit;
+        if (!M::LARGEST && !again) seen.stop = seen.first + 1;
+        stream<Mode::kMaxima, S>(p, seen, own, totals, sums, 0, false);
         p.join(totals.total, Largest());
 #pragma unroll
         for (int mt = 0; mt < S::MT; ++mt) {
@@ -187,7 +189,10 @@ __device__ __forceinline__ void row_tile(const Program<S>& p, int number) {
             if (M::LIFT) {
               reference = fmax(largest - kHeadroom, reference - 100);
             } else {
-              reference = fmax(largest, reference);
+              // By whole powers of two, so that no term is rounded as it would not have been.
+              const Number ahead = ceil(fmax(largest - reference, Number(0)));
+              reference = ahead < kExactly ? reference + ahead : fmax(largest, reference);
+              if (!M::LARGEST && !again) reference += kRaise;
             }
           }
         }
@@ -201,12 +206,11 @@ __device__ __forceinline__ void row_tile(const Program<S>& p, int number) {
       for (int mt = 0; mt < S::MT; ++mt) {
         above |= totals.total[mt][0] > kLimit || totals.total[mt][1] > kLimit;
       }
-      if (M::LARGEST || look_for_maxima || d0 > 0) break;
-      look_for_maxima = any_in_block(above);
-      if (!look_for_maxima) break;
+      if (M::LARGEST || again || d0 > 0) break;
+      again = any_in_block(above);
+      if (!again) break;
     }
-    look_for_maxima = false;
-    if (weighted) store_sums(p, sums, d0);
+    if (weighted) store_sums(p, sums, p.template unit<Phase::kRows>(turn).part, d0);
   }
   Number hits[S::MT][2];
 #pragma unroll
@@ -215,7 +219,7 @@ __device__ __forceinline__ void row_tile(const Program<S>& p, int number) {
     for (int h = 0; h < 2; ++h) hits[mt][h] = totals.hits[mt][h];
   }
   p.join(hits, Sum());
-  Number* part = p.part(block_index());
+  Number* part = p.part(p.template unit<Phase::kRows>(turn).part);
 #pragma unroll
   for (int mt = 0; mt < S::MT; ++mt) {
 #pragma unroll
@@ -229,11 +233,11 @@ __device__ __forceinline__ void row_tile(const Program<S>& p, int number) {
     }
   }
   p.sync_team();
-  const Unit done = p.template unit<Phase::kRows>(number);
+  const Unit done = p.template unit<Phase::kRows>(turn);
   if (!done.whole) return;
 #pragma unroll 1
   for (int mt = p.member; mt < S::MT; mt += S::TEAM) {
-    finish_rows(p, done.tile, (p.team * S::MT + mt) * 16, block_index(), 1);
+    finish_rows(p, done.tile, (p.team * S::MT + mt) * 16, {0, done.part, 1});
   }
 }
 

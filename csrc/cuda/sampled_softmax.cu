@@ -13,11 +13,11 @@
 // through two buffers, one being filled by cp.async while the other is multiplied: one product
 // gives the logits in registers, exponentials are taken in place, and as the left operand of a
 // second product, rounded to its type without leaving registers, they sum the streamed embeddings.
-// The reference of a row is the logit of its positive, which is a term of the total anyway: nothing
-// is rescaled on the way, and only where a total leaves the range of the type the tile looks for
-// its maxima and starts again. What rows leave to phase 2 is `lse` and `a / tau`: e = exp(z - lse)
-// a / tau is the gradient of <q, c>. A positive that is itself a candidate has its own gradient in
-// its place there.
+// The reference of a row stands 44 nats above the larger of two logits, that of its positive and
+// the largest of the first block: nothing is rescaled on the way, and only where a total leaves the
+// range of the type the tile looks for its maxima and starts again. What rows leave to phase 2 is
+// `lse` and `a / tau`: e = exp(z - lse) a / tau is the gradient of <q, c>. A positive that is
+// itself a candidate has its own gradient in its place there.
 //
 // Where tiles do not fill the last round of blocks, the streamed side of those that are left is
 // split; the parts go to the workspace and are merged in their order after a barrier.
@@ -43,32 +43,32 @@ __global__ void __launch_bounds__(S::THREADS, DWL_BLOCKS)
   constexpr int PIECES = S::BM / 16;  // of a tile, one for a warp
   const auto first_piece = [&] { return opaque(block_index()) * S::WARPS + p.warp; };
 
-  for (int k = block_index(); k < p.template shares<Phase::kRows>().units(); k += num_blocks()) {
-    row_tile(p, k);
+  const auto block = [] { return opaque(block_index()); };
+  for (int turn = 0; turn < p.template shares<Phase::kRows>().units(block()); ++turn) {
+    row_tile(p, turn);
   }
   const Shares by_row = p.template shares<Phase::kRows>();
-  if (by_row.splits > 1) {
+  if (by_row.split()) {
     sync_grid();
     const int pieces = (by_row.tiles - by_row.whole) * PIECES;
     for (int k = first_piece(); k < pieces; k += num_blocks() * S::WARPS) {
-      const int tile = k / PIECES, first = tile * by_row.splits;
-      finish_rows(p, by_row.whole + tile, k % PIECES * 16, first, by_row.splits);
+      const int tile = k / PIECES;
+      finish_rows(p, by_row.whole + tile, k % PIECES * 16, by_row.parts(tile));
     }
   }
   if (call.candidate_gradient == nullptr && call.candidate_log_q_gradient == nullptr) return;
 
   sync_grid();
-  for (int k = block_index(); k < p.template shares<Phase::kCandidates>().units();
-       k += num_blocks()) {
-    candidate_tile(p, k);
+  for (int turn = 0; turn < p.template shares<Phase::kCandidates>().units(block()); ++turn) {
+    candidate_tile(p, turn);
   }
   const Shares by_candidate = p.template shares<Phase::kCandidates>();
-  if (by_candidate.splits > 1) {
+  if (by_candidate.split()) {
     sync_grid();
     const int pieces = (by_candidate.tiles - by_candidate.whole) * PIECES;
     for (int k = first_piece(); k < pieces; k += num_blocks() * S::WARPS) {
-      const int tile = k / PIECES, first = tile * by_candidate.splits;
-      finish_candidates(p, by_candidate.whole + tile, k % PIECES * 16, first, by_candidate.splits);
+      const int tile = k / PIECES;
+      finish_candidates(p, by_candidate.whole + tile, k % PIECES * 16, by_candidate.parts(tile));
     }
   }
 }
@@ -80,24 +80,48 @@ extern "C" {
 
 // Numbers of the workspace.
 int64_t dwl_space(int64_t rows, int64_t blocks) {
-  return 4 * rows + blocks * dwl::Built::PART;
+  return 4 * rows + 2 * blocks * dwl::Built::PART;
 }
 
 int64_t dwl_shared_bytes() {
   return sizeof(dwl::Built::Shared);
 }
 
-// For the tests: how many units there are, and the tile, first and last step and wholeness of one.
-int dwl_unit(int tiles, int steps, int workers, int number, int* found) {
+// For the tests: how many units a worker has, and tile, first and last step, place and wholeness of
+// one; of a split tile how many parts it has, and their places.
+int dwl_unit(int tiles, int steps, int workers, int worker, int turn, int* found) {
   const dwl::Shares shares(tiles, steps, workers);
-  if (number < shares.units()) {
-    const dwl::Unit unit = shares.unit(number);
+  if (turn < shares.units(worker)) {
+    const dwl::Unit unit = shares.unit(turn, worker);
     found[0] = unit.tile;
     found[1] = unit.first;
     found[2] = unit.stop;
-    found[3] = unit.whole;
+    found[3] = unit.part;
+    found[4] = unit.whole;
   }
-  return shares.units();
+  return shares.units(worker);
+}
+int dwl_parts(int tiles, int steps, int workers, int tile, int* found) {
+  const dwl::Shares shares(tiles, steps, workers);
+  if (tile < shares.whole) return 0;
+  const dwl::Parts parts = shares.parts(tile - shares.whole);
+  for (int s = 0; s < parts.count; ++s) found[s] = parts[s];
+  return parts.count;
+}
+
+// The most steps that any of the workers takes.
+int64_t dwl_longest(int tiles, int steps, int workers) {
+  const dwl::Shares shares(tiles, steps, workers);
+  int64_t longest = 0;
+  for (int worker = 0; worker < workers; ++worker) {
+    int64_t mine = 0;
+    for (int turn = 0; turn < shares.units(worker); ++turn) {
+      const dwl::Unit unit = shares.unit(turn, worker);
+      mine += unit.stop - unit.first;
+    }
+    longest = mine > longest ? mine : longest;
+  }
+  return longest;
 }
 
 #ifdef DWL_EMULATE

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dwl_kernels.backends.triton_tiles import Load, Tiles
+from dwl_kernels.backends.triton_tiles import Load, Tiles, installed
 from dwl_kernels.problem import DualScale, Problem, Wanted, accumulate_dtype
 
 MAX_WORKERS = 1024  # more than any device has multiprocessors, three programs on each
@@ -148,8 +148,21 @@ def is_even(problem: Problem) -> bool:
     return problem.by_row or (rows % 16 == 0 and (d <= 128 or problem.candidate_ids is not None))
 
 
-def form_of(problem: Problem, inputs: tuple[Tensor | None, ...], tiles: Tiles) -> Any:
-    """What the kernel is compiled for."""
+def fenced(capability: int) -> bool:
+    """Whether Triton forgets a fence that products on such a device need (its issue 9610)."""
+    return capability >= 9 and installed() < (3, 7, 1)
+
+
+def form_of(
+    problem: Problem,
+    inputs: tuple[Tensor | None, ...],
+    tiles: Tiles,
+    capability: int | None = None,
+) -> Any:
+    """What the kernel is compiled for; `capability`: the major one, if not that of the device."""
+    if capability is None:
+        device = problem.query.device
+        capability = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
     temperature = inputs[10]
     return _form(
         problem.query.shape[1],
@@ -171,6 +184,7 @@ def form_of(problem: Problem, inputs: tuple[Tensor | None, ...], tiles: Tiles) -
         problem.ignore_index,
         tuple(strength > 0 for strength in strengths_of(problem)[:3]),
         problem.skip_threshold > 0,
+        fenced(capability),
         interpreting(),
     )
 
@@ -198,6 +212,7 @@ def _form(
     ignore_index: int,
     strengths: tuple[bool, bool, bool],
     skip: bool,
+    fence: bool,
     interpreted: bool,
 ) -> Any:
     import triton.language as tl
@@ -245,6 +260,7 @@ def _form(
         FEW_ROWS=few_rows,
         NARROW=narrow_ids,
         EVEN=even,
+        FENCED=fence,
         UPCAST=upcast,
     )
     return Form(*(tl.constexpr(value) for value in values))
@@ -259,7 +275,7 @@ def workspace_floats(problem: Problem, wanted: Wanted, tiles: Tiles, workers: in
     if problem.in_batch and problem.candidate_log_q is not None:
         floats += -(-num_candidates(problem) // 64) * 64
     if not problem.by_row:
-        floats += workers * max(tiles.BM, tiles.CM) * (power_of_two(d, 16) + 3)
+        floats += 2 * workers * max(tiles.BM, tiles.CM) * (power_of_two(d, 16) + 3)
     return int(floats)
 
 

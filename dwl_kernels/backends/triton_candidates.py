@@ -23,7 +23,9 @@ from dwl_kernels.backends.triton_common import (
     candidate_log_q,
     embeddings,
     narrow,
+    part_at,
     part_of,
+    parts_of,
     positives,
     power,
     product,
@@ -84,7 +86,9 @@ def candidate_tile(tile, first, stop, part, shift, call, work):
             row = tl.minimum(place, sizes.count - 1)
             q = embeddings(call.inputs.query, row, call, work)
         else:
-            place, q = block(call.inputs.query, start, sizes.rows, call.form.CN, call, work)
+            place, q = block(
+                call.inputs.query, start, sizes.rows, call.form.CN, call.form.EVEN, call, work
+            )
             row = place
         arrays = work.space.rows + place
         statistic = tl.load(arrays + STATISTIC * sizes.stride)
@@ -168,7 +172,7 @@ def any_counts(z, tile, place, call, work):
 
 
 @triton.jit
-def merge_candidates(chunk, whole, splits, call, work):
+def merge_candidates(chunk, dealt, steps, call, work):
     """Join the parts of `CHUNK` candidates of a split tile."""
     chunk = tl.cast(chunk, tl.int32)
     of_tile = chunk // (call.form.CM // CHUNK)
@@ -176,12 +180,13 @@ def merge_candidates(chunk, whole, splits, call, work):
     d = tl.arange(0, call.form.BLOCK_D)
     gradient = tl.zeros([CHUNK, call.form.BLOCK_D], call.form.DTYPE)
     d_log_q = tl.zeros([CHUNK], call.form.DTYPE)
-    for s in range(splits):
-        base = part_of(of_tile * splits + s, call, work)
+    first, part, last = parts_of(of_tile, dealt, steps)
+    for worker in range(first, last + 1):
+        base = part_of(part_at(worker, first, part), call, work)
         d_log_q += tl.load(base + r)
         base += call.form.CM
         gradient += tl.load(base + r[:, None] * call.form.BLOCK_D + d[None, :])
-    at = (whole + of_tile) * call.form.CM + r
+    at = (dealt.whole + of_tile) * call.form.CM + r
     finish_candidates(at, gradient, d_log_q, call, work)
 
 

@@ -14,6 +14,8 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 SIGN = tl.constexpr(-(2**31))
 LIMIT = tl.constexpr(2.0**100)  # of a row's total: above, its reference was too low
+RAISE = tl.constexpr(64.0)  # of a reference, in powers of two: 44 nats
+EXACTLY = tl.constexpr(2.0**16)  # a reference moves by less in whole powers of two
 NO_ITEM = tl.constexpr(-1)  # the id of what is no item: it is nobody's hit
 NOWHERE = tl.constexpr(0x7FFFFFFF)  # a place past all candidates
 HEADROOM = tl.constexpr(14)  # float16 ends at 2^16: terms start at 2^14 there
@@ -90,7 +92,7 @@ class Space(NamedTuple):
     sums: Any  # [NUM_WORKER_ARRAYS, workers]
     domains: Any  # [2, workers, num_domains]
     log_q: Any  # [candidates], where positives that are never drawn may have to be left out
-    parts: Any  # [workers, max(BM, CM) * (BLOCK_D + 3)]
+    parts: Any  # [2 * workers, max(BM, CM) * (BLOCK_D + 3)]
     counts: Any  # [workers] int32
     integers: Any  # [4, stride + ROOM] int32, of the active rows
     barrier: Any  # [1] int32
@@ -134,6 +136,7 @@ class Form(NamedTuple):
     FEW_ROWS: Any  # less than CN
     NARROW: Any  # ids of a table's rows fit into 32 bits
     EVEN: Any  # B and N, by row K, are multiples of 16, see `is_even`
+    FENCED: Any  # products need a fence of ours, see `fence`
     UPCAST: Any  # products are made in float64: bfloat16 and float32 in the interpreter
 
 
@@ -196,8 +199,24 @@ def grid_barrier(counter):
 
 
 @triton.jit
+def fence():
+    """What was copied to shared memory is there for tensor cores, which read it on a path of their
+    own. Triton before 3.7.1 leaves this out between asynchronous copies and `wgmma`."""
+    tl.inline_asm_elementwise(
+        "fence.proxy.async.shared::cta; mov.b32 $0, $1;",
+        "=r,r",
+        [tl.program_id(0)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
 def product(a, b, total, call, work):
     """``total + a b``, accumulated in the dtype of `total`."""
+    if call.form.FENCED:
+        fence()
     if call.form.UPCAST:
         wide = tl.dot(a.to(tl.float64), b.to(tl.float64), out_dtype=tl.float64)
         return total + wide.to(total.dtype)
@@ -227,14 +246,15 @@ def embeddings(base, index, call, work):
 
 
 @triton.jit
-def block(base, start, length, SIZE: tl.constexpr, call, work):
+def block(base, start, length, SIZE: tl.constexpr, EVEN: tl.constexpr, call, work):
     """The indices and embeddings of a block of a matrix with at least SIZE rows.
 
     The last block begins early enough to end with the matrix, so its first rows came before. With
-    one address for the whole block, a load costs no arithmetic.
+    one address for the whole block, a load costs no arithmetic. EVEN promises the compiler that
+    `start` and `length` are multiples of 16, so that it may load vectors.
     """
     first = tl.minimum(start, length - SIZE)
-    if call.form.EVEN:
+    if EVEN:
         first = tl.multiple_of(first, 16)
     row = tl.arange(0, SIZE)
     return first + row, embeddings(base + tl.cast(first, tl.int64) * call.form.D, row, call, work)
@@ -467,23 +487,83 @@ def slice_of(worker, length, workers):
     return first, tl.minimum(first + size, length)
 
 
+class Shares(NamedTuple):
+    """How the tiles of a phase are dealt out to the workers.
+
+    Tiles that fill complete rounds are taken whole. The steps of those that are left stand in a
+    line, `room` places for each tile, of which every worker takes the next `per`: parts of at most
+    two tiles. Places of the line may not fit 32 bits.
+    """
+
+    whole: Any  # tiles that are taken whole
+    split: Any  # those that are left; where there are none no barrier is needed
+    per: Any
+    room: Any  # a multiple of `per` where no worker takes parts of two tiles, else the steps
+
+
 @triton.jit
 def shares(tiles, steps, workers):
-    """Tiles that are taken whole, and into how many parts each of the others is split."""
+    """See `Shares`. A part of a second tile is taken where that saves more than a step."""
     rest = tiles % workers
-    splits = tl.minimum(workers // tl.maximum(rest, 1), tl.maximum(steps // MIN_STEPS, 1))
-    return tiles - rest, splits
+    # The parts of a tile are merged one after another, each in about half the time of a step.
+    least = tl.maximum(tl.sqrt(tl.cast(steps, tl.float32) / 2).to(tl.int32), MIN_STEPS)
+    # ceil(rest steps / workers), whose product may not fit 32 bits
+    even = rest * (steps // workers) + tl.cdiv(rest * (steps % workers), workers)
+    even = tl.maximum(even, least)
+    aligned = tl.maximum(tl.cdiv(steps, workers // tl.maximum(rest, 1)), least)
+    per = tl.where(aligned <= even + 1, aligned, even)
+    room = tl.where(aligned <= even + 1, tl.cdiv(steps, per) * per, steps)
+    room = tl.maximum(room, 1)  # no steps where no row counts
+    split = tl.where(per < steps, rest, 0)
+    return Shares(tiles - split, split, per, room)
 
 
 @triton.jit
-def unit(number, whole, splits, steps):
-    """The tile, its first and last step, and its part (-1: all of it) of work unit `number`."""
-    split = (number >= whole) & (splits > 1)
-    part = number - whole
-    tile = tl.where(split, whole + part // splits, number)
-    turn = tl.where(split, part % splits, 0)
-    of = tl.where(split, splits, 1)
-    return tile, steps * turn // of, steps * (turn + 1) // of, tl.where(split, part, -1)
+def line_of(worker, dealt):
+    """The places of a worker in the line, from the first up to the last."""
+    low = tl.cast(worker, tl.int64) * dealt.per
+    return low, tl.minimum(low + dealt.per, tl.cast(dealt.split, tl.int64) * dealt.room)
+
+
+@triton.jit
+def units_of(worker, dealt, workers):
+    """How many tiles and parts of tiles a worker takes."""
+    whole = tl.cdiv(tl.maximum(dealt.whole - worker, 0), workers)
+    low, high = line_of(worker, dealt)
+    parts = (high - 1) // dealt.room - low // dealt.room + 1
+    return whole + tl.where(low < high, parts, 0).to(tl.int32)
+
+
+@triton.jit
+def unit(turn, worker, dealt, steps, workers):
+    """Of a worker's unit: the tile, its first and last step, and its part (-1: all of it)."""
+    number = worker + turn * workers
+    is_whole = number < dealt.whole
+    piece = turn - dealt.whole // workers
+    low, high = line_of(worker, dealt)
+    split = (low // dealt.room).to(tl.int32) + piece
+    begin = tl.cast(split, tl.int64) * dealt.room
+    first = tl.maximum(low - begin, 0).to(tl.int32)
+    stop = tl.minimum(high - begin, steps).to(tl.int32)
+    tile = tl.where(is_whole, number, dealt.whole + split)
+    part = tl.where(is_whole, -1, 2 * worker + piece)
+    return tile, tl.where(is_whole, 0, first), tl.where(is_whole, steps, stop), part
+
+
+@triton.jit
+def parts_of(split, dealt, steps):
+    """Of a split tile: the worker and the place of its first part, and the worker of its last."""
+    first = tl.cast(split, tl.int64) * dealt.room
+    worker = first // dealt.per
+    # Only the first part may be the second one of its worker.
+    part = 2 * worker + split - worker * dealt.per // dealt.room
+    last = (first + steps - 1) // dealt.per
+    return worker.to(tl.int32), part.to(tl.int32), last.to(tl.int32)
+
+
+@triton.jit
+def part_at(worker, first_worker, first_part):
+    return tl.where(worker == first_worker, first_part, 2 * worker)
 
 
 @triton.jit

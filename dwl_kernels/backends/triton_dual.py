@@ -92,9 +92,10 @@ def row_scale(place, row, call, work):
 
 @triton.jit
 def group_start(group, call, work):
-    """The first candidate of a group of the slate."""
+    """The first candidate of a group of the slate; past the last group, where no block ends."""
     many = tl.cast(group, tl.int64) * work.sizes.candidates
-    return tl.cdiv(many, tl.cast(work.dual.slate_size, tl.int64)).to(tl.int32)
+    first = tl.cdiv(many, tl.cast(work.dual.slate_size, tl.int64))
+    return tl.minimum(first, work.sizes.candidates + 1).to(tl.int32)
 
 
 @triton.jit
@@ -135,7 +136,9 @@ def competing_tile(tile, call, work):
             j = tl.minimum(at, sizes.candidates - 1)
             c = embeddings(call.inputs.candidates, j, call, work)
         else:
-            at, c = block(call.inputs.candidates, start, sizes.candidates, SIZE, call, work)
+            # With groups a block starts where one of them ends, which may be anywhere.
+            EVEN: tl.constexpr = call.form.EVEN and not call.form.COMPETITION
+            at, c = block(call.inputs.candidates, start, sizes.candidates, SIZE, EVEN, call, work)
             j = at
         nothing = tl.zeros([call.form.BM, SIZE], dtype)
         z = product(q, tl.trans(c), nothing, call, work)

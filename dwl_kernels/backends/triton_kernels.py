@@ -15,14 +15,15 @@ results, and the same call gives the same bits.
 
 Follow a tile. Phase 1 loads BM rows of the queries and keeps them. Candidates pass BN at a time:
 one product gives ``z log2 e``, ``exp2(z - reference)`` goes into the row's total and, through a
-second product, into ``sum_j e_ij c_j``. The reference of a row is the logit of its positive, which
-is a term of the total anyway: nothing is rescaled on the way. Only where a total leaves the range
-of the dtype, a candidate being e^69 times as likely as the positive, the tile looks for its maxima
-and starts again. Then the row has all it needs: its loss, ``dq`` and ``dp``. For phase 2 it leaves
-one number, ``lse - log2(a / tau)``: with it ``exp2(z - statistic)`` *is* ``a p / tau``, so domain
-weights, reduction and temperature cost phase 2 nothing per element; ``a = 0`` gives an infinite
-statistic and exact zeros. Phase 2 keeps CM candidates, recomputes the transposed logits with the
-rows that pass, and its second product sums ``dc`` to the end.
+second product, into ``sum_j e_ij c_j``. The reference of a row stands 44 nats above the larger of
+two logits, that of its positive and the largest of the first block: nothing is rescaled on the way.
+Only where a total leaves the range of the dtype, a candidate being e^113 times as likely as those
+two, the tile looks for its maxima and starts again. Then the row has all it needs: its loss, ``dq``
+and ``dp``. For phase 2 it leaves one number, ``lse - log2(a / tau)``: with it ``exp2(z -
+statistic)`` *is* ``a p / tau``, so domain weights, reduction and temperature cost phase 2 nothing
+per element; ``a = 0`` gives an infinite statistic and exact zeros. Phase 2 keeps CM candidates,
+recomputes the transposed logits with the rows that pass, and its second product sums ``dc`` to the
+end.
 
 Where the positive is one of the candidates, phase 1 leaves its column out and adds it at the end,
 in full precision, as it does with a positive of its own: the tile knows which block will be the
@@ -40,7 +41,8 @@ compete. The mean over the batch, summed by every program for itself, then moves
 and phases 1 and 2 take the positives as a second query.
 
 Where the tiles do not fill the last round of workers, the streamed side of the tiles that are left
-is split: each part goes to the workspace, and after a barrier the parts are merged in their order.
+is split, evenly whatever their number (`Shares`): each part goes to the workspace, and after a
+barrier the parts of a tile are merged in their order.
 `worker` is the program, except in the interpreter, where one program plays all workers in turn.
 """
 
@@ -77,6 +79,7 @@ from dwl_kernels.backends.triton_common import (
     slice_of,
     store_embeddings,
     unit,
+    units_of,
 )
 from dwl_kernels.backends.triton_dual import competing_tile, with_means
 from dwl_kernels.backends.triton_rows import merge_rows, row_tile
@@ -290,7 +293,7 @@ def finish_sums(worker, call, work):
 @triton.jit
 def workspace(floats, integers, barrier, stride, num_candidates, num_domains, workers, call):
     """The tensors in two flat buffers; `workspace_floats` on the host has their lengths."""
-    sums = NUM_ROW_ARRAYS * stride
+    sums = tl.cast(stride, tl.int64) * NUM_ROW_ARRAYS  # what follows may lie past 2^31
     domains = sums + NUM_WORKER_ARRAYS * workers
     log_q = domains
     if call.outputs.domain_weights is not None:
@@ -366,16 +369,16 @@ def softmax_loss_kernel(
         work = with_means(call, work)
     tiles = tl.cdiv(count, call.form.BM)
     steps = tl.cdiv(places, call.form.BN)
-    whole, splits = shares(tiles, steps, workers)
+    dealt = shares(tiles, steps, workers)
     for worker in range(program, workers, programs):
-        for number in range(worker, whole + (tiles - whole) * splits, workers):
-            tile, first, stop, part = unit(number, whole, splits, steps)
+        for turn in range(0, units_of(worker, dealt, workers)):
+            tile, first, stop, part = unit(turn, worker, dealt, steps, workers)
             row_tile(tile, first, stop, part, call, work)
-    if splits > 1:
+    if dealt.split > 0:
         grid_barrier(barrier)
         for worker in range(program, workers, programs):
-            for chunk in range(worker, (tiles - whole) * (call.form.BM // CHUNK), workers):
-                merge_rows(chunk, whole, splits, call, work)
+            for chunk in range(worker, dealt.split * (call.form.BM // CHUNK), workers):
+                merge_rows(chunk, dealt, steps, call, work)
 
     by_candidate: tl.constexpr = (call.outputs.candidates is not None) or (
         call.outputs.candidate_log_q is not None
@@ -391,24 +394,25 @@ def softmax_loss_kernel(
         for worker in range(program, workers, programs):
             sum_rows(worker, call, work)
 
-    splits = 1
+    split = False
     if by_candidate:
         tiles = tl.cdiv(places, call.form.CM)
         steps = tl.cdiv(count, call.form.CN)
-        whole, splits = shares(tiles, steps, workers)
+        dealt = shares(tiles, steps, workers)
+        split = dealt.split > 0
         shift = 0.0
         if call.form.HALF:
             shift = half_shift(call, work)
         for worker in range(program, workers, programs):
-            for number in range(worker, whole + (tiles - whole) * splits, workers):
-                tile, first, stop, part = unit(number, whole, splits, steps)
+            for turn in range(0, units_of(worker, dealt, workers)):
+                tile, first, stop, part = unit(turn, worker, dealt, steps, workers)
                 candidate_tile(tile, first, stop, part, shift, call, work)
-    if sum_needed or (splits > 1):
+    if sum_needed or split:
         grid_barrier(barrier)
-    if by_candidate and (splits > 1):
+    if by_candidate and split:
         for worker in range(program, workers, programs):
-            for chunk in range(worker, (tiles - whole) * (call.form.CM // CHUNK), workers):
-                merge_candidates(chunk, whole, splits, call, work)
+            for chunk in range(worker, dealt.split * (call.form.CM // CHUNK), workers):
+                merge_candidates(chunk, dealt, steps, call, work)
     if sum_needed:
         for worker in range(program, workers, programs):
             finish_sums(worker, call, work)

@@ -12,12 +12,14 @@ from dwl_kernels.backends.triton_common import (
     CHUNK,
     COEFFICIENT,
     D_TAU,
+    EXACTLY,
     HEADROOM,
     LIMIT,
     NO_ITEM,
     NOWHERE,
     OWN_CANDIDATE,
     POSITIVE,
+    RAISE,
     RATIO,
     ROW_LOSS,
     SCALE,
@@ -32,7 +34,9 @@ from dwl_kernels.backends.triton_common import (
     logarithm,
     narrow,
     own_candidate,
+    part_at,
     part_of,
+    parts_of,
     positive_log_q,
     positives,
     power,
@@ -84,22 +88,20 @@ def row_tile(tile, first, stop, part, call, work):
             if attempt > 0:
                 list_drawn(call, work)
             log_q = tl.where(attempt > 0, work.space.log_q, log_q)
-        if call.form.MAXIMA:
-            largest = row_maxima(rows, log_q, first, stop, call, work)
-            reference = finite(z_positive, call, work)
-            if call.form.HALF:
-                reference = tl.maximum(largest - HEADROOM, reference - 100)
-            else:
-                reference = tl.maximum(largest, reference)
-        elif attempt > 0:
-            largest = row_maxima(rows, log_q, first, stop, call, work)
-            reference = tl.maximum(reference, largest)
+        until = stop
+        if not call.form.MAXIMA:
+            until = tl.where(attempt > 0, stop, tl.minimum(first + 1, stop))
+        largest = row_maxima(rows, log_q, first, until, call, work)
+        # float32 products keep more digits than logits 64 below their reference have.
+        most: tl.constexpr = 0.0 if rows.q.dtype == tl.float32 else RAISE
+        lift = tl.where(attempt > 0, 0.0, most)
+        reference = reference_of(z_positive, largest, lift, call, work)
         total, compete, weighted = stream_candidates(
             rows, log_q, z_positive, reference, first, stop, call, work
         )
         again = False
         if call.form.DRAWN or (not call.form.MAXIMA):
-            again = (attempt == 0) & (tl.max((total > LIMIT).to(tl.int32), 0) > 0)
+            again = (attempt == 0) & any_above(total)
         attempt += 1
     if part < 0:
         sums = Sums(z_positive, reference, total, compete)
@@ -115,6 +117,36 @@ def row_tile(tile, first, stop, part, call, work):
             tl.store(
                 base + 3 * call.form.BM + r[:, None] * call.form.BLOCK_D + d[None, :], weighted
             )
+
+
+@triton.jit
+def reference_of(z_positive, largest, lift, call, work):
+    """What is subtracted from the logits of each row, so that no exponential leaves its dtype.
+
+    Where no maxima are searched, `largest` are those of the first block, and the reference stands
+    RAISE above the larger of it and the positive. Terms down to 2^-126 then still have 2^62 of
+    range below that, more than any result shows, and a candidate may be 2^(RAISE + 100), e^113,
+    times as likely before the tile starts again with the maxima of all blocks.
+    """
+    reference = largest
+    if call.form.HALF:
+        reference = tl.maximum(largest - HEADROOM, finite(z_positive, call, work) - 100)
+    elif call.form.MAXIMA or (not call.form.REFINED):  # there the positive is no term
+        reference = tl.maximum(largest, finite(z_positive, call, work))
+    if not call.form.MAXIMA:
+        if not call.form.REFINED:
+            # By whole powers of two, so that no term is rounded as it would not have been.
+            near = finite(z_positive, call, work)
+            ahead = tl.ceil(tl.maximum(largest - near, 0.0))
+            reference = tl.where(ahead < EXACTLY, near + ahead, reference)
+        reference += lift
+    return reference
+
+
+@triton.jit
+def any_above(total):
+    """Whether a reference was too low."""
+    return tl.max((total > LIMIT).to(tl.int32), 0) > 0
 
 
 @triton.jit
@@ -164,7 +196,8 @@ def row_logits(rows, log_q, reference, start, coming, call, work):
         j = candidate_at(tl.minimum(at, sizes.places - 1), call, work)
         c = embeddings(call.inputs.candidates, j, call, work)
     else:
-        at, c = block(call.inputs.candidates, start, sizes.candidates, call.form.BN, call, work)
+        matrix = call.inputs.candidates
+        at, c = block(matrix, start, sizes.candidates, call.form.BN, call.form.EVEN, call, work)
         j = at
     dtype: tl.constexpr = call.form.DTYPE
     z = tl.zeros([call.form.BM, call.form.BN], dtype)
@@ -234,29 +267,30 @@ def stream_candidates(rows, log_q, z_positive, reference, first, stop, call, wor
 
 
 @triton.jit
-def merge_rows(chunk, whole, splits, call, work):
+def merge_rows(chunk, dealt, steps, call, work):
     """Join the parts of `CHUNK` rows of a split tile."""
     chunk = tl.cast(chunk, tl.int32)  # a plain number in the interpreter
     of_tile = chunk // (call.form.BM // CHUNK)
     r = (chunk % (call.form.BM // CHUNK)) * CHUNK + tl.arange(0, CHUNK)
     d = tl.arange(0, call.form.BLOCK_D)
     dtype: tl.constexpr = call.form.DTYPE
+    first, part, last = parts_of(of_tile, dealt, steps)
     reference = finite(tl.full([CHUNK], float("-inf"), dtype), call, work)
-    for s in range(splits):
-        base = part_of(of_tile * splits + s, call, work)
+    for worker in range(first, last + 1):
+        base = part_of(part_at(worker, first, part), call, work)
         reference = tl.maximum(reference, tl.load(base + r))
     total = tl.zeros([CHUNK], dtype)
     compete = tl.zeros([CHUNK], dtype)
     weighted = tl.zeros([CHUNK, call.form.BLOCK_D], dtype)
-    for s in range(splits):
-        base = part_of(of_tile * splits + s, call, work)
+    for worker in range(first, last + 1):
+        base = part_of(part_at(worker, first, part), call, work)
         factor = power(tl.load(base + r) - reference, call, work)
         total += tl.load(base + call.form.BM + r) * factor
         compete += tl.load(base + 2 * call.form.BM + r)
         if (call.outputs.query is not None) or (call.outputs.temperature is not None):
-            part = tl.load(base + 3 * call.form.BM + r[:, None] * call.form.BLOCK_D + d[None, :])
-            weighted += part * factor[:, None]
-    place = (whole + of_tile) * call.form.BM + r
+            more = tl.load(base + 3 * call.form.BM + r[:, None] * call.form.BLOCK_D + d[None, :])
+            weighted += more * factor[:, None]
+    place = (dealt.whole + of_tile) * call.form.BM + r
     row = row_at(tl.minimum(place, work.sizes.count - 1), call, work)
     q = embeddings(call.inputs.query, row, call, work).to(dtype)
     z_positive = positive_logits(q, place, row, call, work)

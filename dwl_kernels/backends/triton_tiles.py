@@ -21,6 +21,7 @@ import importlib.metadata
 import itertools
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -63,8 +64,9 @@ TABLE: dict[tuple[int, int, int], Tiles] = {
     # 9.0: wgmma, 228 KB. At D = 128 rows of 128 would serialise wgmma for want of registers.
     (16, 2, 9): Tiles(128, 64, 128, 64, 3, 3, 8, 2),
     (32, 2, 9): Tiles(128, 64, 128, 64, 3, 3, 8, 2),
-    (64, 2, 9): Tiles(128, 64, 128, 64, 3, 3, 8, 2),
-    (128, 2, 9): Tiles(64, 128, 64, 128, 2, 2, 4, 2),
+    (64, 2, 9): Tiles(128, 64, 64, 128, 3, 3, 8, 2),  # 128 x 64 in phase 2 reloads a register
+    # Three stages: with two the loop asks for a block last and waits for it at once.
+    (128, 2, 9): Tiles(64, 128, 64, 128, 3, 3, 4, 2),
     (256, 2, 9): Tiles(64, 64, 64, 64, 2, 2, 4, 2),
     # 10.0: as 9.0; the operands of D = 256 take 128 KB, so one program at a time.
     (256, 2, 10): Tiles(64, 64, 64, 64, 2, 2, 4, 1),
@@ -86,6 +88,7 @@ TF32: dict[tuple[int, int, int], Tiles] = {
 # Triton 3.6 allocates registers differently: with the rows above, phase 2 reloads 4 to 39 spilled
 # registers a step on 9.0; with these, none.
 BEFORE_3_7: dict[tuple[int, int, int], Tiles] = {
+    (128, 2, 9): Tiles(64, 128, 64, 128, 3, 2, 4, 2),
     (16, 2, 9): Tiles(64, 128, 64, 128, 2, 2, 4, 2),
     (32, 2, 9): Tiles(64, 128, 64, 128, 2, 2, 4, 2),
     (64, 2, 9): Tiles(64, 128, 64, 128, 2, 2, 4, 2),
@@ -154,13 +157,13 @@ DUAL_BEFORE_3_7: dict[tuple[int, int, int], Tiles] = {
 
 
 @functools.cache
-def installed() -> tuple[int, int]:
+def installed() -> tuple[int, ...]:
     """The version of Triton; where there is none, later than any."""
     try:
-        major, minor = importlib.metadata.version("triton").split(".")[:2]
+        version = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
-        return sys.maxsize, 0
-    return int(major), int(minor)
+        return (sys.maxsize,)
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
 
 
 def before_3_7() -> bool:
