@@ -87,11 +87,10 @@ def refuses(problem: Problem) -> str | None:
     """Why the kernel does not take this problem; None where it does."""
     if problem.query.dtype == torch.float64 and not interpreting():
         return "it takes float64 in the interpreter only; backend='chunked' takes it"
-    narrow = triton_wide.refuses(problem)
-    if problem.query.shape[1] > MAX_D and narrow is not None:
+    if problem.query.shape[1] > MAX_D and triton_wide.refuses(problem) is not None:
         return (
-            f"with {narrow} it takes embeddings of at most {MAX_D} elements, and these have "
-            f"{problem.query.shape[1]}; backend='chunked' takes them"
+            f"with {triton_wide.refuses(problem)} it takes embeddings of at most {MAX_D} elements, "
+            f"and these have {problem.query.shape[1]}; backend='chunked' takes them"
         )
     rows, candidates = problem.query.shape[0], num_candidates(problem)
     if rows > MAX_ROWS or candidates > MAX_CANDIDATES:

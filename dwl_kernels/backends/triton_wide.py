@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -63,6 +63,7 @@ WORK = Work(4, 1024, 512, 8)
 INTERPRETER = Interpreter(Work(8, 64, 128, 4), block_rows=48)  # small problems have several blocks
 
 
+@functools.cache  # a call of the one-launch form asks as well
 def asked() -> bool:
     """Whether the wide form takes narrow embeddings too, to be measured beside the other form."""
     return os.environ.get("DWL_KERNELS_WIDE") == "1"
@@ -99,6 +100,31 @@ class Columns(NamedTuple):
     counts: Tensor | None
 
 
+class Launched(NamedTuple):
+    """A kernel and what all of its launches in a call share."""
+
+    kernel: Any
+    entry: Hashable  # of `launch`
+    tensors: tuple[Tensor | None, ...]  # inputs, outputs, columns, block
+    form: Any
+    shape: Any
+    sizes: tuple[int, ...]
+    options: dict[str, Any]
+
+    def __call__(self, programs: int, first: int, stop: int) -> None:
+        """Rows ``first : stop``."""
+        arguments = functools.partial(self.arguments, first, stop)
+        launch(self.kernel, programs, self.entry, self.tensors, arguments, self.options)
+
+    def arguments(self, first: int, stop: int, t: Sequence[Any]) -> tuple[Any, ...]:
+        call, columns, block = (t[:13], t[13:20], self.form), t[20:23], t[23:]
+        if t is self.tensors:  # the names in them are for the compiler, not for the launcher
+            c, w = common(), device_side()
+            call = c.Call(c.Inputs(*call[0]), c.Outputs(*call[1]), self.form)
+            columns, block = w.Columns(*columns), w.Block(*block)
+        return call, columns, block, self.shape, first, stop, *self.sizes
+
+
 class Call(NamedTuple):
     """A call: its results, and what makes them, a block of rows at a time."""
 
@@ -106,6 +132,7 @@ class Call(NamedTuple):
     blocks: list[tuple[int, int]]
     arrays: Tensor  # [NUM_ROW_ARRAYS, B]
     outputs: Any  # of the kernels
+    launched: tuple[Launched, ...]
 
 
 def prepare(
@@ -163,29 +190,15 @@ def prepare(
     options = {"num_warps": work.warps, "enable_fp_fusion": True}  # Triton 3.10 changes the default
     width = min(work.width, power_of_two(d, 16))
 
-    def launched(kernel: Any, *shape: Any) -> Callable[[int, int, int], None]:
-        key = id(form), shape
-        entry = entry_of(kernel, key, tensors)
-        constants = constants_of(*shape)
+    def launched(kernel: Any, *shape: int) -> Launched:
+        entry = entry_of(kernel, (id(form), *shape, at_once, keep), tensors)
+        sizes = rows, len(candidates), stride // at_once
+        constants = constants_of(*shape, width, p.in_batch, keep, at_once)
+        return Launched(kernel, entry, tensors, form, constants, sizes, options)
 
-        def go(programs: int, first: int, stop: int) -> None:
-            def arguments(t: Sequence[Any]) -> tuple[Any, ...]:
-                call, of_columns, of_block = (t[:13], t[13:20], form), t[20:23], t[23:]
-                if t is tensors:  # the names in them are for the compiler, not for the launcher
-                    c = common()
-                    call = c.Call(c.Inputs(*call[0]), c.Outputs(*call[1]), form)
-                    of_columns, of_block = kernels.Columns(*of_columns), kernels.Block(*of_block)
-                sizes = first, stop, rows, len(candidates), stride
-                return call, of_columns, of_block, constants, *sizes
-
-            launch(kernel, programs, entry, tensors, arguments, options)
-
-        return go
-
-    in_batch = p.in_batch
-    exponentials = launched(kernels.exponentials_kernel, work.rows, at_once, width, in_batch, keep)
-    gradients = launched(kernels.gradients_kernel, work.rows, at_once, width, in_batch, keep)
-    log_q = launched(kernels.columns_kernel, 16, min(at_once, 128), width, in_batch, keep)
+    exponentials = launched(kernels.exponentials_kernel, work.rows, at_once)
+    gradients = launched(kernels.gradients_kernel, work.rows, at_once)
+    log_q = launched(kernels.columns_kernel, 16, min(at_once, 128))
     e_all = block.exponentials[:, : len(candidates)]
 
     def run(first: int, stop: int) -> None:
@@ -206,7 +219,7 @@ def prepare(
         if wanted.candidate_log_q:
             log_q(-(-len(candidates) // min(at_once, 128)), first, stop)
 
-    return Call(run, blocks, arrays, outputs)
+    return Call(run, blocks, arrays, outputs, (exponentials, gradients, log_q))
 
 
 def finish(

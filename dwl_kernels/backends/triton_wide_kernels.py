@@ -78,6 +78,7 @@ class Shape(NamedTuple):
     BD: Any  # elements of an embedding at a time
     IN_BATCH: Any  # candidate i is the positive of row i
     KEEP: Any  # gradients are wanted
+    UNIT: Any  # what the rows of a block are multiples of, so that they load 16 bytes at a time
 
 
 class Sizes(NamedTuple):
@@ -150,59 +151,59 @@ class Rows(NamedTuple):
 
 @triton.jit
 def block_logits(rows, columns, start, call, work, shape):
-    """``z_ij`` of BN candidates, and how many of them compete."""
+    """``z_ij`` of BN candidates, and with the refined correction which of them count."""
     j = start + tl.arange(0, shape.BN)
     z = tl.load(rows.logits[:, None] + j[None, :])
     z = scaled(z, rows.scale[:, None], call, work)
     if columns.shift is not None:
         z -= tl.load(columns.shift + j)[None, :]
-    compete = tl.zeros([shape.BM], call.form.DTYPE)
+    counts = 1.0
+    if columns.counts is not None:
+        counts = tl.load(columns.counts + j)[None, :]
     if columns.ids is not None:
         hit = (rows.id[:, None] == tl.load(columns.ids + j)[None, :]) & rows.known[:, None]
         z = tl.where(hit, float("-inf"), z)
         if columns.counts is not None:
-            compete = tl.sum(tl.where(hit, 0.0, tl.load(columns.counts + j)[None, :]), 1)
-    elif columns.counts is not None:
-        compete += tl.sum(tl.load(columns.counts + j), 0)
-    return z, compete
+            counts = tl.where(hit, 0.0, counts)
+    return z, counts
 
 
 @triton.jit
 def row_maxima(rows, columns, stop, call, work, shape):
-    """The largest ``z_ij`` of each row, and in float16 the logarithm of all of them together."""
-    dtype: tl.constexpr = call.form.DTYPE
-    largest = tl.full([shape.BM], float("-inf"), dtype)
-    total = tl.zeros([shape.BM], dtype)
+    """The largest ``z_ij`` of each row. Lanes meet once, after the last candidate."""
+    largest = tl.full([shape.BM, shape.BN], float("-inf"), call.form.DTYPE)
     for start in tl.range(0, stop, shape.BN):
         z, _ = block_logits(rows, columns, start, call, work, shape)
-        top = tl.maximum(largest, tl.max(z, 1))
-        if call.form.HALF:
-            base = finite(top, call, work)
-            total *= power(finite(largest, call, work) - base, call, work)
-            total += tl.sum(power(z - base[:, None], call, work), 1)
-        largest = top
-    together = largest
-    if call.form.HALF:
-        together = finite(largest, call, work) + logarithm(total, call, work)
-    return largest, together
+        largest = tl.maximum(largest, z)
+    return tl.max(largest, 1)
+
+
+@triton.jit
+def sum_exponentials(rows, columns, reference, stride, call, work, shape):
+    """``sum_j exp(z_ij - reference_i)``."""
+    total = tl.zeros([shape.BM, shape.BN], call.form.DTYPE)
+    for start in tl.range(0, stride, shape.BN):
+        z, _ = block_logits(rows, columns, start, call, work, shape)
+        total += power(z - reference[:, None], call, work)
+    return tl.sum(total, 1)
 
 
 @triton.jit
 def write_exponentials(rows, columns, reference, to, keep, stride, call, block, work, shape):
     """Write ``e_ij = exp(z_ij - reference_i)``: their sums, and how many candidates compete."""
-    dtype: tl.constexpr = call.form.DTYPE
-    total = tl.zeros([shape.BM], dtype)
-    compete = tl.zeros([shape.BM], dtype)
+    total = tl.zeros([shape.BM, shape.BN], call.form.DTYPE)
+    compete = tl.zeros([shape.BM, shape.BN], call.form.DTYPE)
     for start in tl.range(0, stride, shape.BN):
-        z, more = block_logits(rows, columns, start, call, work, shape)
+        z, counts = block_logits(rows, columns, start, call, work, shape)
         e = power(z - reference[:, None], call, work)
-        total += tl.sum(e, 1)
-        compete += more
+        total += e
+        if call.form.REFINED:
+            compete += counts
         if shape.KEEP:
             pointer = to[:, None] + (start + tl.arange(0, shape.BN))[None, :]
             value = narrow(e, block.exponentials.dtype.element_ty, call, work)
             tl.store(pointer, value, mask=keep[:, None])
-    return total, compete
+    return tl.sum(total, 1), tl.sum(compete, 1)
 
 
 @triton.jit
@@ -214,12 +215,12 @@ def zero_exponentials(to, which, stride, block, shape):
         tl.store(pointer, nothing, mask=which[:, None])
 
 
-@triton.jit(do_not_specialize=["first", "stop", "num_rows", "num_candidates", "stride"])
+@triton.jit(do_not_specialize=["first", "stop", "num_rows", "num_candidates", "steps"])
 def exponentials_kernel(
-    call, columns, block, shape, first, stop, num_rows, num_candidates, stride
+    call, columns, block, shape, first, stop, num_rows, num_candidates, steps
 ):
-    """Rows ``first : stop``, of whose logits there is a block of that `stride`."""
-    stride = tl.multiple_of(stride, 16)
+    """Rows ``first : stop``, of whose logits there is a block."""
+    stride = steps * shape.UNIT
     row, inside = rows_of(first, stop, shape)
     work = Work(Sizes(1.0))
     if block.norm is not None:
@@ -253,13 +254,16 @@ def exponentials_kernel(
         searched = stride
         if not call.form.MAXIMA:
             searched = tl.where(attempt > 0, stride, shape.BN)
-        largest, together = row_maxima(rows, columns, searched, call, work, shape)
+        largest = row_maxima(rows, columns, searched, call, work, shape)
         lost = largest == float("inf")
         reference = finite(z_positive, call, work)
         if call.form.HALF:
             # All terms together are 2^14, the top of float16, or the positive is far above them.
-            together = finite(together, call, work) - HEADROOM
-            reference = tl.maximum(together, reference - 100)
+            top = finite(largest, call, work)
+            top += logarithm(
+                sum_exponentials(rows, columns, top, stride, call, work, shape), call, work
+            )
+            reference = tl.maximum(finite(top, call, work) - HEADROOM, reference - 100)
         else:
             reference = tl.maximum(finite(largest, call, work), reference)
         # inf - inf is NaN: what is infinite gets no share, and the others get nothing of it.
@@ -305,10 +309,11 @@ def half_scale(first, stop, num_rows, call, block):
     return tl.exp2(-tl.ceil(tl.log2(top)))
 
 
-@triton.jit(do_not_specialize=["first", "stop", "num_rows", "num_candidates", "stride"])
-def gradients_kernel(call, columns, block, shape, first, stop, num_rows, num_candidates, stride):
+@triton.jit(do_not_specialize=["first", "stop", "num_rows", "num_candidates", "steps"])
+def gradients_kernel(call, columns, block, shape, first, stop, num_rows, num_candidates, steps):
     """The gradients of rows ``first : stop``, and what their ``e`` is multiplied by for ``dc``."""
     work = Work(Sizes(1.0))
+    stride = steps * shape.UNIT
     row, inside = rows_of(first, stop, shape)
     at = block.arrays + row
     share = tl.load(at + SHARE * num_rows)
@@ -364,12 +369,12 @@ def gradients_kernel(call, columns, block, shape, first, stop, num_rows, num_can
         tl.store(to, value, mask=inside)
 
 
-@triton.jit(do_not_specialize=["first", "stop", "num_rows", "num_candidates", "stride"])
-def columns_kernel(call, columns, block, shape, first, stop, num_rows, num_candidates, stride):
+@triton.jit(do_not_specialize=["first", "stop", "num_rows", "num_candidates", "steps"])
+def columns_kernel(call, columns, block, shape, first, stop, num_rows, num_candidates, steps):
     """``d log-Q_j`` of BN candidates, from the rows ``first : stop``."""
-    stride = tl.multiple_of(stride, 16)
+    stride = steps * shape.UNIT
     j = tl.program_id(0) * shape.BN + tl.arange(0, shape.BN)
-    total = tl.zeros([shape.BN], call.form.DTYPE)
+    total = tl.zeros([shape.BM, shape.BN], call.form.DTYPE)
     for start in range(first, stop, shape.BM):
         row = start + tl.arange(0, shape.BM)
         inside = row < stop
@@ -377,7 +382,7 @@ def columns_kernel(call, columns, block, shape, first, stop, num_rows, num_candi
         share *= tl.load(call.inputs.temperature + row, mask=inside, other=0.0)
         at = block.exponentials + (row - first).to(tl.int64) * stride
         e = tl.load(at[:, None] + j[None, :], mask=inside[:, None], other=0.0)
-        total += tl.sum(e.to(call.form.DTYPE) * share[:, None], 0)
+        total += e.to(call.form.DTYPE) * share[:, None]
     to = call.outputs.candidate_log_q + j
     here = j < num_candidates
-    tl.store(to, tl.load(to, mask=here, other=0.0) - total, mask=here)
+    tl.store(to, tl.load(to, mask=here, other=0.0) - tl.sum(total, 0), mask=here)
