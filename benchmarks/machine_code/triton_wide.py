@@ -1,4 +1,4 @@
-"""The kernels of the wide form of the Triton backend, compiled: what one element of the logits costs.
+"""The kernels of the wide form of the Triton backend, compiled: what an element of logits costs.
 
 Counts registers, stack and shared memory, and of every loop instructions, spills, and how wide it
 loads.
@@ -10,7 +10,6 @@ import collections
 from typing import Any
 
 import torch
-import triton
 
 from benchmarks.machine_code.sass import Code, innermost, machine_code
 from benchmarks.machine_code.triton_shared import Launch, compiled_for, example

@@ -60,7 +60,7 @@ class Interpreter(NamedTuple):
 
 
 WORK = Work(4, 1024, 512, 8)
-INTERPRETER = Interpreter(Work(8, 64, 128, 4), block_rows=48)  # small problems have several blocks
+INTERPRETER = Interpreter(Work(16, 64, 128, 4), block_rows=48)  # small problems have several blocks
 
 
 @functools.cache  # a call of the one-launch form asks as well
@@ -135,9 +135,7 @@ class Call(NamedTuple):
     launched: tuple[Launched, ...]
 
 
-def prepare(
-    problem: Problem, weights: RowWeights, wanted: Wanted, row_grad: Tensor | None
-) -> Call:
+def prepare(problem: Problem, weights: RowWeights, wanted: Wanted, row_grad: Tensor | None) -> Call:
     """Everything but the launches."""
     kernels = device_side()
     p, dtype = problem, problem.accumulate

@@ -44,7 +44,7 @@ MANY = tl.constexpr(1024)  # shares of a block looked at together
 ROW_LOSS = tl.constexpr(0)  # r l
 SHARE = tl.constexpr(1)  # a / (tau sum), by which e_ij is multiplied to be dL/d<q_i, c_j>
 POSITIVE = tl.constexpr(2)  # dL/d<q_i, p_i>
-OWN = tl.constexpr(3)  # POSITIVE / SHARE, where they are not 0
+OWN = tl.constexpr(3)  # POSITIVE / SHARE, which is not above 0; 1 marks a row that gets zeros
 D_TAU = tl.constexpr(4)
 NUM_ROW_ARRAYS = tl.constexpr(5)
 
@@ -216,9 +216,7 @@ def zero_exponentials(to, which, stride, block, shape):
 
 
 @triton.jit(do_not_specialize=["first", "stop", "num_rows", "num_candidates", "steps"])
-def exponentials_kernel(
-    call, columns, block, shape, first, stop, num_rows, num_candidates, steps
-):
+def exponentials_kernel(call, columns, block, shape, first, stop, num_rows, num_candidates, steps):
     """Rows ``first : stop``, of whose logits there is a block."""
     stride = steps * shape.UNIT
     row, inside = rows_of(first, stop, shape)
@@ -275,9 +273,9 @@ def exponentials_kernel(
         if not call.form.MAXIMA:
             again = (attempt == 0) & (tl.max((total > LIMIT).to(tl.int32), 0) > 0)
         attempt += 1
-    if shape.KEEP:
-        if tl.max((inside & dead).to(tl.int32), 0) > 0:
-            zero_exponentials(to, inside & dead, stride, block, shape)
+    zeros = inside & dead
+    if shape.KEEP and (tl.max(zeros.to(tl.int32), 0) > 0):
+        zero_exponentials(to, zeros, stride, block, shape)
 
     total = tl.where(lost, float("inf"), total)
     if call.form.REFINED and (call.inputs.positive is None):
@@ -293,7 +291,7 @@ def exponentials_kernel(
     tl.store(at + ROW_LOSS * num_rows, results.loss, mask=inside)
     tl.store(at + SHARE * num_rows, tl.where(nothing, 0.0, share), mask=inside)
     tl.store(at + POSITIVE * num_rows, tl.where(nothing, 0.0, results.d_positive), mask=inside)
-    own = tl.where(nothing, 0.0, tl.where(lost, -1.0, -total))
+    own = tl.where(nothing, 1.0, tl.where(lost, -1.0, -total))
     tl.store(at + OWN * num_rows, own, mask=inside)
 
 
@@ -318,7 +316,8 @@ def gradients_kernel(call, columns, block, shape, first, stop, num_rows, num_can
     at = block.arrays + row
     share = tl.load(at + SHARE * num_rows)
     d_positive = tl.load(at + POSITIVE * num_rows)
-    nothing = ((share == 0) & (d_positive == 0))[:, None]
+    own = tl.load(at + OWN * num_rows)
+    nothing = (own > 0)[:, None]
     tau = tl.load(call.inputs.temperature + row)
     factor = share
     if call.form.HALF:
@@ -336,9 +335,8 @@ def gradients_kernel(call, columns, block, shape, first, stop, num_rows, num_can
         keep = inside[:, None] & (d < call.form.D)[None, :]
         q = piece(q_at, start, inside, call, shape)
         if outputs.candidates is not None:
-            value = narrow(
-                tl.where(nothing, 0.0, q * factor[:, None]), block.query.dtype.element_ty, call, work
-            )
+            value = tl.where(nothing, 0.0, q * factor[:, None])
+            value = narrow(value, block.query.dtype.element_ty, call, work)
             tl.store(block.query + in_block[:, None] + d[None, :], value, mask=keep)
         if (outputs.query is not None) or (outputs.temperature is not None):
             p = piece(p_at, start, inside, call, shape)
@@ -349,13 +347,13 @@ def gradients_kernel(call, columns, block, shape, first, stop, num_rows, num_can
                 value = narrow(d_query, outputs.query.dtype.element_ty, call, work)
                 tl.store(outputs.query + offset[:, None] + d[None, :], value, mask=keep)
             d_tau -= tl.sum(tl.where(nothing, 0.0, q * d_query), 1)
-        own = tl.where(nothing, 0.0, d_positive[:, None] * q)
+        d_own = tl.where(nothing, 0.0, d_positive[:, None] * q)
         if outputs.positive is not None:
-            value = narrow(own, outputs.positive.dtype.element_ty, call, work)
+            value = narrow(d_own, outputs.positive.dtype.element_ty, call, work)
             tl.store(outputs.positive + offset[:, None] + d[None, :], value, mask=keep)
         if shape.IN_BATCH and (outputs.candidates is not None):
             to = outputs.candidates + offset[:, None] + d[None, :]
-            tl.store(to, tl.load(to, mask=keep, other=0.0) + own, mask=keep)
+            tl.store(to, tl.load(to, mask=keep, other=0.0) + d_own, mask=keep)
     if outputs.temperature is not None:
         tl.store(at + D_TAU * num_rows, d_tau / tau, mask=inside)
     if shape.IN_BATCH and (outputs.candidate_log_q is not None):
@@ -364,8 +362,7 @@ def gradients_kernel(call, columns, block, shape, first, stop, num_rows, num_can
     if (block.own is not None) and shape.KEEP:
         # Several rows may have one target, so it is the products that add their positives up.
         to = block.exponentials + (row - first).to(tl.int64) * stride + tl.load(block.own + row)
-        own = tl.load(at + OWN * num_rows)
-        value = narrow(own, block.exponentials.dtype.element_ty, call, work)
+        value = narrow(tl.where(own > 0, 0.0, own), block.exponentials.dtype.element_ty, call, work)
         tl.store(to, value, mask=inside)
 
 
