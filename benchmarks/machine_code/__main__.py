@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import triton
 
-from benchmarks.machine_code import cuda, triton_per_row, triton_shared
+from benchmarks.machine_code import cuda, triton_per_row, triton_shared, triton_wide
 from dwl_kernels import _build_cuda, _cache
 
 RESULTS = Path(__file__).parent.parent / "results" / "machine-code"
@@ -49,6 +49,8 @@ def main() -> None:
     with processes("high") as pool:  # tf32, the faster choice
         table = counted(pool, triton_shared.count, triton_shared.rows())
         (out / f"triton-{VERSION}.md").write_text(triton_shared.markdown(table))
+        table = counted(pool, triton_wide.count, triton_wide.rows())
+        (out / f"triton-wide-{VERSION}.md").write_text(triton_wide.markdown(table))
     with processes("highest") as pool:  # that of PyTorch: nothing here goes to tensor cores
         table = counted(pool, triton_per_row.count, triton_per_row.rows())
         (out / f"triton-per-row-{VERSION}.md").write_text(triton_per_row.markdown(table))
