@@ -24,6 +24,7 @@ from test_backends import (  # noqa: F401
     test_unwanted_gradients_are_none,
 )
 from test_edges import *  # noqa: F403
+from test_triton_launch import Binder
 from test_triton_races import Recorder, recorder  # noqa: F401
 
 import dwl_kernels
@@ -324,6 +325,19 @@ def test_blocks_of_rows_fit_the_cache_and_the_memory(monkeypatch: pytest.MonkeyP
         assert blocks[0] == (0, size)
         assert blocks[-1][1] == rows
         assert all(a[1] == b[0] for a, b in itertools.pairwise(blocks))
+
+
+@AT_ANY_WIDTH
+def test_problems_of_other_sizes_may_be_another_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One entry of the launcher is one compiled kernel: Triton is asked what it would compile."""
+    binder = Binder()
+    monkeypatch.setattr(triton_wide, "launch", binder)
+    for kind in ("sampled", "mixed", "full"):
+        for rows, candidates in itertools.product((1, 2, 16, 17, 49), (1, 16, 17, 70)):
+            for options in ({}, {"log_q": True}, {"ids": True, "examples": True}):
+                case = cases.Case("sizes", rows, candidates, 16, kind, **options)
+                case.loss(case.inputs(torch.bfloat16), "triton")
+    assert len(binder.found) > 20
 
 
 # Races and bounds: a launch has as many programs here as on a device, one after another.

@@ -122,10 +122,10 @@ def rows() -> list[Row]:
 def markdown(table: list[dict[str, Any]]) -> str:
     """The table, one line per kernel, and what the first row promises."""
     lines = [
-        f"Triton {triton.__version__}, float32 with products in tf32. Instructions that a loop takes",
-        "per element of the logits. Loops of `exponentials`: the search for the maxima (of the first",
-        "block of candidates, in float16 of all), in float16 their sum, the pass that writes, zeros",
-        "for rows of weight zero. Nothing was measured.",
+        f"Triton {triton.__version__}, float32 with products in tf32. Instructions of a loop per",
+        "element of the logits. Loops of `exponentials`: the search for maxima (of the first",
+        "block of candidates, in float16 of all), in float16 their sum, the pass that writes,",
+        "zeros for rows of weight zero. Nothing was measured.",
         "",
         "| capability | kernel | problem | D | dtype | warps | registers | stack | shared KB |"
         " instructions per element | spills in loops |",
