@@ -141,8 +141,9 @@ def prepare(problem: Problem, weights: RowWeights, wanted: Wanted, row_grad: Ten
     p, dtype = problem, problem.accumulate
     rows, d = p.query.shape
     work = INTERPRETER.work if interpreting() else WORK
-    at_once = min(work.candidates, power_of_two(num_candidates(p), 16))
-    stride = -(-num_candidates(p) // at_once) * at_once
+    n = num_candidates(p)
+    at_once = min(work.candidates, power_of_two(n, 16))
+    stride = -(-n // at_once) * at_once
     blocks = list(row_blocks(rows, stride))
     size = blocks[0][1]
 
@@ -165,12 +166,10 @@ def prepare(problem: Problem, weights: RowWeights, wanted: Wanted, row_grad: Ten
         candidates=torch.zeros_like(candidates, dtype=dtype) if wanted.candidates else None,
         temperature=arrays if wanted.temperature else None,
         domain_weights=None,
-        candidate_log_q=query.new_zeros(len(candidates), dtype=dtype)
-        if wanted.candidate_log_q
-        else None,
+        candidate_log_q=query.new_zeros(n, dtype=dtype) if wanted.candidate_log_q else None,
     )
     logits = query.new_empty(size, stride, dtype=dtype)
-    logits[:, len(candidates) :] = 0  # nobody writes there, and `shift` makes nothing of it
+    logits[:, n:] = 0  # nobody writes there, and `shift` makes nothing of it
     block = kernels.Block(
         logits=logits,
         exponentials=new(True, size, stride, of=query.dtype) if keep else logits,
@@ -181,7 +180,7 @@ def prepare(problem: Problem, weights: RowWeights, wanted: Wanted, row_grad: Ten
         own=None if p.target is None else p.own_columns(),
         unscale=new(query.dtype == torch.float16, 1),
     )
-    product = new(wanted.candidates and query.dtype == torch.float16, len(candidates), d)
+    product = new(wanted.candidates and query.dtype == torch.float16, n, d)
     columns = columns_of(p, weights, stride)
     form = form_of(flat, inputs, Tiles(16, 16, 16, 16, 1, 1, work.warps, 1))
     tensors = (*inputs, *outputs, *columns, *block)
@@ -190,32 +189,38 @@ def prepare(problem: Problem, weights: RowWeights, wanted: Wanted, row_grad: Ten
 
     def launched(kernel: Any, *shape: int) -> Launched:
         entry = entry_of(kernel, (id(form), *shape, at_once, keep), tensors)
-        sizes = rows, len(candidates), stride // at_once
+        sizes = rows, n, stride // at_once
         constants = constants_of(*shape, width, p.in_batch, keep, at_once)
         return Launched(kernel, entry, tensors, form, constants, sizes, options)
 
     exponentials = launched(kernels.exponentials_kernel, work.rows, at_once)
     gradients = launched(kernels.gradients_kernel, work.rows, at_once)
     log_q = launched(kernels.columns_kernel, 16, min(at_once, 128))
-    e_all = block.exponentials[:, : len(candidates)]
+    across = candidates.T
+    programs_of_columns = -(-n // min(at_once, 128))
+
+    @functools.cache  # all blocks but the last are of one size; a view takes a microsecond
+    def views(size: int) -> tuple[Any, ...]:
+        e = block.exponentials[:size, :n]
+        cut = (None if t is None else t[:size] for t in (block.weighted, block.query))
+        return block.logits[:size, :n], e, e.T, *cut
 
     def run(first: int, stop: int) -> None:
-        size = stop - first
-        programs = -(-size // work.rows)
-        multiply(query[first:stop], candidates.T, logits[:size, : len(candidates)])
+        logits, e, e_across, weighted, shares = views(stop - first)
+        programs = -(-(stop - first) // work.rows)
+        multiply(query[first:stop], across, logits)
         exponentials(programs, first, stop)
-        e = e_all[:size]
         if want_query:
-            multiply(e, candidates, block.weighted[:size])
+            multiply(e, candidates, weighted)
         if keep or outputs.positive is not None:
             gradients(programs, first, stop)
         if product is not None:
-            multiply(e.T, block.query[:size], product)
+            multiply(e_across, shares, product)
             outputs.candidates.addcmul_(product, block.unscale)
         elif wanted.candidates:
-            add_product(outputs.candidates, e.T, block.query[:size])
+            add_product(outputs.candidates, e_across, shares)
         if wanted.candidate_log_q:
-            log_q(-(-len(candidates) // min(at_once, 128)), first, stop)
+            log_q(programs_of_columns, first, stop)
 
     return Call(run, blocks, arrays, outputs, (exponentials, gradients, log_q))
 

@@ -303,7 +303,7 @@ def half_scale(first, stop, num_rows, call, block):
         row = start + tl.arange(0, MANY)
         share = tl.load(block.arrays + SHARE * num_rows + row, mask=row < stop, other=0.0)
         largest = tl.maximum(largest, tl.abs(share))
-    top = tl.minimum(tl.maximum(tl.max(largest, 0), 1e-30), 1e30)
+    top = tl.minimum(tl.maximum(tl.max(largest, 0), 1e-37), 1e37)
     return tl.exp2(-tl.ceil(tl.log2(top)))
 
 
