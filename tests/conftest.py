@@ -38,6 +38,7 @@ ABOUT_OTHERS = {
 FRESH_MEMORY = {
     *("test_backends.py", "test_edges.py", "test_indexed.py"),
     *("test_native.py", "test_native_ops.py", "test_skip_threshold.py"),
+    "test_triton_wide.py",
 }
 BY_NAME = {case.name: case for case in CASES}
 

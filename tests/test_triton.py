@@ -267,14 +267,6 @@ def test_target_outside_the_table_gives_nan_where_nothing_checks(
     assert loss[2] == 0
 
 
-@interpreted
-def test_wide_embeddings_are_refused_with_the_mend() -> None:
-    with pytest.raises(RuntimeError, match=r"at most 256.*chunked"):
-        dwl_kernels.sampled_softmax_loss(
-            torch.ones(2, 257), torch.ones(2, 257), torch.ones(4, 257), backend="triton"
-        )
-
-
 def test_old_triton_has_rows_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = {}
     for version in ((3, 6), (3, 7), (3, 9)):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import triton
 
-from benchmarks.machine_code import cuda, triton_per_row, triton_shared
+from benchmarks.machine_code import cuda, triton_per_row, triton_shared, triton_wide
 from benchmarks.progress import Progress, in_processes
 from dwl_kernels import _build, _build_cuda, _cache
 
@@ -60,6 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # tf32, the faster choice
         table = counted("high", triton_shared.count, triton_shared.rows(), progress)
         (out / f"triton-{VERSION}.md").write_text(triton_shared.markdown(table))
+        table = counted("high", triton_wide.count, triton_wide.rows(), progress)
+        (out / f"triton-wide-{VERSION}.md").write_text(triton_wide.markdown(table))
         # That of PyTorch: nothing here goes to tensor cores.
         table = counted("highest", triton_per_row.count, triton_per_row.rows(), progress)
         (out / f"triton-per-row-{VERSION}.md").write_text(triton_per_row.markdown(table))

@@ -8,6 +8,7 @@ will correct.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +26,9 @@ FLOAT64_MATMUL = 256  # operations per clock of tensor core; `mma.sync` is its o
 FLOAT64_LANES = 64  # instructions of one thread per clock
 MEMORY = 4.3e12  # bytes per second, read plus written
 SHAPE = (8192, 8192)  # B, N of the predicted time
+PRODUCTS = 790e12  # bfloat16 operations per second of a large product by the BLAS
+BLAS_TILE = (128, 256)  # of its results that one multiprocessor makes at a time: an assumption
+LAUNCH = 2e-6  # seconds from the end of a launch to the full speed of the next: an assumption
 PER_EXAMPLE = (65536, 128, 1 << 20)  # B, K and rows of the table, for candidates by row
 
 
@@ -122,3 +126,41 @@ def predicted_by_row_us(row: dict[str, Any]) -> int | None:
         times.append(pairs * width / (L2 * clocks))
     *others, largest = sorted(times)
     return round((largest + sum(others) / 4) * 1e6)
+
+
+def wide_us(
+    d: int,
+    per_element: float,  # instructions of the pass over the logits
+    searched: float,  # the share of them that is read for the reference first
+    block_rows: int,
+    shape: tuple[int, int] = SHAPE,
+) -> dict[str, float]:
+    """Microseconds of the wide form by what takes them, one after another: bfloat16, plain."""
+    rows, candidates = shape
+    pairs, blocks = rows * candidates, rows / block_rows
+    multiprocessors = MULTIPROCESSORS * CLOCK
+    l2 = L2 * multiprocessors
+    product = 2 * pairs * d / PRODUCTS
+    # sum_j e c of a block has few tiles, so each is split along j and the parts are summed.
+    tiles = math.ceil(block_rows / BLAS_TILE[0]) * math.ceil(d / BLAS_TILE[1])
+    splits = max(MULTIPROCESSORS // tiles, 1)
+    waves = math.ceil(tiles * splits / MULTIPROCESSORS)
+    idle = waves * MULTIPROCESSORS / (tiles * splits) - 1
+    parts = 2 * 4 * splits * rows * d / l2 if splits > 1 else 0
+    *others, largest = sorted(
+        (
+            (6 + 4 * searched) * pairs / l2,  # float32 logits in, 16 bits out
+            pairs / EXPONENTIALS / multiprocessors,
+            pairs * per_element / LANES / multiprocessors,
+        )
+    )
+    found = {
+        "products": 3 * product,
+        "float32 logits": max(4 * pairs / l2 - product, 0),  # written slower than multiplied
+        "few tiles": idle * product + parts,
+        "pass": largest + sum(others) / 4,
+        "sums of dc": blocks * 8 * candidates * d / l2,
+        "rows": 18 * rows * d / l2,
+        "launches": 5 * blocks * LAUNCH,
+    }
+    return {name: seconds * 1e6 for name, seconds in found.items()}

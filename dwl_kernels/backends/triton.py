@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dwl_kernels.backends import eager
+from dwl_kernels.backends import eager, triton_wide
 from dwl_kernels.backends.device import why_unfit
 from dwl_kernels.backends.triton_call import (
     MAX_WORKERS,
@@ -40,7 +40,7 @@ from dwl_kernels.backends.triton_launch import launch, on, workspace
 from dwl_kernels.backends.triton_tiles import Tiles, by_row, choose
 from dwl_kernels.problem import Output, Problem, Wanted, checks_values
 
-MAX_D = 256  # a row tile keeps [BM, D] sums in registers; above, the product dominates anyway
+MAX_D = 256  # a row tile keeps [BM, D] sums in registers; above, `triton_wide` takes over
 MAX_TABLE_D = 4096  # a warp keeps the sums of one row of a table
 MAX_ROWS = 1 << 27  # a workspace of 11 numbers a row has 32-bit offsets
 MAX_CANDIDATES = 1 << 30  # so have places, past which a tile reaches
@@ -87,10 +87,10 @@ def refuses(problem: Problem) -> str | None:
     """Why the kernel does not take this problem; None where it does."""
     if problem.query.dtype == torch.float64 and not interpreting():
         return "it takes float64 in the interpreter only; backend='chunked' takes it"
-    if problem.query.shape[1] > MAX_D:
+    if problem.query.shape[1] > MAX_D and triton_wide.refuses(problem) is not None:
         return (
-            f"it takes embeddings of at most {MAX_D} elements, and these have "
-            f"{problem.query.shape[1]}; backend='chunked' takes them"
+            f"with {triton_wide.refuses(problem)} it takes embeddings of at most {MAX_D} elements, "
+            f"and these have {problem.query.shape[1]}; backend='chunked' takes them"
         )
     rows, candidates = problem.query.shape[0], num_candidates(problem)
     if rows > MAX_ROWS or candidates > MAX_CANDIDATES:
@@ -117,10 +117,16 @@ def solve(
     device = problem.query.device
     if checks_values(problem.query):
         problem.row_weights()
+    run = triton_wide.solve if _is_wide(problem) else _planned
     if interpreting():
         with _one_at_a_time:
-            return _planned(problem, wanted, row_grad)
-    return on(device, _planned, problem, wanted, row_grad)
+            return run(problem, wanted, row_grad)
+    return on(device, run, problem, wanted, row_grad)
+
+
+def _is_wide(problem: Problem) -> bool:
+    wide = problem.query.shape[1] > MAX_D or triton_wide.asked()
+    return wide and triton_wide.refuses(problem) is None
 
 
 def _planned(problem: Problem, wanted: Wanted, row_grad: Tensor | None) -> Output:

@@ -1,0 +1,385 @@
+"""Device side of the wide form: what happens to a block of logits between its matrix products.
+
+The products themselves, through the vendor's BLAS, are in `triton_wide`. For each block of rows:
+
+exponentials  owns BM rows       streams their logits  writes e, and what is known of the rows
+gradients     owns BM rows       streams the width D   writes dq, dp, dtau and the scaled queries
+columns       owns BN columns    streams the rows      writes d log-Q, where it is wanted
+
+Every number has one writer, and sums have a fixed order: the same call gives the same bits.
+
+A program of `exponentials` has all logits of its rows before it, in L2. The reference of a row is
+the largest of its positive and of the first BN candidates, so that most rows pass once; only where
+a total leaves the range of the dtype all maxima are searched, and the rows pass again. The row's
+share, ``a / (tau sum)``, is not known until all have passed: it goes into the queries, by which
+``e`` is multiplied next, and nothing passes twice for it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from dwl_kernels.backends.triton_common import (
+    HEADROOM,
+    NO_ITEM,
+    finite,
+    logarithm,
+    narrow,
+    power,
+    scale_of,
+    scaled,
+    unit_of,
+)
+from dwl_kernels.backends.triton_rows import Sums, row_results
+
+# Of a row's total: above, its reference was too low. The second search costs little here, so this
+# leaves room below for the coefficients, which are divided by the total.
+LIMIT = tl.constexpr(2.0**64)
+MANY = tl.constexpr(1024)  # shares of a block looked at together
+
+# Arrays of what is known of the rows, [B] each.
+ROW_LOSS = tl.constexpr(0)  # r l
+SHARE = tl.constexpr(1)  # a / (tau sum), by which e_ij is multiplied to be dL/d<q_i, c_j>
+POSITIVE = tl.constexpr(2)  # dL/d<q_i, p_i>
+OWN = tl.constexpr(3)  # POSITIVE / SHARE, which is not above 0; 1 marks a row that gets zeros
+D_TAU = tl.constexpr(4)
+NUM_ROW_ARRAYS = tl.constexpr(5)
+
+
+class Columns(NamedTuple):
+    """What is known of the candidates, as many as a row of a block has room for."""
+
+    shift: Any  # what is subtracted from their logits; infinite where there is no candidate
+    ids: Any
+    counts: Any  # 1, or 0 where there is no candidate; for the refined correction
+
+
+class Block(NamedTuple):
+    """What there is of a block of rows alone, and of all rows."""
+
+    logits: Any  # [rows of a block, stride] <q_i, c_j>
+    exponentials: Any  # the same, in the dtype of the embeddings
+    weighted: Any  # [rows of a block, D] sum_j e_ij c_j
+    query: Any  # [rows of a block, D] q_i times its share
+    arrays: Any  # [NUM_ROW_ARRAYS, B]
+    norm: Any  # [] divisor of the reduction
+    own: Any  # [B] the candidate that is the positive, in the full softmax
+    unscale: Any  # [1] by what a float16 product of `query` is multiplied
+
+
+class Shape(NamedTuple):
+    """Constants of the kernels beside those of `Form`; every field a `tl.constexpr`."""
+
+    BM: Any  # rows of a program
+    BN: Any  # candidates at a time, and of a program of `columns`
+    BD: Any  # elements of an embedding at a time
+    IN_BATCH: Any  # candidate i is the positive of row i
+    KEEP: Any  # gradients are wanted
+    UNIT: Any  # what the rows of a block are multiples of, so that they load 16 bytes at a time
+
+
+class Sizes(NamedTuple):
+    norm: Any  # divisor of the reduction
+
+
+class Work(NamedTuple):
+    """What the functions shared with the one-launch form look for."""
+
+    sizes: Any
+
+
+@triton.jit
+def rows_of(first, stop, shape):
+    """The rows of a program; past the end stands the last one."""
+    row = first + tl.program_id(0) * shape.BM + tl.arange(0, shape.BM)
+    return tl.minimum(row, stop - 1), row < stop
+
+
+@triton.jit
+def own_column(row, block, shape):
+    """The candidate that is the positive of each row."""
+    if block.own is not None:
+        return tl.load(block.own + row)
+    else:
+        return row
+
+
+@triton.jit
+def positives_at(row, call, block, shape):
+    """Where the positive of each row lies."""
+    if call.inputs.positive is None:
+        at = own_column(row, block, shape)
+        return call.inputs.candidates + at.to(tl.int64) * call.form.D
+    else:
+        return call.inputs.positive + row.to(tl.int64) * call.form.D
+
+
+@triton.jit
+def piece(at, start, inside, call, shape):
+    """BD elements of embeddings, of the width that logits have."""
+    d = start + tl.arange(0, shape.BD)
+    keep = inside[:, None] & (d < call.form.D)[None, :]
+    return tl.load(at[:, None] + d[None, :], mask=keep, other=0.0).to(call.form.DTYPE)
+
+
+@triton.jit
+def positive_logits(row, inside, scale, call, block, work, shape):
+    """``z_i+``; the refined correction leaves log-Q out of it."""
+    q = call.inputs.query + row.to(tl.int64) * call.form.D
+    p = positives_at(row, call, block, shape)
+    products = tl.zeros([shape.BM], call.form.DTYPE)
+    for start in range(0, call.form.D, shape.BD):
+        pair = piece(q, start, inside, call, shape) * piece(p, start, inside, call, shape)
+        products += tl.sum(pair, 1)
+    z = scaled(products, scale, call, work)
+    if (call.inputs.positive_log_q is not None) and (not call.form.REFINED):
+        z -= tl.load(call.inputs.positive_log_q + row) * unit_of(call, work)
+    return z
+
+
+class Rows(NamedTuple):
+    """What a program of `exponentials` keeps of its rows, ``[BM]`` each."""
+
+    logits: Any  # where they lie
+    scale: Any  # for `scaled`
+    id: Any  # for hits
+    known: Any  # whether the positive is an item
+
+
+@triton.jit
+def block_logits(rows, columns, start, call, work, shape):
+    """``z_ij`` of BN candidates, and with the refined correction which of them count."""
+    j = start + tl.arange(0, shape.BN)
+    z = tl.load(rows.logits[:, None] + j[None, :])
+    z = scaled(z, rows.scale[:, None], call, work)
+    if columns.shift is not None:
+        z -= tl.load(columns.shift + j)[None, :]
+    counts = 1.0
+    if columns.counts is not None:
+        counts = tl.load(columns.counts + j)[None, :]
+    if columns.ids is not None:
+        hit = (rows.id[:, None] == tl.load(columns.ids + j)[None, :]) & rows.known[:, None]
+        z = tl.where(hit, float("-inf"), z)
+        if columns.counts is not None:
+            counts = tl.where(hit, 0.0, counts)
+    return z, counts
+
+
+@triton.jit
+def row_maxima(rows, columns, stop, call, work, shape):
+    """The largest ``z_ij`` of each row. Lanes meet once, after the last candidate."""
+    largest = tl.full([shape.BM, shape.BN], float("-inf"), call.form.DTYPE)
+    for start in tl.range(0, stop, shape.BN):
+        z, _ = block_logits(rows, columns, start, call, work, shape)
+        largest = tl.maximum(largest, z)
+    return tl.max(largest, 1)
+
+
+@triton.jit
+def sum_exponentials(rows, columns, reference, stride, call, work, shape):
+    """``sum_j exp(z_ij - reference_i)``."""
+    total = tl.zeros([shape.BM, shape.BN], call.form.DTYPE)
+    for start in tl.range(0, stride, shape.BN):
+        z, _ = block_logits(rows, columns, start, call, work, shape)
+        total += power(z - reference[:, None], call, work)
+    return tl.sum(total, 1)
+
+
+@triton.jit
+def write_exponentials(rows, columns, reference, to, keep, stride, call, block, work, shape):
+    """Write ``e_ij = exp(z_ij - reference_i)``: their sums, and how many candidates compete."""
+    total = tl.zeros([shape.BM, shape.BN], call.form.DTYPE)
+    compete = tl.zeros([shape.BM, shape.BN], call.form.DTYPE)
+    for start in tl.range(0, stride, shape.BN):
+        z, counts = block_logits(rows, columns, start, call, work, shape)
+        e = power(z - reference[:, None], call, work)
+        total += e
+        if call.form.REFINED:
+            compete += counts
+        if shape.KEEP:
+            pointer = to[:, None] + (start + tl.arange(0, shape.BN))[None, :]
+            value = narrow(e, block.exponentials.dtype.element_ty, call, work)
+            tl.store(pointer, value, mask=keep[:, None])
+    return tl.sum(total, 1), tl.sum(compete, 1)
+
+
+@triton.jit
+def zero_exponentials(to, which, stride, block, shape):
+    """Zeros in some rows: what a row of weight zero holds must not reach a product."""
+    nothing = tl.zeros([shape.BM, shape.BN], block.exponentials.dtype.element_ty)
+    for start in tl.range(0, stride, shape.BN):
+        pointer = to[:, None] + (start + tl.arange(0, shape.BN))[None, :]
+        tl.store(pointer, nothing, mask=which[:, None])
+
+
+@triton.jit(do_not_specialize=["first", "stop", "num_rows", "num_candidates", "steps"])
+def exponentials_kernel(call, columns, block, shape, first, stop, num_rows, num_candidates, steps):
+    """Rows ``first : stop``, of whose logits there is a block."""
+    stride = steps * shape.UNIT
+    row, inside = rows_of(first, stop, shape)
+    work = Work(Sizes(1.0))
+    if block.norm is not None:
+        work = Work(Sizes(tl.load(block.norm)))
+    offset = (row - first).to(tl.int64) * stride
+    scale = scale_of(tl.load(call.inputs.temperature + row), call, work)
+    id = row
+    known = inside
+    if columns.ids is not None:
+        id = tl.load(call.inputs.positive_ids + row)
+        known = id != NO_ITEM
+    rows = Rows(block.logits + offset, scale, id, known)
+    if call.inputs.positive is None:  # so that nobody has to look for it among the others
+        nobody = tl.full([shape.BM], float("-inf"), call.form.DTYPE)
+        tl.store(rows.logits + own_column(row, block, shape), nobody, mask=inside)
+        tl.debug_barrier()
+    z_positive = positive_logits(row, inside, scale, call, block, work, shape)
+
+    weight = tl.load(call.inputs.example_weights + row)  # of everything, see `triton_wide`
+    dead = weight == 0
+    if call.inputs.row_grad is not None:
+        dead = dead | (tl.load(call.inputs.row_grad + row) == 0)
+    to = block.exponentials + offset
+    total = tl.zeros([shape.BM], call.form.DTYPE)
+    compete = total
+    lost = dead
+    reference = z_positive
+    attempt = 0
+    again = True
+    while again:
+        searched = stride
+        if not call.form.MAXIMA:
+            searched = tl.where(attempt > 0, stride, shape.BN)
+        largest = row_maxima(rows, columns, searched, call, work, shape)
+        lost = largest == float("inf")
+        reference = finite(z_positive, call, work)
+        if call.form.HALF:
+            # All terms together are 2^14, the top of float16, or the positive is far above them.
+            top = finite(largest, call, work)
+            top += logarithm(
+                sum_exponentials(rows, columns, top, stride, call, work, shape), call, work
+            )
+            reference = tl.maximum(finite(top, call, work) - HEADROOM, reference - 100)
+        else:
+            reference = tl.maximum(finite(largest, call, work), reference)
+        # inf - inf is NaN: what is infinite gets no share, and the others get nothing of it.
+        reference = tl.where(lost, float("inf"), reference)
+        total, compete = write_exponentials(
+            rows, columns, reference, to, inside & ~dead, stride, call, block, work, shape
+        )
+        again = False
+        if not call.form.MAXIMA:
+            again = (attempt == 0) & (tl.max((total > LIMIT).to(tl.int32), 0) > 0)
+        attempt += 1
+    zeros = inside & dead
+    if shape.KEEP and (tl.max(zeros.to(tl.int32), 0) > 0):
+        zero_exponentials(to, zeros, stride, block, shape)
+
+    total = tl.where(lost, float("inf"), total)
+    if call.form.REFINED and (call.inputs.positive is None):
+        own = tl.full([shape.BM], 1.0, call.form.DTYPE)
+        if columns.ids is not None:
+            own = tl.where(known, 0.0, 1.0)  # else it was a hit
+        compete -= own
+    sums = Sums(z_positive, reference, total, compete)
+    results = row_results(row, sums, call, work)
+    nothing = (results.coefficient == 0) | dead
+    share = results.coefficient / tl.where(lost, 1.0, results.all_terms)
+    at = block.arrays + row
+    tl.store(at + ROW_LOSS * num_rows, results.loss, mask=inside)
+    tl.store(at + SHARE * num_rows, tl.where(nothing, 0.0, share), mask=inside)
+    tl.store(at + POSITIVE * num_rows, tl.where(nothing, 0.0, results.d_positive), mask=inside)
+    own = tl.where(nothing, 1.0, tl.where(lost, -1.0, -total))
+    tl.store(at + OWN * num_rows, own, mask=inside)
+
+
+@triton.jit
+def half_scale(first, stop, num_rows, call, block):
+    """The power of two that brings the largest share of a block to the top of (1/2, 1]."""
+    largest = tl.zeros([MANY], call.form.DTYPE)
+    for start in range(first, stop, MANY):
+        row = start + tl.arange(0, MANY)
+        share = tl.load(block.arrays + SHARE * num_rows + row, mask=row < stop, other=0.0)
+        largest = tl.maximum(largest, tl.abs(share))
+    top = tl.minimum(tl.maximum(tl.max(largest, 0), 1e-37), 1e37)
+    return tl.exp2(-tl.ceil(tl.log2(top)))
+
+
+@triton.jit(do_not_specialize=["first", "stop", "num_rows", "num_candidates", "steps"])
+def gradients_kernel(call, columns, block, shape, first, stop, num_rows, num_candidates, steps):
+    """The gradients of rows ``first : stop``, and what their ``e`` is multiplied by for ``dc``."""
+    work = Work(Sizes(1.0))
+    stride = steps * shape.UNIT
+    row, inside = rows_of(first, stop, shape)
+    at = block.arrays + row
+    share = tl.load(at + SHARE * num_rows)
+    d_positive = tl.load(at + POSITIVE * num_rows)
+    own = tl.load(at + OWN * num_rows)
+    nothing = (own > 0)[:, None]
+    tau = tl.load(call.inputs.temperature + row)
+    factor = share
+    if call.form.HALF:
+        up = half_scale(first, stop, num_rows, call, block)
+        factor *= up
+        tl.store(block.unscale, 1 / up, mask=tl.program_id(0) == 0)
+    offset = row.to(tl.int64) * call.form.D
+    in_block = (row - first).to(tl.int64) * call.form.D
+    q_at = call.inputs.query + offset
+    p_at = positives_at(row, call, block, shape)
+    outputs = call.outputs
+    d_tau = tl.zeros([shape.BM], call.form.DTYPE)
+    for start in range(0, call.form.D, shape.BD):
+        d = start + tl.arange(0, shape.BD)
+        keep = inside[:, None] & (d < call.form.D)[None, :]
+        q = piece(q_at, start, inside, call, shape)
+        if outputs.candidates is not None:
+            value = tl.where(nothing, 0.0, q * factor[:, None])
+            value = narrow(value, block.query.dtype.element_ty, call, work)
+            tl.store(block.query + in_block[:, None] + d[None, :], value, mask=keep)
+        if (outputs.query is not None) or (outputs.temperature is not None):
+            p = piece(p_at, start, inside, call, shape)
+            weighted = piece(block.weighted + in_block, start, inside, call, shape)
+            d_query = share[:, None] * weighted + d_positive[:, None] * p
+            d_query = tl.where(nothing, 0.0, d_query)
+            if outputs.query is not None:
+                value = narrow(d_query, outputs.query.dtype.element_ty, call, work)
+                tl.store(outputs.query + offset[:, None] + d[None, :], value, mask=keep)
+            d_tau -= tl.sum(tl.where(nothing, 0.0, q * d_query), 1)
+        d_own = tl.where(nothing, 0.0, d_positive[:, None] * q)
+        if outputs.positive is not None:
+            value = narrow(d_own, outputs.positive.dtype.element_ty, call, work)
+            tl.store(outputs.positive + offset[:, None] + d[None, :], value, mask=keep)
+        if shape.IN_BATCH and (outputs.candidates is not None):
+            to = outputs.candidates + offset[:, None] + d[None, :]
+            tl.store(to, tl.load(to, mask=keep, other=0.0) + d_own, mask=keep)
+    if outputs.temperature is not None:
+        tl.store(at + D_TAU * num_rows, d_tau / tau, mask=inside)
+    if shape.IN_BATCH and (outputs.candidate_log_q is not None):
+        to = outputs.candidate_log_q + row
+        tl.store(to, tl.load(to) - d_positive * tau, mask=inside)
+    if (block.own is not None) and shape.KEEP:
+        # Several rows may have one target, so it is the products that add their positives up.
+        to = block.exponentials + (row - first).to(tl.int64) * stride + tl.load(block.own + row)
+        value = narrow(tl.where(own > 0, 0.0, own), block.exponentials.dtype.element_ty, call, work)
+        tl.store(to, value, mask=inside)
+
+
+@triton.jit(do_not_specialize=["first", "stop", "num_rows", "num_candidates", "steps"])
+def columns_kernel(call, columns, block, shape, first, stop, num_rows, num_candidates, steps):
+    """``d log-Q_j`` of BN candidates, from the rows ``first : stop``."""
+    stride = steps * shape.UNIT
+    j = tl.program_id(0) * shape.BN + tl.arange(0, shape.BN)
+    total = tl.zeros([shape.BM, shape.BN], call.form.DTYPE)
+    for start in range(first, stop, shape.BM):
+        row = start + tl.arange(0, shape.BM)
+        inside = row < stop
+        share = tl.load(block.arrays + SHARE * num_rows + row, mask=inside, other=0.0)
+        share *= tl.load(call.inputs.temperature + row, mask=inside, other=0.0)
+        at = block.exponentials + (row - first).to(tl.int64) * stride
+        e = tl.load(at[:, None] + j[None, :], mask=inside[:, None], other=0.0)
+        total += e.to(call.form.DTYPE) * share[:, None]
+    to = call.outputs.candidate_log_q + j
+    here = j < num_candidates
+    tl.store(to, tl.load(to, mask=here, other=0.0) - tl.sum(total, 0), mask=here)
