@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 import triton.language as tl
 from torch import Tensor
 from triton.runtime import interpreter
@@ -60,6 +61,12 @@ class Region:
         self.writable = False
         self.written: np.ndarray | None = None  # of an output, by element
         self.last: np.ndarray | None = None
+
+    def fill(self, number: float, integer: int) -> None:
+        if not self.tensor.is_floating_point():
+            limits = torch.iinfo(self.tensor.dtype)
+            number = max(min(integer, limits.max), limits.min)
+        self.tensor.fill_(number)
 
     def __str__(self) -> str:
         return f"{'/'.join(self.names)} {list(self.tensor.shape)}"
@@ -109,7 +116,7 @@ class Checker:
             if "outputs" in roles:
                 region.written = np.zeros(region.tensor.numel(), dtype=bool)
             if all(role in ("outputs", "workspace") for role in roles):  # none is read as well
-                region.tensor.fill_(number if region.tensor.is_floating_point() else integer)
+                region.fill(number, integer)
         return arguments
 
     @staticmethod
