@@ -52,6 +52,7 @@ class Case:
     temperature: str = "float"  # "scalar" and "rows" are tensors with a gradient
     options: dict[str, Any] = field(default_factory=dict)
     change: Callable[[Inputs], None] | None = None
+    frozen: tuple[str, ...] = ()  # what takes no gradient
 
     def inputs(self, dtype: torch.dtype, device: str = "cpu") -> Inputs:
         """Keyword arguments of the loss; leaves that take a gradient require it."""
@@ -114,7 +115,8 @@ class Case:
                 embedding = name in ("query", "positive", "negative", "table")
                 narrow = dtype if embedding or dtype == torch.float64 else torch.float32
                 value = value.to(narrow)
-            inputs[name] = value.to(device).requires_grad_(name in DIFFERENTIABLE)
+            learned = name in DIFFERENTIABLE and name not in self.frozen
+            inputs[name] = value.to(device).requires_grad_(learned)
         return inputs | self.options
 
     def loss(self, inputs: Inputs, backend: str) -> Tensor:
@@ -149,12 +151,13 @@ def loss_and_gradients(
     g = torch.Generator().manual_seed(1)
     upstream = torch.randn(loss.shape, generator=g, dtype=torch.float64).to(loss)
     leaves = {k: v for k, v in inputs.items() if isinstance(v, Tensor) and v.requires_grad}
-    gradients = torch.autograd.grad(loss, list(leaves.values()), upstream)
+    gradients = torch.autograd.grad(loss, list(leaves.values()), upstream) if leaves else ()
     for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True):
         assert gradient.dtype == leaf.dtype, name
         assert gradient.shape == leaf.shape, name
     results = {"loss": loss, **dict(zip(leaves, gradients, strict=True))}
-    return {name: value.detach().double().cpu() for name, value in results.items()}
+    dense = {k: v.to_dense() if v.is_sparse else v for k, v in results.items()}
+    return {name: value.detach().double().cpu() for name, value in dense.items()}
 
 
 def error(value: Tensor, reference: Tensor) -> float:

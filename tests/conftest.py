@@ -20,6 +20,12 @@ if not torch.cuda.is_available():
 from cases import CASES, NOT_IN_CUDA
 
 from dwl_kernels import backends
+from dwl_kernels.backends.triton_call import interpreting
+
+if interpreting() and backends.why_not("triton", "cpu") is None:
+    import triton_access
+
+    triton_access.install()
 
 # The interpreter takes about a second for a small problem, so it runs every case in float32, and in
 # the other dtypes those cases that between them take every path through the kernel.

@@ -204,6 +204,21 @@ def test_ids_past_32_bits_are_sorted_and_summed(backend: str) -> None:
 
 
 @pytest.mark.parametrize("compact", [False, True])
+@pytest.mark.parametrize("rows", [2**15 - 2, 2**15 - 1, 2**15, 2**15 + 1])
+def test_last_row_and_no_row_are_told_apart_at_every_width_of_the_keys(
+    backend: str, rows: int, compact: bool
+) -> None:
+    ids = torch.tensor([[rows - 1], [rows], [0], [-1], [rows - 1], [1 << 15], [rows - 2]])
+    source = torch.tensor([[1.0], [2.0], [4.0], [8.0], [16.0], [32.0], [64.0]])
+    got = table.table_gradient(source, [ids], [], rows, torch.float32, compact, backend)
+    expected = torch.zeros(rows, 1)
+    for id, value in zip(ids[:, 0].tolist(), source, strict=True):
+        if 0 <= id < rows:
+            expected[id] += value
+    assert torch.equal(got.to_dense() if compact else got, expected)
+
+
+@pytest.mark.parametrize("compact", [False, True])
 def test_table_gradient_passes_opcheck(backend: str, compact: bool) -> None:
     ids = [torch.arange(9)[:, None] % 7, torch.arange(45).reshape(9, 5) % 7]
     weights = [torch.rand(9, 1), torch.rand(9, 5)]

@@ -300,8 +300,8 @@ def workspace(floats, integers, barrier, stride, num_candidates, num_domains, wo
         log_q += 2 * workers * num_domains
     log_q = tl.cdiv(log_q, ALIGN) * ALIGN
     parts = log_q
-    if call.form.DRAWN:
-        parts += tl.cdiv(num_candidates, ALIGN) * ALIGN
+    if call.form.DRAWN:  # with the most rows and candidates past 2^31
+        parts = tl.cast(log_q, tl.int64) + tl.cdiv(num_candidates, ALIGN) * ALIGN
     return Space(
         floats,
         floats + sums,

@@ -234,8 +234,7 @@ def _listed(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None]:
     """The id and the coefficient of every place; the table's length where a place goes nowhere."""
-    narrow = table_rows < 2**31 - 1  # half the bytes, half the passes of the sort
-    keys = ids[0].new_empty(sum(lengths), dtype=torch.int32 if narrow else torch.int64)
+    keys = ids[0].new_empty(sum(lengths), dtype=_key_dtype(table_rows))
     weights = keys.new_empty(len(keys), dtype=dtype) if coefficients else None
     blocks = sum(triton.cdiv(n, BLOCK) for n in lengths)
     if blocks:
@@ -252,6 +251,17 @@ def _listed(
 
         launch(list_kernel, blocks, entry, tensors, arguments, {})
     return keys, weights
+
+
+def _key_dtype(table_rows: int) -> torch.dtype:
+    """The narrowest of the ids up to `table_rows`: a radix sort passes once for each of its bytes.
+
+    PyTorch's carries a place of 64 bits beside the key, so that with 16 bits it moves 5 / 12 of
+    what it does with 32, and with those 3 / 8 of what it does with 64.
+    """
+    if table_rows < 2**15:
+        return torch.int16
+    return torch.int32 if table_rows < 2**31 - 1 else torch.int64
 
 
 def _bounds(
