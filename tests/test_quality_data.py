@@ -221,7 +221,11 @@ def test_synthetic_order_can_be_learned() -> None:
     # The commonest follower of an item, counted on one half of the users, predicts the other half
     # far better than the commonest item does.
     data = synthetic()
-    pairs = [(a, b, u % 2) for u in range(len(data.lengths)) for a, b in zip(*_pairs(data, u), strict=True)]
+    pairs = [
+        (a, b, u % 2)
+        for u in range(len(data.lengths))
+        for a, b in zip(*_pairs(data, u), strict=True)
+    ]
     follows = np.zeros((data.num_items, data.num_items))
     for a, b, half in pairs:
         follows[a, b] += half == 0

@@ -25,7 +25,7 @@ def shape_table(figures: Report) -> Table:
         error = figures["errors"].get(row["version"], {})
         cells = [
             row["version"],
-            digits(row["median_ms"]),
+            digits(row["median_ms"]) + ("" if row.get("queued", True) else " with host"),
             f"{digits(row['low_ms'])} to {digits(row['high_ms'])}",
             f"{row['ratio']:.2f}",
             f"{1 / row['ratio']:.0%}",
