@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -10,6 +13,25 @@ from rich.text import Text
 Report = dict[str, Any]
 
 MORE_MEMORY = 1.1  # peaks of resident memory repeat to a few percent
+
+
+def collected(paths: Sequence[Path]) -> Report:
+    """One report of lines that processes wrote with ``--log``: a process for each shape, perhaps
+    others for some versions of it. Times are of the bound of their own process."""
+    lines = [json.loads(line) for path in paths for line in path.read_text("utf-8").splitlines()]
+    records = [line["record"] for line in lines if "record" in line]
+    if not records or len({line["gpu"] for line in lines}) > 1:
+        devices = sorted({str(line["gpu"]) for line in lines})
+        raise SystemExit(f"no figures of one device in {paths}: {devices}")
+    found: dict[str, Report] = {}
+    for figures in (line["figures"] for line in lines if "figures" in line):
+        kept = found.setdefault(figures["label"], figures)
+        if kept is not figures:
+            names = {row["version"] for row in kept["versions"]}
+            kept["versions"] += [r for r in figures["versions"] if r["version"] not in names]
+            for key in ("errors", "refused", "failed", "too_large", "ladder"):
+                kept[key] = {**figures[key], **kept[key]}
+    return {**records[-1], "shapes": list(found.values())}
 
 
 def shape_table(figures: Report) -> Table:
