@@ -61,10 +61,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print(growth_table(side, points))
     if report.get("scales"):
         console.print(scale_table(report["scales"]))
-    from benchmarks.speed import pictures  # matplotlib takes a second, and a demo needs none
+    if options.log is None:
+        from benchmarks.speed import pictures  # matplotlib takes a second, and a demo needs none
 
-    for path in pictures.draw(report, out) if options.log is None else ():
-        console.print(f"drawn: {path}")
+        for path in pictures.draw(report, out):
+            console.print(f"drawn: {path}")
     if old is not None:
         table, worse = comparison(old, report)
         console.print(table)

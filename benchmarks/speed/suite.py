@@ -7,6 +7,7 @@ The outcome is one dict of plain numbers, which the JSON file holds and tables a
 from __future__ import annotations
 
 import gc
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -232,4 +233,5 @@ def add_memory(figures: Report, shape: Shape, found: dict[str, Loss], todo: Plan
 
 def forget_compiled() -> None:
     """Let `torch.compile` make code for the next shape alone, the fastest that it makes."""
-    torch.compiler.reset()
+    if "torch._dynamo" in sys.modules:  # else nothing is compiled, and this would take seconds
+        torch.compiler.reset()
