@@ -55,10 +55,7 @@ part() { # name, seconds, command ...
     tail -c "+$((size + 1))" "$log" | tail -n 3 | cut -c 1-200
     printf '{"gpu": %s, "commit": "%s", "part": "%s", "status": %d, "how": "%s", "seconds": %d}\n' \
         "$gpu" "$COMMIT" "$name" "$status" "$how" $((SECONDS - begin)) >>"$lines"
-    if [ $status -ne 0 ]; then
-        tail -c "+$((size + 1))" "$log" | grep -aE "refused: |^(FAILED|ERROR) | (FAILED|ERROR) " |
-            head -n 5
-        # What was under way is the last that began.
+    if [ $status -gt 2 ]; then # what was under way is the last that began
         how+="; last line: $(grep -v '"part"' "$lines" | tail -n 1 | cut -c 1-300)"
     fi
     ended+=("$step: $name: $how")

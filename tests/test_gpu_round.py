@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -61,10 +62,14 @@ def test_tiles_that_crash_or_hang_leave_the_others_their_figures(
     tried = tiles.candidates(GPU[1])[:4]
     replies = iter([SimpleNamespace(returncode=-6, stderr="aborted"), None, 0.25, 0.125])
 
-    def run(command: list[str], timeout: float, **_: object) -> SimpleNamespace:
+    real = subprocess.run
+
+    def run(command: list[str], **options: Any) -> Any:
+        if command[0] == "git":
+            return real(command, **options)
         reply = next(replies)
         if reply is None:
-            raise subprocess.TimeoutExpired(command, timeout)
+            raise subprocess.TimeoutExpired(command, options["timeout"])
         if isinstance(reply, float):
             return SimpleNamespace(returncode=0, stdout=f"some words\n{reply}\n")
         return reply
@@ -74,6 +79,7 @@ def test_tiles_that_crash_or_hang_leave_the_others_their_figures(
     monkeypatch.setattr(tiles.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(tiles.torch.cuda, "get_device_name", lambda: "a GPU")
     monkeypatch.setattr(tiles.subprocess, "run", run)
+    monkeypatch.setattr(tiles, "FENCES", (None,))
     assert tiles.main(tmp_path / "2.jsonl", ["two-tower"]) == 1
     lines = [json.loads(line) for line in (tmp_path / "2.jsonl").read_text().splitlines()]
     assert {line["gpu"] for line in lines} == {"a GPU"}
