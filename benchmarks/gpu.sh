@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The GPU round in five steps, what decides first. Each takes ten minutes at most:
+# The GPU round in five steps, what decides first. The first four take ten minutes each at most:
 #   benchmarks/gpu.sh OUT [STEP ...]   on a machine with a CUDA device; all steps where none is named
 #     1  one small call, repeats, streams, graphs; speed of the Triton kernel, a process per shape
 #     2  tile candidates of the Triton kernel, a process each

@@ -19,7 +19,7 @@ from rich.console import Console
 from benchmarks.readme import scales_line
 from benchmarks.record import append_line, write_json
 from benchmarks.speed import __main__ as command
-from benchmarks.speed import peers, pictures, shapes, suite, warm
+from benchmarks.speed import peers, pictures, shapes, suite
 from benchmarks.speed.accuracy import check
 from benchmarks.speed.baselines import package_loss, usual_loss
 from benchmarks.speed.measure import Rounds
@@ -350,12 +350,3 @@ def test_lines_of_several_processes_are_one_report(report: dict[str, Any], tmp_p
         file.write(json.dumps({"gpu": "another device"}) + "\n")
     with pytest.raises(SystemExit, match="another device"):
         command.main(["--load", str(path), "--out", str(tmp_path)])
-
-
-def test_every_form_that_a_shape_measures_is_compiled_ahead() -> None:
-    jobs = list(warm.jobs(shapes.GPU, "cuda"))
-    for shape in shapes.GPU:
-        assert {level for s, level, version in jobs if s == shape and version == "triton"} == set(
-            shape.levels
-        )
-        assert (shape, shape.compared_at, "torch.compile") in jobs
