@@ -55,15 +55,15 @@ part() { # name, seconds, command ...
     tail -c "+$((size + 1))" "$log" | tail -n 3 | cut -c 1-200
     printf '{"gpu": %s, "commit": "%s", "part": "%s", "status": %d, "how": "%s", "seconds": %d}\n' \
         "$gpu" "$COMMIT" "$name" "$status" "$how" $((SECONDS - begin)) >>"$lines"
-    if [ $status -gt 2 ]; then # what was under way is the last that began
+    if [ "$status" -gt 2 ]; then # what was under way is the last that began
         how+="; last line: $(grep -v '"part"' "$lines" | tail -n 1 | cut -c 1-300)"
     fi
     ended+=("$step: $name: $how")
 }
 
 # A kernel that hangs cannot be interrupted, so the limit of a test ends its process.
-pytest="$python -m pytest -v --tb=short -p no:cacheprovider --timeout 60 --timeout-method thread"
-tests="tests/test_gpu.py tests/test_gpu_indexed.py"
+pytest=("$python" -m pytest -v --tb=short -p no:cacheprovider --timeout 60 --timeout-method thread)
+tests=(tests/test_gpu.py tests/test_gpu_indexed.py)
 exact="tests/test_gpu.py::test_kernel_is_as_exact_as_eager"
 # What measures time, counts launches or fills the memory has the device to itself.
 alone="half_padded or past_two_to or launch"
@@ -81,8 +81,9 @@ speed() { # part, seconds, shape, versions
 
 step_1() {
     if [ "$dry" = 0 ]; then
-        part first 90 $pytest "$exact[triton-torch.bfloat16-everything]"
-        part behaviour 60 $pytest $tests -k "not cuda and (repeats or stream or graph or odd_addresses)"
+        part first 90 "${pytest[@]}" "${exact}[triton-torch.bfloat16-everything]"
+        part behaviour 60 "${pytest[@]}" "${tests[@]}" \
+            -k "not cuda and (repeats or stream or graph or odd_addresses)"
     fi
     for shape in $shapes; do
         speed "$shape" 45 "$shape" "${VERSIONS:-eager,triton}"
@@ -119,10 +120,10 @@ step_4() {
         echo "one process only: pytest-xdist is not installed" | tee -a "$log"
     fi
     export OMP_NUM_THREADS=1
-    part triton 330 $pytest -m gpu "${each[@]}" -k "not cuda and not ($alone)" $tests
+    part triton 330 "${pytest[@]}" -m gpu "${each[@]}" -k "not cuda and not ($alone)" "${tests[@]}"
     [ "$dry" = 0 ] || return
-    part alone 60 $pytest -m gpu -k "not cuda and ($alone)" $tests
-    part cuda 180 $pytest -m gpu "${each[@]}" -k "cuda and not ($alone)" $tests
+    part alone 60 "${pytest[@]}" -m gpu -k "not cuda and ($alone)" "${tests[@]}"
+    part cuda 180 "${pytest[@]}" -m gpu "${each[@]}" -k "cuda and not ($alone)" "${tests[@]}"
     unset OMP_NUM_THREADS
 }
 
@@ -132,14 +133,14 @@ step_5() {
         if command -v compute-sanitizer >/dev/null; then
             # Every tensor is an allocation with ends of its own.
             part memcheck 80 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck \
-                --error-exitcode 1 $pytest --timeout 0 "$exact[triton-torch.bfloat16-everything]"
+                --error-exitcode 1 "${pytest[@]}" --timeout 0 "${exact}[triton-torch.bfloat16-everything]"
         else
             echo "no memory check: compute-sanitizer is not installed" | tee -a "$log"
         fi
         part build 75 "$python" -m dwl_kernels build --cuda \
             "$("$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())')" \
             --dim 64 128 256
-        part cuda-first 60 $pytest "$exact[cuda-torch.bfloat16-everything]"
+        part cuda-first 60 "${pytest[@]}" "${exact}[cuda-torch.bfloat16-everything]"
         part host 20 "$python" -m benchmarks.host "$out"
     fi
     for shape in ${SHAPES:-two-tower catalogue wide}; do
@@ -155,11 +156,12 @@ step_5() {
     part figures 60 "$python" -m benchmarks.speed --load "$out"/[15].jsonl --out "$out"
 }
 
+clocks=
+trap '[ -z "$clocks" ] || kill "$clocks"' EXIT
 for step in "$@"; do
     log=$out/$step.log lines=$out/$step.jsonl
     : >"$log"
     : >"$lines"
-    clocks=
     if [ "$dry" = 0 ]; then
         nvidia-smi --query-gpu=timestamp,name,clocks.sm,clocks.mem,power.draw,temperature.gpu \
             --format=csv -lms 500 >"$out/$step-clocks.csv" &
@@ -167,6 +169,7 @@ for step in "$@"; do
     fi
     "step_$step"
     [ -z "$clocks" ] || kill "$clocks"
+    clocks=
 done
 printf '%s\n' "" "${ended[@]}"
 printf '%s\n' "${ended[@]}" | grep -qv ": ok$" && exit 1
