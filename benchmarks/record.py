@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 import os
@@ -69,6 +70,17 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
         partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
+def append_line(path: Path, **figures: Any) -> None:
+    """Add a line of JSON, at once on disk: what comes next may end the process."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    line = json.dumps({"gpu": device, "commit": _commit(), **figures}, ensure_ascii=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Give a path beside `path` that takes its place in one step, or disappears on failure."""
@@ -81,6 +93,7 @@ def replacing(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+@functools.cache
 def _commit() -> str | None:
     """HEAD, marked where files differ from it; outside a checkout what ``COMMIT`` says, or None."""
     commands = (["git", "rev-parse", "HEAD"], ["git", "status", "--porcelain"])

@@ -83,7 +83,9 @@ def recording() -> Iterator[ctypes.CDLL]:
             self.get_device_capability = lambda device: CAPABILITY
 
     properties = SimpleNamespace(
-        multi_processor_count=MULTIPROCESSORS, shared_memory_per_multiprocessor=233472
+        name="recorder",
+        multi_processor_count=MULTIPROCESSORS,
+        shared_memory_per_multiprocessor=233472,
     )
     replaced: list[tuple[Any, dict[str, Any]]] = [
         (torch.cuda, {"get_device_capability": lambda device=None: CAPABILITY}),

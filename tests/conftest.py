@@ -68,10 +68,6 @@ def _interpreted(item: pytest.Item, values: dict[str, Any]) -> bool:
     return values["case"].name in INTERPRETED
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--shard", metavar="K/N", help="every Nth test from the Kth on, from 0")
-
-
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     def runs(item: pytest.Item) -> bool:
         values = item.callspec.params if hasattr(item, "callspec") else {}
@@ -85,9 +81,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     config.hook.pytest_deselected(items=[item for item in items if not runs(item)])
     items[:] = [item for item in items if runs(item)]
-    if config.getoption("--shard"):
-        first, step = map(int, config.getoption("--shard").split("/"))
-        items[:] = items[first::step]
 
 
 @pytest.fixture(autouse=True)

@@ -29,7 +29,7 @@ from dwl_kernels.examples.synthetic import synthetic
 ROOT = Path(__file__).parent.parent
 COMMANDS = [
     *("dwl_kernels", "dwl_kernels.examples.two_tower", "dwl_kernels.examples.sasrec"),
-    *("benchmarks.speed", "benchmarks.speed.warm", "benchmarks.quality"),
+    *("benchmarks.speed", "benchmarks.quality"),
     *("benchmarks.quality.frontier", "benchmarks.demo", "benchmarks.training_step"),
     *("benchmarks.machine_code", "benchmarks.host", "benchmarks.readme"),
 ]

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import re
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import torch.nn.functional as F
 from rich.console import Console
 
 from benchmarks import record
 from benchmarks.progress import WIDTH
 from benchmarks.readme import scales_line
-from benchmarks.record import write_json
+from benchmarks.record import append_line, write_json
 from benchmarks.speed import __main__ as command
-from benchmarks.speed import peers, pictures, shapes, suite, warm
+from benchmarks.speed import peers, pictures, shapes, suite
+from benchmarks.speed.accuracy import check
 from benchmarks.speed.baselines import package_loss, usual_loss
 from benchmarks.speed.measure import Rounds
 from benchmarks.speed.report import (
@@ -265,36 +269,132 @@ def test_json_is_replaced_in_one_step(tmp_path: Path) -> None:
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_peers_are_optional(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peers, "_optional", lambda name: None)
-    assert peers.losses() == {}
+CATALOGUE, IN_BATCH = (next(s for s in GPU if s.name == n) for n in ("catalogue", "unscaled"))
 
 
-def test_peers_get_the_problem_in_their_own_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stand-in for each package, with its signature, computes the full softmax."""
+def test_peers_that_are_not_installed_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> Any:
+        raise ModuleNotFoundError(f"No module named {name!r}")
+
+    monkeypatch.setattr(peers.importlib, "import_module", absent)
+    for shape in GPU:
+        found, left_out = peers.losses(shape, "cuda")
+        assert not found
+        assert bool(left_out) == (shape in (CATALOGUE, IN_BATCH))
+        assert all("No module named" in reason for reason in left_out.values())
+
+
+def stand_ins() -> dict[str, Any]:
+    """For each package, with its signature: the full softmax, the one in the batch, the sigmoid."""
 
     def liger(accum_dtype: Any = None) -> Any:
-        return lambda weight, query, target: F.cross_entropy(query @ weight.T, target)
+        return lambda lin_weight, _input, target: F.cross_entropy(_input @ lin_weight.T, target)
+
+    def quack(x: Any, weight: Any, target: Any, use_scaled_exp: Any = None) -> Any:
+        return F.cross_entropy(x @ weight.T, target)
 
     def cut(e: Any, c: Any, targets: Any, filter_eps: Any = "high") -> Any:
         return F.cross_entropy(e @ c.T, targets)
 
-    modules = {
+    class Memeff(torch.nn.Module):
+        def __init__(self, temperature: Any, margin: Any, normalized_inputs: Any, stable: Any):
+            super().__init__()
+            self.temperature = temperature
+
+        def forward(self, query_features: Any, doc_features: Any) -> Any:
+            z = query_features @ doc_features.T / self.temperature
+            return F.cross_entropy(z, torch.arange(len(z)))
+
+    def siglip(img: Any, txt: Any, log_temperature: Any, bias: Any, backend: str) -> Any:
+        z = img @ txt.T * log_temperature.exp() + bias
+        signs = 2 * torch.eye(len(z)) - 1
+        return -F.logsigmoid(signs * z).sum() / len(z)
+
+    function = SimpleNamespace(apply=quack)
+    return {
         "liger_kernel.transformers": SimpleNamespace(LigerFusedLinearCrossEntropyLoss=liger),
+        peers._HOPPER: SimpleNamespace(LigerFusedLinearCrossEntropySM90Function=function),
+        "quack.linear_cross_entropy": SimpleNamespace(chunked_linear_cross_entropy=quack),
         "cut_cross_entropy": SimpleNamespace(linear_cross_entropy=cut),
+        "memeff": SimpleNamespace(MemoryEfficientQwen3Loss=Memeff),
+        "siglip_kernel": SimpleNamespace(fused_siglip_loss=siglip),
     }
-    monkeypatch.setattr(peers, "_optional", modules.get)
-    inputs = random_inputs(TINY[2], "plain")
-    found = peers.losses()
-    assert len(found) == 4
-    for loss in found.values():
-        assert loss(inputs).item() == pytest.approx(usual_loss(inputs).item(), rel=1e-5)
 
 
-def test_every_form_that_a_shape_measures_is_compiled_ahead() -> None:
-    jobs = list(warm.jobs(shapes.GPU, "cuda"))
-    for shape in shapes.GPU:
-        assert {level for s, level, version in jobs if s == shape and version == "triton"} == set(
-            shape.levels
-        )
-        assert (shape, shape.compared_at, "torch.compile") in jobs
+def test_peers_get_the_problem_in_their_own_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers.importlib, "import_module", stand_ins().__getitem__)
+    tried = set()
+    for shape in (CATALOGUE, IN_BATCH):
+        found, left_out = peers.losses(shape, "cuda")
+        assert left_out == {}
+        inputs = random_inputs(replace(TINY[2 if shape is CATALOGUE else 1], plain=True), "plain")
+        for name, loss in found.items():
+            expected = peers.FORMULAS.get(name, usual_loss)(inputs)
+            assert loss(inputs).item() == pytest.approx(expected.item(), rel=1e-5)
+        tried |= set(found)
+        assert set(peers.losses(shape, "cpu")[1].values()) == {"it needs a CUDA device"}
+    assert tried == set(peers.PEERS)
+
+
+def test_peers_name_the_shapes_that_they_take() -> None:
+    odd = replace(CATALOGUE, rows=100, candidates=1000)
+    _, left_out = peers.losses(odd, "cuda")
+    for name in ("liger-kernel, Hopper", "quack-kernels"):
+        assert "divides" in left_out[name]
+    assert "dimensions" in peers.losses(replace(IN_BATCH, dim=48), "cuda")[1]["memeff"]
+    assert (
+        "16 bits"
+        in peers.losses(replace(IN_BATCH, dtype=torch.float32), "cuda")[1]["siglip-kernel"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "given"),
+    [
+        (peers._LIGER, "LigerFusedLinearCrossEntropyLoss", {"accum_dtype": torch.float32}),
+        (peers._QUACK, "chunked_linear_cross_entropy", {"use_scaled_exp": False}),
+        (peers._CUT, "linear_cross_entropy", {"filter_eps": None}),
+        ("memeff", "MemoryEfficientQwen3Loss", dict.fromkeys(("margin", "stable"))),
+        ("siglip_kernel", "fused_siglip_loss", {"backend": "chunked_bf16"}),
+    ],
+)
+def test_installed_peer_has_the_interface_that_is_called(
+    module: str, name: str, given: dict[str, Any]
+) -> None:
+    found = getattr(pytest.importorskip(module, exc_type=Exception), name)
+    inspect.signature(found).bind_partial(**given)
+
+
+def test_other_loss_is_checked_against_its_own_formula() -> None:
+    versions = {"siglip-kernel": peers.sigmoid_loss, "another": peers.sigmoid_loss}
+    verdict = check(replace(TINY[1], plain=True), versions)
+    assert verdict.passed == ["siglip-kernel"]
+
+
+def test_versions_are_chosen_with_or_without_their_settings() -> None:
+    assert suite.chosen("quack-kernels, logits kept", ("quack-kernels",))
+    assert suite.chosen("eager", ())
+    assert not suite.chosen("quack-kernels", ("quack-kernels, logits kept", "eager"))
+
+
+def test_lines_of_several_processes_are_one_report(report: dict[str, Any], tmp_path: Path) -> None:
+    """Two shapes, and a rival of the first in a process of its own."""
+    first, second = (copy.deepcopy(report["shapes"][k]) for k in (0, 1))
+    rival = copy.deepcopy(first)
+    rival["versions"][1]["version"] = "rival"
+    rival["failed"] = {"another": "not installed"}
+    path = tmp_path / "1.jsonl"
+    append_line(path, record={**report, "shapes": []})
+    for figures in (first, second, rival):
+        append_line(path, begun="check")
+        append_line(path, figures=figures)
+    assert command.main(["--load", str(path), "--out", str(tmp_path)]) == 0
+    made = command.read(tmp_path / "speed-cpu.json")
+    assert [s["label"] for s in made["shapes"]] == [first["label"], second["label"]]
+    names = [row["version"] for row in made["shapes"][0]["versions"]]
+    assert names == ["bound", "eager", "chunked", "rival"]
+    assert made["shapes"][0]["failed"] == {"another": "not installed"}
+    with path.open("a") as file:
+        file.write(json.dumps({"gpu": "another device"}) + "\n")
+    with pytest.raises(SystemExit, match="another device"):
+        command.main(["--load", str(path), "--out", str(tmp_path)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from benchmarks.record import ROOT
+from benchmarks.speed import measure
 from benchmarks.speed.baselines import bound, kernels, step, usual_loss
 from benchmarks.speed.measure import (
     Rounds,
@@ -42,6 +44,80 @@ def test_steps_are_timed_in_turn_after_a_warm_up() -> None:
 def test_cheap_steps_take_the_most_rounds() -> None:
     (timing,) = in_turn({"a": lambda number: None}, Rounds(10, most=7), reference="a")
     assert timing.runs == 7
+
+
+class FakeGPU:
+    """A queue that one device works off, by a simulated clock in seconds; the host runs ahead."""
+
+    def __init__(self) -> None:
+        self.host = self.free = 0.0
+        self.queue: list[str] = []
+
+    def work(self, seconds: float, host: float, name: str = "launch") -> None:
+        self.host += host
+        self.free = max(self.free, self.host) + seconds
+        self.queue.append(name)
+
+    def synchronize(self) -> None:
+        self.host = max(self.host, self.free)
+
+    def event(self, enable_timing: bool) -> Any:
+        def record() -> None:
+            self.queue.append("event")
+            event.at = max(self.free, self.host)
+
+        event = SimpleNamespace(at=0.0, record=record)
+        event.query = lambda: event.at <= self.host
+        event.synchronize = lambda: setattr(self, "host", max(self.host, event.at))
+        event.elapsed_time = lambda end: 1e3 * (end.at - event.at)
+        return event
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGPU:
+    fake = FakeGPU()
+    monkeypatch.setattr(torch.cuda, "Event", fake.event)
+    monkeypatch.setattr(torch.cuda, "synchronize", fake.synchronize)
+    monkeypatch.setattr(
+        torch.cuda, "_sleep", lambda clocks: fake.work(clocks / 2e9, 0.0, "spin"), raising=False
+    )
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: fake.host)
+    return fake
+
+
+def test_only_launches_that_wait_for_a_busy_gpu_lie_between_the_events(gpu: FakeGPU) -> None:
+    def step(number: int) -> None:
+        gpu.work(70e-6, host=30e-6)  # the GPU would be idle for these 30
+        gpu.work(40e-6, host=200e-6)  # and for most of these
+
+    taken = measure.taken_by(step, 0, "cuda")
+    assert gpu.queue == ["spin", "event", "launch", "launch", "event"]
+    assert taken.seconds == pytest.approx(110e-6)
+    assert taken.host == pytest.approx(230e-6)
+    assert taken.queued
+
+
+def test_slow_host_is_covered_by_a_longer_spin(gpu: FakeGPU) -> None:
+    """Of 30 ms of Python before a launch of 10 us, nothing is device time."""
+    (timing,) = in_turn({"a": lambda number: gpu.work(1e-5, 30e-3)}, ONCE, "a", device="cuda")
+    assert timing.median_ms == pytest.approx(1e-2)
+    assert timing.host_ms == pytest.approx(30)
+    assert timing.queued
+
+
+@pytest.mark.parametrize("wait", [lambda gpu: gpu.synchronize(), lambda gpu: gpu.work(0, 1.0)])
+def test_host_time_that_cannot_be_kept_out_is_marked(
+    gpu: FakeGPU, wait: Callable[[FakeGPU], None]
+) -> None:
+    """A step that reads a number back, or whose host takes seconds."""
+
+    def step(number: int) -> None:
+        gpu.work(1e-5, 1e-5)
+        wait(gpu)
+        gpu.work(1e-5, 1e-5)
+
+    (timing,) = in_turn({"a": step}, ONCE, "a", device="cuda")
+    assert not timing.queued
 
 
 def test_quartiles_of_known_numbers() -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import cases
 import pytest
@@ -13,7 +17,7 @@ import dwl_kernels
 from dwl_kernels import backends, validation
 from dwl_kernels.backends import triton as host
 from dwl_kernels.backends import triton_tiles
-from dwl_kernels.backends.triton_tiles import TABLE, Tiles, around, choose, default
+from dwl_kernels.backends.triton_tiles import LIMITS, TABLE, Tiles, around, choose, default
 from dwl_kernels.problem import Problem, Wanted
 
 REASON = backends.why_not("triton", "cpu")
@@ -312,11 +316,93 @@ def test_search_takes_the_fastest_and_remembers_it(
     path = f"{tmp_path}/tiles.json"
     monkeypatch.setenv("DWL_KERNELS_AUTOTUNE", "1")
     monkeypatch.setenv("DWL_KERNELS_TILES", path)
-    key = (64, torch.bfloat16, 9, False, "plain", (512, 512))
-    target = around(default(64, torch.bfloat16, 9, False))[7]
-    assert choose(*key, seconds=lambda tiles: 0.0 if tiles == target else 1.0) == target
+    key = (64, torch.bfloat16, 9, False, "plain")
+    tried = around(default(64, torch.bfloat16, 9, False))
+    assert len(tried) <= 14  # each is compiled, which takes seconds
+
+    def seconds(tiles: list[Tiles]) -> list[float]:
+        return [0.0 if one == tried[7] else 1.0 for one in tiles]
+
+    assert choose(*key, ("a GPU", 512, 512), seconds) == tried[7]
     monkeypatch.delenv("DWL_KERNELS_AUTOTUNE")
-    assert choose(*key, seconds=lambda tiles: 1.0) == target
+    for problem in (
+        ("a GPU", 512, 512),
+        ("another GPU", 512, 512),
+        ("a GPU", 512, 512, torch.int32),
+    ):
+        known = choose(*key, problem, seconds)
+        assert known == (tried[7] if problem == ("a GPU", 512, 512) else tried[0])
+
+
+def test_search_gives_every_dtype_of_ids_an_entry_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else ids of 64 bits would be read by a kernel that was compiled for 32."""
+    pytest.importorskip("triton")
+    from triton import testing
+
+    entries: list[set[object]] = []
+    named: set[object] = set()
+
+    def chosen(*call: Any) -> Tiles:
+        tiles = default(16, torch.float32, 9, False)
+        named.add(call[5])
+        assert len(call[6]([tiles])) == 1
+        return tiles
+
+    for name in ("_plans", "_tuned", "_room"):
+        monkeypatch.setattr(host, name, {})
+    monkeypatch.setattr(host, "interpreting", lambda: False)
+    monkeypatch.setattr(host, "choose", chosen)
+    monkeypatch.setattr(host, "_workers", lambda *_: 3)
+    monkeypatch.setattr(host, "_launch", lambda p, w, g, plan: entries[-1].add(plan.entry))
+    monkeypatch.setattr(testing, "do_bench", lambda run, return_mode: run() or 1.0)
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    case = BY_NAME["plain"].inputs(torch.float32)
+    embeddings = case["query"], case["positive"], case["negative"]
+    wanted = Wanted(True, True, True, False, False, False)
+    for dtype in (torch.int32, torch.int64):
+        entries.append(set())
+        ids = [torch.zeros(len(case[side]), dtype=dtype) for side in ("positive", "negative")]
+        problem = Problem(*embeddings, positive_ids=ids[0], candidate_ids=ids[1])
+        host._plan(problem, wanted, None)
+    assert entries[0]
+    assert not entries[0] & entries[1]
+    assert len(named) == 2
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ([64, 64, 64, 256, 2, 2, 4, 2], "CN = 256; wanted one of \\(16, 32, 64, 128\\)"),
+        ([64, 48, 64, 64, 2, 2, 4, 2], "BN = 48"),
+        ([64, 64, 64, 64, 2, 2, 4.0, 2], "warps = 4.0"),
+        ([64, 64, 64, 64], "wanted 8 integers"),
+    ],
+)
+def test_entry_that_no_kernel_takes_is_refused_by_file_and_limit(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, entry: list[float], said: str
+) -> None:
+    path = tmp_path / "tiles.json"
+    path.write_text(json.dumps({"a key": entry}))
+    monkeypatch.setenv("DWL_KERNELS_TILES", str(path))
+    with pytest.raises(ValueError, match=f"'a key' of {path}.*{said}"):
+        choose(64, torch.bfloat16, 9, False, "plain", (), lambda tiles: [])
+    path.with_name("broken.json").write_text("{")
+    monkeypatch.setenv("DWL_KERNELS_TILES", str(path.with_name("broken.json")))
+    with pytest.raises(ValueError, match=r"broken\.json is no JSON object"):
+        choose(64, torch.bfloat16, 9, False, "plain", (), lambda tiles: [])
+
+
+def test_tables_and_the_search_keep_to_the_limits_of_a_file() -> None:
+    tables = (v for v in vars(triton_tiles).values() if isinstance(v, dict))
+    rows = [row for table in tables for row in table.values() if isinstance(row, Tiles)]
+    assert len(rows) > 40
+    for row in (*rows, *(tiles for one in rows for tiles in around(one))):
+        for name, value in row._asdict().items():
+            assert value in LIMITS[name]
 
 
 @pytest.mark.parametrize(("rows", "candidates", "named"), [(1 << 28, 3, "rows"), (3, 1 << 31, "c")])

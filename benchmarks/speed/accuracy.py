@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.speed.baselines import Loss, package_loss
+from benchmarks.speed.peers import FORMULAS
 from benchmarks.speed.shapes import Inputs, Shape, random_inputs
 from dwl_kernels import backends
 
@@ -53,25 +54,39 @@ class Verdict:
         return [name for name in self.errors if name not in self.refused]
 
 
-def check(shape: Shape, losses: Mapping[str, Loss], device: str = "cpu") -> Verdict:
-    """Compare loss and gradients of every version with the truth, on the shape or fewer rows."""
+def check(
+    shape: Shape,
+    losses: Mapping[str, Loss],
+    device: str = "cpu",
+    note: Callable[..., object] = lambda **_: None,
+) -> Verdict:
+    """Compare loss and gradients of every version with the truth, on the shape or fewer rows.
+
+    `note` hears of every version before it runs and after: it may end the process.
+    """
     shape = checked_shape(shape, device)
     inputs = random_inputs(shape, shape.compared_at, device=device)
-    truth = specification(inputs.to(torch.float64))
+    double = inputs.to(torch.float64)
+    truth = specification(double)
     same_dtype = deviation(specification(inputs), truth)
     errors: dict[str, Errors] = {}
     refused: dict[str, str] = {}
     failed: dict[str, str] = {}
     for name, loss in losses.items():
+        note(begun="check", version=name)
         try:
             found = evaluate(loss, inputs)
         except Exception as error:  # a peer may raise anything; no version stops the others
             failed[name] = f"{type(error).__name__}: {str(error).strip()[:300]}"
+            note(failed=failed[name], version=name)
             continue
-        errors[name] = deviation(found, truth)
+        formula = FORMULAS.get(name)
+        expected = truth if formula is None else evaluate(formula, double)
+        errors[name] = deviation(found, expected)
         reason = _too_wrong(name, errors[name], same_dtype, TOLERANCE[shape.dtype])
         if reason is not None:
             refused[name] = reason
+        note(version=name, refused=reason, loss=errors[name].loss, gradient=errors[name].gradient)
     return Verdict(shape, errors, refused, failed)
 
 

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.speed import peers
 from benchmarks.speed.shapes import Inputs, Shape
 from dwl_kernels import (
     backends,
@@ -149,15 +148,12 @@ _GPU_KERNELS = ("triton", "cuda")
 
 
 def losses(shape: Shape, device: str, dry: bool = False) -> dict[str, Loss]:
-    """What is compared on a shape. Every version computes the same."""
+    """What is compared on a shape, but for the peers. Every version computes the same."""
     found: dict[str, Loss] = {"eager": usual_loss}
     if not dry:
         found["torch.compile"] = compiled_loss()
-    if shape.kind == "full":
-        if hasattr(F, "linear_cross_entropy"):
-            found["linear_cross_entropy"] = linear_loss
-        if device == "cuda":
-            found.update(peers.losses())
+    if shape.kind == "full" and hasattr(F, "linear_cross_entropy"):
+        found["linear_cross_entropy"] = linear_loss
     for name in ("chunked", *kernels(device, dry)):
         found[name] = functools.partial(package_loss, backend=name)
     return found

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,6 +22,8 @@ from benchmarks.speed.shapes import Inputs, Shape, random_inputs
 from dwl_kernels.backends.triton_launch import release
 
 WARM_UP = 2
+# Clocks that a GPU is kept busy for while a step is queued, 1 ms and more, and at most 0.1 s.
+HOLD, MOST_HOLD = 1 << 21, 1 << 27
 BATCHES = 3  # different inputs that take turns: the next round finds none of its own in a cache
 
 Round = Callable[[int], object]  # takes the number of the round
@@ -40,6 +42,7 @@ class Timing:
     ratio: float  # median over the rounds of this version's time over the reference's
     ratio_low: float
     ratio_high: float
+    queued: bool = True  # False: the step waits for the GPU, so that host time is in its times
 
 
 @dataclass(frozen=True)
@@ -98,42 +101,65 @@ def in_turn(
     for number in range(WARM_UP):
         start = time.perf_counter()
         for run in steps.values():
-            seconds_of(run, number, device)
+            taken_by(run, number, device)
         taken = time.perf_counter() - start  # the last one, without compilation
+    holds = {name: hold_of(run, device) for name, run in steps.items()}
     runs = max(rounds.least, min(rounds.most, int(rounds.seconds / taken)))
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    host: dict[str, list[float]] = {name: [] for name in steps}
+    times: dict[str, list[Taken]] = {name: [] for name in steps}
     for number in range(WARM_UP, WARM_UP + runs):
         for name, run in steps.items():
-            on_device, until_return = seconds_of(run, number, device)
-            seconds[name].append(on_device)
-            host[name].append(until_return)
+            times[name].append(taken_by(run, number, device, holds[name]))
     timings = []
-    for name, times in seconds.items():
-        low, median, high = quartiles([1e3 * t for t in times])
-        ratios = [own / other for own, other in zip(times, seconds[reference], strict=True)]
+    others = [t.seconds for t in times[reference]]
+    for name, own in times.items():
+        low, median, high = quartiles([1e3 * t.seconds for t in own])
+        ratios = [t.seconds / other for t, other in zip(own, others, strict=True)]
         ratio_low, ratio, ratio_high = quartiles(ratios)
-        waited = 1e3 * statistics.median(host[name])
-        timings.append(Timing(name, runs, median, low, high, waited, ratio, ratio_low, ratio_high))
+        waited = 1e3 * statistics.median(t.host for t in own)
+        queued = all(t.queued for t in own)
+        timings.append(
+            Timing(name, runs, median, low, high, waited, ratio, ratio_low, ratio_high, queued)
+        )
     return timings
 
 
-def seconds_of(run: Round, number: int, device: str) -> tuple[float, float]:
-    """Time of a step by the device's own clock, and until the call returns."""
+class Taken(NamedTuple):
+    """Seconds of one step."""
+
+    seconds: float  # by the device's own clock
+    host: float  # until the call returns
+    queued: bool  # all work was queued before the first of it ran
+
+
+def taken_by(run: Round, number: int, device: str, hold: int = HOLD) -> Taken:
+    """Time a step. A GPU spins for `hold` clocks first, while the host queues the whole step, so
+    that between the events it never waits for the host."""
     if device != "cuda":
         start = time.perf_counter()
         run(number)
         taken = time.perf_counter() - start
-        return taken, taken
+        return Taken(taken, taken, True)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
+    torch.cuda._sleep(hold)
     begin.record()
     start = time.perf_counter()
     run(number)
     taken = time.perf_counter() - start
     end.record()
+    queued = not begin.query()  # the GPU still spins
     end.synchronize()
-    return begin.elapsed_time(end) / 1e3, taken
+    return Taken(begin.elapsed_time(end) / 1e3, taken, queued)
+
+
+def hold_of(run: Round, device: str) -> int:
+    """The clocks that cover the host time of a step; the least where it waits for the GPU."""
+    hold = HOLD
+    while device == "cuda" and hold <= MOST_HOLD:
+        if taken_by(run, 0, device, hold).queued:
+            return 2 * hold  # the host is not always as fast
+        hold *= 4
+    return HOLD
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:

@@ -5,6 +5,9 @@ The JSON has short names; here they are in words that need no other page.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -41,6 +44,25 @@ IN_WORDS = {
 }
 
 
+def collected(paths: Sequence[Path]) -> Report:
+    """One report of lines that processes wrote with ``--log``: a process for each shape, perhaps
+    others for some versions of it. Times are of the bound of their own process."""
+    lines = [json.loads(line) for path in paths for line in path.read_text("utf-8").splitlines()]
+    records = [line["record"] for line in lines if "record" in line]
+    if not records or len({line["gpu"] for line in lines}) > 1:
+        devices = sorted({str(line["gpu"]) for line in lines})
+        raise SystemExit(f"no figures of one device in {paths}: {devices}")
+    found: dict[str, Report] = {}
+    for figures in (line["figures"] for line in lines if "figures" in line):
+        kept = found.setdefault(figures["label"], figures)
+        if kept is not figures:
+            names = {row["version"] for row in kept["versions"]}
+            kept["versions"] += [r for r in figures["versions"] if r["version"] not in names]
+            for key in ("errors", "refused", "failed", "too_large", "ladder"):
+                kept[key] = {**figures[key], **kept[key]}
+    return {**records[-1], "shapes": list(found.values())}
+
+
 def shape_table(figures: Report) -> Table:
     """Every version of one shape: its time, memory, and error against float64."""
     table = table_of(heading(figures), ["", "ms", "±", "times", "MB", "error"])
@@ -48,7 +70,7 @@ def shape_table(figures: Report) -> Table:
         errors = figures["errors"].get(row["version"], {})
         table.add_row(
             version_of(row, figures),
-            digits(row["median_ms"]),
+            digits(row["median_ms"]) + ("" if row.get("queued", True) else "*"),
             f"{(row['high_ms'] - row['low_ms']) / 2 / row['median_ms']:.0%}",
             f"{row['ratio']:.2f}",
             megabytes(row.get("peak_bytes")),
@@ -65,6 +87,8 @@ def shape_table(figures: Report) -> Table:
             f"{row['version']} {row[key]:.3g}" for row in figures["versions"] if "launches" in row
         ]
         lines += [f"{what}: {', '.join(counts)}"] if counts else []
+    if not all(row.get("queued", True) for row in figures["versions"]):
+        lines.append("* with time of the host, for which the GPU waits")
     lines += [f"{name} not run: {reason}" for name, reason in figures["failed"].items()]
     lines += [
         f"{name} not run: it would need {needed / 1e9:.1f} GB (computed)"

@@ -46,6 +46,7 @@ class Shape:
     twin: bool = False  # a scaled-down twin of the shape of this name, for a CPU
     spread: float | None = None  # standard deviation of the logits; None: sqrt(D) / TEMPERATURE
     rising: bool = False  # every tile of candidates outscores all before it, in every row
+    plain: bool = False  # compared with nothing switched on, which peers compute as well
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
@@ -75,7 +76,7 @@ class Shape:
     @property
     def compared_at(self) -> Level:
         """What is on when versions are compared: all of it, or what the peers compute as well."""
-        return "plain" if self.kind == "full" else "domain weights"
+        return "plain" if self.plain or self.kind == "full" else "domain weights"
 
     @property
     def operations(self) -> float:
@@ -150,6 +151,10 @@ GPU = (
     Shape("wide", "shared", 16_384, 16_384, 256, dtype=_BF16),
     Shape("catalogue", "full", 16_384, 262_144, 128, dtype=_BF16),
     Shape("per-example", "per-example", 65_536, 128, 64, table=1 << 20, dtype=_BF16),
+    # On GPUs alone. Sizes that neither tiles nor multiprocessors divide.
+    Shape("odd", "in-batch", 10_000, 10_000, 128, dtype=_BF16),
+    # N(0, 1) with a temperature of 1: candidates outscore their positive by 60 and more.
+    Shape("unscaled", "in-batch", 8192, 8192, 128, dtype=_BF16, spread=math.sqrt(128), plain=True),
 )
 CPU = (
     Shape("cpu", "shared", 4096, 8192, 64),

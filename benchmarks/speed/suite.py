@@ -7,15 +7,17 @@ The outcome is one dict of plain numbers, which the JSON file holds and tables a
 from __future__ import annotations
 
 import gc
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Literal
 
 import torch
 
 from benchmarks.record import record
-from benchmarks.speed import shapes
+from benchmarks.speed import peers, shapes
 from benchmarks.speed.accuracy import check
 from benchmarks.speed.baselines import Loss, kernels, losses
 from benchmarks.speed.measure import (
@@ -28,6 +30,7 @@ from benchmarks.speed.measure import (
     peak_memories,
     peak_on_gpu,
 )
+from benchmarks.speed.planted import FAULTS
 from benchmarks.speed.report import Report
 from benchmarks.speed.shapes import SIDES, Shape, Side
 
@@ -52,6 +55,9 @@ class Plan:
     ladder: Rounds
     along: Rounds  # per point of the growth, and per scale
     scales: list[Shape] = field(default_factory=list)
+    only: tuple[str, ...] = ()  # versions, whatever their settings; none: all
+    fault: str = ""  # a version of `planted` beside them
+    note: Callable[..., object] = lambda **_: None  # keeps every figure as it comes
 
     @property
     def steps(self) -> int:
@@ -100,6 +106,7 @@ def measure(
         growth={side: [] for side in todo.growth},
         scales=[],
     )
+    todo.note(record=report)
     for shape in todo.shapes:
         report["shapes"].append(measure_shape(shape, todo, advance))
         show(report)
@@ -137,6 +144,7 @@ def measure_shape(shape: Shape, todo: Plan, advance: Callable[[str], object]) ->
         }
     advance(f"memory of {shape.name}")
     add_memory(figures, shape, found, todo)
+    todo.note(figures=figures)
     return figures
 
 
@@ -162,12 +170,19 @@ def admit(
     """The versions that fit into memory and are right, and a report that says why others not."""
     gc.collect()
     torch.cuda.empty_cache()  # shapes differ by orders of magnitude; nothing without a GPU
-    found = losses(shape, todo.device, todo.mode == "dry")
-    found = {name: loss for name, loss in found.items() if not only or name in only}
+    found, left_out = losses(shape, todo.device, todo.mode == "dry"), dict[str, str]()
+    if todo.device == "cuda" or todo.mode == "dry":
+        others, left_out = peers.losses(shape, todo.device)
+        found = {**others, **found}
+    wanted = only or todo.only
+    found = {name: loss for name, loss in found.items() if chosen(name, wanted)}
+    left_out = {name: reason for name, reason in left_out.items() if chosen(name, wanted)}
+    if todo.fault:
+        found[f"planted {todo.fault}"] = FAULTS[todo.fault]
     most = SHARE_OF_MEMORY * machine_bytes(todo.device)
     too_large = {n: shape.needed_bytes(n) for n in found if shape.needed_bytes(n) > most}
     fitting = {name: loss for name, loss in found.items() if name not in too_large}
-    verdict = check(checked, fitting, todo.device)
+    verdict = check(checked, fitting, todo.device, partial(todo.note, shape=str(shape)))
     work = "gathered_bytes" if shape.kind == "per-example" else "operations"
     return {name: fitting[name] for name in verdict.passed}, {
         "shape": shape.as_dict(),
@@ -181,9 +196,14 @@ def admit(
             name: {"loss": e.loss, "gradient": e.gradient} for name, e in verdict.errors.items()
         },
         "refused": verdict.refused,
-        "failed": verdict.failed,
+        "failed": {**verdict.failed, **left_out},
         "too_large": too_large,  # bytes that they would need, computed
     }
+
+
+def chosen(name: str, wanted: Sequence[str]) -> bool:
+    """A version is named with its settings, or without."""
+    return not wanted or name in wanted or name.split(",")[0] in wanted
 
 
 def add_times(
@@ -191,6 +211,8 @@ def add_times(
 ) -> None:
     timings = compare_versions(shape, found, rounds, todo.device)
     figures["versions"] = [asdict(t) for t in timings]
+    for row in figures["versions"]:
+        todo.note(shape=str(shape), timing=row)
     if todo.device == "cuda":
         for row in figures["versions"][1:]:  # the first is the bound
             launches, kernels_ms = launches_on_gpu(found[row["version"]], shape)
@@ -211,4 +233,5 @@ def add_memory(figures: Report, shape: Shape, found: dict[str, Loss], todo: Plan
 
 def forget_compiled() -> None:
     """Let `torch.compile` make code for the next shape alone, the fastest that it makes."""
-    torch.compiler.reset()
+    if "torch._dynamo" in sys.modules:  # else nothing is compiled, and this would take seconds
+        torch.compiler.reset()

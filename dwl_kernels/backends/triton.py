@@ -11,6 +11,7 @@ import functools
 import os
 import threading
 from collections.abc import Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
@@ -208,7 +209,7 @@ def _tune(
     searching = os.environ.get("DWL_KERNELS_AUTOTUNE") == "1"
     key = (kind, (problem.query.shape[0], problem.candidates.shape[0]) if searching else None)
     if key not in _tuned:
-        _tuned[key] = _tiles(problem, wanted, row_grad, exact)
+        _tuned[key] = _tiles(problem, wanted, row_grad, exact, kind)
     tiles = _tuned[key]
     # Sizes decide about the form as well, and the device may have room for fewer of another form.
     form = kind, id(form_of(problem, inputs_of(problem, row_grad), tiles))
@@ -254,17 +255,28 @@ def _sizes(problem: Problem) -> tuple[int, ...]:
     )
 
 
-def _tiles(problem: Problem, wanted: Wanted, row_grad: Tensor | None, exact: bool) -> Tiles:
+def _tiles(
+    problem: Problem, wanted: Wanted, row_grad: Tensor | None, exact: bool, kind: Hashable
+) -> Tiles:
     block_d, dtype = power_of_two(problem.query.shape[1], 16), problem.query.dtype
     if problem.by_row:
         return by_row(block_d, dtype)
 
-    def seconds(tiles: Tiles) -> float:
-        return _seconds(problem, wanted, row_grad, tiles)
+    def seconds(tried: list[Tiles]) -> list[float]:
+        with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) - 1)) as pool:
+            ready = list(pool.map(lambda tiles: _compiles(problem, wanted, row_grad, tiles), tried))
+        return [
+            _seconds(problem, wanted, row_grad, tiles, kind) if fits else float("inf")
+            for tiles, fits in zip(tried, ready, strict=True)
+        ]
 
-    shape = (problem.query.shape[0], problem.candidates.shape[0])
+    ids = [None if t is None else t.dtype for t in (problem.positive_ids, problem.candidate_ids)]
+    target = None if problem.target is None else problem.target.dtype
+    sizes = problem.query.shape[0], problem.candidates.shape[0]
+    device = torch.cuda.get_device_name(problem.query.device)
     major = torch.cuda.get_device_capability()[0]
-    return choose(block_d, dtype, major, exact, load_of(problem, row_grad), shape, seconds)
+    form = (device, *sizes, *ids, target)
+    return choose(block_d, dtype, major, exact, load_of(problem, row_grad), form, seconds)
 
 
 def _workers(problem: Problem, wanted: Wanted, row_grad: Tensor | None, tiles: Tiles) -> int:
@@ -297,17 +309,27 @@ def _resident(compiled: Any, threads: int) -> int | None:
     return found.value if status == 0 else None
 
 
-def _seconds(problem: Problem, wanted: Wanted, row_grad: Tensor | None, tiles: Tiles) -> float:
-    """The median time of a call with these tiles; infinite where they do not fit the device."""
+def _compiles(problem: Problem, wanted: Wanted, row_grad: Tensor | None, tiles: Tiles) -> bool:
+    """Compile the kernel, which lets other threads run; whether it fits the device."""
     from triton.runtime.errors import OutOfResources
-    from triton.testing import do_bench
 
     try:
-        workers = _workers(problem, wanted, row_grad, tiles)
-        plan = plan_of(problem, wanted, row_grad, tiles, workers, ("search", wanted))
-        return do_bench(lambda: _launch(problem, wanted, row_grad, plan), return_mode="median")
+        with torch.cuda.device(problem.query.device):  # a thread has a current one of its own
+            _workers(problem, wanted, row_grad, tiles)
     except OutOfResources:
-        return float("inf")
+        return False
+    return True
+
+
+def _seconds(
+    problem: Problem, wanted: Wanted, row_grad: Tensor | None, tiles: Tiles, kind: Hashable
+) -> float:
+    """The median time of a call with these tiles, which have been compiled."""
+    from triton.testing import do_bench
+
+    workers = _workers(problem, wanted, row_grad, tiles)
+    plan = plan_of(problem, wanted, row_grad, tiles, workers, kind)
+    return do_bench(lambda: _launch(problem, wanted, row_grad, plan), return_mode="median")
 
 
 def scaled(

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-import itertools
 import json
 import os
 import re
@@ -236,22 +235,25 @@ def choose(
     capability: int,
     exact: bool,
     load: Load,
-    shape: tuple[int, int],  # B, N
-    seconds: Callable[[Tiles], float],
+    problem: tuple[object, ...],  # all else that decides: the device, B, N, the dtypes of ids
+    seconds: Callable[[list[Tiles]], list[float]],
 ) -> Tiles:
     """The default; with ``DWL_KERNELS_AUTOTUNE=1`` the fastest of `around` the default.
 
-    The search runs once per shape and process. ``DWL_KERNELS_TILES`` names a JSON file that is read
-    first and gets what a search finds.
+    The search runs once per problem and process. ``DWL_KERNELS_TILES`` names a JSON file that is
+    read first and gets what a search finds.
     """
-    key = f"{block_d} {str(dtype).removeprefix('torch.')} {capability} {load} {shape[0]} {shape[1]}"
+    named = (block_d, dtype, capability, "exact" if exact else "tf32", load, *problem)
+    key = " ".join(str(one).removeprefix("torch.").replace(" ", "_") for one in named)
     known = _file(os.environ.get("DWL_KERNELS_TILES"))
     if key in known:
         return known[key]
     best = default(block_d, dtype, capability, exact, load)
     if os.environ.get("DWL_KERNELS_AUTOTUNE") != "1":
         return best
-    best = min(around(best, load), key=seconds)
+    tried = around(best, load)
+    times = seconds(tried)
+    best = tried[times.index(min(times))]
     known[key] = best
     path = os.environ.get("DWL_KERNELS_TILES")
     if path is not None:
@@ -259,18 +261,55 @@ def choose(
     return best
 
 
+_SIZES = (16, 32, 64, 128)  # past 128, integers of the rows would be read that nobody wrote
+LIMITS: dict[str, tuple[int, ...]] = {
+    **dict.fromkeys(("BM", "BN", "CM", "CN"), _SIZES),
+    "stages_1": (1, 2, 3, 4, 5),
+    "stages_2": (1, 2, 3, 4, 5),
+    "warps": (1, 2, 4, 8, 16),
+    "programs": (1, 2, 3, 4),
+}
+
+
 @functools.cache
 def _file(path: str | None) -> dict[str, Tiles]:
+    """The entries of a file of tiles.
+
+    Raises:
+        ValueError: it holds an entry that no kernel takes.
+    """
     if path is None or not Path(path).exists():
         return {}
-    return {key: Tiles(*row) for key, row in json.loads(Path(path).read_text()).items()}
+    try:
+        entries = dict(json.loads(Path(path).read_text()))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"DWL_KERNELS_TILES: {path} is no JSON object of tiles: {error}") from None
+    return {key: _checked(path, key, row) for key, row in entries.items()}
+
+
+def _checked(path: str, key: str, row: object) -> Tiles:
+    entry = f"DWL_KERNELS_TILES: entry {key!r} of {path}"
+    if not isinstance(row, list) or len(row) != len(Tiles._fields):
+        raise ValueError(f"{entry} is {row}; wanted {len(Tiles._fields)} integers, {Tiles._fields}")
+    for name, value in zip(Tiles._fields, row, strict=True):
+        if type(value) is not int or value not in LIMITS[name]:
+            raise ValueError(f"{entry} has {name} = {value}; wanted one of {LIMITS[name]}")
+    return Tiles(*row)
 
 
 def around(tiles: Tiles, load: Load = "plain") -> list[Tiles]:
-    """What the search tries: rows and blocks of other sizes, more or fewer stages and programs."""
+    """What the search tries: the default, then it with one more or fewer stage or program, then
+    rows and blocks of other sizes. A short list, because each is compiled."""
     found = {tiles: None}  # in their order, each once
-    for rows, block, stages, programs in itertools.product(
-        (64, 128), (32, 64, 128), (2, 3, 4), (1, 2, 3)
+    for stages, programs in ((2, 2), (3, 2), (4, 2), (2, 1), (3, 1), (2, 3)):
+        found[tiles._replace(stages_1=stages, stages_2=stages, programs=programs)] = None
+    for rows, block, stages, programs in (
+        (64, 128, 3, 2),
+        (64, 64, 3, 2),
+        (64, 64, 2, 3),
+        (128, 64, 3, 2),
+        (128, 64, 3, 1),
+        (128, 128, 2, 1),
     ):
         warps = 8 if rows == 128 else 4
         other = Tiles(rows, block, rows, block, stages, stages, warps, programs)
