@@ -152,6 +152,11 @@ class Calibrated(NamedTuple):
     tilt: Tensor  # of the shape of log_q
 
 
+def as_given(log_q: Any) -> Any:
+    """Log-Q as the user gave it."""
+    return log_q.log_q if isinstance(log_q, Calibrated) else log_q
+
+
 def flat_log_q(
     name: str,
     value: Tensor | Calibrated | None,
@@ -256,7 +261,8 @@ def row_arguments(
     tau, per_row = 1.0, None
     if isinstance(temperature, Tensor):
         check_dense("temperature", temperature)
-        if temperature.shape == (1,):  # as models keep a parameter: one for all rows
+        # As models keep a parameter: one for all rows, if there is more than one.
+        if temperature.shape == (1,) and leading != (1,):
             temperature = temperature.reshape(())
         if temperature.dim() and temperature.shape != leading:
             raise ValueError(

@@ -466,6 +466,8 @@ class DomainWeights(Tables):
         sparse = torch.zeros(self.num_domains + 1, dtype=torch.bool, device=by_count.device)
         sparse[by_count[self.num_domains - math.ceil(part * self.num_domains) :]] = True
         ids = self._checked_ids(domain_ids)
+        if checks_values(ids):
+            check_distinct("domain_ids", ids)
         return sparse[torch.where(ids >= 0, ids, self.num_domains)].any(1)
 
     def _checked_ids(

@@ -14,6 +14,7 @@ from torch import Tensor
 from dwl_kernels.arguments import check_dense, flag, integer, integers, number
 from dwl_kernels.checks import (
     Calibrated,
+    as_given,
     autocast_dtype,
     both_or_none,
     check_embeddings,
@@ -65,11 +66,13 @@ def sampled_problem(
     rows = row_arguments(
         query, domain_ids, domain_weights, example_weights, temperature, correction, reduction
     )
+    both_or_none(
+        "positive_log_q", as_given(positive_log_q), "negative_log_q", as_given(negative_log_q)
+    )
     positive_log_q = flat_log_q(
         "positive_log_q", positive_log_q, leading, query, rows["example_weights"]
     )
     negative_log_q = flat_log_q("negative_log_q", negative_log_q, negative.shape[:1], query)
-    both_or_none("positive_log_q", positive_log_q, "negative_log_q", negative_log_q)
     return Problem(
         query=flat_rows(query),
         positive=flat_rows(positive),
@@ -127,7 +130,7 @@ def in_batch_problem(
     else:
         query, positive, negative = check_embeddings(query, positive=positive, negative=negative)
         both_or_none(ids_name, ids, "negative_ids", negative_ids)
-        both_or_none(log_q_name, log_q, "negative_log_q", negative_log_q)
+        both_or_none(log_q_name, as_given(log_q), "negative_log_q", as_given(negative_log_q))
     leading = query.shape[:-1]
     more = () if negative is None else negative.shape[:1]
     both = flat_ids(query, **{ids_name: (ids, leading), "negative_ids": (negative_ids, more)})
@@ -135,15 +138,14 @@ def in_batch_problem(
         query, domain_ids, domain_weights, example_weights, temperature, correction, reduction
     )
     positive_log_q = flat_log_q(log_q_name, log_q, leading, query, rows["example_weights"])
+    more_log_q = flat_log_q("negative_log_q", negative_log_q, more, query)
     positives = flat_rows(positive)
     return Problem(
         query=flat_rows(query),
         positive=None,
         candidates=positives if negative is None else torch.cat((positives, negative)),
         positive_log_q=positive_log_q,
-        candidate_log_q=_joined(
-            positive_log_q, flat_log_q("negative_log_q", negative_log_q, more, query)
-        ),
+        candidate_log_q=_joined(positive_log_q, more_log_q),
         positive_ids=both[0],
         candidate_ids=_joined(both[0], both[1]),
         dual=None if dual is None else effective_dual(dual),
@@ -298,22 +300,33 @@ def indexed_ids(
 
 
 def leave_out_no_items(
-    query: Tensor,  # [..., D]
     negative_ids: Tensor,  # [N]
-    positive_log_q: Any,  # [...], perhaps calibrated
-    negative_log_q: Any,  # [N]
-) -> tuple[Tensor, Any, Any]:
-    """Shared negatives that are no items get a log-Q of +inf, and the embedding of any row."""
+    negative_log_q: Any,  # [N], perhaps calibrated
+    mixed: bool = False,
+) -> tuple[Tensor, Any]:
+    """Shared negatives without those that are no items.
+
+    Where values are not looked at, and sizes must not depend on them, these get a log-Q of +inf.
+    Next to candidates of the batch that have none (`mixed`), the loss of all rows is then NaN.
+    """
     absent = negative_ids == NO_ITEM
-    if checks_values(absent) and not bool(absent.any()):
-        return negative_ids, positive_log_q, negative_log_q
-    both_or_none("positive_log_q", positive_log_q, "negative_log_q", negative_log_q)
-    if positive_log_q is None:
-        positive_log_q = Calibrated(None, query.new_zeros(query.shape[:-1]))
-    if not isinstance(negative_log_q, Calibrated):
-        negative_log_q = Calibrated(negative_log_q, query.new_zeros(absent.shape))
-    tilt = negative_log_q.tilt.masked_fill(absent, -torch.inf)
-    return negative_ids.masked_fill(absent, 0), positive_log_q, negative_log_q._replace(tilt=tilt)
+    if not checks_values(absent):
+        if mixed and negative_log_q is None:
+            return negative_ids, None
+        tilt = torch.zeros_like(absent, dtype=torch.float32)
+        if isinstance(negative_log_q, Calibrated):
+            negative_log_q, tilt = negative_log_q
+        tilt = tilt.masked_fill(absent, -torch.inf)
+        return negative_ids.masked_fill(absent, 0), Calibrated(negative_log_q, tilt)
+    if not bool(absent.any()):
+        return negative_ids, negative_log_q
+    kept = ~absent
+    if isinstance(negative_log_q, Calibrated):
+        log_q, tilt = negative_log_q
+        return negative_ids[kept], Calibrated(log_q if log_q is None else log_q[kept], tilt[kept])
+    if negative_log_q is not None and negative_log_q.shape == kept.shape:  # else the loss raises
+        negative_log_q = negative_log_q[kept]
+    return negative_ids[kept], negative_log_q
 
 
 def _query_and_table(query: Tensor, table: Tensor) -> list[Tensor]:

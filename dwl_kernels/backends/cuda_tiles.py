@@ -128,7 +128,7 @@ def _choices(math: Math, width: int, major: int) -> tuple[Tiles, ...]:
         return (Tiles(64 if width <= 32 or major == 9 else 32, 2, 4, 2),)
     if width <= 128:
         return (Tiles(32, 2, 4, 2) if more else Tiles(64, 1, 4, 2),)
-    return (Tiles(64, 2, 8, 1, TEAM=2) if more else Tiles(32, 1, 4, 2),)
+    return (Tiles(32, 2, 8, 1, TEAM=2) if more else Tiles(32, 1, 4, 2),)  # BN = 64 spills
 
 
 EMULATED = Tiles(16, 1, 2, 1)

@@ -262,6 +262,7 @@ def _form(
         EVEN=even,
         FENCED=fence,
         UPCAST=upcast,
+        COMPILED=not interpreted,
     )
     return Form(*(tl.constexpr(value) for value in values))
 

@@ -138,6 +138,7 @@ class Form(NamedTuple):
     EVEN: Any  # B and N, by row K, are multiples of 16, see `is_even`
     FENCED: Any  # products need a fence of ours, see `fence`
     UPCAST: Any  # products are made in float64: bfloat16 and float32 in the interpreter
+    COMPILED: Any  # for a device, and not interpreted
 
 
 class Call(NamedTuple):
@@ -532,6 +533,17 @@ def units_of(worker, dealt, workers):
     low, high = line_of(worker, dealt)
     parts = (high - 1) // dealt.room - low // dealt.room + 1
     return whole + tl.where(low < high, parts, 0).to(tl.int32)
+
+
+@triton.jit
+def anew(number, call):
+    """`number`, but the compiler does not know: it works out what follows from it where it is used,
+    and keeps none of it in registers over the loops of a tile."""
+    if call.form.COMPILED:
+        number = tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [number], dtype=tl.int32, is_pure=False, pack=1
+        )
+    return number
 
 
 @triton.jit

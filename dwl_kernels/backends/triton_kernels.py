@@ -70,6 +70,7 @@ from dwl_kernels.backends.triton_common import (
     Sizes,
     Space,
     Work,
+    anew,
     grid_barrier,
     is_active,
     row_at,
@@ -372,7 +373,8 @@ def softmax_loss_kernel(
     dealt = shares(tiles, steps, workers)
     for worker in range(program, workers, programs):
         for turn in range(0, units_of(worker, dealt, workers)):
-            tile, first, stop, part = unit(turn, worker, dealt, steps, workers)
+            mine = shares(anew(tiles, call), steps, workers)
+            tile, first, stop, part = unit(turn, worker, mine, steps, workers)
             row_tile(tile, first, stop, part, call, work)
     if dealt.split > 0:
         grid_barrier(barrier)
@@ -405,7 +407,8 @@ def softmax_loss_kernel(
             shift = half_shift(call, work)
         for worker in range(program, workers, programs):
             for turn in range(0, units_of(worker, dealt, workers)):
-                tile, first, stop, part = unit(turn, worker, dealt, steps, workers)
+                mine = shares(anew(tiles, call), steps, workers)
+                tile, first, stop, part = unit(turn, worker, mine, steps, workers)
                 candidate_tile(tile, first, stop, part, shift, call, work)
     if sum_needed or split:
         grid_barrier(barrier)
