@@ -66,6 +66,8 @@ class Region:
         if not self.tensor.is_floating_point():
             limits = torch.iinfo(self.tensor.dtype)
             number = max(min(integer, limits.max), limits.min)
+        elif abs(number) < float("inf"):
+            number = min(number, torch.finfo(self.tensor.dtype).max)
         self.tensor.fill_(number)
 
     def __str__(self) -> str:
