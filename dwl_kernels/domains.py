@@ -61,6 +61,15 @@ class DomainWeights(Tables):
     not in it. A checkpoint of another ``weight_range``, of other ``measures`` or of the other kind
     of weights raises.
 
+    An average of models must not hold an average of counts, rounded down at every update.
+    ``AveragedModel(model)`` copies them. With ``use_buffers=True`` it averages them and cannot be
+    told otherwise, so copy the state after every update::
+
+        averaged.update_parameters(model)
+        averaged.module.loss_fn.domain_weights.load_state_dict(
+            model.loss_fn.domain_weights.state_dict()
+        )
+
     ``average`` is the moving average, exactly within ``weight_range``. ``weights`` is ``average``
     divided by its mean over all interactions seen, so that the average example weighs 1 and the
     learning rate keeps its meaning. Only the ratio ``w_max / w_min`` of the range therefore

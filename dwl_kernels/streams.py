@@ -36,6 +36,11 @@ class StreamingFrequency(Tables):
     An id that is in nearly every batch has no gaps to measure, so its Q is underestimated there;
     ``CountMinSketch`` counts duplicates and has no such limit.
 
+    An average of models must not hold an average of steps, rounded down at every update.
+    ``AveragedModel(model)`` copies them. With ``use_buffers=True`` it averages them and cannot be
+    told otherwise, so copy the state after every update,
+    ``averaged.module.frequency.load_state_dict(model.frequency.state_dict())``.
+
     Args:
         num_buckets: length of A and B, several times the number of distinct ids.
         num_hashes: 1 is algorithm 2, more are algorithm 3.
@@ -180,6 +185,11 @@ class CountMinSketch(Tables):
     Every id adds one to a counter in each of ``depth`` rows, and its count is read from the
     smallest of them. Other ids only ever add to these counters, so a count is never too low. It is
     too high by more than ``e / width`` of all ids seen with probability at most ``exp(-depth)``.
+
+    An average of models must not hold an average of counts, rounded down at every update.
+    ``AveragedModel(model)`` copies them. With ``use_buffers=True`` it averages them and cannot be
+    told otherwise, so copy the state after every update,
+    ``averaged.module.sketch.load_state_dict(model.sketch.state_dict())``.
 
     Args:
         width: counters per row.
