@@ -33,6 +33,7 @@ from dwl_kernels.arguments import (
     several_numbers,
     wrong_type,
 )
+from dwl_kernels.batching import refuse_to_count
 from dwl_kernels.buffers import Tables, difference, on_host
 from dwl_kernels.problem import check_distinct, checks_values, has_values, mean_domain_weight
 
@@ -360,8 +361,11 @@ class DomainWeights(Tables):
                 domain twice.
             IndexError: if an id is outside ``[-1, num_domains)``, on a CPU. On other devices, and
                 under ``torch.compile``, such an id is not counted, unless ``DWL_KERNELS_CHECK=1``.
+            RuntimeError: if ``torch.func.vmap`` made a batch of the ids, but not of the weights.
         """
         ids = self._checked_ids(domain_ids)  # [B, G]
+        mend = "call loss_fn.eval() and, outside of vmap, loss_fn.domain_weights.update(ids)"
+        refuse_to_count(ids, self.interactions, mend)
         if checks_values(ids):
             check_distinct("domain_ids", ids)
         rows = self._count(ids, (ids >= 0) & (ids < self.num_domains))

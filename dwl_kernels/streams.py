@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 
 from dwl_kernels.arguments import ids_on, integer, number
+from dwl_kernels.batching import refuse_to_count
 from dwl_kernels.buffers import Tables, difference, on_host
+
+_MEND = "call update outside of vmap, with the ids of all slices or of one after the other"
 
 
 class StreamingFrequency(Tables):
@@ -118,8 +121,10 @@ class StreamingFrequency(Tables):
 
         Raises:
             TypeError, ValueError: ``ids`` is no tensor or array of integers, or on another device.
+            RuntimeError: if ``torch.func.vmap`` made a batch of the ids, but not of the counts.
         """
         bucket = self._buckets(ids).flatten()  # [H n]
+        refuse_to_count(bucket, self.gap, _MEND)
         self.step += 1
         gap = self.gap[bucket]
         sightings = self.sightings[bucket] + 1
@@ -235,8 +240,10 @@ class CountMinSketch(Tables):
 
         Raises:
             TypeError, ValueError: ``ids`` is no tensor or array of integers, or on another device.
+            RuntimeError: if ``torch.func.vmap`` made a batch of the ids, but not of the counts.
         """
         bucket = self._buckets(ids)  # [depth, ...]
+        refuse_to_count(bucket, self.counts, _MEND)
         self.total += bucket[0].numel()
         bucket = bucket.flatten()
         self.counts.index_add_(0, bucket, torch.ones_like(bucket))
