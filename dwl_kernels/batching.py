@@ -77,3 +77,23 @@ def backward_by_slices(
     return tuple(
         None if absent else torch._add_batch_dim(next(stacked), 0, level) for absent in missing
     )
+
+
+def refuse_to_count(ids: Tensor, state: Tensor, mend: str) -> None:
+    """RuntimeError where a batch of `ids` would be written to a `state` that is none."""
+    if not torch.compiler.is_compiling() and _levels(ids) - _levels(state):
+        raise RuntimeError(
+            "a vmap cannot count the ids of its slices, because the counts they would go to are "
+            f"one state and no batch of them; {mend}"
+        )
+
+
+def _levels(tensor: Tensor) -> set[int]:
+    """The levels of the transforms that made a batch of `tensor`."""
+    functorch = torch._C._functorch
+    levels = set()
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
+            levels.add(functorch.maybe_get_level(tensor))
+        tensor = functorch.get_unwrapped(tensor)
+    return levels

@@ -27,6 +27,10 @@ class Tables(nn.Module):
     buffer. So no checkpoint replaces it, nothing that averages models averages it, and it is there
     again when a module built on `meta` gets memory, in whatever way.
 
+    What is counted is a buffer, which ``DistributedDataParallel`` broadcasts and ``torch.compile``
+    and ``torch.export`` may write to. ``AveragedModel(use_buffers=True)`` finds it the same way and
+    asks no module before it averages, hence the advice in the docstrings of what counts.
+
     What a constructor builds, it builds :func:`on_host`, and then calls :meth:`_settle`. On `meta`
     the other tensors leave their values here too, until there is memory for them.
     """

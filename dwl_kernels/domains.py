@@ -33,6 +33,7 @@ from dwl_kernels.arguments import (
     several_numbers,
     wrong_type,
 )
+from dwl_kernels.batching import refuse_to_count
 from dwl_kernels.buffers import Tables, difference, on_host
 from dwl_kernels.problem import check_distinct, checks_values, has_values, mean_domain_weight
 
@@ -60,6 +61,15 @@ class DomainWeights(Tables):
     float32 under ``.half()``, counts are int64. Constant weights follow from their argument and are
     not in it. A checkpoint of another ``weight_range``, of other ``measures`` or of the other kind
     of weights raises.
+
+    An average of models must not hold an average of counts, rounded down at every update.
+    ``AveragedModel(model)`` copies them. With ``use_buffers=True`` it averages them and cannot be
+    told otherwise, so copy the state after every update::
+
+        averaged.update_parameters(model)
+        averaged.module.loss_fn.domain_weights.load_state_dict(
+            model.loss_fn.domain_weights.state_dict()
+        )
 
     ``average`` is the moving average, exactly within ``weight_range``. ``weights`` is ``average``
     divided by its mean over all interactions seen, so that the average example weighs 1 and the
@@ -351,8 +361,11 @@ class DomainWeights(Tables):
                 domain twice.
             IndexError: if an id is outside ``[-1, num_domains)``, on a CPU. On other devices, and
                 under ``torch.compile``, such an id is not counted, unless ``DWL_KERNELS_CHECK=1``.
+            RuntimeError: if ``torch.func.vmap`` made a batch of the ids, but not of the weights.
         """
         ids = self._checked_ids(domain_ids)  # [B, G]
+        mend = "call loss_fn.eval() and, outside of vmap, loss_fn.domain_weights.update(ids)"
+        refuse_to_count(ids, self.interactions, mend)
         if checks_values(ids):
             check_distinct("domain_ids", ids)
         rows = self._count(ids, (ids >= 0) & (ids < self.num_domains))

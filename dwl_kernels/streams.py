@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 
 from dwl_kernels.arguments import ids_on, integer, number
+from dwl_kernels.batching import refuse_to_count
 from dwl_kernels.buffers import Tables, difference, on_host
+
+_MEND = "call update outside of vmap, with the ids of all slices or of one after the other"
 
 
 class StreamingFrequency(Tables):
@@ -35,6 +38,11 @@ class StreamingFrequency(Tables):
 
     An id that is in nearly every batch has no gaps to measure, so its Q is underestimated there;
     ``CountMinSketch`` counts duplicates and has no such limit.
+
+    An average of models must not hold an average of steps, rounded down at every update.
+    ``AveragedModel(model)`` copies them. With ``use_buffers=True`` it averages them and cannot be
+    told otherwise, so copy the state after every update,
+    ``averaged.module.frequency.load_state_dict(model.frequency.state_dict())``.
 
     Args:
         num_buckets: length of A and B, several times the number of distinct ids.
@@ -113,8 +121,10 @@ class StreamingFrequency(Tables):
 
         Raises:
             TypeError, ValueError: ``ids`` is no tensor or array of integers, or on another device.
+            RuntimeError: if ``torch.func.vmap`` made a batch of the ids, but not of the counts.
         """
         bucket = self._buckets(ids).flatten()  # [H n]
+        refuse_to_count(bucket, self.gap, _MEND)
         self.step += 1
         gap = self.gap[bucket]
         sightings = self.sightings[bucket] + 1
@@ -181,6 +191,11 @@ class CountMinSketch(Tables):
     smallest of them. Other ids only ever add to these counters, so a count is never too low. It is
     too high by more than ``e / width`` of all ids seen with probability at most ``exp(-depth)``.
 
+    An average of models must not hold an average of counts, rounded down at every update.
+    ``AveragedModel(model)`` copies them. With ``use_buffers=True`` it averages them and cannot be
+    told otherwise, so copy the state after every update,
+    ``averaged.module.sketch.load_state_dict(model.sketch.state_dict())``.
+
     Args:
         width: counters per row.
         depth: rows, each with a hash function of its own.
@@ -225,8 +240,10 @@ class CountMinSketch(Tables):
 
         Raises:
             TypeError, ValueError: ``ids`` is no tensor or array of integers, or on another device.
+            RuntimeError: if ``torch.func.vmap`` made a batch of the ids, but not of the counts.
         """
         bucket = self._buckets(ids)  # [depth, ...]
+        refuse_to_count(bucket, self.counts, _MEND)
         self.total += bucket[0].numel()
         bucket = bucket.flatten()
         self.counts.index_add_(0, bucket, torch.ones_like(bucket))

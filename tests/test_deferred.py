@@ -219,12 +219,15 @@ def test_module_is_built_and_called_with_fake_tensors(name):
 # ---------------------------------------------------------------- copies
 
 
-@pytest.mark.parametrize(
+AVERAGES = pytest.mark.parametrize(
     "average", [{}, {"multi_avg_fn": get_ema_multi_avg_fn(0.9)}], ids=["", "ema"]
 )
+
+
+@AVERAGES
 @EVERY
 def test_average_of_models_leaves_their_constants_alone(name, average):
-    """Counts are averaged in their dtype; of what hashes and draws, an average is nonsense."""
+    """Of what hashes and draws, an average is nonsense."""
     model, alone = nn.Sequential(MODULES[name]()), MODULES[name]()
     averaged = AveragedModel(model, use_buffers=True, **average)
     for _ in range(3):
@@ -234,10 +237,33 @@ def test_average_of_models_leaves_their_constants_alone(name, average):
     for part, copied in zip(model.modules(), averaged.module.modules(), strict=True):
         for key, value in getattr(part, "_constants", {}).items():
             assert torch.equal(getattr(copied, key), value), key
-    for key, value in model.named_buffers():
-        assert averaged.module.get_buffer(key).dtype == value.dtype, key
     assert_alike(model[0], alone)
     assert step(averaged.module[0]).isfinite().all()
+
+
+@pytest.mark.parametrize("use_buffers", [False, True])
+@AVERAGES
+@EVERY
+def test_average_of_models_has_the_counts_of_the_last_update(name, average, use_buffers):
+    """With `use_buffers`, where their state is copied, as the docstrings say."""
+    model = nn.Sequential(MODULES[name](), nn.Linear(1, 1))
+    averaged = AveragedModel(model, use_buffers=use_buffers, **average)
+    for update in range(5):
+        step(model[0])
+        for parameter in model.parameters():
+            parameter.data += 0.25
+        averaged.update_parameters(model)
+        if use_buffers:
+            for part, copied in zip(model.modules(), averaged.module.modules(), strict=True):
+                if isinstance(part, (DomainWeights, *STREAMS)):
+                    copied.load_state_dict(part.state_dict())
+        counts = dict(averaged.module.named_buffers())
+        for key, value in model.named_buffers():
+            assert torch.equal(counts[key], value), (update, key)
+    for parameter, own in zip(averaged.module.parameters(), model.parameters(), strict=True):
+        assert not torch.equal(parameter, own)  # that is an average
+    if not list(model[0].parameters()):
+        assert_alike(averaged.module[0], model[0])
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if "," in name])

@@ -385,6 +385,69 @@ def test_ensemble_of_models(kind):
     torch.testing.assert_close(got, torch.stack([model(query, table) for model in models]))
 
 
+BATCHES_OF_IDS = {
+    "domain_ids": torch.tensor([[0, 1, 2, 0, 1, 2], [0, 0, 0, 0, 0, 1]]),
+    "ids": torch.tensor([[3, 8, 3], [3, 9, 7]]),
+}
+
+
+@pytest.mark.parametrize("of", ["vmap", "vmap of grad", "vmap in vmap"])
+@pytest.mark.parametrize("weights", [None, [1.0, 2.0, 3.0]], ids=["measured", "constant"])
+def test_vmap_counts_no_domains_of_its_slices(weights, of):
+    counted = None if weights else 3
+    loss_fn = dwl_kernels.DynamicWeightedSampledSoftmax(counted, weights=weights, backend="eager")
+    query, positive, negative = (x.detach() for x in module_inputs.embeddings())
+    batch = BATCHES_OF_IDS["domain_ids"]
+
+    def loss(query, ids):
+        return loss_fn(query, positive, negative, domain_ids=ids)
+
+    function = {
+        "vmap": torch.func.vmap(loss, (None, 0)),
+        "vmap of grad": torch.func.vmap(torch.func.grad(loss), (None, 0)),
+        "vmap in vmap": lambda query, batch: torch.func.vmap(
+            torch.func.vmap(loss, (0, None)), (None, 0)
+        )(query[None], batch),
+    }[of]
+    before = copy.deepcopy(loss_fn.state_dict())
+    with pytest.raises(RuntimeError, match=r"vmap cannot count .* loss_fn\.eval\(\) and, outside"):
+        function(query, batch)
+    assert all(torch.equal(value, before[key]) for key, value in loss_fn.state_dict().items())
+    loss_fn.eval()
+    loss_fn.domain_weights.update(batch.flatten())
+    assert function(query, batch).isfinite().all()
+    assert loss_fn.domain_weights.interactions.tolist() == [7, 3, 2]
+
+
+@pytest.mark.parametrize("kind", [dwl_kernels.StreamingFrequency, dwl_kernels.CountMinSketch])
+def test_vmap_counts_no_ids_of_its_slices(kind):
+    stream, batch = kind(64), BATCHES_OF_IDS["ids"]
+    before = copy.deepcopy(stream.state_dict())
+    with pytest.raises(RuntimeError, match=r"vmap cannot count .* call update outside of vmap"):
+        torch.func.vmap(stream.update)(batch)
+    assert all(torch.equal(value, before[key]) for key, value in stream.state_dict().items())
+    stream.update(batch)
+    wanted = torch.stack([stream.log_q(ids) for ids in batch])
+    torch.testing.assert_close(torch.func.vmap(stream.log_q)(batch), wanted, rtol=0, atol=0)
+
+
+def test_ensemble_counts_each_its_own():
+    """A vmap whose slices have counts of their own."""
+    query, positive, negative = (x.detach() for x in module_inputs.embeddings())
+    models = [dwl_kernels.DynamicWeightedSampledSoftmax(3, backend="eager") for _ in range(2)]
+    state, batch = torch.func.stack_module_state(models), BATCHES_OF_IDS["domain_ids"]
+
+    def loss(parameters, buffers, ids):
+        call = (query, positive, negative), {"domain_ids": ids}
+        return functional_call(models[0], (parameters, buffers), *call)
+
+    got = torch.func.vmap(loss)(*state, batch)
+    assert state[1]["domain_weights.interactions"].tolist() == [[2, 2, 2], [5, 1, 0]]
+    each = zip(models, batch, strict=True)
+    wanted = [model(query, positive, negative, domain_ids=ids) for model, ids in each]
+    torch.testing.assert_close(got, torch.stack(wanted))
+
+
 # ---------------------------------------------------------------- counters of operations
 
 # Products of B x N x D multiplications and additions in a whole step, of which some for the loss.
