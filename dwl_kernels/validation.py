@@ -66,13 +66,13 @@ def sampled_problem(
     rows = row_arguments(
         query, domain_ids, domain_weights, example_weights, temperature, correction, reduction
     )
-    both_or_none(
-        "positive_log_q", as_given(positive_log_q), "negative_log_q", as_given(negative_log_q)
-    )
+    given = positive_log_q, negative_log_q
     positive_log_q = flat_log_q(
         "positive_log_q", positive_log_q, leading, query, rows["example_weights"]
     )
     negative_log_q = flat_log_q("negative_log_q", negative_log_q, negative.shape[:1], query)
+    if (positive_log_q is None) != (negative_log_q is None):
+        both_or_none("positive_log_q", as_given(given[0]), "negative_log_q", as_given(given[1]))
     return Problem(
         query=flat_rows(query),
         positive=flat_rows(positive),

@@ -73,7 +73,7 @@ ROW_LOSS = "static_cast<Number*>(call.row_loss)[row] = row_loss;"
         ("wait_copies();", "", "a race with a copy in the background .* of shared memory"),
         ("  p.sync_team();\n}", "}", "a race with a write .* of shared memory"),
         ("p.sync_team();\n  const Unit", "const Unit", "nobody has written it: .* of space"),
-        ("sync_grid();\n  for (int k", "for (int k", "(race|nobody) .* of space"),
+        ("sync_grid();\n  for (int turn", "for (int turn", "(race|nobody) .* of space"),
         (
             "sync_grid();\n    const int pieces = (by_r",
             "const int pieces = (by_r",

@@ -11,6 +11,7 @@ import torch
 pytest.importorskip("triton")
 import triton
 import triton.language as tl
+import triton_access
 
 import dwl_kernels
 from dwl_kernels import backends
@@ -33,6 +34,12 @@ class FormOfReference(NamedTuple):
 
 class CallOfReference(NamedTuple):
     form: Any
+
+
+triton_access.KERNELS |= {
+    "reference_kernel": triton_access.Written((), kept=("reference",)),
+    "again_kernel": triton_access.Written((), kept=("again",)),
+}
 
 
 @triton.jit

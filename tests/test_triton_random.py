@@ -102,12 +102,7 @@ def drawn(number: int) -> tuple[cases.Case, torch.dtype, host.Interpreter]:
 def test_problem(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     case, dtype, interpreter = drawn(number)
     monkeypatch.setattr(host, "INTERPRETER", interpreter)
-    try:
-        check(case, dtype)
-    except Exception as error:
-        if case.kind == "dual" and "multiple_of(16)" in str(error):
-            pytest.xfail("groups of the slate begin anywhere, and the compiler is told otherwise")
-        raise
+    check(case, dtype)
 
 
 def check(case: cases.Case, dtype: torch.dtype) -> None:

@@ -10,7 +10,6 @@ import itertools
 from typing import Any
 
 import cases
-import numpy as np
 import pytest
 import torch
 
@@ -345,7 +344,7 @@ def test_problems_of_other_sizes_may_be_another_kernel(monkeypatch: pytest.Monke
 
 @pytest.fixture
 def watched(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> Recorder:  # noqa: F811
-    """Addresses by program; those of a launch lie in its tensors."""
+    """Addresses by program; `triton_access` sees to it that they lie in its tensors."""
     from triton.runtime import interpreter
 
     builder, launch = interpreter.interpreter_builder, triton_wide.launch
@@ -359,13 +358,6 @@ def watched(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> Recorder:  #
         recorder.touched = {False: [], True: []}
         launch(kernel, programs, entry, tensors, *rest)
         recorder.worker = 0
-        given = [t for t in tensors if t is not None and t.numel()]
-        begins = np.array([t.data_ptr() for t in given])
-        ends = begins + [t.untyped_storage().nbytes() for t in given]
-        for touched in recorder.touched.values():
-            for addresses in (pairs[:, 0] for pairs in touched):
-                inside = (addresses[:, None] >= begins) & (addresses[:, None] < ends)
-                assert inside.any(1).all(), "an address outside of all tensors"
         recorder.barrier()
 
     monkeypatch.setattr(builder, "set_grid_idx", set_worker)

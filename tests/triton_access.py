@@ -249,6 +249,9 @@ def install() -> Checker:
         list_kernel=Written(("keys", "weights")),
         chunk_kernel=Written((), ("parts",)),
         sum_kernel=Written(("values",)),
+        exponentials_kernel=Written((), kept=("block",)),
+        gradients_kernel=Written((), kept=("block", "call.outputs")),
+        columns_kernel=Written((), kept=("call.outputs",)),
     )
     builder, semantic = interpreter.InterpreterBuilder, interpreter.TritonSemantic
     load, store = builder.create_masked_load, builder.create_masked_store

@@ -555,8 +555,9 @@ def unit(turn, worker, dealt, steps, workers):
     low, high = line_of(worker, dealt)
     split = (low // dealt.room).to(tl.int32) + piece
     begin = tl.cast(split, tl.int64) * dealt.room
-    first = tl.maximum(low - begin, 0).to(tl.int32)
-    stop = tl.minimum(high - begin, steps).to(tl.int32)
+    # Of a tile that is taken whole these are not looked at, and might not fit 32 bits.
+    first = tl.minimum(tl.maximum(low - begin, 0), steps).to(tl.int32)
+    stop = tl.minimum(tl.maximum(high - begin, 0), steps).to(tl.int32)
     tile = tl.where(is_whole, number, dealt.whole + split)
     part = tl.where(is_whole, -1, 2 * worker + piece)
     return tile, tl.where(is_whole, 0, first), tl.where(is_whole, steps, stop), part
