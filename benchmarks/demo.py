@@ -95,7 +95,7 @@ def turn_the_dial(
 ) -> None:
     """Train one model, choose the strength of the bonus on validation items, show test items."""
     print("3. the dial: scores + strength x log weight of the item's")
-    print("   domains, when serving; the model is trained once, without", flush=True)
+    print("   domains, when serving; training itself has no weights", flush=True)
     data = split.data
     epochs = options.epochs
     if epochs is None:
