@@ -424,7 +424,7 @@ def indexed_sampled_softmax_loss(
     if ids[1].dim() != 1:
         problem = indexed_problem(query, table, *ids, **arguments)
         return loss_of(problem, query, backend, sparse_grad)
-    drawn, arguments["negative_log_q"] = leave_out_no_items(ids[1], negative_log_q)
+    drawn, arguments["negative_log_q"] = leave_out_no_items(ids[1], positive_log_q, negative_log_q)
     positive, negative = shared_rows(table, ids[0], drawn, sparse_grad, backend)
     named: dict[str, Any] = {"positive_ids": ids[0], "negative_ids": drawn}
     return loss_of(sampled_problem(query, positive, negative, **named, **arguments), query, backend)

@@ -301,7 +301,8 @@ def indexed_ids(
 
 def leave_out_no_items(
     negative_ids: Tensor,  # [N]
-    negative_log_q: Any,  # [N], perhaps calibrated
+    positive_log_q: Any,  # [...], perhaps calibrated
+    negative_log_q: Any,  # [N]
     mixed: bool = False,
 ) -> tuple[Tensor, Any]:
     """Shared negatives without those that are no items.
@@ -311,6 +312,8 @@ def leave_out_no_items(
     """
     absent = negative_ids == NO_ITEM
     if not checks_values(absent):
+        given = as_given(positive_log_q), as_given(negative_log_q)
+        both_or_none("positive_log_q", given[0], "negative_log_q", given[1])
         if mixed and negative_log_q is None:
             return negative_ids, None
         tilt = torch.zeros_like(absent, dtype=torch.float32)

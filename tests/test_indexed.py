@@ -354,3 +354,26 @@ def test_negative_that_is_no_item_is_left_out(
         torch.testing.assert_close(x, y, rtol=1e-13, atol=1e-15)
     with pytest.raises(IndexError, match=r"negative_ids holds -2, .* or -1, no item"):
         loss(far - (far == -1).long(), of_far)
+
+
+@pytest.mark.parametrize("missing", ["positive_log_q", "negative_log_q"])
+def test_one_log_q_alone_raises_where_values_are_not_looked_at(
+    monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    """As on CUDA, where a log-Q of +inf may leave negatives out."""
+    monkeypatch.setattr("dwl_kernels.validation.checks_values", lambda tensor: False)
+    draws = {"positive_log_q": torch.full((3,), -1.0), "negative_log_q": torch.full((2,), -1.0)}
+    draws[missing] = None
+    ids = torch.tensor([0, 1, 2]), torch.tensor([3, 4])
+    for loss in (
+        lambda: indexed_sampled_softmax_loss(torch.ones(3, 4), torch.ones(9, 4), *ids, **draws),
+        lambda: DynamicWeightedSampledSoftmax()(
+            torch.ones(3, 4),
+            table=torch.ones(9, 4),
+            positive_ids=ids[0],
+            negative_ids=ids[1],
+            **draws,
+        ),
+    ):
+        with pytest.raises(ValueError, match=f"is given without {missing}"):
+            loss()

@@ -311,8 +311,9 @@ class DynamicWeightedSampledSoftmax(WeightedLoss):
             drawn = positive_ids.new_empty(0)
         ids = indexed_ids(query, table, positive_ids, drawn, example_weights)
         if draws["negative_ids"] is not None:
-            drawn, log_q = leave_out_no_items(ids[1], draws["negative_log_q"], in_batch)
-            draws |= {"negative_ids": drawn, "negative_log_q": log_q}
+            log_q = draws["positive_log_q"], draws["negative_log_q"]
+            drawn, negative_log_q = leave_out_no_items(ids[1], *log_q, in_batch)
+            draws |= {"negative_ids": drawn, "negative_log_q": negative_log_q}
         positive, negative = shared_rows(table, ids[0], drawn, self.sparse_grad, self.backend)
         return positive, None if draws["negative_ids"] is None else negative
 
