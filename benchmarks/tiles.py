@@ -23,9 +23,10 @@ import torch
 from benchmarks.record import ROOT, append_line
 from benchmarks.speed.baselines import package_loss, step
 from benchmarks.speed.shapes import GPU, Level, Shape, random_inputs
-from dwl_kernels.backends import triton as host
-from dwl_kernels.backends import triton_call, triton_tiles
-from dwl_kernels.backends.triton_tiles import Load, Tiles
+from dwl_kernels.backends.triton import solve as host
+from dwl_kernels.backends.triton import specialize as triton_call
+from dwl_kernels.backends.triton import tiles as triton_tiles
+from dwl_kernels.backends.triton.tiles import Load, Tiles
 
 SHAPES = ("two-tower", "sequence", "wide", "catalogue")  # in this order, where none is named
 FENCES = (None, True, False)  # of the default tiles; None: as the kernel decides

@@ -4,9 +4,9 @@ Start at :class:`DynamicWeightedSampledSoftmax`, or at the functions it calls.
 """
 
 from dwl_kernels import _interrupt as _interrupt  # first, before torch
-from dwl_kernels.candidates import LogUniformSampler, UniformSampler, UnigramSampler
 from dwl_kernels.dial import choose_bonus, ranks_with_bonus
 from dwl_kernels.domains import DomainWeights, domains_from_multi_hot
+from dwl_kernels.frequency import CountMinSketch, StreamingFrequency
 from dwl_kernels.functional import (
     dual_scale_softmax_loss,
     full_softmax_loss,
@@ -19,7 +19,7 @@ from dwl_kernels.modules import (
     DualScaleSampledSoftmax,
     DynamicWeightedSampledSoftmax,
 )
-from dwl_kernels.streams import CountMinSketch, StreamingFrequency
+from dwl_kernels.samplers import LogUniformSampler, UniformSampler, UnigramSampler
 
 __version__ = "0.1.0"
 

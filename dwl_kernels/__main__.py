@@ -16,8 +16,12 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 
 import dwl_kernels
-from dwl_kernels import _build, _build_cuda, _cache, backends
-from dwl_kernels.backends import cuda_tiles
+from dwl_kernels import backends
+from dwl_kernels.backends import cache as _cache
+from dwl_kernels.backends import compilers
+from dwl_kernels.backends.cpu import build as cpu_build
+from dwl_kernels.backends.cuda import build as cuda_build
+from dwl_kernels.backends.cuda import variants as cuda_tiles
 
 _WIDTH = 60  # characters of a line
 
@@ -86,13 +90,13 @@ def capability(text: str) -> tuple[int, int]:
 
 def build(verbose: bool, cuda: tuple[int, int] | None = None, dims: Sequence[int] = ()) -> int:
     try:
-        print(_build.build(verbose))
+        print(cpu_build.build(verbose))
         if cuda is not None:
             variants = {
                 cuda_tiles.variant(dtype, dim, cuda) for dtype in cuda_tiles.MATH for dim in dims
             }
-            paths = _build.in_parallel(
-                lambda one: _build_cuda.build(one, cuda, verbose), sorted(variants)
+            paths = compilers.in_parallel(
+                lambda one: cuda_build.build(one, cuda, verbose), sorted(variants)
             )
             print(*paths, sep="\n")
     except _cache.BuildError as error:
@@ -109,11 +113,11 @@ def versions() -> Iterator[tuple[str, str]]:
     except importlib.metadata.PackageNotFoundError:
         yield "triton", "not installed"
     try:
-        yield "compiler", _build.compiler_version()
+        yield "compiler", compilers.compiler_version()
     except _cache.BuildError:
         yield "compiler", "none found"
     try:
-        yield "nvcc", _build_cuda.nvcc_version()
+        yield "nvcc", cuda_build.nvcc_version()
     except _cache.BuildError:
         yield "nvcc", "none found"
     try:

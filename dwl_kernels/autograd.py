@@ -20,22 +20,20 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from dwl_kernels import backends
-from dwl_kernels.batching import (
+from dwl_kernels.core.batching import (
     backward_by_slices,
     is_batched,
     is_legacy_batched,
     register_by_slices,
 )
-from dwl_kernels.flops import tell_counters
-from dwl_kernels.once import (
+from dwl_kernels.core.double_backward import (
     ReverseOnly,
     once,
     refuse_tangents,
     tracked,
     transforms_active,
 )
-from dwl_kernels.op_checks import check_problem, check_scale
-from dwl_kernels.problem import (
+from dwl_kernels.core.problem import (
     NUM_TENSORS,
     SOURCES,
     DualScale,
@@ -45,7 +43,9 @@ from dwl_kernels.problem import (
     autocasting,
     no_autocast,
 )
-from dwl_kernels.table import table_gradient
+from dwl_kernels.flops import tell_counters
+from dwl_kernels.gather import table_gradient
+from dwl_kernels.op_checks import check_problem, check_scale
 
 # The fields of `Problem` in their order, then the call.
 _SCHEMA = """softmax_loss(

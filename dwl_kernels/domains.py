@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dwl_kernels.arguments import (
+from dwl_kernels.core.arguments import (
     check_order,
     flags_of,
     integer,
@@ -33,9 +33,9 @@ from dwl_kernels.arguments import (
     several_numbers,
     wrong_type,
 )
-from dwl_kernels.batching import refuse_to_count
-from dwl_kernels.buffers import Tables, difference, on_host
-from dwl_kernels.problem import check_distinct, checks_values, has_values, mean_domain_weight
+from dwl_kernels.core.batching import refuse_to_count
+from dwl_kernels.core.buffers import Tables, difference, on_host
+from dwl_kernels.core.problem import check_distinct, checks_values, has_values, mean_domain_weight
 
 # An interaction with an item of G domains counts 1/G for each of them. Kept as integers in units
 # that every G up to 16 divides: exact, the same in every run on a GPU, and safe from `.half()`.

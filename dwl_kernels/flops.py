@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils import _python_dispatch
 
-from dwl_kernels.problem import Wanted
+from dwl_kernels.core.problem import Wanted
 
 _modes: Any = getattr(_python_dispatch, "_get_current_dispatch_mode_stack", lambda: [])
 

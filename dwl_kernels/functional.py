@@ -37,13 +37,10 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from dwl_kernels.arguments import flag
 from dwl_kernels.autograd import softmax_loss
 from dwl_kernels.backends import Backend, check_name
-from dwl_kernels.checks import either
-from dwl_kernels.problem import Correction, DualScale, Problem, Reduction
-from dwl_kernels.table import shared_rows
-from dwl_kernels.validation import (
+from dwl_kernels.core.arguments import flag
+from dwl_kernels.core.build import (
     full_problem,
     in_batch_problem,
     indexed_ids,
@@ -52,6 +49,9 @@ from dwl_kernels.validation import (
     sampled_problem,
     takes_batch,
 )
+from dwl_kernels.core.checks import either
+from dwl_kernels.core.problem import Correction, DualScale, Problem, Reduction
+from dwl_kernels.gather import shared_rows
 
 
 def sampled_softmax_loss(

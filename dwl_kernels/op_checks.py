@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from dwl_kernels.backends import check_name
-from dwl_kernels.checks import check_choice
-from dwl_kernels.problem import (
+from dwl_kernels.core.checks import check_choice
+from dwl_kernels.core.problem import (
     FLOATS,
     Correction,
     Problem,

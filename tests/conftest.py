@@ -20,7 +20,7 @@ if not torch.cuda.is_available():
 from cases import CASES, NOT_IN_CUDA
 
 from dwl_kernels import backends
-from dwl_kernels.backends.triton_call import interpreting
+from dwl_kernels.backends.triton.specialize import interpreting
 
 if interpreting() and backends.why_not("triton", "cpu") is None:
     import triton_access

@@ -10,7 +10,7 @@ from dwl_kernels import (
     DualScaleSampledSoftmax,
     DynamicWeightedSampledSoftmax,
 )
-from dwl_kernels.problem import accumulate_dtype
+from dwl_kernels.core.problem import accumulate_dtype
 
 # Sizes that differ from each other, so that a mixed-up dimension cannot pass. Float64 and `eager`:
 # the backends have tests of their own.

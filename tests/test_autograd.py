@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 import dwl_kernels
-from dwl_kernels import autograd, validation
+from dwl_kernels import autograd
+from dwl_kernels.core import build as validation
 
 BY_NAME = {case.name: case for case in cases.CASES}
 
@@ -27,7 +28,7 @@ def _op_arguments(case: cases.Case, backend: str, wanted: bool, row_grad: bool) 
     elif case.kind == "indexed_rows":
         build = validation.indexed_problem
     elif case.kind == "dual":
-        defaults["dual"] = dwl_kernels.problem.DualScale(1.0, 0.5, 4, 1.0)
+        defaults["dual"] = dwl_kernels.core.problem.DualScale(1.0, 0.5, 4, 1.0)
     problem = build(**{**defaults, **inputs})
     upstream = torch.randn(case.rows) if row_grad else None
     masks = [wanted] * 6
@@ -61,7 +62,7 @@ def test_registered_op_takes_no_list_of_dtypes(name: str) -> None:
 
 
 def test_native_op_passes_opcheck() -> None:
-    from dwl_kernels.backends import native
+    from dwl_kernels.backends.cpu import solve as native
 
     if native.why_not() is not None:
         pytest.skip(f"no CPU kernel: {native.why_not()}")
@@ -76,7 +77,7 @@ def test_native_op_passes_opcheck() -> None:
 
 
 def test_native_op_of_candidates_by_row_passes_opcheck() -> None:
-    from dwl_kernels.backends import native
+    from dwl_kernels.backends.cpu import solve as native
 
     if native.why_not() is not None:
         pytest.skip(f"no CPU kernel: {native.why_not()}")

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 import dwl_kernels
-from dwl_kernels import backends, validation
-from dwl_kernels.problem import Wanted
+from dwl_kernels import backends
+from dwl_kernels.core import build as validation
+from dwl_kernels.core.problem import Wanted
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 BY_NAME = {case.name: case for case in cases.CASES}

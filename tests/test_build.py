@@ -16,7 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from dwl_kernels import _build
+from dwl_kernels.backends import compilers
+from dwl_kernels.backends.cache import BuildError
+from dwl_kernels.backends.cpu import build as cpu_build
 
 SOURCE = 'extern "C" int answer() { return helper(); }\n'
 HELPER = "int helper() { return 42; }\n"
@@ -48,7 +50,7 @@ def answer(library: Path) -> int:
 @pytest.fixture
 def compiler_that_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """CXX is a script that writes down each call, and then calls the real compiler."""
-    real = " ".join(_build.compiler())
+    real = " ".join(compilers.compiler())
     calls = tmp_path / "calls"
     script = tmp_path / "counting-c++"
     script.write_text(f'#!/bin/sh\necho "$*" >> "{calls}"\nexec {real} "$@"\n')
@@ -62,7 +64,7 @@ def compilations(calls: Path) -> int:
 
 
 def test_sources_and_headers_compile_into_one_library(cache: Path, csrc: Path) -> None:
-    library = _build.build(csrc=csrc)
+    library = cpu_build.build(csrc=csrc)
     assert answer(library) == 42
     assert library.parent == cache
 
@@ -70,7 +72,7 @@ def test_sources_and_headers_compile_into_one_library(cache: Path, csrc: Path) -
 def test_compiling_is_said_in_one_line(
     cache: Path, csrc: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    _build.build(csrc=csrc)
+    cpu_build.build(csrc=csrc)
     said = capfd.readouterr()
     assert said.out == ""
     assert said.err.splitlines() == ["dwl_kernels: compiling the CPU kernel (about 10 s, once) ..."]
@@ -82,19 +84,19 @@ def test_second_build_is_silent_and_compiles_nothing(
     compiler_that_counts: Path,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    first = _build.build(csrc=csrc)
+    first = cpu_build.build(csrc=csrc)
     capfd.readouterr()
-    assert _build.build(csrc=csrc) == first
+    assert cpu_build.build(csrc=csrc) == first
     assert compilations(compiler_that_counts) == 2  # the two files, once each
     assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("file", ["bindings.cpp", "cpu/helper.cpp", "helper.h"])
 def test_changed_file_gets_a_library_of_its_own(cache: Path, csrc: Path, file: str) -> None:
-    first = _build.build(csrc=csrc)
+    first = cpu_build.build(csrc=csrc)
     with (csrc / file).open("a") as stream:
         stream.write("// changed\n")
-    second = _build.build(csrc=csrc)
+    second = cpu_build.build(csrc=csrc)
     assert second != first
     assert answer(first) == answer(second) == 42
 
@@ -102,9 +104,9 @@ def test_changed_file_gets_a_library_of_its_own(cache: Path, csrc: Path, file: s
 def test_lower_cpu_capability_gets_a_library_of_its_own(
     cache: Path, csrc: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    here = _build.build(csrc=csrc)
+    here = cpu_build.build(csrc=csrc)
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "DEFAULT")
-    assert _build.build(csrc=csrc) != here
+    assert cpu_build.build(csrc=csrc) != here
 
 
 def test_processes_that_start_together_compile_once(
@@ -114,10 +116,10 @@ def test_processes_that_start_together_compile_once(
     program = textwrap.dedent(
         """
         import sys, pathlib
-        from dwl_kernels import _build
+        from dwl_kernels.backends.cpu import build as cpu_build
         print("ready", flush=True)
         sys.stdin.readline()
-        print(_build.build(csrc=pathlib.Path(sys.argv[1])))
+        print(cpu_build.build(csrc=pathlib.Path(sys.argv[1])))
         """
     )
     processes = [
@@ -150,7 +152,11 @@ def test_killed_build_does_not_block_the_next(
     cache: Path, csrc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The first build runs a compiler that never ends, and is killed while it holds the lock.
-    real, started, mended = " ".join(_build.compiler()), tmp_path / "started", tmp_path / "mended"
+    real, started, mended = (
+        " ".join(compilers.compiler()),
+        tmp_path / "started",
+        tmp_path / "mended",
+    )
     hang = f'test -e "{mended}" || {{ echo $$ >> "{started}"; exec sleep 60; }}'
     script = tmp_path / "c++"
     script.write_text(f'#!/bin/sh\ncase " $* " in *" -c "*) {hang};; esac\nexec {real} "$@"\n')
@@ -160,8 +166,8 @@ def test_killed_build_does_not_block_the_next(
         [
             sys.executable,
             "-c",
-            "import sys, pathlib; from dwl_kernels import _build;"
-            "_build.build(csrc=pathlib.Path(sys.argv[1]))",
+            "import sys, pathlib; from dwl_kernels.backends.cpu import build as cpu_build;"
+            "cpu_build.build(csrc=pathlib.Path(sys.argv[1]))",
             str(csrc),
         ],
         start_new_session=True,
@@ -176,7 +182,7 @@ def test_killed_build_does_not_block_the_next(
     assert len(left) == 1  # the kill came in the middle
     # The same cache entry again, now that the compiler works.
     mended.touch()
-    assert answer(_build.build(csrc=csrc)) == 42
+    assert answer(cpu_build.build(csrc=csrc)) == 42
     assert list(cache.glob("*.tmp")) == []
     for compiler in started.read_text().split():
         os.kill(int(compiler), signal.SIGKILL)
@@ -184,8 +190,8 @@ def test_killed_build_does_not_block_the_next(
 
 def test_failed_build_names_the_error_and_leaves_nothing(cache: Path, csrc: Path) -> None:
     (csrc / "cpu" / "helper.cpp").write_text("int helper() { return forty_two; }\n")
-    with pytest.raises(_build.BuildError, match="forty_two") as caught:
-        _build.build(csrc=csrc)
+    with pytest.raises(BuildError, match="forty_two") as caught:
+        cpu_build.build(csrc=csrc)
     assert "helper.cpp:1" in str(caught.value)
     assert "backend='chunked'" in str(caught.value)
     assert [path.suffix for path in cache.iterdir()] == [".lock"]
@@ -194,10 +200,10 @@ def test_failed_build_names_the_error_and_leaves_nothing(cache: Path, csrc: Path
 def test_failed_build_can_be_mended(cache: Path, csrc: Path) -> None:
     good = (csrc / "cpu" / "helper.cpp").read_text()
     (csrc / "cpu" / "helper.cpp").write_text("no C++\n")
-    with pytest.raises(_build.BuildError):
-        _build.build(csrc=csrc)
+    with pytest.raises(BuildError):
+        cpu_build.build(csrc=csrc)
     (csrc / "cpu" / "helper.cpp").write_text(good)
-    assert answer(_build.build(csrc=csrc)) == 42
+    assert answer(cpu_build.build(csrc=csrc)) == 42
 
 
 def test_broken_compiler_is_reported_with_its_own_words(
@@ -207,8 +213,8 @@ def test_broken_compiler_is_reported_with_its_own_words(
     script.write_text("#!/bin/sh\necho 'licence expired' >&2\nexit 3\n")
     script.chmod(0o755)
     monkeypatch.setenv("CXX", str(script))
-    with pytest.raises(_build.BuildError, match="licence expired"):
-        _build.build(csrc=csrc)
+    with pytest.raises(BuildError, match="licence expired"):
+        cpu_build.build(csrc=csrc)
 
 
 def test_missing_compiler_says_what_to_install(
@@ -216,24 +222,24 @@ def test_missing_compiler_says_what_to_install(
 ) -> None:
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(_build.BuildError, match=r"no C\+\+ compiler found.*apt-get install g\+\+"):
-        _build.build(csrc=csrc)
+    with pytest.raises(BuildError, match=r"no C\+\+ compiler found.*apt-get install g\+\+"):
+        cpu_build.build(csrc=csrc)
 
 
 def test_compiler_named_in_cxx_but_missing_is_named(
     cache: Path, csrc: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler -flag")
-    with pytest.raises(_build.BuildError, match="CXX=no-such-compiler"):
-        _build.build(csrc=csrc)
+    with pytest.raises(BuildError, match="CXX=no-such-compiler"):
+        cpu_build.build(csrc=csrc)
 
 
 def test_library_built_ahead_needs_no_compiler(
     cache: Path, csrc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    library = _build.build(csrc=csrc)
+    library = cpu_build.build(csrc=csrc)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert _build.build(csrc=csrc) == library
+    assert cpu_build.build(csrc=csrc) == library
 
 
 def test_cache_that_cannot_be_written_names_the_variable(
@@ -242,8 +248,8 @@ def test_cache_that_cannot_be_written_names_the_variable(
     file = tmp_path / "a file"
     file.touch()
     monkeypatch.setenv("DWL_KERNELS_CACHE", str(file))
-    with pytest.raises(_build.BuildError, match="set DWL_KERNELS_CACHE"):
-        _build.build(csrc=csrc)
+    with pytest.raises(BuildError, match="set DWL_KERNELS_CACHE"):
+        cpu_build.build(csrc=csrc)
 
 
 def test_library_that_does_not_load_is_named(
@@ -251,22 +257,22 @@ def test_library_that_does_not_load_is_named(
 ) -> None:
     broken = tmp_path / "broken.so"
     broken.write_text("no library")
-    monkeypatch.setattr(_build, "_loaded", False)
-    monkeypatch.setattr(_build, "build", lambda: broken)
+    monkeypatch.setattr(cpu_build, "_loaded", False)
+    monkeypatch.setattr(cpu_build, "build", lambda: broken)
     with pytest.raises(OSError, match="broken") as reason:
         ctypes.CDLL(str(broken))
-    with pytest.raises(_build.BuildError, match=r"broken\.so does not load.*delete it") as caught:
-        _build.load_cpu()
+    with pytest.raises(BuildError, match=r"broken\.so does not load.*delete it") as caught:
+        cpu_build.load_cpu()
     assert str(reason.value) in str(caught.value)
 
 
 def test_damaged_library_is_compiled_anew_before_it_is_loaded(
     cache: Path, csrc: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    library = _build.build(csrc=csrc)
+    library = cpu_build.build(csrc=csrc)
     os.truncate(library, 5000)  # to load it ends the process
     capfd.readouterr()
-    assert answer(_build.build(csrc=csrc)) == 42
+    assert answer(cpu_build.build(csrc=csrc)) == 42
     said = capfd.readouterr().err.splitlines()
     assert said == ["dwl_kernels: compiling the CPU kernel (about 10 s, once) ..."]
 
@@ -274,9 +280,9 @@ def test_damaged_library_is_compiled_anew_before_it_is_loaded(
 def test_compiler_with_other_flags_gets_a_library_of_its_own(
     cache: Path, csrc: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = _build.build(csrc=csrc)
-    monkeypatch.setenv("CXX", f"{' '.join(_build.compiler())} -O1")
-    assert _build.build(csrc=csrc) != first
+    first = cpu_build.build(csrc=csrc)
+    monkeypatch.setenv("CXX", f"{' '.join(compilers.compiler())} -O1")
+    assert cpu_build.build(csrc=csrc) != first
     assert first.exists()
 
 
@@ -286,13 +292,13 @@ def test_compiler_that_was_updated_is_another(tmp_path: Path) -> None:
     for version in ("12.2.0", "12.3.0"):
         script.write_text(f"#!/bin/sh\ncat >/dev/null\necho '{version}'\n")
         script.chmod(0o755)
-        identities.add(_build._identity.__wrapped__((str(script),)))
+        identities.add(compilers._identity.__wrapped__((str(script),)))
     assert len(identities) == 2
 
 
 def test_compiler_is_asked_for_its_version_and_that_of_its_library() -> None:
-    command = [*_build.compiler(), "-std=c++20", "-E", "-x", "c++", "-"]
-    said = _build.run_compiler(command, False, text=_build._PROBE).splitlines()[-1]
+    command = [*compilers.compiler(), "-std=c++20", "-E", "-x", "c++", "-"]
+    said = compilers.run_compiler(command, False, text=compilers._PROBE).splitlines()[-1]
     assert "__VERSION__" not in said
     assert ("__GLIBCXX__" in said) != ("_LIBCPP_VERSION" in said)  # one of them is in use
 
@@ -300,16 +306,16 @@ def test_compiler_is_asked_for_its_version_and_that_of_its_library() -> None:
 def test_compiler_that_finds_no_headers_is_as_good_as_none(
     cache: Path, csrc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    library = _build.build(csrc=csrc)
+    library = cpu_build.build(csrc=csrc)
     script = tmp_path / "c++"
     script.write_text("#!/bin/sh\necho 'version: No such file' >&2\nexit 1\n")
     script.chmod(0o755)
     monkeypatch.setenv("CXX", str(script))
-    assert _build.build(csrc=csrc) == library
+    assert cpu_build.build(csrc=csrc) == library
     library.unlink()
-    with pytest.raises(_build.BuildError, match="version: No such file"):
-        _build.build(csrc=csrc)
+    with pytest.raises(BuildError, match="version: No such file"):
+        cpu_build.build(csrc=csrc)
 
 
 def test_sources_of_the_package_are_found() -> None:
-    assert (_build.source_dir() / "bindings.cpp").is_file()
+    assert (compilers.source_dir() / "bindings.cpp").is_file()

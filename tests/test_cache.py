@@ -19,8 +19,8 @@ from pathlib import Path
 
 import pytest
 
-from dwl_kernels import _cache
-from dwl_kernels._cache import BuildError
+from dwl_kernels.backends import cache as _cache
+from dwl_kernels.backends.cache import BuildError
 
 OTHER = 12345  # a user that no process here runs as
 root_only = pytest.mark.skipif(os.geteuid() != 0, reason="only root can act for another user")

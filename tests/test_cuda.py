@@ -10,10 +10,14 @@ import pytest
 import torch
 
 import dwl_kernels
-from dwl_kernels import _build, _build_cuda, backends
-from dwl_kernels.backends import cuda, cuda_tiles, triton
-from dwl_kernels.backends.cuda_tiles import EMULATED, Tiles, variant
-from dwl_kernels.problem import Problem
+from dwl_kernels import backends
+from dwl_kernels.backends.cache import BuildError
+from dwl_kernels.backends.cuda import build as cuda_build
+from dwl_kernels.backends.cuda import solve as cuda
+from dwl_kernels.backends.cuda import variants as cuda_tiles
+from dwl_kernels.backends.cuda.variants import EMULATED, Tiles, variant
+from dwl_kernels.backends.triton import solve as triton
+from dwl_kernels.core.problem import Problem
 
 emulated = pytest.mark.skipif(
     backends.why_not("cuda", "cpu") is not None, reason="the emulation is off"
@@ -148,7 +152,7 @@ def test_embeddings_that_are_not_aligned_are_copied_one_by_one(dtype: torch.dtyp
 
 def dealt(tiles: int, steps: int, workers: int) -> list[list[int]]:
     """All units in order: tile, first and last step, place, whether it is a whole tile."""
-    library = _build_cuda.load(variant(torch.bfloat16, 64, None), None)
+    library = cuda_build.load(variant(torch.bfloat16, 64, None), None)
     found, units = (ctypes.c_int * 5)(), []
     for worker in range(workers):
         for turn in range(library.dwl_unit(tiles, steps, workers, worker, 0, found)):
@@ -162,7 +166,7 @@ def dealt(tiles: int, steps: int, workers: int) -> list[list[int]]:
 @pytest.mark.parametrize("workers", [1, 2, 7, 16, 264])
 @pytest.mark.parametrize("steps", [0, 1, 2, 9, 64, 2**26])
 def test_shares_deal_every_step_of_every_tile_out_once(steps: int, workers: int) -> None:
-    library = _build_cuda.load(variant(torch.bfloat16, 64, None), None)
+    library = cuda_build.load(variant(torch.bfloat16, 64, None), None)
     places = (ctypes.c_int * workers)()
     for tiles in (0, 1, 3, 7, 20, workers - 1, workers, workers + 1):
         units = dealt(tiles, steps, workers)
@@ -180,7 +184,7 @@ def test_shares_deal_every_step_of_every_tile_out_once(steps: int, workers: int)
 @emulated
 def test_no_size_leaves_the_chip_idle() -> None:
     """264 blocks: either side from 4,096 to 65,536, the other 8,192; the same in both phases."""
-    library = _build_cuda.load(variant(torch.bfloat16, 64, None), None)
+    library = cuda_build.load(variant(torch.bfloat16, 64, None), None)
     library.dwl_longest.restype = ctypes.c_int64
     for rows, columns in ((128, 32), (128, 64)):
         for n in range(4096, 65537, 100):
@@ -199,7 +203,7 @@ def test_shared_memory_is_what_the_host_computes() -> None:
         (torch.float64, 96, EMULATED._replace(PAD=2)),
     ):
         chosen = variant(dtype, dim, None)._replace(tiles=tiles)
-        assert _build_cuda.load(chosen, None).dwl_shared_bytes() == chosen.shared_bytes
+        assert cuda_build.load(chosen, None).dwl_shared_bytes() == chosen.shared_bytes
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES, ids=str)
@@ -240,7 +244,7 @@ def test_problems_that_it_does_not_take_are_refused_with_the_mend(name: str) -> 
 @emulated
 def test_bad_values_give_nan_where_nothing_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU: the row's loss is NaN, no other row's is."""
-    monkeypatch.setattr("dwl_kernels.problem.checks_values", lambda device: False)
+    monkeypatch.setattr("dwl_kernels.core.problem.checks_values", lambda device: False)
     loss = dwl_kernels.sampled_softmax_loss(
         torch.ones(4, 3),
         torch.ones(4, 3),
@@ -260,14 +264,14 @@ def test_missing_compiler_names_the_variable(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(_build_cuda, "_PLACES", ())
+    monkeypatch.setattr(cuda_build, "_PLACES", ())
     monkeypatch.delenv("CUDA_HOME", raising=False)
     monkeypatch.delenv("CUDA_PATH", raising=False)
-    with pytest.raises(_build.BuildError, match=r"no CUDA compiler found.*CUDA_HOME"):
-        _build_cuda.nvcc()
+    with pytest.raises(BuildError, match=r"no CUDA compiler found.*CUDA_HOME"):
+        cuda_build.nvcc()
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    with pytest.raises(_build.BuildError, match=rf"CUDA_HOME={tmp_path}.*bin/nvcc"):
-        _build_cuda.nvcc()
+    with pytest.raises(BuildError, match=rf"CUDA_HOME={tmp_path}.*bin/nvcc"):
+        cuda_build.nvcc()
 
 
 def test_compiler_that_fails_is_quoted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -277,8 +281,8 @@ def test_compiler_that_fails_is_quoted(monkeypatch: pytest.MonkeyPatch, tmp_path
     script.chmod(0o755)
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     monkeypatch.setenv("DWL_KERNELS_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(_build.BuildError, match=r"Unsupported gpu architecture(.|\n)*CUDA_HOME"):
-        _build_cuda.build(variant(torch.bfloat16, 64, (9, 0)), (9, 0))
+    with pytest.raises(BuildError, match=r"Unsupported gpu architecture(.|\n)*CUDA_HOME"):
+        cuda_build.build(variant(torch.bfloat16, 64, (9, 0)), (9, 0))
 
 
 def test_old_device_is_told_what_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:

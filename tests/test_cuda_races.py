@@ -15,9 +15,11 @@ import cases
 import pytest
 import torch
 
-from dwl_kernels import _build, _build_cuda, backends
-from dwl_kernels.backends import cuda
-from dwl_kernels.backends.cuda_tiles import EMULATED, Tiles
+from dwl_kernels import backends
+from dwl_kernels.backends import compilers
+from dwl_kernels.backends.cuda import build as cuda_build
+from dwl_kernels.backends.cuda import solve as cuda
+from dwl_kernels.backends.cuda.variants import EMULATED, Tiles
 
 pytestmark = pytest.mark.skipif(
     backends.why_not("cuda", "cpu") is not None, reason="the emulation is off"
@@ -134,7 +136,7 @@ def check_report(
     planted: tuple[str, str, str],
 ) -> None:
     right, wrong, reported = planted
-    shutil.copytree(_build.source_dir() / "cuda", tmp_path / "cuda")
+    shutil.copytree(compilers.source_dir() / "cuda", tmp_path / "cuda")
     found = 0
     for path in (tmp_path / "cuda").iterdir():
         text = path.read_text()
@@ -142,9 +144,9 @@ def check_report(
             found += text.count(right)
             path.write_text(text.replace(right, wrong))
     assert found > 0
-    monkeypatch.setattr(_build, "source_dir", lambda: tmp_path)
+    monkeypatch.setattr(compilers, "source_dir", lambda: tmp_path)
     monkeypatch.setenv("DWL_KERNELS_CACHE", str(cache))
-    monkeypatch.setattr(_build_cuda, "load", _build_cuda.load.__wrapped__)
+    monkeypatch.setattr(cuda_build, "load", cuda_build.load.__wrapped__)
     monkeypatch.setattr(cuda, "why_not", lambda device: None)
     monkeypatch.setattr(cuda, "EMULATION", cuda.Emulation(2, 0, tiles))
     case = cases.Case("planted", rows=65, candidates=70, dim=12 * tiles.TEAM, log_q=True, ids=True)

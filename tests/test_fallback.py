@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import dwl_kernels
 from dwl_kernels import backends
-from dwl_kernels.backends import native
+from dwl_kernels.backends.cpu import solve as native
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def test_user_without_a_home_gets_one_warning_that_names_the_mend(
     monkeypatch.setattr("pwd.getpwuid", no_entry)
     for name in ("HOME", "XDG_CACHE_HOME", "DWL_KERNELS_CACHE", "DWL_KERNELS_BACKEND"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(dwl_kernels._build, "_loaded", False)
+    monkeypatch.setattr(dwl_kernels.backends.cpu.build, "_loaded", False)
     monkeypatch.setattr(native, "why_not", native.why_not.__wrapped__)
     monkeypatch.setattr(backends, "_warned", set())
     query = torch.randn(4, 3)

@@ -9,8 +9,9 @@ from torch import Tensor
 
 import dwl_kernels
 from benchmarks.speed.measure import work_on_gpu
-from dwl_kernels import backends, table
-from dwl_kernels.problem import Problem, Wanted
+from dwl_kernels import backends
+from dwl_kernels import gather as table
+from dwl_kernels.core.problem import Problem, Wanted
 
 pytestmark = [
     pytest.mark.gpu,

@@ -10,7 +10,7 @@ import torch
 
 import dwl_kernels
 from dwl_kernels import backends
-from dwl_kernels.backends import triton_wide
+from dwl_kernels.backends.triton import wide as triton_wide
 
 pytestmark = [
     pytest.mark.gpu,

@@ -15,10 +15,10 @@ from dwl_kernels import (
     DynamicWeightedSampledSoftmax,
     indexed_sampled_softmax_loss,
     sampled_softmax_loss,
-    table,
 )
+from dwl_kernels import gather as table
 from dwl_kernels.backends import chunked
-from dwl_kernels.problem import Problem, Wanted
+from dwl_kernels.core.problem import Problem, Wanted
 
 BY_NAME = {case.name: case for case in cases.CASES}
 NAMES = ("indexed, everything", "indexed, none", "by row, everything", "by row, none")
@@ -266,7 +266,7 @@ def test_an_id_drawn_very_often_is_summed_in_a_fixed_order(
 ) -> None:
     """The Triton sum takes chunks of 4 places, and chunks of 4 chunks, beforehand."""
     if backend == "triton":
-        triton_table = pytest.importorskip("dwl_kernels.backends.triton_table")
+        triton_table = pytest.importorskip("dwl_kernels.backends.triton.kernels.table_gradient")
         monkeypatch.setattr(triton_table, "SPAN", 4)
     g = torch.Generator().manual_seed(0)
     source = torch.randn(90, 20, generator=g, dtype=torch.float64).to(dtype)
@@ -361,7 +361,7 @@ def test_one_log_q_alone_raises_where_values_are_not_looked_at(
     monkeypatch: pytest.MonkeyPatch, missing: str
 ) -> None:
     """As on CUDA, where a log-Q of +inf may leave negatives out."""
-    monkeypatch.setattr("dwl_kernels.validation.checks_values", lambda tensor: False)
+    monkeypatch.setattr("dwl_kernels.core.build.checks_values", lambda tensor: False)
     draws = {"positive_log_q": torch.full((3,), -1.0), "negative_log_q": torch.full((2,), -1.0)}
     draws[missing] = None
     ids = torch.tensor([0, 1, 2]), torch.tensor([3, 4])

@@ -170,7 +170,7 @@ def test_calibration_may_lift_log_q_above_zero(kind: str) -> None:
 
 
 def test_values_are_not_looked_at_where_that_would_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dwl_kernels.checks.checks_values", lambda device: False)
+    monkeypatch.setattr("dwl_kernels.core.checks.checks_values", lambda device: False)
     given = {name: -value for name, value in valid("sampled").items()}
     assert BOTH["sampled"](**given).isfinite()
 

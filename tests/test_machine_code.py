@@ -23,7 +23,7 @@ import json, re, sys, torch
 from concurrent.futures import ProcessPoolExecutor
 from benchmarks.machine_code import triton_per_row, triton_shared
 from benchmarks.machine_code.sass import machine_code
-from dwl_kernels.backends import triton_call as host
+from dwl_kernels.backends.triton import specialize as host
 
 bf16, f16, f32 = torch.bfloat16, torch.float16, torch.float32
 SHARED = [
@@ -110,7 +110,7 @@ def test_a_block_is_waited_for_while_the_next_one_is_under_way(
 
 
 def test_only_old_versions_and_new_devices_need_the_fence(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dwl_kernels.backends import triton_call
+    from dwl_kernels.backends.triton import specialize as triton_call
 
     for version, needed in (
         ((3, 6, 0), True),

@@ -15,13 +15,14 @@ pytest.importorskip("triton")  # its tools read the machine code
 from benchmarks.machine_code import arithmetic
 from benchmarks.machine_code import cuda as counts
 from benchmarks.machine_code.sass import TOOLS
-from dwl_kernels import _build_cuda, _cache
-from dwl_kernels.backends import cuda_tiles
+from dwl_kernels.backends import cache as _cache
+from dwl_kernels.backends.cuda import build as cuda_build
+from dwl_kernels.backends.cuda import variants as cuda_tiles
 
 
 def _missing() -> str | None:
     try:
-        _build_cuda.nvcc()
+        cuda_build.nvcc()
     except _cache.BuildError as error:
         return str(error)
     return None
@@ -55,7 +56,7 @@ def test_kernel_compiles_without_warnings_and_spills(
     variant = counts.variant_of(math, width, arch)
     library = tmp_path / "kernel.so"
     command = [
-        *(_build_cuda.nvcc(), *_build_cuda.FLAGS.split(), *variant.definitions()),
+        *(cuda_build.nvcc(), *cuda_build.FLAGS.split(), *variant.definitions()),
         *(f"-arch=sm_{arch}", "-Xptxas", "-v", "-Werror", "all-warnings"),
         *("-keep", "-keep-dir", str(tmp_path)),
         *(str(counts.SOURCES / "sampled_softmax.cu"), "-o", str(library)),

@@ -14,9 +14,13 @@ import pytest
 import torch
 
 import dwl_kernels
-from dwl_kernels import _build, _build_cuda, _cache, backends
+from dwl_kernels import backends
 from dwl_kernels.__main__ import auto_takes, main, print_rows
-from dwl_kernels.backends.cuda_tiles import Variant
+from dwl_kernels.backends import cache as _cache
+from dwl_kernels.backends import compilers
+from dwl_kernels.backends.cpu import build as cpu_build
+from dwl_kernels.backends.cuda import build as cuda_build
+from dwl_kernels.backends.cuda.variants import Variant
 
 
 def lines_by_name(text: str) -> dict[str, str]:
@@ -152,7 +156,7 @@ def test_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_ctrl_c_ends_a_build_and_its_compilers_in_one_line(tmp_path: Path) -> None:
-    started, real = tmp_path / "started", " ".join(_build.compiler())
+    started, real = tmp_path / "started", " ".join(compilers.compiler())
     script = tmp_path / "c++"
     script.write_text(
         f'#!/bin/sh\ncase " $* " in *" -c "*) echo $$ >> "{started}"; exec sleep 100;; esac\n'
@@ -197,7 +201,7 @@ def test_build_prints_where_the_library_lies(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     library = tmp_path / "cpu.so"
-    monkeypatch.setattr(_build, "build", lambda verbose: library)
+    monkeypatch.setattr(cpu_build, "build", lambda verbose: library)
     assert main(["build"]) == 0
     assert capsys.readouterr().out.strip() == str(library)
 
@@ -205,14 +209,14 @@ def test_build_prints_where_the_library_lies(
 def test_build_compiles_the_cuda_kernels_of_a_capability(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(_build, "build", lambda verbose: tmp_path / "cpu.so")
+    monkeypatch.setattr(cpu_build, "build", lambda verbose: tmp_path / "cpu.so")
     built = []
 
     def build(variant: Variant, capability: tuple[int, int], verbose: bool) -> Path:
         built.append((variant.math.name, variant.block_d, capability))
         return tmp_path / "cuda.so"
 
-    monkeypatch.setattr(_build_cuda, "build", build)
+    monkeypatch.setattr(cuda_build, "build", build)
     assert main(["build", "--cuda", "9.0", "--dim", "64", "100"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 1 + 8
     assert ("BrainFloat", 128, (9, 0)) in built

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import dwl_kernels
-from dwl_kernels.backends import native
+from dwl_kernels.backends.cpu import solve as native
 
 EVERYTHING = {"log_q": True, "ids": True, "domains": 2, "examples": True, "temperature": "rows"}
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dwl_kernels.backends import native
+from dwl_kernels.backends.cpu import solve as native
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from dwl_kernels import _build
+from dwl_kernels.backends import compilers
+from dwl_kernels.backends.cache import BuildError
 
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 FLAGS = ["-std=c++20", "-Og", "-fopenmp", *SANITIZERS]
@@ -23,8 +24,8 @@ DRIVER = Path(__file__).parent / "sanitize" / "cpu_kernels.cpp"
 def compiler(tmp_path: Path) -> list[str]:
     """A compiler whose sanitizers link and run here."""
     try:
-        command = _build.compiler()
-    except _build.BuildError as error:
+        command = compilers.compiler()
+    except BuildError as error:
         pytest.skip(str(error))
     source, program = tmp_path / "nothing.cpp", tmp_path / "nothing"
     source.write_text("int main() {}\n")
@@ -44,7 +45,7 @@ def run(command: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 def test_kernels_stay_within_memory_and_the_language(compiler: list[str], tmp_path: Path) -> None:
-    csrc = _build.source_dir()
+    csrc = compilers.source_dir()
     sources = [DRIVER, *sorted(csrc.glob("cpu/*.cpp"))]
     objects = [tmp_path / f"{source.stem}.o" for source in sources]
 

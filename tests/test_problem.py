@@ -253,7 +253,7 @@ def test_id_outside_the_table_is_nan_where_values_are_not_looked_at(
     monkeypatch: pytest.MonkeyPatch, name: str, shared: bool
 ) -> None:
     """As on CUDA: no read out of bounds, and a loss that cannot pass unnoticed."""
-    monkeypatch.setattr(dwl_kernels.problem, "checks_values", lambda device: False)
+    monkeypatch.setattr(dwl_kernels.core.problem, "checks_values", lambda device: False)
     for backend in ("eager", "chunked"):
         inputs = indexed(backend=backend, reduction="none")
         inputs["table"].requires_grad_()
@@ -461,7 +461,7 @@ def test_environment_variable_chooses_what_auto_means(monkeypatch: pytest.Monkey
 
 def test_missing_compiler_warns_once_and_chunked_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     reason = "no compiler found"
-    monkeypatch.setattr(dwl_kernels.backends.native, "why_not", lambda: reason)
+    monkeypatch.setattr(dwl_kernels.backends.cpu.solve, "why_not", lambda: reason)
     monkeypatch.setattr(dwl_kernels.backends, "_warned", set())
     with pytest.warns(UserWarning, match=reason):
         first = sampled_softmax_loss(**good())

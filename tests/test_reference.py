@@ -15,10 +15,10 @@ import triton_access
 
 import dwl_kernels
 from dwl_kernels import backends
-from dwl_kernels.backends import triton as host
-from dwl_kernels.backends import triton_rows
-from dwl_kernels.backends.triton_rows import any_above, reference_of
-from dwl_kernels.backends.triton_tiles import Tiles
+from dwl_kernels.backends.triton import solve as host
+from dwl_kernels.backends.triton.kernels import row_pass as triton_rows
+from dwl_kernels.backends.triton.kernels.row_pass import any_above, reference_of
+from dwl_kernels.backends.triton.tiles import Tiles
 
 REASON = backends.why_not("triton", "cpu")
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from dwl_kernels import backends, full_softmax_loss
-from dwl_kernels.backends import triton
-from dwl_kernels.backends.triton_call import load_of
-from dwl_kernels.backends.triton_launch import Space
-from dwl_kernels.validation import full_problem
+from dwl_kernels.backends.triton import solve as triton
+from dwl_kernels.backends.triton.launch import Space
+from dwl_kernels.backends.triton.specialize import load_of
+from dwl_kernels.core.build import full_problem
 
 LEAVES = ("query", "table", "bias", "temperature")
 REDUCTIONS = ("mean", "weighted_mean", "sum", "none")

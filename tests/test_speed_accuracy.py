@@ -17,7 +17,7 @@ from benchmarks.speed.measure import Rounds
 from benchmarks.speed.shapes import TINY, Inputs, Level, Shape, random_inputs
 from dwl_kernels import backends
 from dwl_kernels.backends import chunked
-from dwl_kernels.problem import Output, Problem, Wanted
+from dwl_kernels.core.problem import Output, Problem, Wanted
 
 SHARED = TINY[0]
 

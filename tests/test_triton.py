@@ -14,11 +14,12 @@ import pytest
 import torch
 
 import dwl_kernels
-from dwl_kernels import backends, validation
-from dwl_kernels.backends import triton as host
-from dwl_kernels.backends import triton_tiles
-from dwl_kernels.backends.triton_tiles import LIMITS, TABLE, Tiles, around, choose, default
-from dwl_kernels.problem import Problem, Wanted
+from dwl_kernels import backends
+from dwl_kernels.backends.triton import solve as host
+from dwl_kernels.backends.triton import tiles as triton_tiles
+from dwl_kernels.backends.triton.tiles import LIMITS, TABLE, Tiles, around, choose, default
+from dwl_kernels.core import build as validation
+from dwl_kernels.core.problem import Problem, Wanted
 
 REASON = backends.why_not("triton", "cpu")
 interpreted = pytest.mark.skipif(REASON is not None, reason=str(REASON))

@@ -15,10 +15,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from dwl_kernels.backends import triton as host
-from dwl_kernels.backends import triton_launch, triton_scale, triton_table
-from dwl_kernels.backends.triton_launch import entry_of, launch, workspace
-from dwl_kernels.problem import Problem, Wanted
+from dwl_kernels.backends.triton import launch as triton_launch
+from dwl_kernels.backends.triton import solve as host
+from dwl_kernels.backends.triton.kernels import scale_gradients as triton_scale
+from dwl_kernels.backends.triton.kernels import table_gradient as triton_table
+from dwl_kernels.backends.triton.launch import entry_of, launch, workspace
+from dwl_kernels.core.problem import Problem, Wanted
 
 
 class Compiled:

@@ -15,12 +15,12 @@ import triton.language as tl
 import triton_access
 
 from dwl_kernels import backends
-from dwl_kernels.backends import triton as host
-from dwl_kernels.backends.triton_call import MAX_WORKERS
-from dwl_kernels.backends.triton_common import part_at, parts_of, shares, unit, units_of
-from dwl_kernels.backends.triton_dual import group_start
-from dwl_kernels.backends.triton_kernels import workspace
-from dwl_kernels.backends.triton_tiles import Tiles
+from dwl_kernels.backends.triton import solve as host
+from dwl_kernels.backends.triton.kernels.common import part_at, parts_of, shares, unit, units_of
+from dwl_kernels.backends.triton.kernels.dual_scale import group_start
+from dwl_kernels.backends.triton.kernels.shared_candidates import workspace
+from dwl_kernels.backends.triton.specialize import MAX_WORKERS
+from dwl_kernels.backends.triton.tiles import Tiles
 
 REASON = backends.why_not("triton", "cpu")
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))

@@ -19,9 +19,10 @@ import torch
 
 pytest.importorskip("triton")
 from dwl_kernels import backends
-from dwl_kernels.backends import triton as host
-from dwl_kernels.backends import triton_indexed, triton_kernels
-from dwl_kernels.backends.triton_tiles import Tiles
+from dwl_kernels.backends.triton import solve as host
+from dwl_kernels.backends.triton.kernels import per_row_candidates as triton_indexed
+from dwl_kernels.backends.triton.kernels import shared_candidates as triton_kernels
+from dwl_kernels.backends.triton.tiles import Tiles
 
 REASON = backends.why_not("triton", "cpu")
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from dwl_kernels import backends
-from dwl_kernels.backends import triton as host
-from dwl_kernels.backends.triton_tiles import Tiles
+from dwl_kernels.backends.triton import solve as host
+from dwl_kernels.backends.triton.tiles import Tiles
 
 REASON = backends.why_not("triton", "cpu")
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))

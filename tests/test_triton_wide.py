@@ -27,10 +27,11 @@ from test_triton_launch import Binder
 from test_triton_races import Recorder, recorder  # noqa: F401
 
 import dwl_kernels
-from dwl_kernels import backends, validation
-from dwl_kernels.backends import triton as host
-from dwl_kernels.backends import triton_wide
-from dwl_kernels.problem import Problem, Wanted
+from dwl_kernels import backends
+from dwl_kernels.backends.triton import solve as host
+from dwl_kernels.backends.triton import wide as triton_wide
+from dwl_kernels.core import build as validation
+from dwl_kernels.core.problem import Problem, Wanted
 
 REASON = backends.why_not("triton", "cpu")
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
@@ -252,7 +253,7 @@ def test_bad_values_give_nan_in_their_rows_where_nothing_checks(
 ) -> None:
     """As on a GPU: domains, weights, temperatures and targets that cannot be."""
     monkeypatch.setattr(host, "checks_values", lambda tensor: False)
-    monkeypatch.setattr("dwl_kernels.problem.checks_values", lambda tensor: False)
+    monkeypatch.setattr("dwl_kernels.core.problem.checks_values", lambda tensor: False)
     query, positive, negative = torch.ones(5, 3), torch.ones(5, 3), torch.ones(6, 3)
     loss = dwl_kernels.sampled_softmax_loss(
         *(query, positive, negative),

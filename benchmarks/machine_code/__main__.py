@@ -13,7 +13,9 @@ import triton
 
 from benchmarks.machine_code import cuda, triton_per_row, triton_shared, triton_wide
 from benchmarks.progress import Progress, in_processes
-from dwl_kernels import _build, _build_cuda, _cache
+from dwl_kernels.backends import cache as _cache
+from dwl_kernels.backends import compilers
+from dwl_kernels.backends.cuda import build as cuda_build
 
 RESULTS = Path(__file__).parent.parent / "results" / "machine-code"
 VERSION = ".".join(triton.__version__.split(".")[:2])
@@ -48,7 +50,7 @@ def counted_cuda(rows: Sequence[cuda.Row], progress: Progress) -> list[dict[str,
         progress(f"CUDA, {len(done)} of {len(rows)}")
         return result
 
-    return _build.in_parallel(one, rows)
+    return compilers.in_parallel(one, rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -66,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         table = counted("highest", triton_per_row.count, triton_per_row.rows(), progress)
         (out / f"triton-per-row-{VERSION}.md").write_text(triton_per_row.markdown(table))
         try:
-            compiler = _build_cuda.nvcc_version()
+            compiler = cuda_build.nvcc_version()
         except _cache.BuildError as error:
             print(f"no table of the CUDA kernel: {error}")
             return

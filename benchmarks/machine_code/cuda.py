@@ -11,15 +11,9 @@ import torch
 
 from benchmarks.machine_code.arithmetic import cuda_clocks, predicted_us
 from benchmarks.machine_code.sass import machine_code, step_loops
-from dwl_kernels import _build, _build_cuda
-from dwl_kernels.backends.cuda_tiles import (
-    MATH,
-    TF32,
-    Math,
-    Tiles,
-    Variant,
-    tiles,
-)
+from dwl_kernels.backends import compilers
+from dwl_kernels.backends.cuda import build as cuda_build
+from dwl_kernels.backends.cuda.variants import MATH, TF32, Math, Tiles, Variant, tiles
 
 # What multiplies, and how many such instructions a lane's logit takes for each column of D. Of
 # float32 one in eight multiplications is no FFMA.
@@ -30,7 +24,7 @@ PRODUCT = {
     "Float32": ("FFMA", 7 / 8),
     "Float64": ("DMMA", 1 / 8),
 }
-SOURCES = _build.source_dir() / "cuda"
+SOURCES = compilers.source_dir() / "cuda"
 MATHS = (*MATH.values(), TF32)
 NARROW = MATH[torch.bfloat16]
 
@@ -41,12 +35,12 @@ def variant_of(math: Math, width: int, capability: int) -> Variant:
 
 def compiled(variant: Variant, capability: int) -> bytes:
     """The machine code of a variant."""
-    flags = _build_cuda.FLAGS.replace("-shared -Xcompiler -fPIC", "").split()
+    flags = cuda_build.FLAGS.replace("-shared -Xcompiler -fPIC", "").split()
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         subprocess.run(
             [
-                *(_build_cuda.nvcc(), "-cubin", f"-arch=sm_{capability}", *flags),
+                *(cuda_build.nvcc(), "-cubin", f"-arch=sm_{capability}", *flags),
                 *(*variant.definitions(), str(SOURCES / "sampled_softmax.cu"), "-o", str(cubin)),
             ],
             check=True,

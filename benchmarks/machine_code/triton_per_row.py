@@ -16,12 +16,12 @@ import triton
 from benchmarks.machine_code.arithmetic import predicted_by_row_us
 from benchmarks.machine_code.sass import machine_code
 from benchmarks.machine_code.triton_shared import Launch, compiled_for
-from dwl_kernels.backends import triton_call as host
-from dwl_kernels.backends import triton_table
-from dwl_kernels.backends.triton_common import Call, Inputs, Outputs
-from dwl_kernels.backends.triton_indexed import indexed_softmax_loss_kernel
-from dwl_kernels.backends.triton_tiles import by_row
-from dwl_kernels.problem import Problem, Wanted
+from dwl_kernels.backends.triton import specialize as host
+from dwl_kernels.backends.triton.kernels import table_gradient as triton_table
+from dwl_kernels.backends.triton.kernels.common import Call, Inputs, Outputs
+from dwl_kernels.backends.triton.kernels.per_row_candidates import indexed_softmax_loss_kernel
+from dwl_kernels.backends.triton.tiles import by_row
+from dwl_kernels.core.problem import Problem, Wanted
 
 B, K, V = 1024, 128, 4096
 WIDE = 8  # a gather of fewer loads, not 4 of 128 bits either, is that of the positives

@@ -17,12 +17,12 @@ from triton.runtime.jit import create_function_from_signature
 
 from benchmarks.machine_code.arithmetic import clocks, predicted_us
 from benchmarks.machine_code.sass import machine_code, main_loops
-from dwl_kernels.backends import triton_call as host
-from dwl_kernels.backends.triton_common import Call, Inputs, Outputs
-from dwl_kernels.backends.triton_kernels import softmax_loss_kernel
-from dwl_kernels.backends.triton_tiles import Tiles, default
-from dwl_kernels.problem import DualScale, Problem, Wanted
-from dwl_kernels.validation import full_problem, in_batch_problem, sampled_problem
+from dwl_kernels.backends.triton import specialize as host
+from dwl_kernels.backends.triton.kernels.common import Call, Inputs, Outputs
+from dwl_kernels.backends.triton.kernels.shared_candidates import softmax_loss_kernel
+from dwl_kernels.backends.triton.tiles import Tiles, default
+from dwl_kernels.core.build import full_problem, in_batch_problem, sampled_problem
+from dwl_kernels.core.problem import DualScale, Problem, Wanted
 
 
 def example(

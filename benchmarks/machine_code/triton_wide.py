@@ -15,8 +15,8 @@ import triton
 from benchmarks.machine_code.arithmetic import SHAPE, wide_us
 from benchmarks.machine_code.sass import Code, innermost, machine_code
 from benchmarks.machine_code.triton_shared import Launch, compiled_for, example
-from dwl_kernels.backends import triton_wide
-from dwl_kernels.problem import RowWeights
+from dwl_kernels.backends.triton import wide as triton_wide
+from dwl_kernels.core.problem import RowWeights
 
 NAMES = ("exponentials", "gradients", "columns")
 Row = tuple[str, str, int, torch.dtype, bool, int, str]  # a kernel, and as of `triton_shared`

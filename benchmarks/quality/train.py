@@ -20,7 +20,7 @@ from dwl_kernels import (
     DynamicWeightedSampledSoftmax,
     UnigramSampler,
 )
-from dwl_kernels.problem import Correction
+from dwl_kernels.core.problem import Correction
 
 from .metrics import LeaveOneOut, ndcg, rank_targets
 from .model import SequenceModel

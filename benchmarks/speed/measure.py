@@ -19,7 +19,7 @@ import torch
 from benchmarks.record import ROOT
 from benchmarks.speed.baselines import Loss, bound, package_loss, step
 from benchmarks.speed.shapes import Inputs, Shape, random_inputs
-from dwl_kernels.backends.triton_launch import release
+from dwl_kernels.backends.triton.launch import release
 
 WARM_UP = 2
 # Clocks that a GPU is kept busy for while a step is queued, 1 ms and more, and at most 0.1 s.

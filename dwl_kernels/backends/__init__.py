@@ -16,9 +16,12 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from dwl_kernels._cache import BuildError
-from dwl_kernels.backends import chunked, cuda, eager, native, triton
-from dwl_kernels.problem import Output, Problem, Wanted
+from dwl_kernels.backends import chunked, eager
+from dwl_kernels.backends.cache import BuildError
+from dwl_kernels.backends.cpu import solve as native
+from dwl_kernels.backends.cuda import solve as cuda
+from dwl_kernels.backends.triton import solve as triton
+from dwl_kernels.core.problem import Output, Problem, Wanted
 
 Backend = Literal["auto", "eager", "chunked", "cpu", "triton", "cuda"]
 NAMES = tuple(name for name in get_args(Backend) if name != "auto")

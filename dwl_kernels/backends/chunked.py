@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from dwl_kernels.backends import eager
-from dwl_kernels.problem import Output, Problem, RowWeights, Wanted, accumulate_dtype
+from dwl_kernels.core.problem import Output, Problem, RowWeights, Wanted, accumulate_dtype
 
 # Logits kept at once. On a CPU every operation ends with its threads spinning until the last one is
 # done, which on a busy machine may have lost its core: blocks of 2^19 took up to 14 times the

@@ -34,7 +34,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dwl_kernels.problem import NO_ITEM, DualScale, Output, Problem, RowWeights, Wanted
+from dwl_kernels.core.problem import NO_ITEM, DualScale, Output, Problem, RowWeights, Wanted
 
 
 def solve(

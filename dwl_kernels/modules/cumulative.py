@@ -7,8 +7,10 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from dwl_kernels.arguments import integer
 from dwl_kernels.backends import Backend
+from dwl_kernels.core.arguments import integer
+from dwl_kernels.core.build import checked_skip_threshold
+from dwl_kernels.core.problem import Reduction
 from dwl_kernels.domains import DomainWeights
 from dwl_kernels.functional import full_softmax_loss
 from dwl_kernels.modules.normalize import normalised
@@ -19,8 +21,6 @@ from dwl_kernels.modules.weighted import (
     checked_ids,
     padding,
 )
-from dwl_kernels.problem import Reduction
-from dwl_kernels.validation import checked_skip_threshold
 
 
 class CumulativeCrossEntropy(WeightedLoss):

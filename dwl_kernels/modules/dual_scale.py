@@ -8,11 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from dwl_kernels.backends import Backend
+from dwl_kernels.core.build import effective_dual
+from dwl_kernels.core.problem import Correction, DualScale, Reduction
 from dwl_kernels.domains import DomainWeights
 from dwl_kernels.functional import dual_scale_softmax_loss
 from dwl_kernels.modules.sampled import DynamicWeightedSampledSoftmax
-from dwl_kernels.problem import Correction, DualScale, Reduction
-from dwl_kernels.validation import effective_dual
 
 
 class DualScaleSampledSoftmax(DynamicWeightedSampledSoftmax):

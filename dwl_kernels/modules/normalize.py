@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dwl_kernels.batching import backward_by_slices, is_batched
-from dwl_kernels.once import ReverseOnly, once, refuse_tangents, transforms_active
-from dwl_kernels.problem import accumulate_dtype
+from dwl_kernels.core.batching import backward_by_slices, is_batched
+from dwl_kernels.core.double_backward import ReverseOnly, once, refuse_tangents, transforms_active
+from dwl_kernels.core.problem import accumulate_dtype
 
 
 def normalised(

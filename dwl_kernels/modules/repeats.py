@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
+from dwl_kernels.core.problem import no_autocast
 from dwl_kernels.domains import DomainWeights
-from dwl_kernels.problem import no_autocast
 
 
 class _FirstRun(NamedTuple):

@@ -8,25 +8,16 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from dwl_kernels.arguments import flag
 from dwl_kernels.backends import Backend
-from dwl_kernels.checks import Calibrated, both_or_none, check_choice
+from dwl_kernels.core.arguments import flag
+from dwl_kernels.core.build import in_batch_problem, indexed_ids, leave_out_no_items, takes_batch
+from dwl_kernels.core.checks import Calibrated, both_or_none, check_choice
+from dwl_kernels.core.problem import Correction, Reduction
 from dwl_kernels.domains import DomainWeights
-from dwl_kernels.functional import (
-    indexed_sampled_softmax_loss,
-    loss_of,
-    sampled_softmax_loss,
-)
+from dwl_kernels.functional import indexed_sampled_softmax_loss, loss_of, sampled_softmax_loss
+from dwl_kernels.gather import shared_rows
 from dwl_kernels.modules.normalize import normalised
-from dwl_kernels.modules.weighted import (
-    WeightedLoss,
-    check_tensors,
-    checked_ids,
-    padding,
-)
-from dwl_kernels.problem import Correction, Reduction
-from dwl_kernels.table import shared_rows
-from dwl_kernels.validation import in_batch_problem, indexed_ids, leave_out_no_items, takes_batch
+from dwl_kernels.modules.weighted import WeightedLoss, check_tensors, checked_ids, padding
 
 
 class DynamicWeightedSampledSoftmax(WeightedLoss):

@@ -9,19 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dwl_kernels.arguments import check_dense, check_order, flag, integer, integers, number
 from dwl_kernels.backends import Backend, check_name
-from dwl_kernels.buffers import Tables, on_host
-from dwl_kernels.checks import check_choice, either
-from dwl_kernels.domains import DomainWeights, check_range
-from dwl_kernels.modules.repeats import Runs
-from dwl_kernels.problem import (
+from dwl_kernels.core.arguments import check_dense, check_order, flag, integer, integers, number
+from dwl_kernels.core.buffers import Tables, on_host
+from dwl_kernels.core.checks import check_choice, either
+from dwl_kernels.core.problem import (
     Reduction,
     check_distinct,
     checks_values,
     has_values,
     mean_domain_weight,
 )
+from dwl_kernels.domains import DomainWeights, check_range
+from dwl_kernels.modules.repeats import Runs
 
 # A learned temperature stays in here: below, float16 logits overflow; above, all scores are alike.
 TEMPERATURE_RANGE = (0.005, 50.0)

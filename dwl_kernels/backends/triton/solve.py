@@ -17,9 +17,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dwl_kernels.backends import eager, triton_wide
+from dwl_kernels.backends import eager
 from dwl_kernels.backends.device import why_unfit
-from dwl_kernels.backends.triton_call import (
+from dwl_kernels.backends.triton import wide as triton_wide
+from dwl_kernels.backends.triton.launch import launch, on, workspace
+from dwl_kernels.backends.triton.specialize import (
     MAX_WORKERS,
     Results,
     common,
@@ -37,9 +39,8 @@ from dwl_kernels.backends.triton_call import (
     workspace_floats,
     workspace_integers,
 )
-from dwl_kernels.backends.triton_launch import launch, on, workspace
-from dwl_kernels.backends.triton_tiles import Tiles, by_row, choose
-from dwl_kernels.problem import Output, Problem, Wanted, checks_values
+from dwl_kernels.backends.triton.tiles import Tiles, by_row, choose
+from dwl_kernels.core.problem import Output, Problem, Wanted, checks_values
 
 MAX_D = 256  # a row tile keeps [BM, D] sums in registers; above, `triton_wide` takes over
 MAX_TABLE_D = 4096  # a warp keeps the sums of one row of a table
@@ -347,7 +348,7 @@ def scaled(
 
 @functools.cache
 def _scale() -> Any:
-    from dwl_kernels.backends import triton_scale
+    from dwl_kernels.backends.triton.kernels import scale_gradients as triton_scale
 
     return triton_scale
 
@@ -361,7 +362,7 @@ def table_gradient(
     compact: bool,
 ) -> tuple[Tensor, Tensor]:
     """As :func:`dwl_kernels.backends.chunked.table_gradient`."""
-    from dwl_kernels.backends import triton_table
+    from dwl_kernels.backends.triton.kernels import table_gradient as triton_table
 
     arguments = (source, ids, coefficients, table_rows, dtype, compact)
     if interpreting():

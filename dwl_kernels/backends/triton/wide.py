@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from dwl_kernels.backends import eager
-from dwl_kernels.backends.triton_call import (
+from dwl_kernels.backends.triton.launch import entry_of, launch
+from dwl_kernels.backends.triton.specialize import (
     common,
     form_of,
     inputs_of,
@@ -31,9 +32,8 @@ from dwl_kernels.backends.triton_call import (
     num_candidates,
     power_of_two,
 )
-from dwl_kernels.backends.triton_launch import entry_of, launch
-from dwl_kernels.backends.triton_tiles import Tiles
-from dwl_kernels.problem import Output, Problem, RowWeights, Wanted
+from dwl_kernels.backends.triton.tiles import Tiles
+from dwl_kernels.core.problem import Output, Problem, RowWeights, Wanted
 
 # Logits of a block: 32 MB of float32 and 16 MB of 16-bit exponentials, about the L2 of an H200. A
 # block of fewer rows would read and write dc more often than its products can hide.
@@ -366,6 +366,6 @@ def constants_of(*values: Any) -> Any:
 
 @functools.cache
 def device_side() -> Any:
-    from dwl_kernels.backends import triton_wide_kernels
+    from dwl_kernels.backends.triton.kernels import wide as triton_wide_kernels
 
     return triton_wide_kernels

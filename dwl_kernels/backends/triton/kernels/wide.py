@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from dwl_kernels.backends.triton_common import (
+from dwl_kernels.backends.triton.kernels.common import (
     HEADROOM,
     NO_ITEM,
     finite,
@@ -33,7 +33,7 @@ from dwl_kernels.backends.triton_common import (
     scaled,
     unit_of,
 )
-from dwl_kernels.backends.triton_rows import Sums, row_results
+from dwl_kernels.backends.triton.kernels.row_pass import Sums, row_results
 
 # Of a row's total: above, its reference was too low. The second search costs little here, so this
 # leaves room below for the coefficients, which are divided by the total.

@@ -16,12 +16,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dwl_kernels import _build_cuda
-from dwl_kernels._cache import BuildError
-from dwl_kernels.backends import cuda_tiles, eager
-from dwl_kernels.backends.cuda_tiles import MAX_D, Variant
+from dwl_kernels.backends import eager
+from dwl_kernels.backends.cache import BuildError
+from dwl_kernels.backends.cuda import build as cuda_build
+from dwl_kernels.backends.cuda import variants as cuda_tiles
+from dwl_kernels.backends.cuda.variants import MAX_D, Variant
 from dwl_kernels.backends.device import why_unfit
-from dwl_kernels.problem import NO_ITEM, Output, Problem, Wanted
+from dwl_kernels.core.problem import NO_ITEM, Output, Problem, Wanted
 
 MAX_LENGTH = (1 << 31) - (1 << 16)  # places are 32-bit numbers, offsets 64-bit ones
 _PROBE = torch.bfloat16, 64  # compiled to see whether anything compiles
@@ -70,7 +71,7 @@ def why_not(device_type: str) -> str | None:
 @functools.cache
 def _does_not_build(variant: Variant, capability: tuple[int, int] | None) -> str | None:
     try:
-        _build_cuda.load(variant, capability)
+        cuda_build.load(variant, capability)
     except BuildError as error:
         return str(error)
     return None
@@ -300,7 +301,7 @@ def _emulated(dtype: torch.dtype, dim: int) -> Variant:
 
 
 def _emulate(problem: Problem, fields: dict[str, Any]) -> None:
-    library = _build_cuda.load(_emulated(problem.query.dtype, problem.query.shape[1]), None)
+    library = cuda_build.load(_emulated(problem.query.dtype, problem.query.shape[1]), None)
     call, space = _call(problem, fields, library, EMULATION.blocks)
     buffers = [_Buffer(b"call", ctypes.addressof(call), ctypes.sizeof(call), _INPUT, 0)]
     buffers += _Buffer.all_of(fields | {"space": space})
@@ -324,7 +325,7 @@ def _launch(problem: Problem, fields: dict[str, Any]) -> None:
     with torch.cuda.device(index):
         capability = torch.cuda.get_device_capability(index)
         found = cuda_tiles.variant(problem.query.dtype, problem.query.shape[1], capability)
-        library = _build_cuda.load(found, capability)
+        library = cuda_build.load(found, capability)
         blocks = _blocks(found, capability, index)
         call, _space = _call(problem, fields, library, blocks)
         stream = torch.cuda.current_stream(device).cuda_stream
@@ -346,7 +347,7 @@ def _blocks(variant: Variant, capability: tuple[int, int], index: int) -> int:
     """How many blocks of the kernel the device runs at once."""
     message = ctypes.create_string_buffer(_MESSAGE_BYTES)
     blocks = ctypes.c_int64()
-    library = _build_cuda.load(variant, capability)
+    library = cuda_build.load(variant, capability)
     if library.dwl_blocks(
         ctypes.c_int(index), ctypes.byref(blocks), message, ctypes.c_int64(_MESSAGE_BYTES)
     ):

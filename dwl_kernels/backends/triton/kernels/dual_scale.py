@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dwl_kernels.backends.triton_common import (
+from dwl_kernels.backends.triton.kernels.common import (
     INTENSITY,
     MANY,
     NO_ITEM,

@@ -12,9 +12,9 @@ import math
 import torch
 from torch import Tensor
 
-from dwl_kernels.arguments import ids_on, integer, number
-from dwl_kernels.batching import refuse_to_count
-from dwl_kernels.buffers import Tables, difference, on_host
+from dwl_kernels.core.arguments import ids_on, integer, number
+from dwl_kernels.core.batching import refuse_to_count
+from dwl_kernels.core.buffers import Tables, difference, on_host
 
 _MEND = "call update outside of vmap, with the ids of all slices or of one after the other"
 

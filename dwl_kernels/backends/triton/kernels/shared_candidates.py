@@ -51,8 +51,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dwl_kernels.backends.triton_candidates import candidate_tile, half_shift, merge_candidates
-from dwl_kernels.backends.triton_common import (
+from dwl_kernels.backends.triton.kernels.candidate_pass import (
+    candidate_tile,
+    half_shift,
+    merge_candidates,
+)
+from dwl_kernels.backends.triton.kernels.common import (
     ALIGN,
     BLOCK,
     CHUNK,
@@ -82,8 +86,8 @@ from dwl_kernels.backends.triton_common import (
     unit,
     units_of,
 )
-from dwl_kernels.backends.triton_dual import competing_tile, with_means
-from dwl_kernels.backends.triton_rows import merge_rows, row_tile
+from dwl_kernels.backends.triton.kernels.dual_scale import competing_tile, with_means
+from dwl_kernels.backends.triton.kernels.row_pass import merge_rows, row_tile
 
 # Phase 0 -----------------------------------------------------------------------------------------
 

@@ -20,8 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dwl_kernels.backends.triton_launch import entry_of, launch, specialised
-from dwl_kernels.problem import accumulate_dtype
+from dwl_kernels.backends.triton.launch import entry_of, launch, specialised
+from dwl_kernels.core.problem import accumulate_dtype
 
 BLOCK = 1024  # places that a program lists
 SPAN = 64

@@ -18,7 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dwl_kernels.backends.triton_common import (
+from dwl_kernels.backends.triton.kernels.common import (
     ALIGN,
     CHUNK,
     Call,
@@ -36,13 +36,18 @@ from dwl_kernels.backends.triton_common import (
     temperatures_of,
     unit_of,
 )
-from dwl_kernels.backends.triton_kernels import finish_sums, sum_rows, weigh_rows, workspace
-from dwl_kernels.backends.triton_rows import (
+from dwl_kernels.backends.triton.kernels.row_pass import (
     Results,
     Sums,
     row_results,
     store_losses,
     store_query,
+)
+from dwl_kernels.backends.triton.kernels.shared_candidates import (
+    finish_sums,
+    sum_rows,
+    weigh_rows,
+    workspace,
 )
 
 

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dwl_kernels.backends.triton_tiles import Load, Tiles, installed
-from dwl_kernels.problem import DualScale, Problem, Wanted, accumulate_dtype
+from dwl_kernels.backends.triton.tiles import Load, Tiles, installed
+from dwl_kernels.core.problem import DualScale, Problem, Wanted, accumulate_dtype
 
 MAX_WORKERS = 1024  # more than any device has multiprocessors, three programs on each
 
@@ -25,17 +25,19 @@ def interpreting() -> bool:
 
 @functools.cache
 def common() -> Any:
-    from dwl_kernels.backends import triton_common
+    from dwl_kernels.backends.triton.kernels import common as triton_common
 
     return triton_common
 
 
 def kernel_of(problem: Problem) -> Any:
     if problem.by_row:
-        from dwl_kernels.backends.triton_indexed import indexed_softmax_loss_kernel
+        from dwl_kernels.backends.triton.kernels.per_row_candidates import (
+            indexed_softmax_loss_kernel,
+        )
 
         return indexed_softmax_loss_kernel
-    from dwl_kernels.backends.triton_kernels import softmax_loss_kernel
+    from dwl_kernels.backends.triton.kernels.shared_candidates import softmax_loss_kernel
 
     return softmax_loss_kernel
 
@@ -217,7 +219,7 @@ def _form(
 ) -> Any:
     import triton.language as tl
 
-    from dwl_kernels.backends.triton_common import Form
+    from dwl_kernels.backends.triton.kernels.common import Form
 
     exact = dtype == torch.float64 or (dtype == torch.float32 and precision == "highest")
     narrow = dtype in (torch.bfloat16, torch.float16)

@@ -11,8 +11,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from dwl_kernels.arguments import check_dense, flag, integer, integers, number
-from dwl_kernels.checks import (
+from dwl_kernels.core.arguments import check_dense, flag, integer, integers, number
+from dwl_kernels.core.checks import (
     Calibrated,
     as_given,
     autocast_dtype,
@@ -25,7 +25,7 @@ from dwl_kernels.checks import (
     floating,
     row_arguments,
 )
-from dwl_kernels.problem import (
+from dwl_kernels.core.problem import (
     NO_ITEM,
     Correction,
     DualScale,

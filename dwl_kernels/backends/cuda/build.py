@@ -17,9 +17,9 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from dwl_kernels import _build
-from dwl_kernels._cache import BuildError, cached, digest, does_not_load
-from dwl_kernels.backends.cuda_tiles import Variant
+from dwl_kernels.backends import compilers
+from dwl_kernels.backends.cache import BuildError, cached, digest, does_not_load
+from dwl_kernels.backends.cuda.variants import Variant
 
 _PLACES = ("/usr/local/cuda/bin/nvcc",)
 FLAGS = "-std=c++17 -O3 -lineinfo -shared -Xcompiler -fPIC"
@@ -43,7 +43,7 @@ def nvcc() -> str:
         found = shutil.which(str(Path(home) / "bin" / "nvcc"))
         if found is None:
             raise BuildError(
-                f"no CUDA compiler at CUDA_HOME={home}: it must hold bin/nvcc; {_build.MEND}"
+                f"no CUDA compiler at CUDA_HOME={home}: it must hold bin/nvcc; {compilers.MEND}"
             )
         return found
     for place in ("nvcc", *_PLACES):
@@ -52,7 +52,7 @@ def nvcc() -> str:
             return found
     raise BuildError(
         "no CUDA compiler found: install the CUDA toolkit, or name its folder in CUDA_HOME; "
-        + _build.MEND
+        + compilers.MEND
     )
 
 
@@ -70,8 +70,8 @@ def nvcc_version() -> str:
 @functools.cache
 def _identity(nvcc: str) -> str:
     """A digest of the compilers for the device and for the host."""
-    said = _build.run_compiler([nvcc, "--version"], False, "the CUDA kernel", "CUDA_HOME")
-    return digest(nvcc, said, _build.compiler_identity())
+    said = compilers.run_compiler([nvcc, "--version"], False, "the CUDA kernel", "CUDA_HOME")
+    return digest(nvcc, said, compilers.compiler_identity())
 
 
 def build(
@@ -86,7 +86,7 @@ def build(
     """
     if capability is None:
         return _build_emulated(variant, verbose)
-    source = _build.source_dir() / "cuda" / "sampled_softmax.cu"
+    source = compilers.source_dir() / "cuda" / "sampled_softmax.cu"
     arch = f"{capability[0]}{capability[1]}"
     flags = [*FLAGS.split(), *variant.definitions(), f"-arch=sm_{arch}"]
     what = f"the CUDA kernel for {variant}"
@@ -97,7 +97,7 @@ def build(
         named = ["-ccbin", host[0]] if host else []
         command = [nvcc(), *named, *flags, str(source), "-o", str(target)]
         print(f"dwl_kernels: compiling {what} (about 20 s, once) ...", file=sys.stderr, flush=True)
-        _build.run_compiler(command, verbose, what, "CUDA_HOME")
+        compilers.run_compiler(command, verbose, what, "CUDA_HOME")
         return target
 
     key = f"cuda-{arch}-{_key(source.parent.iterdir(), flags)}"
@@ -105,7 +105,7 @@ def build(
 
 
 def _build_emulated(variant: Variant, verbose: bool) -> Path:
-    folder = _build.source_dir() / "cuda"
+    folder = compilers.source_dir() / "cuda"
     sources = [folder / "emulate.cpp", folder / "checks.cpp"]
     headers = [folder / "emulate.h", folder / "emulation.h"]
     flags = _EMULATE.split()
@@ -113,8 +113,8 @@ def _build_emulated(variant: Variant, verbose: bool) -> Path:
     what = f"the emulated CUDA kernel for {variant}"
 
     def compiled(target: Path, *arguments: str) -> Path:
-        command = [*_build.compiler(), *arguments, "-o", str(target)]
-        _build.run_compiler(command, verbose, what)
+        command = [*compilers.compiler(), *arguments, "-o", str(target)]
+        compilers.run_compiler(command, verbose, what)
         return target
 
     def emulator(work: Path) -> Path:  # the same for every variant
@@ -127,7 +127,7 @@ def _build_emulated(variant: Variant, verbose: bool) -> Path:
         parts = [str(compiled(work / "kernel.o", *checked, *source)), str(common)]
         return compiled(work / "library.so", "-shared", *parts)
 
-    identity = _build.compiler_identity
+    identity = compilers.compiler_identity
     key = f"cuda-emulator-{_key(sources + headers, flags)}"
     common = cached(key, ".o", identity, emulator, "the emulator of CUDA")
     key = f"cuda-emulated-{_key(folder.iterdir(), checked)}"

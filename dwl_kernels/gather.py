@@ -13,15 +13,10 @@ import torch
 from torch import Tensor
 
 from dwl_kernels import backends
-from dwl_kernels.batching import backward_by_slices, is_batched, register_by_slices
-from dwl_kernels.once import (
-    ReverseOnly,
-    once,
-    refuse_tangents,
-    transforms_active,
-)
+from dwl_kernels.core.batching import backward_by_slices, is_batched, register_by_slices
+from dwl_kernels.core.double_backward import ReverseOnly, once, refuse_tangents, transforms_active
+from dwl_kernels.core.problem import no_autocast
 from dwl_kernels.op_checks import check_table
-from dwl_kernels.problem import no_autocast
 
 _library = torch.library.Library("dwl_kernels", "FRAGMENT")
 _library.define(

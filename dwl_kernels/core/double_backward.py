@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from dwl_kernels.batching import by_slices
+from dwl_kernels.core.batching import by_slices
 
 
 def refuse() -> NoReturn:

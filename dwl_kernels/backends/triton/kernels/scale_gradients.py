@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dwl_kernels.backends.triton_launch import entry_of, launch, specialised
+from dwl_kernels.backends.triton.launch import entry_of, launch, specialised
 
 BLOCK = 4096
 

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dwl_kernels.arguments import check_dense, integers, number
-from dwl_kernels.once import refuse_jit
-from dwl_kernels.problem import (
+from dwl_kernels.core.arguments import check_dense, integers, number
+from dwl_kernels.core.double_backward import refuse_jit
+from dwl_kernels.core.problem import (
     FLOATS,
     INTEGERS,
     Correction,

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from dwl_kernels.backends.triton_common import (
+from dwl_kernels.backends.triton.kernels.common import (
     BELOW,
     CHUNK,
     COEFFICIENT,
@@ -52,7 +52,12 @@ from dwl_kernels.backends.triton_common import (
     temperatures_of,
     unit_of,
 )
-from dwl_kernels.backends.triton_dual import dual_factor, dual_ratio, dual_shift, row_scale
+from dwl_kernels.backends.triton.kernels.dual_scale import (
+    dual_factor,
+    dual_ratio,
+    dual_shift,
+    row_scale,
+)
 
 
 class Rows(NamedTuple):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dwl_kernels.arguments import (
+from dwl_kernels.core.arguments import (
     check_order,
     ids_on,
     integer,
@@ -22,8 +22,8 @@ from dwl_kernels.arguments import (
     real_numbers,
     wrong_type,
 )
-from dwl_kernels.buffers import Tables, difference, on_host
-from dwl_kernels.problem import checks_values, has_values
+from dwl_kernels.core.buffers import Tables, difference, on_host
+from dwl_kernels.core.problem import checks_values, has_values
 
 # Beyond this, float64 no longer tells the log-uniform borders of neighbouring ids apart, and the
 # remainder of a 62-bit random number is no longer uniform to 2^-14.

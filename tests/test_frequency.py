@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dwl_kernels.candidates import LogUniformSampler
-from dwl_kernels.streams import CountMinSketch, StreamingFrequency, _mix64
+from dwl_kernels.frequency import CountMinSketch, StreamingFrequency, _mix64
+from dwl_kernels.samplers import LogUniformSampler
 
 
 def seeded(seed: int = 0) -> torch.Generator:

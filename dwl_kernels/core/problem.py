@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dwl_kernels.once import transforms_active
+from dwl_kernels.core.double_backward import transforms_active
 
 Reduction = Literal["mean", "weighted_mean", "sum", "none"]
 Correction = Literal["standard", "refined"]

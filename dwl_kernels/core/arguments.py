@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from dwl_kernels.problem import INTEGERS
+from dwl_kernels.core.problem import INTEGERS
 
 # ---------------------------------------------------------------- scalars
 

@@ -14,13 +14,8 @@ from hypothesis import strategies as st
 from test_streams import STREAMS
 from torch import Tensor
 
-from dwl_kernels.candidates import (
-    LogUniformSampler,
-    UniformSampler,
-    UnigramSampler,
-    _log_uniform_ids,
-)
-from dwl_kernels.streams import CountMinSketch, StreamingFrequency
+from dwl_kernels.frequency import CountMinSketch, StreamingFrequency
+from dwl_kernels.samplers import LogUniformSampler, UniformSampler, UnigramSampler, _log_uniform_ids
 
 # Small enough that 200,000 draws put hundreds of them on the rarest item, so that the chi-square
 # statistic is close to its limit; 37 is no power of two.

@@ -11,10 +11,10 @@ import functools
 import torch
 from torch import Tensor
 
-from dwl_kernels import _build
-from dwl_kernels._cache import BuildError
 from dwl_kernels.backends import chunked, eager
-from dwl_kernels.problem import Output, Problem, RowWeights, Wanted, accumulate_dtype
+from dwl_kernels.backends.cache import BuildError
+from dwl_kernels.backends.cpu import build as cpu_build
+from dwl_kernels.core.problem import Output, Problem, RowWeights, Wanted, accumulate_dtype
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
@@ -23,7 +23,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 def why_not() -> str | None:
     """Why the CPU kernel cannot run here and the mend; None where it can. Compiles on first use."""
     try:
-        _build.load_cpu()
+        cpu_build.load_cpu()
     except BuildError as error:
         return str(error)
     _register_fake()
