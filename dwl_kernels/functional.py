@@ -110,8 +110,9 @@ def sampled_softmax_loss(
         correction: ``"standard"``, or ``"refined"`` (arXiv 2507.09331): the positive leaves the
             denominator, is not corrected itself, and the row weighs
             ``r_i = sigmoid(lse_i - log n_i - z_i+)``, detached, with ``lse_i = log sum_j exp z_ij +
-            log(1 - Q+_i)`` and ``n_i`` the number of negatives that are no hits. Otherwise
-            ``r_i = 1``. A row with nothing left in its denominator gives zeros.
+            log(1 - Q+_i)`` and ``n_i`` the number of negatives that are no hits and not taken out
+            by a log-Q of ``+inf``. Otherwise ``r_i = 1``. A row with nothing left in its
+            denominator gives zeros.
         reduction: the norm. ``"mean"`` divides by the number of rows whose example weight is not
             zero, ``"weighted_mean"`` by the sum of ``w_i``, ``"sum"`` by 1; ``"none"`` returns
             ``w_i r_i l_i``. 0/0 is 0.
@@ -462,9 +463,9 @@ def dual_scale_softmax_loss(
         \tau_i \propto \tau \, \mathrm{clip}(1 + k (g_i - \bar g), 1/2, 2), \qquad
         g_i = \mathrm{mean}_{j \in slate_i} \, \sigma(z_{ij} - z_i^+)
 
-    The weights have mean one over the ``n_i`` candidates of a row that are no hits, the
-    temperatures have mean ``tau`` over the batch, and both are detached. With all strengths 0 it is
-    :func:`sampled_softmax_loss`, exactly.
+    The weights have mean one over the ``n_i`` candidates of a row that are no hits and not taken
+    out by a log-Q of ``+inf``, the temperatures have mean ``tau`` over the batch, and both are
+    detached. With all strengths 0 it is :func:`sampled_softmax_loss`, exactly.
 
     The form is this package's own. It has every property that the abstract of the paper names, and
     claims no reproduction of the paper's equations.

@@ -236,6 +236,15 @@ def _positive_log_q(value: float) -> Callable[[Inputs], None]:
     return change
 
 
+def _remove(inputs: Inputs) -> None:
+    """Negatives that their log-Q takes out; some are hits as well. In a batch, positives too."""
+    if "negative_log_q" in inputs:
+        inputs["negative_log_q"][2::5] = torch.inf
+    if "log_q" in inputs:
+        inputs["log_q"][[2, 5, 6]] = -torch.inf
+        inputs["ids"][5] = -1
+
+
 def _large_logits(inputs: Inputs) -> None:
     inputs["query"] *= 1e4 / 20
 
@@ -341,6 +350,18 @@ CASES = [
         **_FULL_ROWS,
         options={"correction": "refined", "reduction": "none"},
     ),
+    Case(
+        "refined, negatives taken out",
+        log_q=True,
+        change=_remove,
+        options={"correction": "refined"},
+    ),
+    Case(
+        "refined, negatives taken out, some are hits",
+        **_FULL_ROWS,
+        change=_remove,
+        options={"correction": "refined"},
+    ),
     Case("no candidates", candidates=0, **_FULL),
     Case("refined, no candidates", candidates=0, **_FULL, options={"correction": "refined"}),
     Case("no rows", rows=0, **_FULL),
@@ -384,6 +405,13 @@ CASES = [
         **_FULL_ROWS,
         options={"correction": "refined", "reduction": "weighted_mean"},
     ),
+    Case(
+        "in-batch, refined, candidates taken out",
+        kind="mixed",
+        **_FULL_ROWS,
+        change=_remove,
+        options={"correction": "refined"},
+    ),
     Case("in-batch, none", kind="mixed", **_FULL_ROWS, options={"reduction": "none"}),
     Case("in-batch, NaN in the padding", kind="mixed", **_FULL_ROWS, change=_padding_holds_nan),
     Case("in-batch, no rows", rows=0, kind="mixed", **_FULL),
@@ -413,6 +441,20 @@ CASES = [
         options={"reduction": "none", "slate_size": 5},
     ),
     Case("dual scale, refined", kind="dual", **_FULL, options={"correction": "refined"}),
+    Case(
+        "dual scale, negatives taken out",
+        kind="dual",
+        log_q=True,
+        change=_remove,
+        options={"slate_size": 4},
+    ),
+    Case(
+        "dual scale, mixed, refined, negatives taken out",
+        kind="dual",
+        **_FULL,
+        change=_remove,
+        options={"in_batch": True, "correction": "refined"},
+    ),
     Case("dual scale, every candidate a hit", kind="dual", **_FULL, change=_all_hits),
     Case("dual scale, some have no candidate", kind="dual", ids=True, change=_some_hits_only),
     Case("dual scale, no candidates", kind="dual", candidates=0, **_FULL),
@@ -463,6 +505,13 @@ CASES = [
         kind="indexed_rows",
         log_q=True,
         change=_candidate_log_q_per_row,
+    ),
+    Case(
+        "by row, refined, candidates of log-Q +inf",
+        kind="indexed_rows",
+        log_q=True,
+        change=_candidate_log_q_per_row,
+        options={"correction": "refined"},
     ),
     Case("by row, large logits", kind="indexed_rows", log_q=True, change=_large_logits),
     Case("by row, huge weights", kind="indexed_rows", **_FULL, change=_weights(1e30)),

@@ -34,7 +34,7 @@ INTERPRETED = {
     *("every candidate a hit", "mixed, everything", "in-batch, NaN in the padding"),
     *("by row, everything", "by row, refined", "by row, none", "by row, large logits"),
     *("full softmax, past the tile", "dual scale, everything", "dual scale, in-batch, everything"),
-    "full softmax, NaN in the padding",
+    *("full softmax, NaN in the padding", "in-batch, refined, candidates taken out"),
 }
 ABOUT_OTHERS = {
     "test_id_outside_the_table_is_an_index_error",

@@ -195,6 +195,92 @@ def test_refined_correction_counts_what_is_no_item(backend: str, kind: str) -> N
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
 
 
+CHOICES = {
+    "refined": {"correction": "refined"},
+    "hardness": {"similarity": 0.0, "competition": 0.0},
+    "similarity": {"hardness": 0.0, "competition": 0.0},
+    # Slates of one group, or of one for every candidate, are the same without some of them.
+    "competition": {"hardness": 0.0, "similarity": 0.0, "slate_size": 1},
+    "both scales, refined": {"slate_size": 64, "correction": "refined"},
+    "weights, refined": {"competition": 0.0, "correction": "refined"},
+}
+OF_DUAL = [choice for choice in CHOICES if choice != "refined"]
+
+
+@pytest.mark.parametrize("ids", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "choice", "in_batch"),
+    [
+        *((kind, "refined", False) for kind in KINDS if kind not in ("in_batch", "dual")),
+        *(("dual", choice, in_batch) for choice in OF_DUAL for in_batch in (False, True)),
+    ],
+)
+def test_negative_of_log_q_infinity_is_as_if_it_were_not_there(
+    backend: str, kind: str, choice: str, in_batch: bool, ids: bool
+) -> None:
+    options = CHOICES[choice] | ({"in_batch": in_batch} if kind == "dual" else {})
+    case, inputs = problem(kind, **options)
+    if ids and "table" in inputs:  # hits
+        inputs["negative_ids"].view(-1)[:4] = torch.tensor([0, 1, 5, 0])
+    elif not ids and "table" not in inputs:
+        del inputs[name_of(inputs, "ids")], inputs["negative_ids"]
+    kept = torch.tensor([True, False, True, False, True, True, True, True, False])
+    if kind == "indexed_rows":
+        kept = torch.stack([kept.roll(i) for i in range(ROWS)])
+    inputs["negative_log_q"] = inputs["negative_log_q"].masked_fill(~kept, INF)
+    dropped = dict(inputs)
+    for name in ("negative", "negative_ids", "negative_log_q"):
+        if name in inputs:
+            few = inputs[name][kept]
+            dropped[name] = few.view(ROWS, -1) if kind == "indexed_rows" else few
+    got, expected = case.loss(inputs, backend), case.loss(dropped, "eager")
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+    assert_same(gradients(got.sum(), inputs), gradients(expected.sum(), inputs))
+
+
+@pytest.mark.parametrize("value", [INF, -INF])
+@pytest.mark.parametrize("ids", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "choice"),
+    [
+        *(("in_batch", "refined"), ("mixed", "refined")),
+        *(("dual", choice) for choice in ("hardness", "similarity", "weights, refined")),
+    ],
+)
+def test_positive_of_infinite_log_q_does_not_count_among_the_candidates_of_others(
+    backend: str, kind: str, choice: str, ids: bool, value: float
+) -> None:
+    case, inputs = problem(
+        kind, **CHOICES[choice], **({"in_batch": True} if kind == "dual" else {})
+    )
+    if ids:  # one that is a hit of another row, and one that is no item
+        inputs[name_of(inputs, "ids")] = torch.tensor([0, 1, 1, -1, -1, 5])
+    else:
+        inputs.pop("negative_ids", None)
+        del inputs[name_of(inputs, "ids")]
+    gone = torch.tensor([False, False, True, True, False, False])
+    padded = inputs | {"example_weights": (~gone).double()}
+    log_q = name_of(inputs, "log_q")
+    inputs[log_q] = inputs[log_q].masked_fill(gone, value)
+    got, expected = case.loss(inputs, backend)[~gone], case.loss(padded, "eager")[~gone]
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+    assert_same(gradients(got.sum(), inputs), gradients(expected.sum(), inputs))
+
+
+@pytest.mark.parametrize("kind", ["sampled", "mixed", "dual", "indexed_rows"])
+def test_refined_row_whose_negatives_are_all_taken_out(backend: str, kind: str) -> None:
+    case, inputs = problem(kind, correction="refined")
+    inputs["negative_log_q"] = torch.full_like(inputs["negative_log_q"], INF)
+    loss = case.loss(inputs, backend)
+    if kind == "mixed":
+        few = inputs | {name: inputs[name][:0] for name in inputs if name.startswith("negative")}
+        expected = case.loss(few, "eager")
+        torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-12)
+    else:
+        assert not loss.any()
+        assert not any(g.any() for g in gradients(loss.sum(), inputs).values())
+
+
 GARBAGE = (0.0, NAN, -1.0, INF)
 
 

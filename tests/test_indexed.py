@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dwl_kernels import (
+    DualScaleSampledSoftmax,
     DynamicWeightedSampledSoftmax,
     indexed_sampled_softmax_loss,
     sampled_softmax_loss,
@@ -321,8 +322,6 @@ class Largest(TorchDispatchMode):
 def test_negative_that_is_no_item_is_left_out(
     backend: str, kind: str, log_q: bool, correction: str
 ) -> None:
-    if kind == "compiled" and correction == "refined":
-        pytest.skip("sizes must not depend on values there, so n_i counts what is left out")
     g = torch.Generator().manual_seed(0)
     query = torch.randn(5, 6, generator=g, dtype=torch.float64, requires_grad=True)
     items = torch.randn(20, 6, generator=g, dtype=torch.float64, requires_grad=True)
@@ -354,6 +353,43 @@ def test_negative_that_is_no_item_is_left_out(
         torch.testing.assert_close(x, y, rtol=1e-13, atol=1e-15)
     with pytest.raises(IndexError, match=r"negative_ids holds -2, .* or -1, no item"):
         loss(far - (far == -1).long(), of_far)
+
+
+@pytest.mark.parametrize("correction", ["standard", "refined"])
+@pytest.mark.parametrize("calibration", [0.0, 0.5])
+@pytest.mark.parametrize("log_q", [False, True])
+def test_dual_scale_leaves_out_what_is_no_item_where_values_are_not_looked_at(
+    monkeypatch: pytest.MonkeyPatch, backend: str, log_q: bool, calibration: float, correction: str
+) -> None:
+    if calibration and correction == "refined":
+        pytest.skip("calibration corrects the positive too")
+    g = torch.Generator().manual_seed(0)
+    query = torch.randn(5, 6, generator=g, dtype=torch.float64, requires_grad=True)
+    items = torch.randn(20, 6, generator=g, dtype=torch.float64, requires_grad=True)
+    far, values = torch.tensor([7, -1, 0, 3, -1, 9]), -torch.rand(11, generator=g)
+    module = DualScaleSampledSoftmax(
+        weights=[0.5, 2.0],
+        item_domains=[0, 1] * 10,
+        calibration=calibration,
+        correction=correction,
+        slate_size=1,
+        backend=backend,
+    )
+
+    def loss(kept: Tensor) -> Tensor:
+        draws = {"positive_ids": torch.tensor([1, 2, 3, 4, 0]), "negative_ids": far[kept]}
+        if log_q:
+            draws |= {"positive_log_q": values[:5], "negative_log_q": values[5:][kept]}
+        return module(query, table=items, **draws)
+
+    few = loss(far != -1)
+    monkeypatch.setattr("dwl_kernels.validation.checks_values", lambda tensor: False)
+    all_of_them = loss(far == far)
+    torch.testing.assert_close(all_of_them, few, rtol=1e-6, atol=1e-6)
+    for x, y in zip(
+        *(torch.autograd.grad(one, [query, items]) for one in (all_of_them, few)), strict=True
+    ):
+        torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("missing", ["positive_log_q", "negative_log_q"])

@@ -18,7 +18,11 @@ from module_inputs import (
     table_of,
 )
 
-from dwl_kernels import DomainWeights, DynamicWeightedSampledSoftmax
+from dwl_kernels import (
+    DomainWeights,
+    DualScaleSampledSoftmax,
+    DynamicWeightedSampledSoftmax,
+)
 
 WEIGHTS = [0.0, 1.0, 3.0]
 DOMAIN_OF = torch.arange(ITEMS) % DOMAINS  # items 0, 3, 6, ... weigh nothing
@@ -126,3 +130,39 @@ def test_row_of_weight_zero_is_no_candidate_in_the_batch():
     )
     torch.testing.assert_close(got[heavy], wanted)
     assert not got[~heavy].any()
+
+
+@pytest.mark.parametrize("strength", ["hardness", "similarity", "competition"])
+@pytest.mark.parametrize("in_batch", [False, True])
+def test_dual_scale_does_not_count_candidates_of_weight_zero(backend, in_batch, strength):
+    if backend == "cuda":
+        pytest.skip("a loss that this backend does not take")
+    query, positive, negative = inputs = embeddings()
+    ids = draws() | {"domain_ids": torch.tensor([1, 2, 2, 1, -1, 1])}
+    domains = torch.arange(N) % DOMAINS
+    kept = domains != 0
+    loss_fn = dual_scale(strength, backend, in_batch=in_batch)
+    got = loss_fn(*inputs, **ids, negative_domain_ids=domains)
+    few = ids | {name: ids[name][kept] for name in ("negative_ids", "negative_log_q")}
+    wanted = loss_fn(query, positive, negative[kept], **few, negative_domain_ids=domains[kept])
+    assert_same(got, wanted, inputs)
+
+
+@pytest.mark.parametrize("strength", ["hardness", "similarity"])
+def test_dual_scale_does_not_count_rows_of_weight_zero_in_the_batch(backend, strength):
+    if backend == "cuda":
+        pytest.skip("a loss that this backend does not take")
+    inputs, domain_ids = embeddings()[:2], torch.tensor([1, 0, 2, 1, 0, 2])
+    loss_fn = dual_scale(strength, backend, reduction="sum")
+    heavy = domain_ids != 0
+    got = loss_fn(*inputs, domain_ids=domain_ids)
+    wanted = loss_fn(*(x[heavy] for x in inputs), domain_ids=domain_ids[heavy])
+    assert_same(got, wanted, inputs)
+
+
+def dual_scale(strength, backend, **options):
+    """With one strength alone; a slate of one group is the same without some candidates."""
+    strengths = {"hardness": 0.0, "similarity": 0.0, "competition": 0.0, strength: 1.0}
+    return DualScaleSampledSoftmax(
+        weights=WEIGHTS, calibration=0.5, slate_size=1, backend=backend, **strengths, **options
+    )

@@ -98,7 +98,9 @@ void indexed_softmax_cpu(const IndexedProblem<T, S>& p, const IndexedGradients<T
         continue;
       }
       s[j] = dot_stored(query, p.table + ids[j] * dim, dim) / row.tau;
-      if (log_q != nullptr) s[j] -= log_q[j];
+      if (log_q == nullptr) continue;
+      s[j] -= log_q[j];
+      row.count -= log_q[j] == kInfinity<T>;
     }
     const S* positive = p.table + p.positive_ids[i] * dim;
     row.z_positive = dot_stored(query, positive, dim) / row.tau;

@@ -58,6 +58,7 @@ class Kernel {
       for (int64_t j = 0; j < n; ++j) {
         bias_[j] = p.candidate_log_q != nullptr ? -p.candidate_log_q[j] : T(0);
         if (padded_ > 0 && padding(j)) bias_[j] = -kInfinity<T>;
+        removed_ += removed(j) && !padding(j);
       }
     }
     if (out.candidate != nullptr && more > 0) dc_ = buffer<T>(more * n * p.dim);
@@ -84,6 +85,10 @@ class Kernel {
   bool padding(int64_t j) const {
     return p_.in_batch() && p_.active != nullptr && j < p_.rows && !p_.active[j];
   }
+  // Whether its log-Q takes candidate j out.
+  bool removed(int64_t j) const {
+    return p_.candidate_log_q != nullptr && p_.candidate_log_q[j] == kInfinity<T>;
+  }
   T shift(int64_t i) const { return p_.shift != nullptr ? p_.shift[i] : T(0); }
   // Where a group adds its gradients up: the first straight in the output.
   T* dc_of(int group) {
@@ -102,6 +107,7 @@ class Kernel {
   const bool late_;  // product 2 waits for the totals too, so that some can be left out
   Team<T> team_;
   int64_t padded_;          // positives of padded rows: in a batch they are nobody's candidates
+  int64_t removed_ = 0;     // other candidates that their log-Q takes out
   std::vector<T> bias_;     // [N] -log Q_j, or empty
   Buffer<T> dc_, d_log_q_;  // of the other groups, [groups - 1, N, D], [groups - 1, N]
 };
@@ -161,12 +167,14 @@ void Kernel<T>::begin(Part& w, int64_t round) {
     row.z_positive = dot(p_.query + i * d, p_.positive_of(i), d);
     row_logits(&row.z_positive, row.inverse, &bias, T(0), 1);
     if (!p_.refined) continue;
-    row.count = p_.candidates - padded_ - (p_.positive == nullptr);
+    row.count = p_.candidates - padded_ - removed_;
+    row.count -= p_.positive == nullptr && !removed(p_.own(i));
     if (p_.positive_ids == nullptr) continue;
     const int64_t id = p_.positive_ids[i];
     IdIndex::Hits hits = index_.find(id, 0);
     IdIndex::visit(hits, id, p_.candidates, [&](int64_t j) {
-      row.count -= !padding(j) && (p_.positive != nullptr || j != p_.own(i));
+      const bool own = p_.positive == nullptr && j == p_.own(i);
+      row.count -= !padding(j) && !removed(j) && !own;
     });
   }
 }

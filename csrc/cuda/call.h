@@ -28,6 +28,7 @@ struct Call {
   const void* candidate_log_q;   // [N] N, nats, or null
   const int64_t* row_ids;        // [B], or null; a candidate of the same id is a hit
   const int64_t* candidate_ids;  // [N], none of them -1
+  const int64_t* removed;        // [1] candidates of log-Q +inf, no row's hits; or null: none
   const void* narrowing;         // [1] N, power of two that lifts a p / tau into float16, or null
   int64_t refined;               // correction of arXiv 2507.09331 instead of the standard one
 

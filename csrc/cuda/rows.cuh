@@ -70,9 +70,15 @@ __device__ __forceinline__ void finish_rows(const Program<S>& given, int tile, i
       if (call.positive_log_q != nullptr) {  // log(1 - Q), also where 1 - Q would round Q away
         lse += log1p(-exp(p.numbers(call.positive_log_q)[known]));
       }
-      // With an id, a row's own positive was counted as a hit.
       if (call.row_ids == nullptr) hits = 0;
-      if (p.competes() && (call.row_ids == nullptr || call.row_ids[known] == kNoItem)) hits += 1;
+      bool removed = false;  // the row's own positive
+      if (call.removed != nullptr) {
+        hits += Number(*call.removed);
+        if (p.competes()) removed = p.numbers(call.candidate_log_q)[p.own(known)] == INF;
+      }
+      // With an id, a row's own positive was counted as a hit.
+      const bool hit = call.row_ids != nullptr && call.row_ids[known] != kNoItem;
+      if (p.competes() && !hit && !removed) hits += 1;
       const Number compete = Number(p.places()) - hits;
       r_i = 1 / (1 + exp(z_positive / unit + log(compete) - lse));
       if (lse == -INF) r_i = 0;

@@ -37,7 +37,8 @@ def solve(
         score, shift, tau = dual_scale(problem, weights, query, positive, candidates)
     coefficients = eager.row_coefficients(weights, row_grad)[:, None]  # [B, 1]
     refined = problem.correction == "refined"
-    masks = problem.positive is None or problem.positive_ids is not None
+    counts = refined and problem.candidate_log_q is not None  # +inf takes a candidate out
+    masks = problem.positive is None or problem.positive_ids is not None or counts
     by_row = problem.by_row
 
     want_query = wanted.query or wanted.temperature

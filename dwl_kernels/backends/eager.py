@@ -14,8 +14,9 @@ Where every row has candidates of its own, drawn from a table, ``c_j`` is ``c_ij
 
 With the refined correction (arXiv 2507.09331) the positive leaves the denominator and is not
 corrected, ``lse_i = log sum_j exp z_ij + log(1 - Q+_i)``, and ``r_i = sigmoid(lse_i - log n_i -
-z_i+)``, detached, weighs the row by how wrong it still is; ``n_i`` counts the candidates that are
-no hits. Then ``p_ij = exp z_ij / sum_k exp z_ik`` and ``p_i+ = 0``. Otherwise ``r_i = 1``.
+z_i+)``, detached, weighs the row by how wrong it still is; ``n_i`` counts the row's candidates,
+those that are no hits and not taken out by a log-Q of +inf. Then ``p_ij = exp z_ij / sum_k exp
+z_ik`` and ``p_i+ = 0``. Otherwise ``r_i = 1``.
 
 The dual scale (after arXiv 2602.07206, in this package's form) weighs the candidates of a row and
 moves its temperature, both detached, by the strengths h, s and k::
@@ -159,12 +160,17 @@ def weighted_sum(weight: Tensor, candidates: Tensor) -> Tensor:  # [B, D]
 def excluded_candidates(problem: Problem, weights: RowWeights, start: int, stop: int) -> Tensor:
     """Which candidates rows ``start:stop`` do not compete with, bool ``[stop - start, N]``.
 
-    Accidental hits, a row's own positive, and in a batch the positives of padded rows.
+    Accidental hits, those that a log-Q of +inf takes out, a row's own positive, and in a batch the
+    positives of padded rows.
     """
+    log_q = log_q_of_candidates(problem)
     if problem.candidate_rows is not None and problem.target is not None:
-        return problem.candidate_rows[start:stop] == problem.target[start:stop, None]
+        excluded = problem.candidate_rows[start:stop] == problem.target[start:stop, None]
+        return excluded if log_q is None else excluded | (log_q[start:stop] == torch.inf)
     n = problem.candidates.shape[0]
     excluded = torch.zeros(stop - start, n, dtype=torch.bool, device=problem.query.device)
+    if log_q is not None:
+        excluded |= log_q == torch.inf
     if problem.positive_ids is not None and problem.candidate_ids is not None:
         ids = problem.positive_ids[start:stop, None]
         excluded |= (ids == problem.candidate_ids) & (ids != NO_ITEM)
@@ -184,7 +190,10 @@ def log_q_of_positives(problem: Problem) -> Tensor | None:  # [B]
 
 
 def log_q_of_candidates(problem: Problem) -> Tensor | None:  # [N] or [B, K]
-    """``log Q_j``. A positive of the batch that is never drawn (-inf) is no candidate of others."""
+    """``log Q_j``. A positive of the batch that is never drawn (-inf) is no candidate of others.
+
+    +inf takes a candidate out, as if it were not there.
+    """
     log_q = problem.candidate_log_q
     if log_q is None or not problem.in_batch:
         return log_q

@@ -36,9 +36,10 @@ class DualScaleSampledSoftmax(DynamicWeightedSampledSoftmax):
         \tau_i \propto \tau \, \mathrm{clip}(1 + k (g_i - \bar g), 1/2, 2), \qquad
         g_i = \mathrm{mean}_{j \in slate_i} \, \sigma(z_{ij} - z_i^+)
 
-    Within a row the candidates weigh by how hard they are and how like the positive; between rows
-    the temperature moves with how hard the strongest candidates, the slate, compete. Both are
-    detached, and with all three strengths 0 it is the base class, exactly.
+    Within a row its ``n_i`` candidates, those that are no hits and not taken out by a log-Q of
+    ``+inf``, weigh by how hard they are and how like the positive; between rows the temperature
+    moves with how hard the strongest candidates, the slate, compete. Both are detached, and with
+    all three strengths 0 it is the base class, exactly.
 
     The form is this package's own. It has every property that the abstract of the paper names, and
     claims no reproduction of the paper's equations.

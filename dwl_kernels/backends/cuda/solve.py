@@ -115,6 +115,12 @@ def solve(
     positive_log_q = p.positive_log_q
     if p.correction == "standard":
         positive_log_q = eager.log_q_of_positives(p)
+    log_q, removed = eager.log_q_of_candidates(p), None
+    if p.correction == "refined" and log_q is not None:
+        removed = log_q == torch.inf
+        if p.in_batch and weights.active is not None:  # padding is no candidate anyway
+            removed[: len(p.query)] &= weights.active
+    items = _items(p.positive_ids, p.candidate_ids, removed)
     narrowing = _narrowing(coefficient, tau) if p.query.dtype == torch.float16 else None
 
     # What the kernel does not reach belongs to padding.
@@ -140,9 +146,10 @@ def solve(
         "tau": _take(tau, order),
         "coefficient": _take(coefficient, order),
         "positive_log_q": _take(positive_log_q, order),
-        "candidate_log_q": _take(eager.log_q_of_candidates(p), candidate_order),
+        "candidate_log_q": _take(log_q, candidate_order),
         "row_ids": _take(p.positive_ids, order, torch.int64),
-        "candidate_ids": _take(_items(p.positive_ids, p.candidate_ids), candidate_order),
+        "candidate_ids": _take(items, candidate_order),
+        "removed": None if removed is None else removed.sum(dtype=torch.int64).view(1),
         "narrowing": narrowing,
         "refined": p.correction == "refined",
         "row_loss": row_loss,
@@ -190,10 +197,13 @@ def _take(
     return tensor.contiguous() if order is None else tensor[order]
 
 
-def _items(row_ids: Tensor | None, candidate_ids: Tensor | None) -> Tensor | None:
+def _items(
+    row_ids: Tensor | None, candidate_ids: Tensor | None, removed: Tensor | None
+) -> Tensor | None:
     """The ids of the candidates; in place of -1, which is no item, an id that no row has.
 
-    So the kernel compares and asks nothing more. Of B + 1 ids the rows cannot have all.
+    So the kernel compares and asks nothing more. Of B + 1 ids the rows cannot have all. Who is
+    `removed` is no hit either: the kernel counts hits, and these are counted already.
     """
     if row_ids is None or candidate_ids is None:
         return None
@@ -202,7 +212,8 @@ def _items(row_ids: Tensor | None, candidate_ids: Tensor | None) -> Tensor | Non
     place = torch.where(ids < first + rows + 1, ids - first, rows + 1)
     taken = torch.zeros(rows + 2, dtype=torch.uint8, device=ids.device).index_fill_(0, place, 1)
     free = taken[: rows + 1].argmin() + first
-    return torch.where(candidate_ids == NO_ITEM, free, candidate_ids)
+    nobody = candidate_ids == NO_ITEM
+    return torch.where(nobody if removed is None else nobody | removed, free, candidate_ids)
 
 
 def _narrowing(coefficient: Tensor, tau: Tensor) -> Tensor:  # [1]
@@ -236,7 +247,8 @@ class _Call(ctypes.Structure):
         ("candidate", _Side),
         *((name, ctypes.c_void_p) for name in ("positive", "own", "tau", "coefficient")),
         *((name, ctypes.c_void_p) for name in ("positive_log_q", "candidate_log_q")),
-        *((name, ctypes.c_void_p) for name in ("row_ids", "candidate_ids", "narrowing")),
+        *((name, ctypes.c_void_p) for name in ("row_ids", "candidate_ids", "removed")),
+        ("narrowing", ctypes.c_void_p),
         ("refined", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("row_loss", "tau_gradient", "query_gradient")),
         *((name, ctypes.c_void_p) for name in ("positive_gradient", "candidate_gradient")),

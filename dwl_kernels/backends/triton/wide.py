@@ -309,7 +309,7 @@ def columns_of(problem: Problem, weights: RowWeights, stride: int) -> Columns:
         ids = torch.nn.functional.pad(ids, (0, stride - n))
     if p.correction == "refined":
         counts = torch.zeros(stride, dtype=dtype, device=device)
-        counts[:n] = 1
+        counts[:n] = 1 if log_q is None else (log_q != torch.inf)
         if padded is not None:
             counts[: len(padded)].masked_fill_(padded, 0)
     return Columns(shift, None if ids is None else ids.contiguous(), counts)

@@ -431,6 +431,19 @@ def candidate_log_q(j, call, work):
 
 
 @triton.jit
+def stays(log_q, call, work):
+    """Which candidates their log-Q, as given or listed, does not take out.
+
+    In a batch a positive of -inf is taken out as well; a negative of -inf makes losses infinite,
+    whatever the number of candidates.
+    """
+    if call.form.DRAWN:
+        return tl.abs(log_q) != float("inf")
+    else:
+        return log_q != float("inf")
+
+
+@triton.jit
 def list_drawn(call, work):
     """Leave `candidate_log_q` of all candidates in the workspace.
 

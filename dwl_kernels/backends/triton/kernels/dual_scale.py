@@ -148,7 +148,9 @@ def competing_tile(tile, call, work):
         x = scaled(x, scale[:, None], call, work)
         z = scaled(z, scale[:, None], call, work)
         if call.inputs.candidate_log_q is not None:
-            z -= (candidate_log_q(j, call, work) * unit_of(call, work))[None, :]
+            log_q = candidate_log_q(j, call, work)
+            z -= (log_q * unit_of(call, work))[None, :]
+            x = tl.where((log_q != float("inf"))[None, :], x, float("-inf"))
         if call.inputs.candidate_ids is not None:
             hit = row_id[:, None] == tl.load(call.inputs.candidate_ids + j)[None, :]
             hit = hit & (row_id != NO_ITEM)[:, None]
@@ -171,7 +173,11 @@ def competing_tile(tile, call, work):
             factor = power(top - higher, call, work)
             total = total * factor + tl.sum(power(x - higher[:, None], call, work), 1)
             top = higher
-            if call.form.IN_BATCH or (call.inputs.candidate_ids is not None):
+            if (
+                call.form.IN_BATCH
+                or (call.inputs.candidate_ids is not None)
+                or (call.inputs.candidate_log_q is not None)
+            ):
                 valid += tl.sum(tl.where(x > float("-inf"), 1.0, 0.0).to(dtype), 1)
             else:
                 valid += stop - start

@@ -113,7 +113,10 @@ def draw_tile(tile, call, work):
         if call.outputs.candidates is not None:
             tl.store(call.outputs.candidates + at, z, mask=here)
         if call.form.REFINED:
-            compete += tl.sum(tl.where(hit, 0.0, 1.0).to(dtype), 0)
+            gone = hit
+            if call.inputs.candidate_log_q is not None:
+                gone = gone | (log_q == float("inf"))
+            compete += tl.sum(tl.where(gone, 0.0, 1.0).to(dtype), 0)
         higher = finite(tl.maximum(reference, tl.max(z, 0)), call, work)
         factor = power(reference - higher, call, work)
         reference = higher

@@ -15,6 +15,7 @@ from dwl_kernels.backends.triton.kernels.common import (
     EXACTLY,
     HEADROOM,
     LIMIT,
+    MANY,
     NO_ITEM,
     NOWHERE,
     OWN_CANDIDATE,
@@ -28,6 +29,7 @@ from dwl_kernels.backends.triton.kernels.common import (
     TERM,
     block,
     candidate_at,
+    candidate_log_q,
     embeddings,
     finite,
     list_drawn,
@@ -48,6 +50,7 @@ from dwl_kernels.backends.triton.kernels.common import (
     scale_of,
     scaled,
     skippable_below,
+    stays,
     store_embeddings,
     temperatures_of,
     unit_of,
@@ -108,6 +111,12 @@ def row_tile(tile, first, stop, part, call, work):
         if call.form.DRAWN or (not call.form.MAXIMA):
             again = (attempt == 0) & any_above(total)
         attempt += 1
+    if (
+        call.form.REFINED
+        and (call.inputs.candidate_log_q is not None)
+        and (call.inputs.candidate_ids is None)
+    ):
+        compete += count_staying(first, stop, call, work)
     if part < 0:
         sums = Sums(z_positive, reference, total, compete)
         finish_rows(place, sums, weighted, call, work)
@@ -220,7 +229,10 @@ def row_logits(rows, log_q, reference, start, coming, call, work):
         hit = hit & rows.known[:, None]
         z = tl.where(hit, float("-inf"), z)
         if call.form.REFINED:
-            counts = ((at >= start) & (at < sizes.places))[None, :] & ~hit
+            there = (at >= start) & (at < sizes.places)
+            if call.inputs.candidate_log_q is not None:
+                there = there & stays(tl.load(log_q + j), call, work)
+            counts = there[None, :] & ~hit
             compete = tl.sum(tl.where(counts, 1.0, 0.0).to(dtype), 1)
     edge = start + call.form.BN > sizes.places
     if call.form.OWN:
@@ -231,6 +243,19 @@ def row_logits(rows, log_q, reference, start, coming, call, work):
             z = tl.where(at[None, :] == rows.own[:, None], float("-inf"), z)
             coming = next_own(rows, start + call.form.BN, call, work)
     return z, c, compete, coming
+
+
+@triton.jit
+def count_staying(first, stop, call, work):
+    """How many candidates of the blocks ``first : stop`` their log-Q does not take out."""
+    count = tl.zeros([MANY], call.form.DTYPE)
+    end = tl.minimum(stop * call.form.BN, work.sizes.places)
+    for start in range(first * call.form.BN, end, MANY):
+        at = start + tl.arange(0, MANY)
+        j = candidate_at(tl.minimum(at, end - 1), call, work)
+        staying = candidate_log_q(j, call, work) != float("inf")
+        count += tl.where((at < end) & staying, 1.0, 0.0)
+    return tl.sum(count, 0)
 
 
 @triton.jit
@@ -393,15 +418,18 @@ def finish_rows(place, sums, weighted, call, work):
     dtype: tl.constexpr = call.form.DTYPE
     inside = place < sizes.count
     row = row_at(tl.minimum(place, sizes.count - 1), call, work)
-    if call.form.REFINED and (call.inputs.candidate_ids is None):
-        compete = tl.zeros_like(sums.total) + sizes.places
-        if call.inputs.positive is None:
-            compete -= 1
-        sums = Sums(sums.z_positive, sums.reference, sums.total, compete)
-    if call.form.REFINED and call.form.IN_BATCH and (call.inputs.candidate_ids is not None):
-        # Without an id the own column is no hit, and was counted.
-        known = tl.load(call.inputs.positive_ids + row) != NO_ITEM
-        compete = sums.compete - tl.where(known, 0.0, 1.0)
+    if call.form.REFINED:
+        compete = sums.compete
+        if (call.inputs.candidate_ids is None) and (call.inputs.candidate_log_q is None):
+            compete = tl.zeros_like(sums.total) + sizes.places
+        if call.form.IN_BATCH:
+            # The own column was counted, unless it is a hit or its log-Q takes it out.
+            counted = row >= 0
+            if call.inputs.candidate_ids is not None:
+                counted = tl.load(call.inputs.positive_ids + row) == NO_ITEM
+            if call.inputs.candidate_log_q is not None:
+                counted = counted & (candidate_log_q(row, call, work) != float("inf"))
+            compete -= tl.where(counted, 1.0, 0.0)
         sums = Sums(sums.z_positive, sums.reference, sums.total, compete)
     results = row_results(row, sums, call, work)
     if call.form.COMPETITION:

@@ -279,9 +279,9 @@ def exponentials_kernel(call, columns, block, shape, first, stop, num_rows, num_
 
     total = tl.where(lost, float("inf"), total)
     if call.form.REFINED and (call.inputs.positive is None):
-        own = tl.full([shape.BM], 1.0, call.form.DTYPE)
+        own = tl.load(columns.counts + own_column(row, block, shape))
         if columns.ids is not None:
-            own = tl.where(known, 0.0, 1.0)  # else it was a hit
+            own = tl.where(known, 0.0, own)  # where it is known it was a hit
         compete -= own
     sums = Sums(z_positive, reference, total, compete)
     results = row_results(row, sums, call, work)
