@@ -72,7 +72,7 @@ def recording() -> Iterator[ctypes.CDLL]:
     from triton.backends.nvidia.driver import CudaDriver, CudaLauncher, CudaUtils
     from triton.runtime import driver as active
 
-    from dwl_kernels import autograd, backends
+    from dwl_kernels import backends
 
     class Recorder(CudaDriver):
         def __init__(self) -> None:
@@ -90,13 +90,16 @@ def recording() -> Iterator[ctypes.CDLL]:
     replaced: list[tuple[Any, dict[str, Any]]] = [
         (torch.cuda, {"get_device_capability": lambda device=None: CAPABILITY}),
         (torch.cuda, {"get_device_properties": lambda device: properties}),
-        (backends.triton, {"why_not": lambda device: None, "checks_values": lambda device: False}),
+        (
+            backends.triton_backend,
+            {"unavailable_reason": lambda device: None, "checks_values": lambda device: False},
+        ),
         (
             torch.cuda,
             {"current_device": lambda: None, "is_current_stream_capturing": lambda: False},
         ),
         (torch.cuda, {"current_stream": lambda device: None, "stream": nullcontext}),
-        (autograd, {"_products": backends.triton.scaled}),
+        (backends, {"scaled": backends.triton_backend.scaled}),
     ]
     active.set_active(Recorder())
     with ExitStack() as stack:

@@ -145,11 +145,11 @@ def auto_takes(named: str) -> Iterator[str]:
 
 def auto_on(device_type: str, named: str) -> str:
     if named != "auto":
-        reason = backends.why_not(named, device_type)
+        reason = backends.unavailable_reason(named, device_type)
         text = f"{named}, as DWL_KERNELS_BACKEND says"
         return text if reason is None else f"{text}, but {reason}"
     order = backends.order(device_type)
-    working = [name for name in order if backends.why_not(name, device_type) is None]
+    working = [name for name in order if backends.unavailable_reason(name, device_type) is None]
     skipped = order[: order.index(working[0])]
     return f"{working[0]}, " + (
         f"because {' and '.join(skipped)} cannot run" if skipped else "the fastest here"
@@ -159,7 +159,7 @@ def auto_on(device_type: str, named: str) -> str:
 def working_backends() -> Iterator[tuple[str, str]]:
     device_types = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     for name in backends.NAMES:
-        reasons = {device: backends.why_not(name, device) for device in device_types}
+        reasons = {device: backends.unavailable_reason(name, device) for device in device_types}
         fitting = [device for device, reason in reasons.items() if reason is None]
         if fitting:
             yield name, f"yes, for tensors on {' and '.join(fitting)}"

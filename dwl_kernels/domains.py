@@ -35,7 +35,8 @@ from dwl_kernels.core.arguments import (
 )
 from dwl_kernels.core.batching import refuse_to_count
 from dwl_kernels.core.buffers import Tables, difference, on_host
-from dwl_kernels.core.problem import check_distinct, checks_values, has_values, mean_domain_weight
+from dwl_kernels.core.rows import mean_domain_weight
+from dwl_kernels.core.values import check_distinct, checks_values, has_values
 
 # An interaction with an item of G domains counts 1/G for each of them. Kept as integers in units
 # that every G up to 16 divides: exact, the same in every run on a GPU, and safe from `.half()`.

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils import _python_dispatch
 
-from dwl_kernels.core.problem import Wanted
+from dwl_kernels.core.problem import GradMask
+from dwl_kernels.ops import ARGUMENTS
 
 _modes: Any = getattr(_python_dispatch, "_get_current_dispatch_mode_stack", lambda: [])
 
@@ -34,24 +35,17 @@ def tell_counters() -> None:
             formulas.setdefault(torch.ops.dwl_kernels.table_gradient, _table_gradient)
 
 
-def _softmax_loss(
-    query: Tensor,  # [B, D]
-    positive: Tensor | None,
-    candidates: Tensor,  # [N, D]
-    target: Tensor | None,
-    candidate_rows: Tensor | None,  # [B, K]
-    *rest: Any,
-    **_: Any,
-) -> int:
-    *_others, dual, _row_grad, wanted, _backend = rest
-    want = Wanted(*wanted)
+def _softmax_loss(*args: Any, **_: Any) -> int:
+    *fields, _row_grad, wanted, _backend = args
+    given = dict(zip((argument.name for argument in ARGUMENTS), fields, strict=True))
+    want, dual = GradMask(*wanted), given["dual"]
     products = 1 + (want.query or want.temperature)
-    if candidate_rows is None:
-        competing = candidates.shape[0]
+    if given["candidate_rows"] is None:
+        competing = given["candidates"].shape[0]
         products += want.candidates + (dual is not None and dual[1] != 0)
     else:
-        competing = candidate_rows.shape[1]  # the table's gradient counts its own
-    return int(2 * query.numel() * competing * products)
+        competing = given["candidate_rows"].shape[1]  # the table's gradient counts its own
+    return int(2 * given["query"].numel() * competing * products)
 
 
 def _table_gradient(

@@ -544,4 +544,4 @@ def dual_scale_softmax_loss(
 def loss_of(problem: Problem, query: Tensor, backend: str, sparse_grad: bool = False) -> Tensor:
     """The loss of `problem`, in the leading dimensions of `query` for reduction "none"."""
     loss = softmax_loss(problem, backend, sparse_grad)
-    return loss.reshape(query.shape[:-1]) if problem.reduction == "none" else loss
+    return loss.reshape(query.shape[:-1]) if problem.rows.reduction == "none" else loss

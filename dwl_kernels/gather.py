@@ -15,7 +15,7 @@ from torch import Tensor
 from dwl_kernels import backends
 from dwl_kernels.core.batching import backward_by_slices, is_batched, register_by_slices
 from dwl_kernels.core.double_backward import ReverseOnly, once, refuse_tangents, transforms_active
-from dwl_kernels.core.problem import no_autocast
+from dwl_kernels.core.values import no_autocast
 from dwl_kernels.op_checks import check_table
 
 _library = torch.library.Library("dwl_kernels", "FRAGMENT")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,9 +20,9 @@ from dwl_kernels.core.checks import check_choice
 from dwl_kernels.core.problem import (
     FLOATS,
     Correction,
-    Problem,
+    DualScale,
+    GradMask,
     Reduction,
-    Wanted,
     accumulate_dtype,
 )
 
@@ -29,10 +30,10 @@ IDS = (torch.int64, torch.int32)
 
 
 def check_problem(
-    problem: Problem, row_grad: Tensor | None, wanted: Sequence[bool], backend: str
+    fields: dict[str, Any], row_grad: Tensor | None, wanted: Sequence[bool], backend: str
 ) -> None:
     """ValueError, TypeError for a call that is none of the problems of this package."""
-    p = problem
+    p = SimpleNamespace(**fields)
     check_name(backend)
     check_choice("correction", p.correction, Correction)
     check_choice("reduction", p.reduction, Reduction)
@@ -58,12 +59,17 @@ def check_problem(
     _is("temperature", p.temperature, () if scalar else (rows,), wide, p.query)
     _is("row_grad", row_grad, (rows,), wide, p.query)
 
-    full = p.target is not None and p.candidate_rows is None
+    per_row = p.candidate_rows is not None
+    full = p.target is not None and not per_row
+    in_batch = p.positive is None and p.target is None and not per_row
     known = (p.positive_ids is not None, p.candidate_ids is not None)
     for wrong, what in (
         (p.positive is not None and p.target is not None, "positive and target are both given"),
-        (p.by_row and p.target is None, "candidate_rows is given without target"),
-        (p.in_batch and n < rows, f"in a batch {n} candidates are less than {rows} positives"),
+        (per_row and p.target is None, "candidate_rows is given without target"),
+        (
+            in_batch and n < rows,
+            f"in a batch {n} candidates are less than {rows} positives",
+        ),
         (full and n == 0, "candidates has no rows for target to name"),
         (known[0] != known[1], "one of positive_ids and candidate_ids is given without the other"),
         (all(known) and p.target is not None, "ids are given together with target"),
@@ -103,24 +109,22 @@ def check_problem(
         if wrong:
             raise ValueError(what)
     if p.dual is not None:
-        numbers = (p.dual.hardness, p.dual.similarity, p.dual.competition)
-        if not all(0 <= one < math.inf for one in numbers) or p.dual.slate_size < 1:
+        if len(p.dual) != len(DualScale._fields):
+            raise ValueError(f"dual has {len(p.dual)} numbers; wanted {len(DualScale._fields)}")
+        dual = DualScale(*p.dual)
+        numbers = (dual.hardness, dual.similarity, dual.competition)
+        if not all(0 <= one < math.inf for one in numbers) or dual.slate_size < 1:
             raise ValueError(
                 f"dual is {tuple(p.dual)}; wanted strengths that are finite and not negative, and "
                 "a slate of at least 1"
             )
-    _check_wanted(problem, wanted)
-
-
-def _check_wanted(problem: Problem, wanted: Sequence[bool]) -> None:
-    if len(wanted) != len(Wanted._fields):
-        raise ValueError(f"wanted has {len(wanted)} entries; wanted {len(Wanted._fields)}")
-    sources = zip(Wanted._fields, problem.sources(), wanted, strict=True)
-    for name, source, want in sources:
-        by_row = name == "positive" and problem.by_row  # dL/d<q, p>
-        if want and source is None and not by_row:
+    if len(wanted) != len(GradMask._fields):
+        raise ValueError(f"wanted has {len(wanted)} entries; wanted {len(GradMask._fields)}")
+    for name, want in zip(GradMask._fields, wanted, strict=True):
+        product = name == "positive" and per_row  # dL/d<q, p>
+        if want and fields[name] is None and not product:
             raise ValueError(f"the gradient of {name} is wanted, which is not given")
-    if problem.by_row and wanted[Wanted._fields.index("candidate_log_q")]:
+    if per_row and GradMask(*wanted).candidate_log_q:
         raise ValueError("candidates by row have no gradient of candidate_log_q")
 
 

@@ -23,7 +23,7 @@ from dwl_kernels.core.arguments import (
     wrong_type,
 )
 from dwl_kernels.core.buffers import Tables, difference, on_host
-from dwl_kernels.core.problem import checks_values, has_values
+from dwl_kernels.core.values import checks_values, has_values
 
 # Beyond this, float64 no longer tells the log-uniform borders of neighbouring ids apart, and the
 # remainder of a 62-bit random number is no longer uniform to 2^-14.

@@ -22,7 +22,7 @@ from cases import CASES, NOT_IN_CUDA
 from dwl_kernels import backends
 from dwl_kernels.backends.triton.specialize import interpreting
 
-if interpreting() and backends.why_not("triton", "cpu") is None:
+if interpreting() and backends.unavailable_reason("triton", "cpu") is None:
     import triton_access
 
     triton_access.install()
@@ -97,7 +97,7 @@ def _fresh_memory_holds_nan(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.fixture(params=["eager", "chunked", "cpu", "triton", "cuda"])
 def backend(request: pytest.FixtureRequest) -> str:
     name: str = request.param
-    reason = backends.why_not(name, "cpu")
+    reason = backends.unavailable_reason(name, "cpu")
     if reason is not None:
         pytest.skip(f"backend {name!r} cannot run here: {reason}")
     return name

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import dwl_kernels
-from dwl_kernels import autograd
+from dwl_kernels import ops
 from dwl_kernels.core import build as validation
 
 BY_NAME = {case.name: case for case in cases.CASES}
@@ -32,9 +32,10 @@ def _op_arguments(case: cases.Case, backend: str, wanted: bool, row_grad: bool) 
     problem = build(**{**defaults, **inputs})
     upstream = torch.randn(case.rows) if row_grad else None
     masks = [wanted] * 6
-    masks[1], masks[3] = wanted and problem.positive is not None, wanted and case.kind == "full"
-    masks[1] |= wanted and problem.by_row
-    return (*autograd._fields(problem), upstream, masks, backend)
+    masks[1] = wanted and problem.sources()[1] is not None
+    masks[3] = wanted and case.kind == "full"
+    masks[1] |= wanted and problem.per_row
+    return (*ops.arguments_of(problem), upstream, masks, backend)
 
 
 @pytest.mark.parametrize(
@@ -64,8 +65,8 @@ def test_registered_op_takes_no_list_of_dtypes(name: str) -> None:
 def test_native_op_passes_opcheck() -> None:
     from dwl_kernels.backends.cpu import solve as native
 
-    if native.why_not() is not None:
-        pytest.skip(f"no CPU kernel: {native.why_not()}")
+    if native.does_not_build() is not None:
+        pytest.skip(f"no CPU kernel: {native.does_not_build()}")
     query, positive, candidates = torch.randn(9, 4), torch.randn(9, 4), torch.randn(5, 4)
     ids = torch.arange(9), torch.arange(5)
     log_q, dual = (torch.randn(9), torch.randn(5)), (torch.randn(9, 4), torch.randn(9))
@@ -79,8 +80,8 @@ def test_native_op_passes_opcheck() -> None:
 def test_native_op_of_candidates_by_row_passes_opcheck() -> None:
     from dwl_kernels.backends.cpu import solve as native
 
-    if native.why_not() is not None:
-        pytest.skip(f"no CPU kernel: {native.why_not()}")
+    if native.does_not_build() is not None:
+        pytest.skip(f"no CPU kernel: {native.does_not_build()}")
     ids = torch.arange(9) % 7, torch.arange(45).reshape(9, 5) % 7
     rows = (torch.rand(9) + 0.1, torch.rand(9), torch.randn(9), torch.randn(9, 5))
     for wanted in (True, False):

@@ -13,7 +13,7 @@ from torch import Tensor
 import dwl_kernels
 from dwl_kernels import backends
 from dwl_kernels.core import build as validation
-from dwl_kernels.core.problem import Wanted
+from dwl_kernels.core.problem import GradMask
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 BY_NAME = {case.name: case for case in cases.CASES}
@@ -232,7 +232,7 @@ def test_unwanted_gradients_are_none(backend: str) -> None:
         reduction="mean",
     )
     output = backends.pick(backend, problem)(
-        problem, Wanted(False, True, False, False, False, True), None
+        problem, GradMask(False, True, False, False, False, True), None
     )
     assert output.query is output.candidates is output.temperature is None
     assert output.positive is not None

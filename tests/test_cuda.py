@@ -20,7 +20,7 @@ from dwl_kernels.backends.triton import solve as triton
 from dwl_kernels.core.problem import Problem
 
 emulated = pytest.mark.skipif(
-    backends.why_not("cuda", "cpu") is not None, reason="the emulation is off"
+    backends.unavailable_reason("cuda", "cpu") is not None, reason="the emulation is off"
 )
 TEAMS = Tiles(32, 1, 4, 1, TEAM=2)
 CAPABILITIES = [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]
@@ -244,7 +244,7 @@ def test_problems_that_it_does_not_take_are_refused_with_the_mend(name: str) -> 
 @emulated
 def test_bad_values_give_nan_where_nothing_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU: the row's loss is NaN, no other row's is."""
-    monkeypatch.setattr("dwl_kernels.core.problem.checks_values", lambda device: False)
+    monkeypatch.setattr("dwl_kernels.core.values.checks_values", lambda device: False)
     loss = dwl_kernels.sampled_softmax_loss(
         torch.ones(4, 3),
         torch.ones(4, 3),
@@ -290,7 +290,7 @@ def test_old_device_is_told_what_is_needed(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 99)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
-    reason = backends.why_not("cuda", "cuda")
+    reason = backends.unavailable_reason("cuda", "cuda")
     assert reason is not None
     assert "capability 8.0" in reason
     assert "7.5" in reason
@@ -316,8 +316,8 @@ def solved_by(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return run  # type: ignore[return-value]
 
-    for name, solve in list(backends._SOLVE.items()):
-        monkeypatch.setitem(backends._SOLVE, name, watched(name, solve))
+    for name, entry in backends.BACKENDS.items():
+        monkeypatch.setattr(entry.kernel, "solve", watched(name, entry.kernel.solve))
     return calls
 
 
@@ -330,7 +330,7 @@ def loss() -> torch.Tensor:
 def test_without_triton_auto_takes_cuda_and_says_so_once(
     monkeypatch: pytest.MonkeyPatch, gpu_order: None
 ) -> None:
-    monkeypatch.setattr(triton, "why_not", lambda device: "Triton cannot be imported")
+    monkeypatch.setattr(triton, "unavailable_reason", lambda device: "Triton cannot be imported")
     calls = solved_by(monkeypatch)
     with pytest.warns(UserWarning, match="'triton' cannot run.*cannot be imported") as caught:
         loss()
@@ -349,15 +349,15 @@ def test_triton_that_does_not_compile_is_left_for_cuda_once_and_for_all(
         attempts.append(problem)
         raise RuntimeError("Failed to find C compiler. Please specify via CC")
 
-    monkeypatch.setitem(backends._SOLVE, "triton", fails)
-    monkeypatch.setattr(triton, "why_not", lambda device: None)
+    monkeypatch.setattr(triton, "solve", fails)
+    monkeypatch.setattr(triton, "unavailable_reason", lambda device: None)
     calls = solved_by(monkeypatch)
     with pytest.warns(UserWarning, match="'triton' cannot run.*Failed to find C compiler"):
         loss()
     loss()
     assert len(attempts) == 1
     assert calls == ["cuda", "cuda"]
-    assert "Failed to find C compiler" in (backends.why_not("triton", "cpu") or "")
+    assert "Failed to find C compiler" in (backends.unavailable_reason("triton", "cpu") or "")
 
 
 def test_other_errors_of_a_backend_are_not_hidden(
@@ -366,8 +366,8 @@ def test_other_errors_of_a_backend_are_not_hidden(
     def fails(*_: object) -> None:
         raise torch.OutOfMemoryError("out of memory")
 
-    monkeypatch.setitem(backends._SOLVE, "triton", fails)
-    monkeypatch.setattr(triton, "why_not", lambda device: None)
+    monkeypatch.setattr(triton, "solve", fails)
+    monkeypatch.setattr(triton, "unavailable_reason", lambda device: None)
     with pytest.raises(torch.OutOfMemoryError):
         loss()
 
@@ -376,8 +376,8 @@ def test_other_errors_of_a_backend_are_not_hidden(
 def test_without_both_compilers_auto_takes_chunked(
     monkeypatch: pytest.MonkeyPatch, gpu_order: None
 ) -> None:
-    monkeypatch.setattr(triton, "why_not", lambda device: "no Triton")
-    monkeypatch.setattr(cuda, "why_not", lambda device: "no CUDA compiler found")
+    monkeypatch.setattr(triton, "unavailable_reason", lambda device: "no Triton")
+    monkeypatch.setattr(cuda, "unavailable_reason", lambda device: "no CUDA compiler found")
     calls = solved_by(monkeypatch)
     with pytest.warns(UserWarning, match="cannot run, a slower one does: no") as caught:
         loss()

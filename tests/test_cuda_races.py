@@ -22,7 +22,7 @@ from dwl_kernels.backends.cuda import solve as cuda
 from dwl_kernels.backends.cuda.variants import EMULATED, Tiles
 
 pytestmark = pytest.mark.skipif(
-    backends.why_not("cuda", "cpu") is not None, reason="the emulation is off"
+    backends.unavailable_reason("cuda", "cpu") is not None, reason="the emulation is off"
 )
 TEAMS = Tiles(32, 1, 4, 1, TEAM=2)
 ALONE = (
@@ -147,7 +147,7 @@ def check_report(
     monkeypatch.setattr(compilers, "source_dir", lambda: tmp_path)
     monkeypatch.setenv("DWL_KERNELS_CACHE", str(cache))
     monkeypatch.setattr(cuda_build, "load", cuda_build.load.__wrapped__)
-    monkeypatch.setattr(cuda, "why_not", lambda device: None)
+    monkeypatch.setattr(cuda, "unavailable_reason", lambda device: None)
     monkeypatch.setattr(cuda, "EMULATION", cuda.Emulation(2, 0, tiles))
     case = cases.Case("planted", rows=65, candidates=70, dim=12 * tiles.TEAM, log_q=True, ids=True)
     with pytest.raises(RuntimeError, match=reported):

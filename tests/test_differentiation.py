@@ -324,7 +324,7 @@ def test_sparse_gradients_have_no_batches(kind):
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
 @pytest.mark.parametrize("kind", ["sampled", "indexed_rows"])
 def test_kernels_behind_a_transform(backend, kind):
-    reason = backends.why_not(backend, "cpu")
+    reason = backends.unavailable_reason(backend, "cpu")
     if reason is not None:
         pytest.skip(f"backend {backend!r} cannot run here: {reason}")
     loss, values = loss_and_values(f"{kind}, mean", backend)

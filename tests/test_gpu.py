@@ -20,7 +20,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 @pytest.fixture(params=["triton", "cuda"])
 def kernel(request: pytest.FixtureRequest) -> str:
     name: str = request.param
-    reason = backends.why_not(name, "cuda")
+    reason = backends.unavailable_reason(name, "cuda")
     if reason is not None:
         pytest.skip(reason)
     return name
@@ -75,7 +75,7 @@ def test_default_tiles_at_their_own_sizes(kernel: str, dim: int, shape: tuple[in
 
 def test_forward_and_backward_are_two_launches() -> None:
     """In Triton: one for the loss and all gradients, one that applies the upstream gradient."""
-    reason = backends.why_not("triton", "cuda")
+    reason = backends.unavailable_reason("triton", "cuda")
     if reason is not None:
         pytest.skip(reason)
     inputs = batch(2048, 2048, 128)

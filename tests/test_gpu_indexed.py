@@ -11,7 +11,7 @@ import dwl_kernels
 from benchmarks.speed.measure import work_on_gpu
 from dwl_kernels import backends
 from dwl_kernels import gather as table
-from dwl_kernels.core.problem import Problem, Wanted
+from dwl_kernels.core.problem import GradMask, PerRowProblem, RowOptions
 
 pytestmark = [
     pytest.mark.gpu,
@@ -22,7 +22,7 @@ DEVICE = "cuda"
 
 @pytest.fixture(autouse=True)
 def _can_run() -> None:
-    reason = backends.why_not("triton", DEVICE)
+    reason = backends.unavailable_reason("triton", DEVICE)
     if reason is not None:
         pytest.skip(reason)
 
@@ -67,17 +67,16 @@ def test_default_tiles_at_their_own_sizes(
 
 def test_forward_and_its_gradients_are_one_launch() -> None:
     inputs = {k: v.detach() for k, v in draws(2048, 64, 64, 10_000).items()}
-    problem = Problem(
+    problem = PerRowProblem(
         query=inputs["query"],
-        positive=None,
-        candidates=inputs["table"],
-        target=inputs["positive_ids"],
+        item_table=inputs["table"],
+        positive_rows=inputs["positive_ids"],
         candidate_rows=inputs["negative_ids"],
-        tau=0.05,
+        rows=RowOptions(tau=0.05),
     )
 
     def run() -> None:
-        wanted = Wanted(True, True, True, False, False, False)
+        wanted = GradMask(True, True, True, False, False, False)
         backends.pick("triton", problem)(problem, wanted, None)
 
     run()

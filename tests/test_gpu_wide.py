@@ -21,7 +21,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @pytest.fixture(autouse=True)
 def _runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    reason = backends.why_not("triton", "cuda")
+    reason = backends.unavailable_reason("triton", "cuda")
     if reason is not None:
         pytest.skip(reason)
     monkeypatch.setattr(triton_wide, "asked", lambda: True)

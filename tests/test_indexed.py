@@ -19,7 +19,7 @@ from dwl_kernels import (
 )
 from dwl_kernels import gather as table
 from dwl_kernels.backends import chunked
-from dwl_kernels.core.problem import Problem, Wanted
+from dwl_kernels.core.problem import GradMask, PerRowProblem
 
 BY_NAME = {case.name: case for case in cases.CASES}
 NAMES = ("indexed, everything", "indexed, none", "by row, everything", "by row, none")
@@ -289,15 +289,14 @@ def test_no_tensor_of_all_gathered_embeddings_is_made() -> None:
     """The largest tensor that `chunked` makes has an eighth of the elements of all embeddings."""
     g = torch.Generator().manual_seed(0)
     rows, k, dim = 16384, 16, 64  # 8 blocks
-    problem = Problem(
+    problem = PerRowProblem(
         query=torch.randn(rows, dim, generator=g),
-        positive=None,
-        candidates=torch.randn(100, dim, generator=g),
-        target=torch.randint(0, 100, (rows,), generator=g),
+        item_table=torch.randn(100, dim, generator=g),
+        positive_rows=torch.randint(0, 100, (rows,), generator=g),
         candidate_rows=torch.randint(0, 100, (rows, k), generator=g),
     )
     with Largest() as largest:
-        chunked.solve(problem, Wanted(True, True, True, False, False, False))
+        chunked.solve(problem, GradMask(True, True, True, False, False, False))
     assert largest.elements <= rows * k * dim // 8
 
 
@@ -383,7 +382,7 @@ def test_dual_scale_leaves_out_what_is_no_item_where_values_are_not_looked_at(
         return module(query, table=items, **draws)
 
     few = loss(far != -1)
-    monkeypatch.setattr("dwl_kernels.validation.checks_values", lambda tensor: False)
+    monkeypatch.setattr("dwl_kernels.core.build.checks_values", lambda tensor: False)
     all_of_them = loss(far == far)
     torch.testing.assert_close(all_of_them, few, rtol=1e-6, atol=1e-6)
     for x, y in zip(

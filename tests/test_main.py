@@ -55,7 +55,9 @@ def test_backend_that_cannot_run_gives_reason_and_mend(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reason = "no compiler\ninstall one"
-    monkeypatch.setattr(backends, "why_not", lambda name, device: reason if name == "cpu" else None)
+    monkeypatch.setattr(
+        backends, "unavailable_reason", lambda name, device: reason if name == "cpu" else None
+    )
     assert main([]) == 0
     table = capsys.readouterr().out.split("\n\n")[-1]
     assert "cpu       no: no compiler\n          install one\n" in table
@@ -73,7 +75,9 @@ def test_lines_fit_60_columns(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reason = "the reason " * 20
-    monkeypatch.setattr(backends, "why_not", lambda name, _: reason if name == "cpu" else None)
+    monkeypatch.setattr(
+        backends, "unavailable_reason", lambda name, _: reason if name == "cpu" else None
+    )
     main([])
     out = capsys.readouterr().out
     lines = [line for line in out.splitlines() if not line.startswith("cache")]
@@ -103,7 +107,9 @@ def test_what_auto_takes_is_said_with_the_reason(
 ) -> None:
     monkeypatch.delenv("DWL_KERNELS_BACKEND", raising=False)
     works = {"cpu", "chunked"}
-    monkeypatch.setattr(backends, "why_not", lambda name, _: None if name in works else "broken")
+    monkeypatch.setattr(
+        backends, "unavailable_reason", lambda name, _: None if name in works else "broken"
+    )
     assert choice(capsys) == "auto on cpu: cpu, the fastest here"
     works.remove("cpu")
     assert choice(capsys) == "auto on cpu: chunked, because cpu cannot run"
@@ -117,7 +123,9 @@ def test_what_auto_takes_is_said_for_every_device(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
     broken = {("triton", "cuda"), ("cuda", "cuda")}
-    monkeypatch.setattr(backends, "why_not", lambda *one: "broken" if one in broken else None)
+    monkeypatch.setattr(
+        backends, "unavailable_reason", lambda *one: "broken" if one in broken else None
+    )
     assert list(auto_takes("auto")) == [
         "on cpu: cpu, the fastest here",
         "on cuda:0: chunked, because triton and cuda cannot run",

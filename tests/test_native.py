@@ -23,8 +23,8 @@ EVERYTHING = {"log_q": True, "ids": True, "domains": 2, "examples": True, "tempe
 
 @pytest.fixture(autouse=True)
 def _kernel() -> None:
-    if native.why_not() is not None:
-        pytest.skip(f"no CPU kernel: {native.why_not()}")
+    if native.does_not_build() is not None:
+        pytest.skip(f"no CPU kernel: {native.does_not_build()}")
 
 
 @pytest.fixture(params=[1, 2, 4])

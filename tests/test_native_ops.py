@@ -16,8 +16,8 @@ from dwl_kernels.backends.cpu import solve as native
 
 @pytest.fixture(autouse=True)
 def _kernel() -> None:
-    if native.why_not() is not None:
-        pytest.skip(f"no CPU kernel: {native.why_not()}")
+    if native.does_not_build() is not None:
+        pytest.skip(f"no CPU kernel: {native.does_not_build()}")
 
 
 def sampled_softmax(**changed: Any) -> tuple[Tensor, ...]:

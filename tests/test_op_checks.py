@@ -11,7 +11,7 @@ import re
 import pytest
 import torch
 
-from dwl_kernels.autograd import _DTYPES
+from dwl_kernels.ops import DTYPES as _DTYPES
 
 B, N, D, V, K = 3, 5, 4, 7, 2
 INT = torch.int64

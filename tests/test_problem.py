@@ -253,7 +253,7 @@ def test_id_outside_the_table_is_nan_where_values_are_not_looked_at(
     monkeypatch: pytest.MonkeyPatch, name: str, shared: bool
 ) -> None:
     """As on CUDA: no read out of bounds, and a loss that cannot pass unnoticed."""
-    monkeypatch.setattr(dwl_kernels.core.problem, "checks_values", lambda device: False)
+    monkeypatch.setattr(dwl_kernels.core.values, "checks_values", lambda device: False)
     for backend in ("eager", "chunked"):
         inputs = indexed(backend=backend, reduction="none")
         inputs["table"].requires_grad_()
@@ -437,7 +437,7 @@ def test_quantised_tensor_is_refused_with_the_mend() -> None:
 
 
 def test_backend_that_does_not_take_the_dtype_says_so() -> None:
-    if dwl_kernels.backends.why_not("cpu", "cpu") is not None:
+    if dwl_kernels.backends.unavailable_reason("cpu", "cpu") is not None:
         pytest.skip("no CPU kernel")
     inputs = {k: v.half() for k, v in good().items()}
     with pytest.raises(RuntimeError, match=r"'cpu' cannot run: it does not take torch\.float16"):
@@ -447,10 +447,9 @@ def test_backend_that_does_not_take_the_dtype_says_so() -> None:
 
 def test_environment_variable_chooses_what_auto_means(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = []
-    real = dwl_kernels.backends.eager.solve
-    monkeypatch.setitem(
-        dwl_kernels.backends._SOLVE, "eager", lambda *a: chosen.append("eager") or real(*a)
-    )
+    reference = dwl_kernels.backends.reference
+    real = reference.solve
+    monkeypatch.setattr(reference, "solve", lambda *a: chosen.append("eager") or real(*a))
     monkeypatch.setenv("DWL_KERNELS_BACKEND", "eager")
     sampled_softmax_loss(**good())
     assert chosen == ["eager"]
@@ -461,7 +460,7 @@ def test_environment_variable_chooses_what_auto_means(monkeypatch: pytest.Monkey
 
 def test_missing_compiler_warns_once_and_chunked_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     reason = "no compiler found"
-    monkeypatch.setattr(dwl_kernels.backends.cpu.solve, "why_not", lambda: reason)
+    monkeypatch.setattr(dwl_kernels.backends.cpu.solve, "does_not_build", lambda: reason)
     monkeypatch.setattr(dwl_kernels.backends, "_warned", set())
     with pytest.warns(UserWarning, match=reason):
         first = sampled_softmax_loss(**good())

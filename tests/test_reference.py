@@ -20,7 +20,7 @@ from dwl_kernels.backends.triton.kernels import row_pass as triton_rows
 from dwl_kernels.backends.triton.kernels.row_pass import any_above, reference_of
 from dwl_kernels.backends.triton.tiles import Tiles
 
-REASON = backends.why_not("triton", "cpu")
+REASON = backends.unavailable_reason("triton", "cpu")
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 CANDIDATES, BLOCK, TILE = 8192, 64, 64  # the narrowest first block of the default tiles, rows
 
@@ -130,7 +130,7 @@ def test_positives_far_ahead_of_all_candidates(
     backend: str, margin: float, correction: str
 ) -> None:
     """By so many nats: what lies below the range of a float32 is zero and not NaN."""
-    if (reason := backends.why_not(backend, "cpu")) is not None:
+    if (reason := backends.unavailable_reason(backend, "cpu")) is not None:
         pytest.skip(reason)
     query = torch.ones(33, 1, dtype=torch.bfloat16)
     positive = torch.full((33, 1), margin, dtype=torch.bfloat16)

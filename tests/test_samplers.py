@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_streams import STREAMS
+from test_frequency import STREAMS
 from torch import Tensor
 
 from dwl_kernels.frequency import CountMinSketch, StreamingFrequency

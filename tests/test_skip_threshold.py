@@ -108,7 +108,7 @@ def test_triton_leaves_out_what_is_below_the_threshold(
 
     Whatever the workspace held `before`: past the last row that looks like a target, too.
     """
-    reason = backends.why_not("triton", "cpu")
+    reason = backends.unavailable_reason("triton", "cpu")
     if reason is not None:
         pytest.skip(reason)
     workspace = triton.workspace

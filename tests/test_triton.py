@@ -19,9 +19,9 @@ from dwl_kernels.backends.triton import solve as host
 from dwl_kernels.backends.triton import tiles as triton_tiles
 from dwl_kernels.backends.triton.tiles import LIMITS, TABLE, Tiles, around, choose, default
 from dwl_kernels.core import build as validation
-from dwl_kernels.core.problem import Problem, Wanted
+from dwl_kernels.core.problem import GradMask, SharedProblem
 
-REASON = backends.why_not("triton", "cpu")
+REASON = backends.unavailable_reason("triton", "cpu")
 interpreted = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 BY_NAME = {case.name: case for case in cases.CASES}
 
@@ -83,7 +83,7 @@ def test_log_q_of_a_batch_gets_the_gradient_of_both_roles() -> None:
     inputs = BY_NAME["mixed, everything"].inputs(torch.float64)
     inputs = {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
     problem = validation.in_batch_problem(**inputs, correction="standard", reduction="mean")
-    wanted = Wanted(False, False, False, True, False, False)
+    wanted = GradMask(False, False, False, True, False, False)
     ours, theirs = (backends.pick(b, problem)(problem, wanted, None) for b in ("triton", "eager"))
     assert ours.candidates is ours.query is None
     torch.testing.assert_close(ours.candidate_log_q, theirs.candidate_log_q, rtol=1e-9, atol=1e-12)
@@ -363,11 +363,11 @@ def test_search_gives_every_dtype_of_ids_an_entry_of_its_own(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     case = BY_NAME["plain"].inputs(torch.float32)
     embeddings = case["query"], case["positive"], case["negative"]
-    wanted = Wanted(True, True, True, False, False, False)
+    wanted = GradMask(True, True, True, False, False, False)
     for dtype in (torch.int32, torch.int64):
         entries.append(set())
         ids = [torch.zeros(len(case[side]), dtype=dtype) for side in ("positive", "negative")]
-        problem = Problem(*embeddings, positive_ids=ids[0], candidate_ids=ids[1])
+        problem = SharedProblem(*embeddings, positive_ids=ids[0], candidate_ids=ids[1])
         host._plan(problem, wanted, None)
     assert entries[0]
     assert not entries[0] & entries[1]
@@ -412,11 +412,16 @@ def test_more_than_offsets_of_32_bits_reach_is_refused(
 ) -> None:
     many = (torch.empty(n, 1, dtype=torch.bfloat16, device="meta") for n in (rows, candidates))
     query, table = many
-    problem = Problem(query=query, positive=query, candidates=table)
-    reason = host.refuses(problem)
+    problem = SharedProblem(query=query, positive=query, candidates=table)
+    reason = host.unsupported_reason(problem)
     assert reason is not None
     assert f" {named}" in reason
-    assert host.refuses(Problem(query=query[:9], positive=query[:9], candidates=table[:9])) is None
+    assert (
+        host.unsupported_reason(
+            SharedProblem(query=query[:9], positive=query[:9], candidates=table[:9])
+        )
+        is None
+    )
 
 
 def test_programs_are_no_more_than_the_driver_lets_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -429,8 +434,8 @@ def test_programs_are_no_more_than_the_driver_lets_run(monkeypatch: pytest.Monke
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
     monkeypatch.setattr(host, "_launch", lambda *_, **__: compiled)
     case = BY_NAME["plain"].inputs(torch.float32)
-    problem = Problem(case["query"], case["positive"], case["negative"])
-    wanted = Wanted(True, True, True, False, False, False)
+    problem = SharedProblem(case["query"], case["positive"], case["negative"])
+    wanted = GradMask(True, True, True, False, False, False)
     for allowed, programs in ((None, 2), (5, 2), (1, 1)):
         monkeypatch.setattr(host, "_resident", lambda *_, found=allowed: found)
         workers = host._workers(problem, wanted, None, Tiles(64, 64, 64, 64, 2, 2, 8, 2))

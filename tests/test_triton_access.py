@@ -16,7 +16,7 @@ from triton_access import CHECKER, Written
 
 from dwl_kernels import backends
 
-REASON = backends.why_not("triton", "cpu")
+REASON = backends.unavailable_reason("triton", "cpu")
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
 

@@ -20,7 +20,7 @@ from dwl_kernels.backends.triton import solve as host
 from dwl_kernels.backends.triton.kernels import scale_gradients as triton_scale
 from dwl_kernels.backends.triton.kernels import table_gradient as triton_table
 from dwl_kernels.backends.triton.launch import entry_of, launch, workspace
-from dwl_kernels.core.problem import Problem, Wanted
+from dwl_kernels.core.problem import GradMask, PerRowProblem, RowOptions, SharedProblem
 
 
 class Compiled:
@@ -155,18 +155,22 @@ def test_problems_of_other_sizes_may_be_another_kernel(binder: Binder, by_row: b
     for rows in NUMBERS:
         for candidates in NUMBERS:
             for domains in (1, 2, 16, 17):
-                own = {"positive": torch.zeros(rows, 16), "candidates": torch.zeros(candidates, 16)}
-                if by_row:
-                    own = {"positive": None, "candidates": torch.zeros(domains, 16)}
-                    own["target"] = torch.zeros(rows, dtype=torch.int64)
-                    own["candidate_rows"] = torch.zeros(rows, candidates, dtype=torch.int64)
-                problem = Problem(
-                    query=torch.zeros(rows, 16),
-                    **own,
+                options = RowOptions(
                     domain_ids=torch.zeros(rows, 1, dtype=torch.int64),
                     domain_weights=torch.zeros(domains),
                 )
-                wanted = Wanted(True, True, True, False, False, True)
+                query = torch.zeros(rows, 16)
+                if by_row:
+                    drawn = torch.zeros(rows, candidates, dtype=torch.int64)
+                    problem = PerRowProblem(
+                        *(query, torch.zeros(domains, 16), drawn[:, 0].contiguous(), drawn),
+                        rows=options,
+                    )
+                else:
+                    problem = SharedProblem(
+                        query, query.clone(), torch.zeros(candidates, 16), rows=options
+                    )
+                wanted = GradMask(True, True, True, False, False, True)
                 plan = host.plan_of(problem, wanted, None, *host.INTERPRETER)
                 host._launch(problem, wanted, None, plan)
     assert binder.found

@@ -22,7 +22,7 @@ from dwl_kernels.backends.triton.kernels.shared_candidates import workspace
 from dwl_kernels.backends.triton.specialize import MAX_WORKERS
 from dwl_kernels.backends.triton.tiles import Tiles
 
-REASON = backends.why_not("triton", "cpu")
+REASON = backends.unavailable_reason("triton", "cpu")
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 BY_NAME = {case.name: case for case in cases.CASES}
 

@@ -24,7 +24,7 @@ from dwl_kernels.backends.triton.kernels import per_row_candidates as triton_ind
 from dwl_kernels.backends.triton.kernels import shared_candidates as triton_kernels
 from dwl_kernels.backends.triton.tiles import Tiles
 
-REASON = backends.why_not("triton", "cpu")
+REASON = backends.unavailable_reason("triton", "cpu")
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 BY_NAME = {case.name: case for case in cases.CASES}
 EVERYONE = -1

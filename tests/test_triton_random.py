@@ -22,7 +22,7 @@ from dwl_kernels import backends
 from dwl_kernels.backends.triton import solve as host
 from dwl_kernels.backends.triton.tiles import Tiles
 
-REASON = backends.why_not("triton", "cpu")
+REASON = backends.unavailable_reason("triton", "cpu")
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 SEED = int(os.environ.get("DWL_KERNELS_SEED", "0"))
 PROBLEMS = int(os.environ.get("DWL_KERNELS_PROBLEMS", "500"))

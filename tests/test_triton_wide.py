@@ -31,9 +31,9 @@ from dwl_kernels import backends
 from dwl_kernels.backends.triton import solve as host
 from dwl_kernels.backends.triton import wide as triton_wide
 from dwl_kernels.core import build as validation
-from dwl_kernels.core.problem import Problem, Wanted
+from dwl_kernels.core.problem import GradMask, Problem
 
-REASON = backends.why_not("triton", "cpu")
+REASON = backends.unavailable_reason("triton", "cpu")
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 BY_NAME = {case.name: case for case in cases.CASES}
 OTHER_FORM = ("dual", "indexed_rows")  # kinds that it does not take
@@ -239,7 +239,7 @@ def test_log_q_of_a_batch_gets_the_gradient_of_both_roles(dtype: torch.dtype) ->
     inputs = BY_NAME["mixed, everything"].inputs(dtype)
     inputs = {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
     problem = validation.in_batch_problem(**inputs, correction="standard", reduction="mean")
-    wanted = Wanted(False, False, False, True, False, False)
+    wanted = GradMask(False, False, False, True, False, False)
     ours, theirs = (backends.pick(b, problem)(problem, wanted, None) for b in ("triton", "eager"))
     assert ours.candidates is ours.query is None
     exact = dtype == torch.float64
@@ -253,7 +253,7 @@ def test_bad_values_give_nan_in_their_rows_where_nothing_checks(
 ) -> None:
     """As on a GPU: domains, weights, temperatures and targets that cannot be."""
     monkeypatch.setattr(host, "checks_values", lambda tensor: False)
-    monkeypatch.setattr("dwl_kernels.core.problem.checks_values", lambda tensor: False)
+    monkeypatch.setattr("dwl_kernels.core.values.checks_values", lambda tensor: False)
     query, positive, negative = torch.ones(5, 3), torch.ones(5, 3), torch.ones(6, 3)
     loss = dwl_kernels.sampled_softmax_loss(
         *(query, positive, negative),
@@ -282,7 +282,7 @@ def accepted(kind: str, **options: Any) -> Problem:
 
     def note(name: str, problem: Problem) -> Any:
         found.append(problem)
-        return backends._SOLVE["eager"]
+        return backends.reference.solve
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backends, "pick", note)
@@ -293,8 +293,8 @@ def accepted(kind: str, **options: Any) -> Problem:
 @pytest.mark.parametrize("kind", ["sampled", "in_batch", "mixed", "full", "indexed"])
 def test_triton_takes_wide_embeddings(kind: str) -> None:
     problem = accepted(kind)
-    assert backends.refuses("triton", problem) is None
-    assert backends.pick("triton", problem) is backends._SOLVE["triton"]
+    assert backends.unsupported_reason("triton", problem) is None
+    assert backends.pick("triton", problem) is backends.triton_backend.solve
 
 
 @pytest.mark.parametrize(("kind", "what"), [("dual", "dual scale"), ("indexed_rows", "by row")])
@@ -302,7 +302,7 @@ def test_what_it_does_not_take_goes_the_way_it_went(kind: str, what: str) -> Non
     problem = accepted(kind)
     with pytest.raises(RuntimeError, match=rf"{what}.*at most 256.*chunked"):
         backends.pick("triton", problem)
-    assert backends.refuses("chunked", problem) is None
+    assert backends.unsupported_reason("chunked", problem) is None
 
 
 def test_option_asks_for_the_wide_form(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from dwl_kernels import backends
 from dwl_kernels.backends.triton import solve as host
 from dwl_kernels.backends.triton.tiles import Tiles
 
-REASON = backends.why_not("triton", "cpu")
+REASON = backends.unavailable_reason("triton", "cpu")
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 ROWS, CANDIDATES, DIM = 96, 64, 16  # multiples of the tiles
 PRODUCT = ROWS * CANDIDATES * DIM  # multiplications of one pass over all logits

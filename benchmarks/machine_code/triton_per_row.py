@@ -18,35 +18,33 @@ from benchmarks.machine_code.sass import machine_code
 from benchmarks.machine_code.triton_shared import Launch, compiled_for
 from dwl_kernels.backends.triton import specialize as host
 from dwl_kernels.backends.triton.kernels import table_gradient as triton_table
-from dwl_kernels.backends.triton.kernels.common import Call, Inputs, Outputs
+from dwl_kernels.backends.triton.kernels.common import Call
 from dwl_kernels.backends.triton.kernels.per_row_candidates import indexed_softmax_loss_kernel
-from dwl_kernels.backends.triton.tiles import by_row
-from dwl_kernels.core.problem import Problem, Wanted
+from dwl_kernels.backends.triton.tiles import per_row
+from dwl_kernels.core.problem import GradMask, PerRowProblem, RowOptions
 
 B, K, V = 1024, 128, 4096
 WIDE = 8  # a gather of fewer loads, not 4 of 128 bits either, is that of the positives
 
 
-def problem(d: int, dtype: torch.dtype, options: bool, reduction: str) -> Problem:
+def problem(d: int, dtype: torch.dtype, options: bool, reduction: str) -> PerRowProblem:
     """A problem of the wanted form; only its shapes, dtypes and absences matter here."""
     more: dict[str, Any] = {}
+    rows: dict[str, Any] = {"tau": 0.05, "reduction": reduction}
     if options:
-        more = {
-            "positive_log_q": torch.zeros(B),
-            "candidate_log_q": torch.zeros(B, K),
+        more = {"positive_log_q": torch.zeros(B), "candidate_log_q": torch.zeros(B, K)}
+        rows |= {
             "domain_ids": torch.zeros(B, 2, dtype=torch.int64),
             "domain_weights": torch.ones(32),
             "example_weights": torch.ones(B),
             "temperature": torch.tensor(0.05),
         }
-    return Problem(
+    return PerRowProblem(
         query=torch.zeros(B, d, dtype=dtype),
-        positive=None,
-        candidates=torch.zeros(V, d, dtype=dtype),
-        target=torch.zeros(B, dtype=torch.int64),
+        item_table=torch.zeros(V, d, dtype=dtype),
+        positive_rows=torch.zeros(B, dtype=torch.int64),
         candidate_rows=torch.zeros(B, K, dtype=torch.int64),
-        tau=0.05,
-        reduction=reduction,  # type: ignore[arg-type]
+        rows=RowOptions(**rows),
         **more,
     )
 
@@ -55,16 +53,14 @@ def loss_launch(d: int, dtype: torch.dtype, options: bool, reduction: str) -> La
     """The launch of the loss by `triton.solve`."""
     p = problem(d, dtype, options, reduction)
     row_grad = torch.zeros(B) if reduction == "none" else None
-    tiles = by_row(host.power_of_two(d, 16), dtype)
+    tiles = per_row(host.power_of_two(d, 16), dtype)
     inputs = host.inputs_of(p, row_grad)
-    wanted = Wanted(True, True, True, False, options, options)
+    wanted = GradMask(True, True, True, False, options, options)
     form = host.form_of(p, inputs, tiles)
-    call = Call(
-        Inputs(*inputs), Outputs(*host.outputs_of(host.results_of(p, wanted, inputs), inputs)), form
-    )
+    call = Call(inputs, host.outputs_of(host.results_of(p, wanted, inputs), inputs), form)
     buffers = torch.empty(64), *(torch.empty(64, dtype=torch.int32) for _ in range(2))
-    domains = len(p.domain_weights) if p.domain_weights is not None else 0
-    arguments = (call, *buffers, B, V, K, domains, 264, p.tau)
+    domains = len(p.rows.domain_weights) if p.rows.domain_weights is not None else 0
+    arguments = (call, *buffers, B, V, K, domains, 264, p.rows.tau)
     return Launch(arguments, host.launch_options(tiles))
 
 
@@ -163,7 +159,7 @@ def per_pair(row: Row, found: dict[str, Any]) -> dict[str, Any]:
         lanes, pairs = 32, form.ROWS.value * form.LANES.value
         loop = gathering[0]  # short ranges, as most are
     else:
-        tiles = by_row(host.power_of_two(d, 16), dtype)
+        tiles = per_row(host.power_of_two(d, 16), dtype)
         lanes, pairs = 32 * tiles.warps, tiles.BM * tiles.BN
         loop = max(gathering, key=lambda one: one["instructions"])
     counted = {"per_element": round(loop["instructions"] * lanes / pairs, 2)}
@@ -173,7 +169,7 @@ def per_pair(row: Row, found: dict[str, Any]) -> dict[str, Any]:
 def markdown(table: list[dict[str, Any]]) -> str:
     lines = [
         f"Triton {triton.__version__}. One turn of the loss takes",
-        f"{by_row(64, torch.bfloat16).BN} candidates of every row of a tile. One of the table",
+        f"{per_row(64, torch.bfloat16).BN} candidates of every row of a tile. One of the table",
         "gradient takes 4 places of every id: of short ranges, then, of long ones, the sums of",
         "chunks and the rest. Per element: instructions of a lane for a pair of a row and a",
         "candidate in the loop that gathers. Predicted: microseconds for the shape",

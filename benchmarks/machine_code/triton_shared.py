@@ -18,16 +18,16 @@ from triton.runtime.jit import create_function_from_signature
 from benchmarks.machine_code.arithmetic import clocks, predicted_us
 from benchmarks.machine_code.sass import machine_code, main_loops
 from dwl_kernels.backends.triton import specialize as host
-from dwl_kernels.backends.triton.kernels.common import Call, Inputs, Outputs
+from dwl_kernels.backends.triton.kernels.common import Call
 from dwl_kernels.backends.triton.kernels.shared_candidates import softmax_loss_kernel
 from dwl_kernels.backends.triton.tiles import Tiles, default
 from dwl_kernels.core.build import full_problem, in_batch_problem, sampled_problem
-from dwl_kernels.core.problem import DualScale, Problem, Wanted
+from dwl_kernels.core.problem import DualScale, GradMask, SharedProblem
 
 
 def example(
     kind: str, d: int, dtype: torch.dtype, options: bool, reduction: str = "mean"
-) -> tuple[Problem, Wanted]:
+) -> tuple[SharedProblem, GradMask]:
     """A problem of the wanted form; only its shapes, dtypes and absences matter here."""
     rows = 1024
     common: dict[str, Any] = {
@@ -47,7 +47,7 @@ def example(
         common["example_weights"] = torch.ones(rows)
         common["temperature"] = torch.tensor(0.05)
     gradients = {"temperature": options, "domain_weights": options}
-    wanted = Wanted(True, kind in ("sampled", "dual"), True, False, **gradients)
+    wanted = GradMask(True, kind in ("sampled", "dual"), True, False, **gradients)
     if kind in ("full", "skip"):
         threshold = 2.0**-12 if kind == "skip" else 0.0
         target = torch.zeros(rows, dtype=torch.int64)
@@ -74,8 +74,8 @@ class Launch(NamedTuple):
 
 
 def launch_of(
-    problem: Problem,
-    wanted: Wanted,
+    problem: SharedProblem,
+    wanted: GradMask,
     tiles: Tiles,
     row_grad: Tensor | None = None,
     capability: int = 90,
@@ -83,15 +83,12 @@ def launch_of(
     """The launch of `triton.solve` on a device."""
     inputs = host.inputs_of(problem, row_grad)
     form = host.form_of(problem, inputs, tiles, capability // 10)
-    call = Call(
-        Inputs(*inputs),
-        Outputs(*host.outputs_of(host.results_of(problem, wanted, inputs), inputs)),
-        form,
-    )
+    outputs = host.outputs_of(host.results_of(problem, wanted, inputs), inputs)
+    call = Call(inputs, outputs, form)
     buffers = torch.empty(64), *(torch.empty(64, dtype=torch.int32) for _ in range(2))
-    domains = 0 if problem.domain_weights is None else len(problem.domain_weights)
-    sizes = len(problem.query), len(problem.candidates), domains, 264
-    numbers = problem.tau, *host.constants_of(problem)
+    domains = 0 if problem.rows.domain_weights is None else len(problem.rows.domain_weights)
+    sizes = len(problem.query), problem.num_candidates, domains, 264
+    numbers = problem.rows.tau, *host.constants_of(problem)
     return Launch((call, *buffers, *sizes, *numbers), host.launch_options(tiles))
 
 

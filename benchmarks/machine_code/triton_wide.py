@@ -16,7 +16,7 @@ from benchmarks.machine_code.arithmetic import SHAPE, wide_us
 from benchmarks.machine_code.sass import Code, innermost, machine_code
 from benchmarks.machine_code.triton_shared import Launch, compiled_for, example
 from dwl_kernels.backends.triton import wide as triton_wide
-from dwl_kernels.core.problem import RowWeights
+from dwl_kernels.core.rows import prepare
 
 NAMES = ("exponentials", "gradients", "columns")
 Row = tuple[str, str, int, torch.dtype, bool, int, str]  # a kernel, and as of `triton_shared`
@@ -27,10 +27,7 @@ def launch_of(row: Row) -> tuple[Any, Launch, Any]:
     name, kind, d, dtype, options, _, reduction = row
     problem, wanted = example(kind, d, dtype, options, reduction)
     row_grad = torch.zeros(len(problem.query)) if reduction == "none" else None
-    weights = RowWeights(torch.ones(len(problem.query)), None, torch.ones(()))
-    if problem.example_weights is not None:
-        weights = weights._replace(active=problem.example_weights != 0)
-    call = triton_wide.prepare(problem, weights, wanted, row_grad)
+    call = triton_wide.prepare(problem, prepare(problem, row_grad), wanted, row_grad)
     one = call.launched[NAMES.index(name)]
     return one.kernel, Launch(one.arguments(0, 64, one.tensors), one.options), one.shape
 

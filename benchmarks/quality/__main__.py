@@ -198,7 +198,7 @@ def backend_name() -> str:
     name = os.environ.get("DWL_KERNELS_BACKEND", "auto")
     if name != "auto":
         return name
-    return "cpu" if backends.why_not("cpu", "cpu") is None else "chunked"
+    return "cpu" if backends.unavailable_reason("cpu", "cpu") is None else "chunked"
 
 
 if __name__ == "__main__":

@@ -141,7 +141,7 @@ def kernels(device: str, dry: bool = False) -> list[str]:
     names: tuple[str, ...] = ("cpu",)
     if device != "cpu" or dry:  # on a CPU interpreted and emulated
         names = tuple(name for name in backends.NAMES if name in _GPU_KERNELS)
-    return [name for name in names if backends.why_not(name, device) is None]
+    return [name for name in names if backends.unavailable_reason(name, device) is None]
 
 
 _GPU_KERNELS = ("triton", "cuda")

@@ -1,6 +1,7 @@
-"""Backends: functions from a problem and the wanted gradients to an `Output`.
+"""The registry of backends, and which of them a call runs on.
 
-They are interchangeable, and each is tested against `eager` in float64.
+A backend is a module with the functions of `Kernel`; one line in `BACKENDS` adds it. Its kernel is
+tested against `reference` in float64.
 """
 
 from __future__ import annotations
@@ -10,32 +11,67 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
-from typing import Literal, get_args
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple, Protocol, get_args
 
 import torch
 from torch import Tensor
 
-from dwl_kernels.backends import chunked, eager
+from dwl_kernels.backends import chunked, reference
 from dwl_kernels.backends.cache import BuildError
-from dwl_kernels.backends.cpu import solve as native
-from dwl_kernels.backends.cuda import solve as cuda
-from dwl_kernels.backends.triton import solve as triton
-from dwl_kernels.core.problem import Output, Problem, Wanted
+from dwl_kernels.backends.cpu import solve as cpu_backend
+from dwl_kernels.backends.cuda import solve as cuda_backend
+from dwl_kernels.backends.triton import solve as triton_backend
+from dwl_kernels.core.problem import GradMask, Output, Problem
 
 Backend = Literal["auto", "eager", "chunked", "cpu", "triton", "cuda"]
 NAMES = tuple(name for name in get_args(Backend) if name != "auto")
 
-Solve = Callable[[Problem, Wanted, Tensor | None], Output]
+Solve = Callable[[Problem, GradMask, Tensor | None], Output]
 TableGradient = Callable[
     [Tensor, list[Tensor], list[Tensor], int, torch.dtype, bool], tuple[Tensor, Tensor]
 ]
-_SOLVE: dict[str, Solve] = {
-    "eager": eager.solve,
-    "chunked": chunked.solve,
-    "cpu": native.solve,
-    "triton": triton.solve,
-    "cuda": cuda.solve,
+
+
+class Kernel(Protocol):
+    """What a backend's module has."""
+
+    @property
+    def solve(self) -> Solve:
+        """The loss and the wanted gradients, given the gradient of the rows of "none"."""
+
+    @property
+    def unavailable_reason(self) -> Callable[[str], str | None]:
+        """Why it cannot run on a type of device here and the mend; None where it can."""
+
+    @property
+    def unsupported_reason(self) -> Callable[[Problem], str | None]:
+        """Why it does not take a problem where it can run; None where it does."""
+
+
+class TableKernel(Kernel, Protocol):
+    """A backend that sums the gradient of a table too."""
+
+    @property
+    def table_gradient(self) -> TableGradient:
+        """As `chunked.table_gradient`."""
+
+    @property
+    def takes_table(self) -> Callable[[Tensor, torch.dtype], bool]:
+        """Whether it sums rows of such a source, ``[R, D]``, for a table of such a dtype."""
+
+
+class Entry(NamedTuple):
+    kernel: Kernel
+    table: TableKernel = chunked
+
+
+BACKENDS = {
+    "eager": Entry(reference),
+    "chunked": Entry(chunked),
+    "cpu": Entry(cpu_backend, table=cpu_backend),
+    "triton": Entry(triton_backend, table=triton_backend),
+    "cuda": Entry(cuda_backend),
 }
 _AUTO = {"cpu": ("cpu", "chunked"), "cuda": ("triton", "cuda", "chunked")}
 
@@ -48,30 +84,16 @@ def check_name(name: str, source: str = "") -> None:
         raise ValueError(f"backend is {name!r}{source}; wanted one of {('auto', *NAMES)}")
 
 
-def why_not(name: str, device_type: str) -> str | None:
+def unavailable_reason(name: str, device_type: str) -> str | None:
     """Why backend `name` cannot run on such a device here and the mend; None where it can."""
     if name in _broken:
         return _broken[name]
-    if name == "cpu":
-        if device_type != "cpu":
-            return f"it runs on CPU tensors, and these are on {device_type}"
-        return native.why_not()
-    if name == "triton":
-        return triton.why_not(device_type)
-    if name == "cuda":
-        return cuda.why_not(device_type)
-    return None
+    return BACKENDS[name].kernel.unavailable_reason(device_type)
 
 
-def refuses(name: str, problem: Problem) -> str | None:
+def unsupported_reason(name: str, problem: Problem) -> str | None:
     """Why a backend that can run here does not take this problem; None where it does."""
-    if name == "cpu":
-        return native.refuses(problem)
-    if name == "triton":
-        return triton.refuses(problem)
-    if name == "cuda":
-        return cuda.refuses(problem)
-    return None
+    return BACKENDS[name].kernel.unsupported_reason(problem)
 
 
 def chosen(name: str) -> str:
@@ -96,26 +118,33 @@ def pick(name: str, problem: Problem) -> Solve:
     name = chosen(name)
     device = problem.query.device.type
     if name != "auto":
-        reason = why_not(name, device) or refuses(name, problem)
+        reason = unavailable_reason(name, device)
+        reason = reason or unsupported_reason(name, problem)
         if reason is not None:
             raise RuntimeError(f"backend {name!r} cannot run: {reason}")
-        return _SOLVE[name]
+        return _solve_of(name, problem)
     for candidate in order(device):
-        if refuses(candidate, problem) is not None:
+        if unsupported_reason(candidate, problem) is not None:
             continue
-        reason = why_not(candidate, device)
+        reason = unavailable_reason(candidate, device)
         if reason is None:
             return functools.partial(_solve_or_next, candidate)
         _warn(candidate, reason)
     return chunked.solve
 
 
+def _solve_of(name: str, problem: Problem) -> Solve:
+    """A kernel has nothing to do where there is no row or no candidate."""
+    empty = 0 in (problem.query.shape[0], problem.num_candidates)
+    return chunked.solve if empty and name != "eager" else BACKENDS[name].kernel.solve
+
+
 def _solve_or_next(
-    name: str, problem: Problem, wanted: Wanted, row_grad: Tensor | None = None
+    name: str, problem: Problem, wanted: GradMask, row_grad: Tensor | None = None
 ) -> Output:
     """Solve on backend `name`; on the next one, from now on, if its kernel does not compile."""
     try:
-        return _SOLVE[name](problem, wanted, row_grad)
+        return _solve_of(name, problem)(problem, wanted, row_grad)
     except Exception as error:
         if not _is_of_compiler(error):
             raise
@@ -158,11 +187,27 @@ def _is_library(module: str) -> bool:
 def pick_table_gradient(name: str, source: Tensor, dtype: torch.dtype) -> TableGradient:
     """What sums the gradient of a table in a call of backend `name`."""
     name, device = chosen(name), source.device.type
-    compiled = device == "cpu" and dtype in native.DTYPES
-    if compiled and name in ("auto", "cpu") and native.why_not() is None:
-        return native.table_gradient
-    wide = source.shape[1] > triton.MAX_TABLE_D
-    asked = name == "triton" or (name == "auto" and device == "cuda")
-    if asked and not wide and why_not("triton", device) is None:
-        return triton.table_gradient
+    for candidate in order(device) if name == "auto" else (name,):
+        table = BACKENDS[candidate].table
+        if table.takes_table(source, dtype) and table.unavailable_reason(device) is None:
+            return table.table_gradient
     return chunked.table_gradient
+
+
+def scaled(
+    gradients: Sequence[Tensor], upstream: Tensor, dtypes: list[torch.dtype], in_place: bool = False
+) -> list[Tensor]:
+    """``gradient * upstream`` for all gradients, `in_place` where nobody needs them any more.
+
+    The product is made in float32: a loss scaler's 65536 is infinite in float16.
+    """
+    if upstream.is_cuda and unavailable_reason("triton", "cuda") is None:
+        return triton_backend.scaled(gradients, upstream, dtypes, in_place)
+    products = []
+    for gradient, dtype in zip(gradients, dtypes, strict=True):
+        if in_place and gradient.dtype == dtype == upstream.dtype:
+            products.append(gradient.mul_(upstream))
+            continue
+        wide = gradient if gradient.dtype == torch.float64 else gradient.float()
+        products.append((wide * upstream).to(dtype))
+    return products

@@ -1,118 +1,203 @@
 """Pure PyTorch over blocks of rows: bounded memory on every device that PyTorch runs on.
 
-The formulas are those of `eager`, a block of rows at a time, in place where `eager` makes a copy.
-A block keeps its logits from the forward to the backward, so nothing is computed twice, and the
-products are the three that any implementation must do, through the vendor's BLAS.
+The formulas are those of `reference`, with their gradients written out, a block of rows at a time
+and in place. A block keeps its logits from the forward to the backward, so nothing is computed
+twice, and the products are the three that any implementation must do, through the vendor's BLAS::
+
+    dL/dz_ij = a_i p_ij     dL/dz_i+ = a_i (p_i+ - 1)     p = exp(z - lse)
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from dwl_kernels.backends import eager
-from dwl_kernels.core.problem import Output, Problem, RowWeights, Wanted, accumulate_dtype
+from dwl_kernels.core.candidates import (
+    dual_scale,
+    excluded_candidates,
+    log_q_of_candidates,
+    log_q_of_positives,
+    row_blocks,
+    row_candidates,
+)
+from dwl_kernels.core.problem import GradMask, Output, Problem, SharedProblem, accumulate_dtype
+from dwl_kernels.core.rows import Gradients, clear_padding, embeddings, finish, prepare
 
-# Logits kept at once. On a CPU every operation ends with its threads spinning until the last one is
-# done, which on a busy machine may have lost its core: blocks of 2^19 took up to 14 times the
-# processor time of one thread, these twice. Without other work 2^20 to 2^22 are fastest. A GPU
-# wants products that fill it.
-BLOCK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26}
+
+def unavailable_reason(device_type: str) -> str | None:
+    """None: it runs everywhere."""
+    return None
+
+
+def unsupported_reason(problem: Problem) -> str | None:
+    """None: it takes every problem."""
+    return None
 
 
 def solve(
     problem: Problem,
-    wanted: Wanted,
+    wanted: GradMask,
     row_grad: Tensor | None = None,  # [B], gradient of the row losses of reduction "none"
 ) -> Output:
     """The loss and the wanted gradients, with a block of the logits in memory at a time."""
-    weights = problem.row_weights()
-    query, positive, candidates = eager.embeddings(problem, weights)
-    tau = problem.temperatures(weights.active)[:, None]  # [B, 1]
+    prepared = prepare(problem, row_grad)
+    active, tau = prepared.active, prepared.tau[:, None]  # [B, 1]
+    query, positive, candidates = embeddings(problem, active)
     score, shift = query, None  # z_ij = <score_i, c_j> / tau_i + shift_i - log Q_j
-    if problem.dual is not None:
-        score, shift, tau = dual_scale(problem, weights, query, positive, candidates)
-    coefficients = eager.row_coefficients(weights, row_grad)[:, None]  # [B, 1]
-    refined = problem.correction == "refined"
-    counts = refined and problem.candidate_log_q is not None  # +inf takes a candidate out
-    masks = problem.positive is None or problem.positive_ids is not None or counts
-    by_row = problem.by_row
+    own = None  # the candidate that is the positive of each row
+    masks = per_row = problem.per_row
+    if isinstance(problem, SharedProblem):
+        masks = problem.positive is None or problem.positive_ids is not None
+        own = problem.own_columns() if problem.positive is None else None
+        if problem.dual is not None:
+            scaled = dual_scale(problem, problem.dual, prepared, query, positive, candidates)
+            score, shift, tau = scaled.score, scaled.shift[:, None], scaled.tau[:, None]
+    coefficients = prepared.coefficient[:, None]  # [B, 1]
+    refined = problem.rows.correction == "refined"
+    masks |= refined and problem.candidate_log_q is not None  # +inf takes a candidate out
 
     want_query = wanted.query or wanted.temperature
-    own = problem.own_columns() if problem.positive_competes else None
     want_positive = wanted.positive or (wanted.candidates and own is not None)
-    positive_log_q = eager.log_q_of_positives(problem)
-    candidate_log_q = eager.log_q_of_candidates(problem)
+    positive_log_q = log_q_of_positives(problem)
+    candidate_log_q = log_q_of_candidates(problem)
     row_loss = query.new_empty(len(query))
     d_query = torch.empty_like(query) if want_query else None
-    d_positive = torch.empty_like(row_loss if by_row else positive) if want_positive else None
+    d_positive = torch.empty_like(row_loss if per_row else positive) if want_positive else None
     d_candidates = None
     if wanted.candidates:
-        shape = candidates.shape if problem.candidate_rows is None else problem.candidate_rows.shape
+        shape = candidates.shape if not per_row else (len(query), problem.num_candidates)
         d_candidates = query.new_zeros(shape)
     d_log_q = query.new_zeros(len(candidates)) if wanted.candidate_log_q else None
 
-    for rows in row_blocks(problem):
-        c = eager.candidates_of(problem, weights, candidates, rows.start, rows.stop)
-        z = eager.scores(score[rows], c).div_(tau[rows])
+    for block in row_blocks(problem):
+        c = row_candidates(problem, active, candidates, block)
+        z = scores(score[block], c).div_(tau[block])
         if shift is not None:
-            z += shift[rows]
+            z += shift[block]
         if candidate_log_q is not None:
-            z -= candidate_log_q[rows] if by_row else candidate_log_q
-        count = torch.full_like(tau[rows, 0], z.shape[1])
+            z -= candidate_log_q[block] if per_row else candidate_log_q
+        count = torch.full_like(tau[block, 0], z.shape[1])
         if masks:
-            excluded = eager.excluded_candidates(problem, weights, rows.start, rows.stop)
+            excluded = excluded_candidates(problem, active, block)
             z.masked_fill_(excluded, -torch.inf)
             if refined:
                 count -= excluded.sum(1)
             del excluded
-        z_positive = (query[rows] * positive[rows]).sum(1) / tau[rows, 0]
-        e, total, lse_candidates = eager.exponentials(z)
-        a = coefficients[rows]
+        z_positive = (query[block] * positive[block]).sum(1) / tau[block, 0]
+        e, total, lse_candidates = exponentials(z)
+        a = coefficients[block]
         if refined:
-            log_q = None if problem.positive_log_q is None else problem.positive_log_q[rows]
-            lse, r = eager.refine(lse_candidates, z_positive, log_q, count)
-            row_loss[rows] = torch.where(r == 0, 0.0, r * (lse - z_positive))
-            a = eager.refined_coefficients(a, r[:, None])
+            log_q = None if problem.positive_log_q is None else problem.positive_log_q[block]
+            lse, r = refine(lse_candidates, z_positive, log_q, count)
+            row_loss[block] = torch.where(r == 0, 0.0, r * (lse - z_positive))
+            a = torch.where(a == 0, 0.0, a * r[:, None])  # r may be NaN
             p_positive_minus_1 = torch.full_like(a, -1.0)
         else:
             if positive_log_q is not None:
-                z_positive -= positive_log_q[rows]
-            row_loss[rows], minus_1 = eager.compete(lse_candidates, z_positive)
+                z_positive -= positive_log_q[block]
+            row_loss[block], minus_1 = compete(lse_candidates, z_positive)
             p_positive_minus_1 = minus_1[:, None]
         if not any(wanted[:5]):
             continue
         # A row of weight zero gives exact zeros, also where its p overflowed or something is NaN.
         nothing = a == 0
         dz_positive = torch.where(nothing, 0.0, a * p_positive_minus_1)
-        scaled_query = torch.where(nothing, 0.0, query[rows] / tau[rows])
+        scaled_query = torch.where(nothing, 0.0, query[block] / tau[block])
         if d_positive is not None:
-            one = dz_positive[:, 0] / tau[rows, 0] if by_row else dz_positive * scaled_query
-            d_positive[rows] = one
+            one = dz_positive[:, 0] / tau[block, 0] if per_row else dz_positive * scaled_query
+            d_positive[block] = one
         if d_query is None and d_candidates is None and d_log_q is None:
             continue
-        dz = e.mul_(eager.shares(dz_positive, total)).masked_fill_(nothing, 0)
+        dz = e.mul_(shares(dz_positive, total)).masked_fill_(nothing, 0)
         if d_query is not None:
-            d = eager.weighted_sum(dz, c).addcmul_(dz_positive, positive[rows])
-            d_query[rows] = d.div_(tau[rows]).masked_fill_(nothing, 0)
-        if d_candidates is not None and by_row:
-            d_candidates[rows] = dz / tau[rows]
+            d = weighted_sum(dz, c).addcmul_(dz_positive, positive[block])
+            d_query[block] = d.div_(tau[block]).masked_fill_(nothing, 0)
+        if d_candidates is not None and per_row:
+            d_candidates[block] = dz / tau[block]
         elif d_candidates is not None:
             d_candidates.addmm_(dz.T, scaled_query)
         if d_log_q is not None:
             d_log_q -= dz.sum(0)
             if own is not None:
-                d_log_q.index_add_(0, own[rows], -dz_positive[:, 0])
+                d_log_q.index_add_(0, own[block], -dz_positive[:, 0])
 
     if d_candidates is not None and d_positive is not None and own is not None:
         d_candidates.index_add_(0, own, d_positive)
-        eager.clear_padding(problem, weights, d_candidates)
-    loss = eager.reduce_rows(row_loss, weights, problem.reduction)
-    gradients = eager.Gradients(d_query, d_positive, d_candidates, d_log_q)
-    return eager.finish(problem, wanted, weights, loss, row_loss, row_grad, query, gradients)
+        clear_padding(problem, active, d_candidates)
+    gradients = Gradients(d_query, d_positive, d_candidates, d_log_q)
+    return finish(problem, wanted, prepared, row_grad, row_loss, gradients, query)
+
+
+def scores(query: Tensor, candidates: Tensor) -> Tensor:  # [B, N]
+    """``<q_i, c_j>`` of candidates ``[N, D]``, ``<q_i, c_ij>`` of candidates ``[B, K, D]``."""
+    if candidates.dim() == 3:
+        return (candidates @ query[:, :, None])[:, :, 0]
+    return query @ candidates.T
+
+
+def weighted_sum(weight: Tensor, candidates: Tensor) -> Tensor:  # [B, D]
+    """``sum_j weight_ij c_j``, weight ``[B, N]``, of candidates ``[N, D]`` or ``[B, K, D]``."""
+    if candidates.dim() == 3:
+        return (weight[:, None] @ candidates)[:, 0]
+    return weight @ candidates
+
+
+def exponentials(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # [B, N] -> [B, N], [B], [B]
+    """``e_ij = exp(z_ij - max_j z_ij)`` in place of `z`, their sums, and ``log sum_j exp z_ij``."""
+    largest = z.amax(1) if z.shape[1] else z.new_full(z.shape[:1], -torch.inf)
+    largest = largest.masked_fill(largest.isinf(), 0)  # inf - inf is NaN
+    # On a CPU PyTorch's exp takes 16 times as long where it underflows, and exp2 never does.
+    e = z.sub_(largest[:, None]).mul_(1 / math.log(2)).exp2_()
+    total = e.sum(1)
+    return e, total, largest + total.log()
+
+
+def shares(
+    dz_positive: Tensor,  # [B, 1]
+    total: Tensor,  # [B]
+) -> Tensor:  # [B, 1]
+    """What ``e_ij`` is multiplied by to be ``dL/dz_ij``: the candidates share what p_i+ lacks to 1.
+
+    ``exp(z - lse)`` would round lse once more, which large logits show.
+    """
+    return torch.where(total == 0, 0.0, -dz_positive[:, 0] / total)[:, None]
+
+
+def compete(
+    lse_candidates: Tensor,  # [B]
+    z_positive: Tensor,  # [B]
+) -> tuple[Tensor, Tensor]:
+    """``l_i`` and ``p_i+ - 1`` from the log-odds against the positive, which may be infinite.
+
+    The loss of a positive that the sampler never draws (log-Q -inf) is 0, the limit, and so is that
+    of a row without competitors.
+    """
+    odds = lse_candidates - z_positive
+    nobody = (lse_candidates == -torch.inf) & (z_positive == -torch.inf)
+    odds = odds.masked_fill(nobody, -torch.inf)
+    return torch.logaddexp(odds, torch.zeros_like(odds)), -torch.sigmoid(odds)
+
+
+def refine(
+    lse_candidates: Tensor,  # [B]
+    z_positive: Tensor,  # [B], without log-Q
+    positive_log_q: Tensor | None,  # [B]
+    count: Tensor,  # [B] n_i
+) -> tuple[Tensor, Tensor]:
+    """``lse_i`` and ``r_i`` of arXiv 2507.09331; ``r_i = 0`` where nothing is left to compete."""
+    lse = lse_candidates
+    if positive_log_q is not None:
+        lse = lse + torch.log1p(-torch.exp(positive_log_q))
+    r = torch.sigmoid(lse - torch.log(count.to(lse.dtype)) - z_positive)
+    return lse, torch.where(lse == -torch.inf, 0.0, r)
+
+
+def takes_table(source: Tensor, dtype: torch.dtype) -> bool:
+    """True: it sums the gradient of every table."""
+    return True
 
 
 def table_gradient(
@@ -152,43 +237,3 @@ def table_gradient(
         row[order], source, offsets, mode="sum", per_sample_weights=coefficient[order]
     )
     return sums[: len(distinct) if compact else table_rows].to(dtype), distinct
-
-
-def row_blocks(problem: Problem) -> Iterator[slice]:
-    """Blocks of rows whose logits, and candidates where they are by row, are kept at once."""
-    elements = BLOCK_ELEMENTS.get(problem.query.device.type, 1 << 22)
-    per_row = len(problem.candidates)
-    if problem.candidate_rows is not None:
-        per_row = problem.candidate_rows.shape[1] * problem.query.shape[1]
-    step = max(elements // max(per_row, 1), 1)
-    rows = len(problem.query)
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows))
-
-
-def dual_scale(
-    problem: Problem, weights: RowWeights, query: Tensor, positive: Tensor, candidates: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What the dual scale makes of the rows: ``score`` [B, D], ``shift`` [B, 1], ``tau`` [B, 1].
-
-    ``log kappa_ij`` is linear in ``c_j`` but for a constant of the row, so that all logits of the
-    row are still one product, ``z_ij = <score_i, c_j> / tau_i + shift_i - log Q_j``.
-    """
-    assert problem.dual is not None
-    tau = problem.temperatures(weights.active)[:, None]
-    candidate_log_q = eager.log_q_of_candidates(problem)
-    pull = problem.dual.hardness * query + problem.dual.similarity * positive
-    z_positive = (query * positive).sum(1) / tau[:, 0]
-    g, shift = torch.empty_like(z_positive), torch.empty_like(z_positive)
-    for rows in row_blocks(problem):
-        excluded = eager.excluded_candidates(problem, weights, rows.start, rows.stop)
-        x = (pull[rows] @ candidates.T).div_(tau[rows]).masked_fill_(excluded, -torch.inf)
-        count = (~excluded).sum(1).to(x.dtype)
-        shift[rows] = torch.where(count > 0, count.log() - x.logsumexp(1), 0.0)
-        z = (query[rows] @ candidates.T).div_(tau[rows])
-        if candidate_log_q is not None:
-            z -= candidate_log_q
-        z.masked_fill_(excluded, -torch.inf)
-        g[rows] = eager.competition_on_slate(problem, z, z_positive[rows], rows.start)
-    factor = eager.temperature_factor(problem.dual, g, weights)[:, None]
-    return query + factor * pull, shift[:, None], tau * factor

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from dwl_kernels.core.problem import has_values
+from dwl_kernels.core.values import has_values
 
 
 @contextmanager

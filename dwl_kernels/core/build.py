@@ -1,6 +1,6 @@
-"""From the arguments of the public functions to a validated `Problem`.
+"""From the arguments of the public functions to a validated problem, one builder for each loss.
 
-Every loss has its builder here; what is wrong with a single argument, `checks` says.
+What is wrong with a single argument, `checks` says; with several of them, the builder.
 """
 
 from __future__ import annotations
@@ -29,12 +29,11 @@ from dwl_kernels.core.problem import (
     NO_ITEM,
     Correction,
     DualScale,
-    Problem,
+    PerRowProblem,
     Reduction,
-    checks_values,
-    ids_outside,
-    no_autocast,
+    SharedProblem,
 )
+from dwl_kernels.core.values import checks_values, ids_outside, no_autocast
 
 
 def sampled_problem(
@@ -53,7 +52,7 @@ def sampled_problem(
     correction: Correction,
     reduction: Reduction,
     dual: DualScale | None = None,
-) -> Problem:
+) -> SharedProblem:
     """The problem of ``sampled_softmax_loss``: candidates ``[N, D]`` shared by all rows."""
     query, positive, negative = check_embeddings(query, positive=positive, negative=negative)
     leading = query.shape[:-1]
@@ -68,12 +67,12 @@ def sampled_problem(
     )
     given = positive_log_q, negative_log_q
     positive_log_q = flat_log_q(
-        "positive_log_q", positive_log_q, leading, query, rows["example_weights"]
+        "positive_log_q", positive_log_q, leading, query, rows.example_weights
     )
     negative_log_q = flat_log_q("negative_log_q", negative_log_q, negative.shape[:1], query)
     if (positive_log_q is None) != (negative_log_q is None):
         both_or_none("positive_log_q", as_given(given[0]), "negative_log_q", as_given(given[1]))
-    return Problem(
+    return SharedProblem(
         query=flat_rows(query),
         positive=flat_rows(positive),
         candidates=negative,
@@ -82,7 +81,7 @@ def sampled_problem(
         positive_ids=ids[0],
         candidate_ids=ids[1],
         dual=None if dual is None else effective_dual(dual),
-        **rows,
+        rows=rows,
     )
 
 
@@ -114,7 +113,7 @@ def in_batch_problem(
     reduction: Reduction,
     dual: DualScale | None = None,
     prefix: str = "",
-) -> Problem:
+) -> SharedProblem:
     """The problem of ``in_batch_softmax_loss``: the positives of the batch, then ``negative``.
 
     `prefix` is what the names of `log_q` and `ids` start with in the function that was called.
@@ -137,10 +136,10 @@ def in_batch_problem(
     rows = row_arguments(
         query, domain_ids, domain_weights, example_weights, temperature, correction, reduction
     )
-    positive_log_q = flat_log_q(log_q_name, log_q, leading, query, rows["example_weights"])
+    positive_log_q = flat_log_q(log_q_name, log_q, leading, query, rows.example_weights)
     more_log_q = flat_log_q("negative_log_q", negative_log_q, more, query)
     positives = flat_rows(positive)
-    return Problem(
+    return SharedProblem(
         query=flat_rows(query),
         positive=None,
         candidates=positives if negative is None else torch.cat((positives, negative)),
@@ -149,7 +148,7 @@ def in_batch_problem(
         positive_ids=both[0],
         candidate_ids=_joined(both[0], both[1]),
         dual=None if dual is None else effective_dual(dual),
-        **rows,
+        rows=rows,
     )
 
 
@@ -178,7 +177,7 @@ def full_problem(
     temperature: float | Tensor | None,
     reduction: Reduction,
     skip_threshold: float,
-) -> Problem:
+) -> SharedProblem:
     """The problem of ``full_softmax_loss``: every row of the table is a candidate."""
     skip_threshold = checked_skip_threshold(skip_threshold)
     ignore_index = integer("ignore_index", ignore_index)
@@ -194,15 +193,15 @@ def full_problem(
     rows = row_arguments(
         query, domain_ids, domain_weights, example_weights, temperature, "standard", reduction
     )
-    return Problem(
+    rows = rows._replace(ignore_index=ignore_index)
+    return SharedProblem(
         query=flat_rows(query),
         positive=None,
         candidates=table,
         target=target.long(),
         candidate_log_q=bias,
-        ignore_index=ignore_index,
         skip_threshold=skip_threshold,
-        **rows,
+        rows=rows,
     )
 
 
@@ -230,7 +229,7 @@ def indexed_problem(
     temperature: float | Tensor | None,
     correction: Correction,
     reduction: Reduction,
-) -> Problem:
+) -> PerRowProblem:
     """The problem of ``indexed_sampled_softmax_loss`` where every row has negatives of its own.
 
     The ids have been through :func:`indexed_ids`.
@@ -240,20 +239,19 @@ def indexed_problem(
     rows = row_arguments(
         query, domain_ids, domain_weights, example_weights, temperature, correction, reduction
     )
-    weights = rows["example_weights"]
+    weights = rows.example_weights
     positive_log_q = flat_log_q("positive_log_q", positive_log_q, leading, query, weights)
     negative_log_q = flat_log_q("negative_log_q", negative_log_q, (*leading, width), query, weights)
     both_or_none("positive_log_q", positive_log_q, "negative_log_q", negative_log_q)
     shape = (math.prod(leading), width)
-    return Problem(
+    return PerRowProblem(
         query=flat_rows(query),
-        positive=None,
-        candidates=table,
-        target=positive_ids.reshape(-1),
+        item_table=table,
+        positive_rows=positive_ids.reshape(-1),
         candidate_rows=negative_ids.reshape(shape),
         positive_log_q=positive_log_q,
         candidate_log_q=None if negative_log_q is None else negative_log_q.reshape(shape),
-        **rows,
+        rows=rows,
     )
 
 
@@ -268,7 +266,7 @@ def indexed_ids(
 
     Raises:
         IndexError: shared negatives, or their positives, outside the table, where values are looked
-            at. Those of negatives by row are left to :meth:`Problem.row_weights`.
+            at. Those of negatives by row are left to `rows.prepare`.
     """
     _query_and_table(query, table)
     if table.shape[0] == 0:

@@ -15,10 +15,10 @@ from dwl_kernels.core.problem import (
     INTEGERS,
     Correction,
     Reduction,
+    RowOptions,
     accumulate_dtype,
-    autocasting,
-    checks_values,
 )
+from dwl_kernels.core.values import autocasting, checks_values
 
 
 def check_embeddings(query: Tensor, **others: Tensor) -> list[Tensor]:
@@ -217,10 +217,10 @@ def row_arguments(
     domain_weights: Tensor | None,
     example_weights: Tensor | None,
     temperature: float | Tensor | None,
-    correction: str,
-    reduction: str,
-) -> dict[str, Any]:
-    """What every loss takes per row, as keyword arguments of `Problem`."""
+    correction: Correction,
+    reduction: Reduction,
+) -> RowOptions:
+    """What every loss takes per row, checked."""
     leading = query.shape[:-1]
     check_choice("correction", correction, Correction)
     check_choice("reduction", reduction, Reduction)
@@ -277,12 +277,12 @@ def row_arguments(
         tau = number("temperature", temperature, "a positive number, or a torch.Tensor")
         if not 0 < tau < math.inf:
             raise ValueError(f"temperature is {tau}; wanted a positive, finite number")
-    return {
-        "domain_ids": domain_ids,
-        "domain_weights": domain_weights,
-        "example_weights": example_weights,
-        "temperature": per_row,
-        "tau": tau,
-        "correction": correction,
-        "reduction": reduction,
-    }
+    return RowOptions(
+        domain_ids=domain_ids,
+        domain_weights=domain_weights,
+        example_weights=example_weights,
+        temperature=per_row,
+        tau=tau,
+        correction=correction,
+        reduction=reduction,
+    )

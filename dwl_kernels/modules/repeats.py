@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
-from dwl_kernels.core.problem import no_autocast
+from dwl_kernels.core.values import no_autocast
 from dwl_kernels.domains import DomainWeights
 
 

@@ -13,13 +13,9 @@ from dwl_kernels.backends import Backend, check_name
 from dwl_kernels.core.arguments import check_dense, check_order, flag, integer, integers, number
 from dwl_kernels.core.buffers import Tables, on_host
 from dwl_kernels.core.checks import check_choice, either
-from dwl_kernels.core.problem import (
-    Reduction,
-    check_distinct,
-    checks_values,
-    has_values,
-    mean_domain_weight,
-)
+from dwl_kernels.core.problem import Reduction
+from dwl_kernels.core.rows import mean_domain_weight
+from dwl_kernels.core.values import check_distinct, checks_values, has_values
 from dwl_kernels.domains import DomainWeights, check_range
 from dwl_kernels.modules.repeats import Runs
 

@@ -1,7 +1,7 @@
-"""The compiled kernels of ``csrc/``; the one for the CPU so far.
+"""The CPU kernel, from the host: what it takes, and a problem as its arguments.
 
-The kernel holds the three products and everything between them. What is linear in the rows, the
-weights before and the gradients of weights and temperature after it, is shared with `eager`.
+The kernel holds the three products and everything between them. What is linear in the rows, their
+weights before it and the reduction after it, `rows` does.
 """
 
 from __future__ import annotations
@@ -11,26 +11,48 @@ import functools
 import torch
 from torch import Tensor
 
-from dwl_kernels.backends import chunked, eager
 from dwl_kernels.backends.cache import BuildError
-from dwl_kernels.backends.cpu import build as cpu_build
-from dwl_kernels.core.problem import Output, Problem, RowWeights, Wanted, accumulate_dtype
+from dwl_kernels.backends.cpu import build
+from dwl_kernels.core.candidates import dual_scale, log_q_of_candidates, log_q_of_positives
+from dwl_kernels.core.problem import (
+    GradMask,
+    Output,
+    PerRowProblem,
+    Problem,
+    SharedProblem,
+    accumulate_dtype,
+)
+from dwl_kernels.core.rows import (
+    Gradients,
+    Prepared,
+    embeddings,
+    finish,
+    prepare,
+    skippable_below,
+)
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
 @functools.cache
-def why_not() -> str | None:
-    """Why the CPU kernel cannot run here and the mend; None where it can. Compiles on first use."""
+def does_not_build() -> str | None:
+    """Why there is no kernel and the mend; None where there is one. Compiles on first use."""
     try:
-        cpu_build.load_cpu()
+        build.load_cpu()
     except BuildError as error:
         return str(error)
     _register_fake()
     return None
 
 
-def refuses(problem: Problem) -> str | None:
+def unavailable_reason(device_type: str) -> str | None:
+    """Why the kernel cannot run on such a device here and the mend; None where it can."""
+    if device_type != "cpu":
+        return f"it runs on CPU tensors, and these are on {device_type}"
+    return does_not_build()
+
+
+def unsupported_reason(problem: Problem) -> str | None:
     """Why the kernel does not take this problem; None where it does."""
     if problem.query.dtype in DTYPES:
         return None
@@ -39,53 +61,89 @@ def refuses(problem: Problem) -> str | None:
 
 def solve(
     problem: Problem,
-    wanted: Wanted,
+    wanted: GradMask,
     row_grad: Tensor | None = None,  # [B], gradient of the row losses of reduction "none"
 ) -> Output:
     """The loss and the wanted gradients, with the logits of a block of rows in memory."""
-    weights = problem.row_weights()
-    query, positive, candidates = (t.contiguous() for t in _embeddings(problem, weights))
-    if problem.candidate_rows is not None:
-        output = torch.ops.dwl_kernels_native.indexed_softmax(
-            query,
-            candidates,
-            _contiguous(problem.target),
-            _contiguous(problem.candidate_rows),
-            problem.temperatures(weights.active).contiguous(),
-            eager.row_coefficients(weights, row_grad).contiguous(),
-            *(_contiguous(t) for t in (problem.positive_log_q, problem.candidate_log_q)),
-            weights.active,
-            problem.correction == "refined",
-            wanted.query or wanted.temperature,
-            wanted.candidates,
-        )
-        return _output(problem, wanted, weights, row_grad, query, *output)
-    tau, score, shift = problem.temperatures(weights.active), None, None
+    prepared = prepare(problem, row_grad)
+    if isinstance(problem, SharedProblem):
+        query, row_loss, gradients = _solve_shared(problem, wanted, prepared)
+    else:
+        query, row_loss, gradients = _solve_per_row(problem, wanted, prepared)
+    return finish(problem, wanted, prepared, row_grad, row_loss, gradients, query)
+
+
+def _solve_shared(
+    problem: SharedProblem, wanted: GradMask, prepared: Prepared
+) -> tuple[Tensor, Tensor, Gradients]:
+    query, positive, candidates = (t.contiguous() for t in _embeddings(problem, prepared.active))
+    tau, score, shift = prepared.tau, None, None
     if problem.dual is not None:
-        score, shift, tau = chunked.dual_scale(problem, weights, query, positive, candidates)
-        shift, tau = shift[:, 0], tau[:, 0]
-    output = torch.ops.dwl_kernels_native.sampled_softmax(
-        query,
-        None if problem.positive is None else positive,
-        candidates,
-        None if problem.target is None else problem.own_columns(),
-        tau.contiguous(),
-        eager.row_coefficients(weights, row_grad),
-        *(
-            _contiguous(t)
-            for t in (eager.log_q_of_positives(problem), eager.log_q_of_candidates(problem))
-        ),
-        *(_contiguous(t) for t in (score, shift)),
-        *(_contiguous(t, torch.int64) for t in (problem.positive_ids, problem.candidate_ids)),
-        problem.skippable_below(weights),
-        weights.active,
-        problem.correction == "refined",
-        wanted.query or wanted.temperature,
-        wanted.positive,
-        wanted.candidates,
-        wanted.candidate_log_q,
+        scaled = dual_scale(problem, problem.dual, prepared, query, positive, candidates)
+        tau, score, shift = scaled.tau, scaled.score, scaled.shift
+    row_loss, *gradients = torch.ops.dwl_kernels_native.sampled_softmax(
+        query=query,
+        positive=None if problem.positive is None else positive,
+        candidates=candidates,
+        target=None if problem.target is None else problem.own_columns(),
+        tau=tau.contiguous(),
+        coefficient=prepared.coefficient,
+        positive_log_q=_contiguous(log_q_of_positives(problem)),
+        candidate_log_q=_contiguous(log_q_of_candidates(problem)),
+        score=_contiguous(score),
+        shift=_contiguous(shift),
+        positive_ids=_contiguous(problem.positive_ids, torch.int64),
+        candidate_ids=_contiguous(problem.candidate_ids, torch.int64),
+        skip_below=skippable_below(problem, prepared.weight),
+        active=prepared.active,
+        refined=problem.rows.correction == "refined",
+        want_query=wanted.query or wanted.temperature,
+        want_positive=wanted.positive,
+        want_candidates=wanted.candidates,
+        want_log_q=wanted.candidate_log_q,
     )
-    return _output(problem, wanted, weights, row_grad, query, *output)
+    return query, row_loss, Gradients(*gradients)
+
+
+def _solve_per_row(
+    problem: PerRowProblem, wanted: GradMask, prepared: Prepared
+) -> tuple[Tensor, Tensor, Gradients]:
+    query = problem.query.to(problem.dtypes.accumulate)
+    if prepared.active is not None:
+        query = query.masked_fill(~prepared.active[:, None], 0)
+    query = query.contiguous()
+    row_loss, *gradients = torch.ops.dwl_kernels_native.indexed_softmax(
+        query=query,
+        table=problem.item_table.contiguous(),
+        positive_ids=problem.positive_rows.contiguous(),
+        candidate_ids=problem.candidate_rows.contiguous(),
+        tau=prepared.tau.contiguous(),
+        coefficient=prepared.coefficient.contiguous(),
+        positive_log_q=_contiguous(problem.positive_log_q),
+        candidate_log_q=_contiguous(problem.candidate_log_q),
+        active=prepared.active,
+        refined=problem.rows.correction == "refined",
+        want_query=wanted.query or wanted.temperature,
+        want_table=wanted.candidates,
+    )
+    return query, row_loss, Gradients(*gradients)
+
+
+def _embeddings(problem: SharedProblem, active: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """As `rows.embeddings`, without copies of positives that the kernel finds itself."""
+    padded_batch = problem.in_batch and active is not None
+    if problem.positive is not None or problem.dual is not None or padded_batch:
+        return embeddings(problem, active)
+    dtype = problem.dtypes.accumulate
+    query, candidates = problem.query.to(dtype), problem.candidates.to(dtype)
+    if active is not None:
+        query = query.masked_fill(~active[:, None], 0)
+    return query, query, candidates
+
+
+def takes_table(source: Tensor, dtype: torch.dtype) -> bool:
+    """Whether `table_gradient` sums such rows for a table of such a dtype."""
+    return dtype in DTYPES
 
 
 def table_gradient(
@@ -96,7 +154,7 @@ def table_gradient(
     dtype: torch.dtype,
     compact: bool,
 ) -> tuple[Tensor, Tensor]:
-    """As :func:`dwl_kernels.backends.chunked.table_gradient`."""
+    """As `chunked.table_gradient`."""
     values, distinct = torch.ops.dwl_kernels_native.table_gradient(
         source.to(accumulate_dtype(dtype)).contiguous(),
         [one.contiguous() for one in ids],
@@ -106,36 +164,6 @@ def table_gradient(
         compact,
     )
     return values, distinct
-
-
-def _embeddings(problem: Problem, weights: RowWeights) -> tuple[Tensor, Tensor, Tensor]:
-    """As :func:`eager.embeddings`, without copies of positives that the kernel finds itself."""
-    padded_batch = problem.in_batch and weights.active is not None
-    if problem.positive is not None or problem.dual is not None or padded_batch:
-        return eager.embeddings(problem, weights)
-    query, candidates = problem.query.to(problem.accumulate), problem.candidates
-    if weights.active is not None:
-        query = query.masked_fill(~weights.active[:, None], 0)
-    if not problem.by_row:
-        candidates = candidates.to(problem.accumulate)
-    return query, query, candidates
-
-
-def _output(
-    problem: Problem,
-    wanted: Wanted,
-    weights: RowWeights,
-    row_grad: Tensor | None,  # [B]
-    query: Tensor,  # [B, D] padded rows zero
-    row_loss: Tensor,  # [B] r_i l_i
-    d_query: Tensor,
-    d_positive: Tensor,
-    d_candidates: Tensor,
-    d_log_q: Tensor | None = None,
-) -> Output:
-    loss = eager.reduce_rows(row_loss, weights, problem.reduction)
-    gradients = eager.Gradients(d_query, d_positive, d_candidates, d_log_q)
-    return eager.finish(problem, wanted, weights, loss, row_loss, row_grad, query, gradients)
 
 
 def _contiguous(tensor: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:

@@ -1,9 +1,9 @@
 """The CUDA kernel of ``csrc/cuda/``, from the host: for GPUs where Triton is missing or broken.
 
 The kernel solves everything between the embeddings and their gradients in one cooperative launch.
-What is linear in the rows, the weights before and the sums after it, is PyTorch code that `eager`
-and `native` share; nothing of it waits for the device. Padded rows are packed away by a permutation
-whose length the kernel reads from the device.
+What is linear in the rows, their weights before and the sums after it, `rows` does; nothing of it
+waits for the device. Padded rows are packed away by a permutation whose length the kernel reads
+from the device.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dwl_kernels.backends import eager
 from dwl_kernels.backends.cache import BuildError
 from dwl_kernels.backends.cuda import build as cuda_build
 from dwl_kernels.backends.cuda import variants as cuda_tiles
 from dwl_kernels.backends.cuda.variants import MAX_D, Variant
 from dwl_kernels.backends.device import why_unfit
-from dwl_kernels.core.problem import NO_ITEM, Output, Problem, Wanted
+from dwl_kernels.core.candidates import log_q_of_candidates, log_q_of_positives
+from dwl_kernels.core.problem import NO_ITEM, GradMask, Output, Problem, SharedProblem
+from dwl_kernels.core.rows import Gradients, finish, prepare
 
 MAX_LENGTH = (1 << 31) - (1 << 16)  # places are 32-bit numbers, offsets 64-bit ones
 _PROBE = torch.bfloat16, 64  # compiled to see whether anything compiles
@@ -45,7 +46,7 @@ def emulating() -> bool:
     return os.environ.get("DWL_KERNELS_CUDA_EMULATE") == "1"
 
 
-def why_not(device_type: str) -> str | None:
+def unavailable_reason(device_type: str) -> str | None:
     """Why the kernel cannot run on such a device here and the mend; None where it can.
 
     Compiles a kernel on first use.
@@ -77,14 +78,12 @@ def _does_not_build(variant: Variant, capability: tuple[int, int] | None) -> str
     return None
 
 
-def refuses(problem: Problem) -> str | None:
+def unsupported_reason(problem: Problem) -> str | None:
     """Why the kernel does not take this problem; None where it does."""
-    for what, there in (
-        ("candidates by row", problem.by_row),
-        ("the dual scale", problem.dual is not None),
-    ):
-        if there:
-            return f"it does not take {what}; backend='chunked' does"
+    if not isinstance(problem, SharedProblem):
+        return "it does not take candidates by row; backend='chunked' does"
+    if problem.dual is not None:
+        return "it does not take the dual scale; backend='chunked' does"
     dim = problem.query.shape[1]
     if dim > MAX_D:
         return (
@@ -98,30 +97,26 @@ def refuses(problem: Problem) -> str | None:
 
 def solve(
     problem: Problem,
-    wanted: Wanted,
+    wanted: GradMask,
     row_grad: Tensor | None = None,  # [B], gradient of the row losses of reduction "none"
 ) -> Output:
     """The loss and the wanted gradients, with no logits in memory."""
-    if 0 in (*problem.query.shape, len(problem.candidates)):
-        return eager.solve(problem, wanted, row_grad)
-    p, weights = problem, problem.row_weights()
+    assert isinstance(problem, SharedProblem)  # see `unsupported_reason`
+    p, prepared = problem, prepare(problem, row_grad)
     order = count = candidate_order = candidate_count = None
-    if weights.active is not None:
-        order, count = _packed(weights.active)
+    if prepared.active is not None:
+        order, count = _packed(prepared.active)
         if p.in_batch:
             candidate_order, candidate_count = _packed_candidates(p, order, count)
-    tau = p.temperatures(weights.active)
-    coefficient = eager.row_coefficients(weights, row_grad)
-    positive_log_q = p.positive_log_q
-    if p.correction == "standard":
-        positive_log_q = eager.log_q_of_positives(p)
-    log_q, removed = eager.log_q_of_candidates(p), None
-    if p.correction == "refined" and log_q is not None:
+    refined = p.rows.correction == "refined"
+    log_q, removed = log_q_of_candidates(p), None
+    if refined and log_q is not None:
         removed = log_q == torch.inf
-        if p.in_batch and weights.active is not None:  # padding is no candidate anyway
-            removed[: len(p.query)] &= weights.active
+        if p.in_batch and prepared.active is not None:  # padding is no candidate anyway
+            removed[: len(p.query)] &= prepared.active
     items = _items(p.positive_ids, p.candidate_ids, removed)
-    narrowing = _narrowing(coefficient, tau) if p.query.dtype == torch.float16 else None
+    half = p.query.dtype == torch.float16
+    narrowing = _narrowing(prepared.coefficient, prepared.tau) if half else None
 
     # What the kernel does not reach belongs to padding.
     make = torch.empty if order is None else torch.zeros
@@ -131,45 +126,42 @@ def solve(
             return None
         return make(tensor.shape, dtype=dtype, device=tensor.device)
 
-    row_loss = make(len(p.query), dtype=p.accumulate, device=p.query.device)
-    d_tau = like(row_loss, wanted.temperature, p.accumulate)
-    d_query = like(p.query, wanted.query, p.gradient)
-    d_positive = like(p.positive, wanted.positive, p.gradient)
-    d_candidates = like(p.candidates, wanted.candidates, p.gradient)
-    d_log_q = like(p.candidate_log_q, wanted.candidate_log_q, p.accumulate)
+    accumulate, gradient = p.dtypes
+    row_loss = make(len(p.query), dtype=accumulate, device=p.query.device)
+    gradients = Gradients(
+        query=like(p.query, wanted.query, gradient),
+        positive=like(p.positive, wanted.positive, gradient),
+        candidates=like(p.candidates, wanted.candidates, gradient),
+        candidate_log_q=like(p.candidate_log_q, wanted.candidate_log_q, accumulate),
+        tau=like(row_loss, wanted.temperature, accumulate),
+    )
     call = {
         "dim": p.query.shape[1],
         "row": _Side.of(p.query.contiguous(), order, count),
         "candidate": _Side.of(p.candidates.contiguous(), candidate_order, candidate_count),
         "positive": None if p.positive is None else p.positive.contiguous(),
         "own": None if p.target is None else _take(p.own_columns(), order),
-        "tau": _take(tau, order),
-        "coefficient": _take(coefficient, order),
-        "positive_log_q": _take(positive_log_q, order),
+        "tau": _take(prepared.tau, order),
+        "coefficient": _take(prepared.coefficient, order),
+        "positive_log_q": _take(p.positive_log_q if refined else log_q_of_positives(p), order),
         "candidate_log_q": _take(log_q, candidate_order),
         "row_ids": _take(p.positive_ids, order, torch.int64),
         "candidate_ids": _take(items, candidate_order),
         "removed": None if removed is None else removed.sum(dtype=torch.int64).view(1),
         "narrowing": narrowing,
-        "refined": p.correction == "refined",
+        "refined": refined,
         "row_loss": row_loss,
-        "tau_gradient": d_tau,
-        "query_gradient": d_query,
-        "positive_gradient": d_positive,
-        "candidate_gradient": d_candidates,
-        "candidate_log_q_gradient": d_log_q,
+        "tau_gradient": gradients.tau,
+        "query_gradient": gradients.query,
+        "positive_gradient": gradients.positive,
+        "candidate_gradient": gradients.candidates,
+        "candidate_log_q_gradient": gradients.candidate_log_q,
     }
     if emulating():
         _emulate(p, call)
     else:
         _launch(p, call)
-    loss = eager.reduce_rows(row_loss, weights, p.reduction)
-    if d_tau is not None and p.temperature is not None and p.temperature.dim() == 0:
-        d_tau = d_tau.sum()
-    d_weights = None
-    if wanted.domain_weights:
-        d_weights = eager.domain_weights_gradient(p, weights, row_loss, row_grad)
-    return Output(loss, d_query, d_positive, d_candidates, d_log_q, d_tau, d_weights)
+    return finish(p, wanted, prepared, row_grad, row_loss, gradients)
 
 
 def _packed(active: Tensor) -> tuple[Tensor, Tensor]:
@@ -178,7 +170,9 @@ def _packed(active: Tensor) -> tuple[Tensor, Tensor]:
     return order, active.sum(dtype=torch.int64).view(1)
 
 
-def _packed_candidates(problem: Problem, order: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+def _packed_candidates(
+    problem: SharedProblem, order: Tensor, count: Tensor
+) -> tuple[Tensor, Tensor]:
     """The same for the candidates of a batch, of which the first B are the positives."""
     rows, n = len(order), len(problem.candidates)
     place = torch.arange(n, device=order.device)
@@ -304,7 +298,7 @@ def _call(problem: Problem, fields: dict[str, Any], library: ctypes.CDLL, blocks
     """The filled struct, and the workspace that it points to."""
     rows = ctypes.c_int64(len(problem.query))
     numbers = library.dwl_space(rows, ctypes.c_int64(blocks))
-    space = torch.empty(numbers, dtype=problem.accumulate, device=problem.query.device)
+    space = torch.empty(numbers, dtype=problem.dtypes.accumulate, device=problem.query.device)
     return _Call(**{k: _pointer(v) for k, v in fields.items()}, space=space.data_ptr()), space
 
 

@@ -1,6 +1,6 @@
 """The Triton kernel, from the host: what it takes, its tiles, its launch.
 
-The device side is `triton_kernels`. This module imports Triton on first use, so that the package
+The device side is `kernels`. This module imports Triton on first use, so that the package
 works without it.
 """
 
@@ -17,13 +17,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dwl_kernels.backends import eager
 from dwl_kernels.backends.device import why_unfit
-from dwl_kernels.backends.triton import wide as triton_wide
+from dwl_kernels.backends.triton import wide as wide
 from dwl_kernels.backends.triton.launch import launch, on, workspace
 from dwl_kernels.backends.triton.specialize import (
     MAX_WORKERS,
     Results,
+    choices_of,
     common,
     constants_of,
     form_of,
@@ -32,17 +32,18 @@ from dwl_kernels.backends.triton.specialize import (
     kernel_of,
     launch_options,
     load_of,
-    num_candidates,
     outputs_of,
     power_of_two,
     results_of,
     workspace_floats,
     workspace_integers,
 )
-from dwl_kernels.backends.triton.tiles import Tiles, by_row, choose
-from dwl_kernels.core.problem import Output, Problem, Wanted, checks_values
+from dwl_kernels.backends.triton.tiles import Tiles, choose, per_row
+from dwl_kernels.core.problem import GradMask, Output, Problem, SharedProblem
+from dwl_kernels.core.rows import prepare
+from dwl_kernels.core.values import checks_values
 
-MAX_D = 256  # a row tile keeps [BM, D] sums in registers; above, `triton_wide` takes over
+MAX_D = 256  # a row tile keeps [BM, D] sums in registers; above, `wide` takes over
 MAX_TABLE_D = 4096  # a warp keeps the sums of one row of a table
 MAX_ROWS = 1 << 27  # a workspace of 11 numbers a row has 32-bit offsets
 MAX_CANDIDATES = 1 << 30  # so have places, past which a tile reaches
@@ -69,7 +70,7 @@ def _missing() -> str | None:
     return None
 
 
-def why_not(device_type: str) -> str | None:
+def unavailable_reason(device_type: str) -> str | None:
     """Why the kernel cannot run on such a device here and the mend; None where it can."""
     if _missing() is not None:
         return _missing()
@@ -85,41 +86,41 @@ def why_not(device_type: str) -> str | None:
     return why_unfit(torch.cuda.current_device())
 
 
-def refuses(problem: Problem) -> str | None:
+def unsupported_reason(problem: Problem) -> str | None:
     """Why the kernel does not take this problem; None where it does."""
     if problem.query.dtype == torch.float64 and not interpreting():
         return "it takes float64 in the interpreter only; backend='chunked' takes it"
-    if problem.query.shape[1] > MAX_D and triton_wide.refuses(problem) is not None:
+    part = wide.unsupported_part(problem)
+    if problem.query.shape[1] > MAX_D and part is not None:
         return (
-            f"with {triton_wide.refuses(problem)} it takes embeddings of at most {MAX_D} elements, "
-            f"and these have {problem.query.shape[1]}; backend='chunked' takes them"
+            f"with {part} it takes embeddings of at most {MAX_D} elements, and these have "
+            f"{problem.query.shape[1]}; backend='chunked' takes them"
         )
-    rows, candidates = problem.query.shape[0], num_candidates(problem)
+    rows, candidates = problem.query.shape[0], problem.num_candidates
     if rows > MAX_ROWS or candidates > MAX_CANDIDATES:
         return (
             f"it takes at most {MAX_ROWS} rows and {MAX_CANDIDATES} candidates, and these are "
             f"{rows} rows and {candidates} candidates; backend='chunked' takes them"
         )
-    if problem.domain_weights is not None and problem.domain_weights.shape[0] > MAX_DOMAINS:
+    weights = problem.rows.domain_weights
+    if weights is not None and weights.shape[0] > MAX_DOMAINS:
         return (
-            f"it takes at most {MAX_DOMAINS} domains, and these are "
-            f"{problem.domain_weights.shape[0]}; backend='chunked' takes them"
+            f"it takes at most {MAX_DOMAINS} domains, and these are {weights.shape[0]}; "
+            "backend='chunked' takes them"
         )
     return None
 
 
 def solve(
     problem: Problem,
-    wanted: Wanted,
+    wanted: GradMask,
     row_grad: Tensor | None = None,  # [B], gradient of the row losses of reduction "none"
 ) -> Output:
     """The loss and the wanted gradients in one launch, with no logits in memory."""
-    if 0 in (problem.query.shape[0], num_candidates(problem)):
-        return eager.solve(problem, wanted, row_grad)
     device = problem.query.device
     if checks_values(problem.query):
-        problem.row_weights()
-    run = triton_wide.solve if _is_wide(problem) else _planned
+        prepare(problem, None)  # which raises
+    run = wide.solve if _is_wide(problem) else _planned
     if interpreting():
         with _one_at_a_time:
             return run(problem, wanted, row_grad)
@@ -127,11 +128,11 @@ def solve(
 
 
 def _is_wide(problem: Problem) -> bool:
-    wide = problem.query.shape[1] > MAX_D or triton_wide.asked()
-    return wide and triton_wide.refuses(problem) is None
+    taken = problem.query.shape[1] > MAX_D or wide.asked()
+    return taken and wide.unsupported_part(problem) is None
 
 
-def _planned(problem: Problem, wanted: Wanted, row_grad: Tensor | None) -> Output:
+def _planned(problem: Problem, wanted: GradMask, row_grad: Tensor | None) -> Output:
     output: Output = _launch(problem, wanted, row_grad, _plan(problem, wanted, row_grad))
     return output
 
@@ -152,7 +153,7 @@ class Plan(NamedTuple):
 
 
 def _launch(
-    problem: Problem, wanted: Wanted, row_grad: Tensor | None, plan: Plan, warm_up: bool = False
+    problem: Problem, wanted: GradMask, row_grad: Tensor | None, plan: Plan, warm_up: bool = False
 ) -> Any:
     """Launch the kernel, or (`warm_up`) compile it and return the compiled kernel."""
     inputs = inputs_of(problem, row_grad)
@@ -163,18 +164,18 @@ def _launch(
     kernels = common()
 
     def arguments(t: Sequence[Any]) -> tuple[Any, ...]:
-        call = t[:13], t[13:20], plan.form
-        if t is tensors:  # the names in them are for the compiler, not for the launcher
-            call = kernels.Call(kernels.Inputs(*call[0]), kernels.Outputs(*call[1]), plan.form)
-        return call, *t[20:], *plan.sizes, problem.tau, *plan.constants
+        if t is tensors:  # names are for the compiler, the launcher takes addresses
+            call = kernels.Call(inputs, outputs, plan.form)
+        else:
+            call = t[:results], t[results:others], plan.form
+        return call, *t[others:], *plan.sizes, problem.rows.tau, *plan.constants
 
-    tensors = (*inputs, *outputs, *space[:3])
+    results, others = len(inputs), len(inputs) + len(outputs)
+    tensors = (*inputs, *outputs, space.floats, space.integers, space.barrier)
     if warm_up:
         return plan.kernel.warmup(*arguments(tensors), grid=(1,), **plan.options)
     launch(plan.kernel, plan.programs, plan.entry, tensors, arguments, plan.options, space.stream)
-    loss, query, positive, candidates, temperature, domain_weights, candidate_log_q = outputs
-    assert loss is not None
-    return Output(loss, query, positive, candidates, candidate_log_q, temperature, domain_weights)
+    return Output(**outputs._asdict())
 
 
 _plans: dict[Hashable, Plan] = {}
@@ -183,16 +184,16 @@ _tuned: dict[Hashable, Tiles] = {}
 _room: dict[Hashable, int] = {}
 
 
-def _plan(problem: Problem, wanted: Wanted, row_grad: Tensor | None) -> Plan:
-    p = problem
+def _plan(problem: Problem, wanted: GradMask, row_grad: Tensor | None) -> Plan:
+    p, temperature, domain_ids = problem, problem.rows.temperature, problem.rows.domain_ids
     exact = torch.get_float32_matmul_precision() == "highest"
     kind = (
-        *(p.query.device, p.query.shape[1], exact, wanted, row_grad is None, p.choices()),
+        *(p.query.device, p.query.shape[1], exact, wanted, row_grad is None, choices_of(p)),
         *[None if t is None else t.dtype for t in p.tensors()],
-        p.temperature is not None and p.temperature.dim(),
+        temperature is not None and temperature.dim(),
         INTERPRETER if interpreting() else None,
     )
-    key = (kind, _sizes(p), None if p.domain_ids is None else p.domain_ids.shape[1])
+    key = (kind, _sizes(p), None if domain_ids is None else domain_ids.shape[1])
     plan = _plans.get(key)
     if plan is None:
         tiles, workers = INTERPRETER if interpreting() else _tune(p, wanted, row_grad, kind, exact)
@@ -204,11 +205,11 @@ def _plan(problem: Problem, wanted: Wanted, row_grad: Tensor | None) -> Plan:
 
 
 def _tune(
-    problem: Problem, wanted: Wanted, row_grad: Tensor | None, kind: Hashable, exact: bool
+    problem: Problem, wanted: GradMask, row_grad: Tensor | None, kind: Hashable, exact: bool
 ) -> tuple[Tiles, int]:
     """Tiles, and how many programs the device runs at once with them."""
     searching = os.environ.get("DWL_KERNELS_AUTOTUNE") == "1"
-    key = (kind, (problem.query.shape[0], problem.candidates.shape[0]) if searching else None)
+    key = (kind, _sizes(problem) if searching else None)
     if key not in _tuned:
         _tuned[key] = _tiles(problem, wanted, row_grad, exact, kind)
     tiles = _tuned[key]
@@ -221,7 +222,7 @@ def _tune(
 
 def plan_of(
     problem: Problem,
-    wanted: Wanted,
+    wanted: GradMask,
     row_grad: Tensor | None,
     tiles: Tiles,
     workers: int,
@@ -238,7 +239,7 @@ def plan_of(
         form=form,
         # `_form` makes one form of the same values, so that its address stands for them. Sizes past
         # 2^31, of a table, are of another type.
-        entry=(problem.by_row, id(form), tiles, kind, *(n >= 2**31 for n in sizes)),
+        entry=(problem.per_row, id(form), tiles, kind, *(n >= 2**31 for n in sizes)),
         results=results_of(problem, wanted, inputs),
         sizes=sizes,
         constants=constants_of(problem),
@@ -248,20 +249,19 @@ def plan_of(
 
 
 def _sizes(problem: Problem) -> tuple[int, ...]:
-    return (
-        problem.query.shape[0],
-        *((problem.candidates.shape[0],) if problem.by_row else ()),
-        num_candidates(problem),
-        0 if problem.domain_weights is None else problem.domain_weights.shape[0],
-    )
+    """The integers that a kernel takes, but for the workers."""
+    weights = problem.rows.domain_weights
+    table = () if isinstance(problem, SharedProblem) else (problem.item_table.shape[0],)
+    domains = 0 if weights is None else weights.shape[0]
+    return (problem.query.shape[0], *table, problem.num_candidates, domains)
 
 
 def _tiles(
-    problem: Problem, wanted: Wanted, row_grad: Tensor | None, exact: bool, kind: Hashable
+    problem: Problem, wanted: GradMask, row_grad: Tensor | None, exact: bool, kind: Hashable
 ) -> Tiles:
     block_d, dtype = power_of_two(problem.query.shape[1], 16), problem.query.dtype
-    if problem.by_row:
-        return by_row(block_d, dtype)
+    if not isinstance(problem, SharedProblem):
+        return per_row(block_d, dtype)
 
     def seconds(tried: list[Tiles]) -> list[float]:
         with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) - 1)) as pool:
@@ -280,7 +280,7 @@ def _tiles(
     return choose(block_d, dtype, major, exact, load_of(problem, row_grad), form, seconds)
 
 
-def _workers(problem: Problem, wanted: Wanted, row_grad: Tensor | None, tiles: Tiles) -> int:
+def _workers(problem: Problem, wanted: GradMask, row_grad: Tensor | None, tiles: Tiles) -> int:
     """What the registers and the shared memory of the compiled kernel leave room for."""
     device = torch.cuda.get_device_properties(problem.query.device)
     most = device.multi_processor_count * tiles.programs
@@ -310,7 +310,7 @@ def _resident(compiled: Any, threads: int) -> int | None:
     return found.value if status == 0 else None
 
 
-def _compiles(problem: Problem, wanted: Wanted, row_grad: Tensor | None, tiles: Tiles) -> bool:
+def _compiles(problem: Problem, wanted: GradMask, row_grad: Tensor | None, tiles: Tiles) -> bool:
     """Compile the kernel, which lets other threads run; whether it fits the device."""
     from triton.runtime.errors import OutOfResources
 
@@ -323,7 +323,7 @@ def _compiles(problem: Problem, wanted: Wanted, row_grad: Tensor | None, tiles: 
 
 
 def _seconds(
-    problem: Problem, wanted: Wanted, row_grad: Tensor | None, tiles: Tiles, kind: Hashable
+    problem: Problem, wanted: GradMask, row_grad: Tensor | None, tiles: Tiles, kind: Hashable
 ) -> float:
     """The median time of a call with these tiles, which have been compiled."""
     from triton.testing import do_bench
@@ -353,6 +353,11 @@ def _scale() -> Any:
     return triton_scale
 
 
+def takes_table(source: Tensor, dtype: torch.dtype) -> bool:
+    """Whether `table_gradient` sums such rows for a table of such a dtype."""
+    return source.shape[1] <= MAX_TABLE_D
+
+
 def table_gradient(
     source: Tensor,  # [R, D]
     ids: list[Tensor],  # each [R, J]
@@ -361,7 +366,7 @@ def table_gradient(
     dtype: torch.dtype,
     compact: bool,
 ) -> tuple[Tensor, Tensor]:
-    """As :func:`dwl_kernels.backends.chunked.table_gradient`."""
+    """As `chunked.table_gradient`."""
     from dwl_kernels.backends.triton.kernels import table_gradient as triton_table
 
     arguments = (source, ids, coefficients, table_rows, dtype, compact)

@@ -13,7 +13,13 @@ import torch
 from torch import Tensor
 
 from dwl_kernels.backends.triton.tiles import Load, Tiles, installed
-from dwl_kernels.core.problem import DualScale, Problem, Wanted, accumulate_dtype
+from dwl_kernels.core.problem import (
+    DualScale,
+    GradMask,
+    Problem,
+    SharedProblem,
+    accumulate_dtype,
+)
 
 MAX_WORKERS = 1024  # more than any device has multiprocessors, three programs on each
 
@@ -31,7 +37,7 @@ def common() -> Any:
 
 
 def kernel_of(problem: Problem) -> Any:
-    if problem.by_row:
+    if problem.per_row:
         from dwl_kernels.backends.triton.kernels.per_row_candidates import (
             indexed_softmax_loss_kernel,
         )
@@ -53,52 +59,71 @@ def launch_options(tiles: Tiles) -> dict[str, Any]:
     return options
 
 
-def load_of(problem: Problem, row_grad: Tensor | None) -> Load:
+def load_of(problem: SharedProblem, row_grad: Tensor | None) -> Load:
     """Which tiles the problem needs."""
-    p = problem
+    p, temperature = problem, problem.rows.temperature
     if p.dual is not None and p.dual.similarity:
         return "dual"
     if p.skip_threshold > 0:
         return "skip"
-    by_row = p.temperature is not None and p.temperature.dim() > 0
-    given = (p.target, p.candidate_log_q, p.candidate_ids, p.example_weights, p.dual, row_grad)
-    return "options" if by_row or any(one is not None for one in given) else "plain"
+    of_row = temperature is not None and temperature.dim() > 0
+    given = (p.target, p.candidate_log_q, p.candidate_ids, p.rows.example_weights, p.dual, row_grad)
+    return "options" if of_row or any(one is not None for one in given) else "plain"
 
 
-def num_candidates(problem: Problem) -> int:
-    """How many a row has."""
-    if problem.candidate_rows is not None:
-        return problem.candidate_rows.shape[1]
-    return problem.candidates.shape[0]
+def choices_of(problem: Problem) -> tuple[Any, ...]:
+    """All that decides about the code but tensors, their sizes and the temperature."""
+    rows = problem.rows
+    more = (problem.skip_threshold, problem.dual) if isinstance(problem, SharedProblem) else ()
+    return (problem.per_row, rows.ignore_index, rows.correction, rows.reduction, *more)
 
 
 def constants_of(problem: Problem) -> tuple[float, ...]:
     """What the kernel takes after `tau`: the strengths of the dual scale, and the threshold."""
-    return () if problem.by_row else (*strengths_of(problem), problem.skip_threshold)
+    if not isinstance(problem, SharedProblem):
+        return ()
+    return (*strengths_of(problem.dual, problem.num_candidates), problem.skip_threshold)
 
 
-def strengths_of(problem: Problem) -> tuple[float, float, float, int]:
+def strengths_of(dual: DualScale | None, num_candidates: int) -> tuple[float, float, float, int]:
     """The strengths of the dual scale, and its slate: at most one group for every candidate."""
-    dual = problem.dual or DualScale(0.0, 0.0, 1, 0.0)
-    slate = min(dual.slate_size, problem.candidates.shape[0])
+    dual = dual or DualScale(0.0, 0.0, 1, 0.0)
+    slate = min(dual.slate_size, num_candidates)
     return float(dual.hardness), float(dual.similarity), float(dual.competition), slate
 
 
-def inputs_of(problem: Problem, row_grad: Tensor | None) -> tuple[Tensor | None, ...]:
-    p = problem
-    temperature = p.temperature
-    if temperature is None and p.accumulate == torch.float64:
+def inputs_of(problem: Problem, row_grad: Tensor | None) -> Any:
+    """The tensors of the problem as `common.Inputs`."""
+    p, rows = problem, problem.rows
+    temperature = rows.temperature
+    if temperature is None and p.dtypes.accumulate == torch.float64:
         # A float argument of a kernel is float32.
-        temperature = torch.full((), p.tau, dtype=torch.float64, device=p.query.device)
-    positive, ids = p.positive, (p.positive_ids, p.candidate_ids)
-    if p.by_row:  # the positives lie in the table
-        positive, ids = p.candidates, (p.target, p.candidate_rows)
-    tensors = (
-        *(p.query, positive, p.candidates, p.positive_log_q, p.candidate_log_q),
-        *(*ids, p.domain_ids, p.domain_weights, p.example_weights),
-        *(temperature, row_grad, None if p.by_row else p.target),
+        temperature = torch.full((), rows.tau, dtype=torch.float64, device=p.query.device)
+    if isinstance(p, SharedProblem):
+        positive, candidates, target = p.positive, p.candidates, p.target
+        positive_ids, candidate_ids = p.positive_ids, p.candidate_ids
+    else:  # the positives lie in the table
+        positive = candidates = p.item_table
+        positive_ids, candidate_ids, target = p.positive_rows, p.candidate_rows, None
+    return common().Inputs(
+        query=dense(p.query),
+        positive=dense(positive),
+        candidates=dense(candidates),
+        positive_log_q=dense(p.positive_log_q),
+        candidate_log_q=dense(p.candidate_log_q),
+        positive_ids=dense(positive_ids),
+        candidate_ids=dense(candidate_ids),
+        domain_ids=dense(rows.domain_ids),
+        domain_weights=dense(rows.domain_weights),
+        example_weights=dense(rows.example_weights),
+        temperature=dense(temperature),
+        row_grad=dense(row_grad),
+        target=dense(target),
     )
-    return tuple([None if t is None else t.contiguous() for t in tensors])
+
+
+def dense(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
 
 
 class Results(NamedTuple):
@@ -106,35 +131,51 @@ class Results(NamedTuple):
 
     loss: tuple[int, ...]  # its shape
     sums: torch.dtype  # of the loss and of all that is summed
-    gradients: tuple[tuple[int, torch.dtype] | None, ...]  # the place of the input, and the dtype
+    # Of every gradient the name of the input that has its shape, and its dtype; None if not wanted.
+    query: tuple[str, torch.dtype] | None
+    positive: tuple[str, torch.dtype] | None
+    candidates: tuple[str, torch.dtype] | None
+    temperature: tuple[str, torch.dtype] | None
+    domain_weights: tuple[str, torch.dtype] | None
+    candidate_log_q: tuple[str, torch.dtype] | None
 
 
-def results_of(problem: Problem, wanted: Wanted, inputs: tuple[Tensor | None, ...]) -> Results:
-    p, products, sums = problem, problem.candidate_gradient, problem.accumulate
-    positive, candidates = (5, 6) if p.by_row else (1, 2)  # by row those of their products
-    gradients = (
-        (wanted.query, 0, p.gradient),
-        (wanted.positive, positive, products),
-        (wanted.candidates, candidates, products),
-        (wanted.temperature, 10, sums),
-        (wanted.domain_weights, 8, sums),
-        (wanted.candidate_log_q, 4, sums),
-    )
+def results_of(problem: Problem, wanted: GradMask, inputs: Any) -> Results:
+    (sums, gradient), products = problem.dtypes, problem.candidate_gradient
+
+    def like(name: str, dtype: torch.dtype, want: bool) -> tuple[str, torch.dtype] | None:
+        return (name, dtype) if want and getattr(inputs, name) is not None else None
+
+    # Per row the gradients are those of the products.
+    positive = "positive_ids" if problem.per_row else "positive"
+    candidates = "candidate_ids" if problem.per_row else "candidates"
     return Results(
-        p.query.shape[:1] if p.reduction == "none" else (),
-        sums,
-        tuple(
-            (place, dtype) if want and inputs[place] is not None else None
-            for want, place, dtype in gradients
-        ),
+        loss=problem.query.shape[:1] if problem.rows.reduction == "none" else (),
+        sums=sums,
+        query=like("query", gradient, wanted.query),
+        positive=like(positive, products, wanted.positive),
+        candidates=like(candidates, products, wanted.candidates),
+        temperature=like("temperature", sums, wanted.temperature),
+        domain_weights=like("domain_weights", sums, wanted.domain_weights),
+        candidate_log_q=like("candidate_log_q", sums, wanted.candidate_log_q),
     )
 
 
-def outputs_of(results: Results, inputs: tuple[Any, ...]) -> list[Tensor | None]:
-    return [
-        inputs[0].new_empty(results.loss, dtype=results.sums),
-        *[r and torch.empty_like(inputs[r[0]], dtype=r[1]) for r in results.gradients],
-    ]
+def outputs_of(results: Results, inputs: Any) -> Any:
+    """New memory for the results, as `common.Outputs`."""
+
+    def new(like: tuple[str, torch.dtype] | None) -> Tensor | None:
+        return None if like is None else torch.empty_like(getattr(inputs, like[0]), dtype=like[1])
+
+    return common().Outputs(
+        loss=inputs.query.new_empty(results.loss, dtype=results.sums),
+        query=new(results.query),
+        positive=new(results.positive),
+        candidates=new(results.candidates),
+        temperature=new(results.temperature),
+        domain_weights=new(results.domain_weights),
+        candidate_log_q=new(results.candidate_log_q),
+    )
 
 
 def power_of_two(n: int, least: int) -> int:
@@ -143,11 +184,13 @@ def power_of_two(n: int, least: int) -> int:
 
 def is_even(problem: Problem) -> bool:
     """Whether loads in pairs and fours reach the end of rows and candidates, and are worth it."""
-    if num_candidates(problem) % 16 != 0:
+    if problem.num_candidates % 16 != 0:
         return False
+    if not isinstance(problem, SharedProblem):
+        return True
     # At D = 256 they cost the last registers, so that without ids there is nothing to gain.
     rows, d = problem.query.shape
-    return problem.by_row or (rows % 16 == 0 and (d <= 128 or problem.candidate_ids is not None))
+    return rows % 16 == 0 and (d <= 128 or problem.candidate_ids is not None)
 
 
 def fenced(capability: int) -> bool:
@@ -157,7 +200,7 @@ def fenced(capability: int) -> bool:
 
 def form_of(
     problem: Problem,
-    inputs: tuple[Tensor | None, ...],
+    inputs: Any,
     tiles: Tiles,
     capability: int | None = None,
 ) -> Any:
@@ -165,34 +208,41 @@ def form_of(
     if capability is None:
         device = problem.query.device
         capability = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
-    temperature = inputs[10]
+    rows, temperature = problem.rows, inputs.temperature
+    dual, skip = None, False
+    if isinstance(problem, SharedProblem):
+        dual, skip = problem.dual, problem.skip_threshold > 0
+    domain_ids, domain_weights = rows.domain_ids, rows.domain_weights
     return _form(
-        problem.query.shape[1],
-        problem.query.dtype,
-        problem.candidates.shape[0] < tiles.BN,
-        problem.query.shape[0] < tiles.CN,
-        problem.candidates.shape[0] < 2**31,
-        is_even(problem),
-        1 if problem.domain_ids is None else problem.domain_ids.shape[1],
-        0 if problem.domain_weights is None else problem.domain_weights.shape[0],
-        problem.reduction,
-        problem.correction,
-        "float" if temperature is None else "row" if temperature.dim() else "scalar",
-        torch.get_float32_matmul_precision(),
-        tiles,
-        inputs[11] is not None,
-        *(problem.in_batch, inputs[4] is not None, inputs[12] is not None),
-        problem.example_weights is not None,
-        problem.ignore_index,
-        tuple(strength > 0 for strength in strengths_of(problem)[:3]),
-        problem.skip_threshold > 0,
-        fenced(capability),
-        interpreting(),
+        d=problem.query.shape[1],
+        dtype=problem.query.dtype,
+        few_candidates=inputs.candidates.shape[0] < tiles.BN,
+        few_rows=problem.query.shape[0] < tiles.CN,
+        narrow_ids=inputs.candidates.shape[0] < 2**31,
+        even=is_even(problem),
+        slots=1 if domain_ids is None else domain_ids.shape[1],
+        domains=0 if domain_weights is None else domain_weights.shape[0],
+        reduction=rows.reduction,
+        correction=rows.correction,
+        temperature="float" if temperature is None else "row" if temperature.dim() else "scalar",
+        precision=torch.get_float32_matmul_precision(),
+        tiles=tiles,
+        row_grad=inputs.row_grad is not None,
+        in_batch=problem.in_batch,
+        log_q=inputs.candidate_log_q is not None,
+        targets=inputs.target is not None,
+        example_weights=inputs.example_weights is not None,
+        ignore_index=rows.ignore_index,
+        strengths=tuple(s > 0 for s in strengths_of(dual, problem.num_candidates)[:3]),
+        skip=skip,
+        fence=fenced(capability),
+        interpreted=interpreting(),
     )
 
 
 @functools.cache
 def _form(
+    *,
     d: int,
     dtype: torch.dtype,
     few_candidates: bool,
@@ -269,15 +319,15 @@ def _form(
     return Form(*(tl.constexpr(value) for value in values))
 
 
-def workspace_floats(problem: Problem, wanted: Wanted, tiles: Tiles, workers: int) -> int:
+def workspace_floats(problem: Problem, wanted: GradMask, tiles: Tiles, workers: int) -> int:
     """As `workspace` in the kernels cuts it up."""
     rows, d = problem.query.shape
     floats = common().NUM_ROW_ARRAYS.value * -(-rows // 64) * 64 + 3 * workers + 64
-    if problem.domain_weights is not None and wanted.domain_weights:
-        floats += 2 * workers * problem.domain_weights.shape[0]
+    if problem.rows.domain_weights is not None and wanted.domain_weights:
+        floats += 2 * workers * problem.rows.domain_weights.shape[0]
     if problem.in_batch and problem.candidate_log_q is not None:
-        floats += -(-num_candidates(problem) // 64) * 64
-    if not problem.by_row:
+        floats += -(-problem.num_candidates // 64) * 64
+    if not problem.per_row:
         floats += 2 * workers * max(tiles.BM, tiles.CM) * (power_of_two(d, 16) + 3)
     return int(floats)
 
@@ -285,5 +335,7 @@ def workspace_floats(problem: Problem, wanted: Wanted, tiles: Tiles, workers: in
 def workspace_integers(problem: Problem, workers: int) -> int:
     """Counts of the workers, then the integers of the rows, as far as the problem has them."""
     rows = -(-problem.query.shape[0] // 64) * 64 + common().ROOM.value
-    arrays = 4 if problem.candidate_ids is not None else 2 if problem.target is not None else 1
+    arrays = 1
+    if isinstance(problem, SharedProblem):
+        arrays = 4 if problem.candidate_ids is not None else 2 if problem.target is not None else 1
     return -(-workers // 64) * 64 + arrays * rows

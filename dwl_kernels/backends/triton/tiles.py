@@ -211,8 +211,8 @@ def fitted(tiles: Tiles, load: Load) -> Tiles:
     return tiles._replace(CN=min(tiles.CN, SKIP_CN)) if load == "skip" else tiles
 
 
-def by_row(block_d: int, dtype: torch.dtype) -> Tiles:
-    """For candidates by row: BM rows, BN candidates of each at a time, CN where they are numbers.
+def per_row(block_d: int, dtype: torch.dtype) -> Tiles:
+    """For candidates per row: BM rows, BN candidates of each at a time, CN where they are numbers.
 
     A thread holds 16 bytes of each of the 8 candidates that are under way, and as many threads as D
     needs share a row. 12 warps of a multiprocessor then wait for 48 KB, 16 for 64; at 4.3 TB/s and

@@ -6,9 +6,8 @@ products are most of the work anyway. So a block of rows at a time passes throug
     logits = q c^T        ``exponentials_kernel``        sum_j e_ij c_j = e c
     ``gradients_kernel``  dc += e^T (share q)
 
-while its logits lie in the L2 cache: 6 B N D operations, nothing computed twice. `eager` has the
-formulas, `triton_wide_kernels` the device side. What is linear in the rows, their weights, the
-reduction and the gradient of the domain weights, comes from `problem` and `eager`.
+while its logits lie in the L2 cache: 6 B N D operations, nothing computed twice. `kernels.wide` has
+the device side. What is linear in the rows, `rows` does.
 """
 
 from __future__ import annotations
@@ -17,23 +16,25 @@ import functools
 import math
 import os
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dwl_kernels.backends import eager
 from dwl_kernels.backends.triton.launch import entry_of, launch
 from dwl_kernels.backends.triton.specialize import (
     common,
     form_of,
     inputs_of,
     interpreting,
-    num_candidates,
     power_of_two,
 )
 from dwl_kernels.backends.triton.tiles import Tiles
-from dwl_kernels.core.problem import Output, Problem, RowWeights, Wanted
+from dwl_kernels.core.candidates import log_q_of_candidates, log_q_of_positives
+from dwl_kernels.core.problem import GradMask, Output, Problem, RowOptions, SharedProblem
+from dwl_kernels.core.rows import Gradients, Prepared, clear_padding, finish
+from dwl_kernels.core.rows import prepare as prepare_rows
 
 # Logits of a block: 32 MB of float32 and 16 MB of 16-bit exponentials, about the L2 of an H200. A
 # block of fewer rows would read and write dc more often than its products can hide.
@@ -69,9 +70,9 @@ def asked() -> bool:
     return os.environ.get("DWL_KERNELS_WIDE") == "1"
 
 
-def refuses(problem: Problem) -> str | None:
+def unsupported_part(problem: Problem) -> str | None:
     """What of a problem is not for this form; None where it takes it."""
-    if problem.by_row:
+    if not isinstance(problem, SharedProblem):
         return "candidates by row"
     if problem.dual is not None:
         return "the dual scale"
@@ -81,23 +82,28 @@ def refuses(problem: Problem) -> str | None:
 @torch.no_grad()
 def solve(
     problem: Problem,
-    wanted: Wanted,
+    wanted: GradMask,
     row_grad: Tensor | None = None,  # [B], gradient of the row losses of reduction "none"
 ) -> Output:
     """The loss and the wanted gradients, with the logits of a block of rows in memory at a time."""
-    weights = problem.row_weights()
-    call = prepare(problem, weights, wanted, row_grad)
+    assert isinstance(problem, SharedProblem)  # see `unsupported_part`
+    prepared = prepare_rows(problem, row_grad)
+    call = prepare(problem, prepared, wanted, row_grad)
     for first, stop in call.blocks:
         call.run(first, stop)
-    return finish(problem, weights, wanted, row_grad, call)
-
-
-class Columns(NamedTuple):
-    """What the kernels know of the candidates, ``[stride]`` each; None where not needed."""
-
-    shift: Tensor | None  # log-Q in the unit of logits; +inf where there is no candidate
-    ids: Tensor | None
-    counts: Tensor | None
+    kernels, found = device_side(), call.outputs
+    d_candidates = found.candidates
+    if d_candidates is not None:
+        clear_padding(problem, prepared.active, d_candidates)
+    gradients = Gradients(
+        query=found.query,
+        positive=found.positive,
+        candidates=d_candidates,
+        candidate_log_q=found.candidate_log_q,
+        tau=call.arrays[kernels.D_TAU.value] if wanted.temperature else None,
+    )
+    row_loss = call.arrays[kernels.ROW_LOSS.value]
+    return finish(problem, wanted, prepared, row_grad, row_loss, gradients)
 
 
 class Launched(NamedTuple):
@@ -105,7 +111,8 @@ class Launched(NamedTuple):
 
     kernel: Any
     entry: Hashable  # of `launch`
-    tensors: tuple[Tensor | None, ...]  # inputs, outputs, columns, block
+    groups: tuple[Any, Any, Any, Any]  # inputs, outputs, columns, block
+    tensors: tuple[Tensor | None, ...]  # all of them
     form: Any
     shape: Any
     sizes: tuple[int, ...]
@@ -117,11 +124,15 @@ class Launched(NamedTuple):
         launch(self.kernel, programs, self.entry, self.tensors, arguments, self.options)
 
     def arguments(self, first: int, stop: int, t: Sequence[Any]) -> tuple[Any, ...]:
-        call, columns, block = (t[:13], t[13:20], self.form), t[20:23], t[23:]
-        if t is self.tensors:  # the names in them are for the compiler, not for the launcher
-            c, w = common(), device_side()
-            call = c.Call(c.Inputs(*call[0]), c.Outputs(*call[1]), self.form)
-            columns, block = w.Columns(*columns), w.Block(*block)
+        inputs, outputs, columns, block = self.groups
+        if t is not self.tensors:  # names are for the compiler, the launcher takes addresses
+            rest = iter(t)
+            inputs, outputs, columns, block = (
+                tuple(islice(rest, len(group))) for group in self.groups
+            )
+            call = inputs, outputs, self.form
+        else:
+            call = common().Call(inputs, outputs, self.form)
         return call, columns, block, self.shape, first, stop, *self.sizes
 
 
@@ -135,21 +146,23 @@ class Call(NamedTuple):
     launched: tuple[Launched, ...]
 
 
-def prepare(problem: Problem, weights: RowWeights, wanted: Wanted, row_grad: Tensor | None) -> Call:
+def prepare(
+    problem: SharedProblem, prepared: Prepared, wanted: GradMask, row_grad: Tensor | None
+) -> Call:
     """Everything but the launches."""
     kernels = device_side()
-    p, dtype = problem, problem.accumulate
+    p, dtype = problem, problem.dtypes.accumulate
     rows, d = p.query.shape
     work = INTERPRETER.work if interpreting() else WORK
-    n = num_candidates(p)
+    n = p.num_candidates
     at_once = min(work.candidates, power_of_two(n, 16))
     stride = -(-n // at_once) * at_once
     blocks = list(row_blocks(rows, stride))
     size = blocks[0][1]
 
-    flat = flattened(p, weights)
+    flat = flattened(p, prepared)
     inputs = inputs_of(flat, row_grad)
-    query, candidates = inputs[0], inputs[2]
+    query, candidates = inputs.query, inputs.candidates
     assert query is not None
     assert candidates is not None
     want_query = wanted.query or wanted.temperature
@@ -161,8 +174,8 @@ def prepare(problem: Problem, weights: RowWeights, wanted: Wanted, row_grad: Ten
     arrays = query.new_empty(kernels.NUM_ROW_ARRAYS.value, rows, dtype=dtype)
     outputs = common().Outputs(
         loss=None,
-        query=new(wanted.query, rows, d, of=p.gradient),
-        positive=new(wanted.positive and p.positive is not None, rows, d, of=p.gradient),
+        query=new(wanted.query, rows, d, of=p.dtypes.gradient),
+        positive=new(wanted.positive and p.positive is not None, rows, d, of=p.dtypes.gradient),
         candidates=torch.zeros_like(candidates, dtype=dtype) if wanted.candidates else None,
         temperature=arrays if wanted.temperature else None,
         domain_weights=None,
@@ -176,14 +189,15 @@ def prepare(problem: Problem, weights: RowWeights, wanted: Wanted, row_grad: Ten
         weighted=new(want_query, size, d),
         query=new(wanted.candidates, size, d, of=query.dtype),
         arrays=arrays,
-        norm=weights.norm,
+        norm=prepared.norm,
         own=None if p.target is None else p.own_columns(),
         unscale=new(query.dtype == torch.float16, 1),
     )
     product = new(wanted.candidates and query.dtype == torch.float16, n, d)
-    columns = columns_of(p, weights, stride)
+    columns = columns_of(p, prepared.active, stride)
     form = form_of(flat, inputs, Tiles(16, 16, 16, 16, 1, 1, work.warps, 1))
-    tensors = (*inputs, *outputs, *columns, *block)
+    groups = (inputs, outputs, columns, block)
+    tensors = tuple(tensor for group in groups for tensor in group)
     options = {"num_warps": work.warps, "enable_fp_fusion": True}  # Triton 3.10 changes the default
     width = min(work.width, power_of_two(d, 16))
 
@@ -191,7 +205,7 @@ def prepare(problem: Problem, weights: RowWeights, wanted: Wanted, row_grad: Ten
         entry = entry_of(kernel, (id(form), *shape, at_once, keep), tensors)
         sizes = rows, n, stride // at_once
         constants = constants_of(*shape, width, p.in_batch, keep, at_once)
-        return Launched(kernel, entry, tensors, form, constants, sizes, options)
+        return Launched(kernel, entry, groups, tensors, form, constants, sizes, options)
 
     exponentials = launched(kernels.exponentials_kernel, work.rows, at_once)
     gradients = launched(kernels.gradients_kernel, work.rows, at_once)
@@ -225,36 +239,6 @@ def prepare(problem: Problem, weights: RowWeights, wanted: Wanted, row_grad: Ten
     return Call(run, blocks, arrays, outputs, (exponentials, gradients, log_q))
 
 
-def finish(
-    problem: Problem, weights: RowWeights, wanted: Wanted, row_grad: Tensor | None, call: Call
-) -> Output:
-    """From what is known of all rows to the results."""
-    kernels, found = device_side(), call.outputs
-    row_loss = call.arrays[kernels.ROW_LOSS.value]
-    d_candidates = found.candidates
-    if d_candidates is not None:
-        eager.clear_padding(problem, weights, d_candidates)
-        d_candidates = d_candidates.to(problem.gradient)
-    d_temperature = d_weights = None
-    if wanted.temperature:
-        assert problem.temperature is not None
-        d_temperature = call.arrays[kernels.D_TAU.value]
-        d_temperature = torch.where(weights.weight == 0, 0.0, d_temperature)
-        if problem.temperature.dim() == 0:
-            d_temperature = d_temperature.sum()
-    if wanted.domain_weights:
-        d_weights = eager.domain_weights_gradient(problem, weights, row_loss, row_grad)
-    return Output(
-        loss=eager.reduce_rows(row_loss, weights, problem.reduction),
-        query=found.query,
-        positive=found.positive,
-        candidates=d_candidates,
-        candidate_log_q=found.candidate_log_q,
-        temperature=d_temperature,
-        domain_weights=d_weights,
-    )
-
-
 def row_blocks(rows: int, stride: int) -> Iterator[tuple[int, int]]:
     """Blocks of rows of about one size, as many at once as L2 has room for."""
     size = max(min(max(BLOCK_ELEMENTS // stride, LEAST_ROWS), MOST_ELEMENTS // stride), 1)
@@ -267,37 +251,38 @@ def row_blocks(rows: int, stride: int) -> Iterator[tuple[int, int]]:
         yield first, min(first + size, rows)
 
 
-def flattened(problem: Problem, weights: RowWeights) -> Problem:
+def flattened(problem: SharedProblem, prepared: Prepared) -> SharedProblem:
     """The same problem as the kernels are to see it: all that weighs a row is its example weight.
 
     Padded rows hold anything, so in a batch their positives become zeros: `columns_of` takes them
     out of the candidates, but they still are in the products.
     """
-    p = problem
+    p, active = problem, prepared.active
     candidates = p.candidates
-    if p.in_batch and weights.active is not None:
+    if p.in_batch and active is not None:
         candidates = candidates.clone()
-        candidates[: len(weights.active)].masked_fill_(~weights.active[:, None], 0)
-    refined = p.correction == "refined"
+        candidates[: len(active)].masked_fill_(~active[:, None], 0)
+    refined = p.rows.correction == "refined"
     return p._replace(
         candidates=candidates,
         target=None,  # `Block.own` has them
-        positive_log_q=p.positive_log_q if refined else eager.log_q_of_positives(p),
-        domain_ids=None,
-        domain_weights=None,
-        example_weights=weights.weight,
-        temperature=p.temperatures(weights.active),
-        tau=1.0,
+        positive_log_q=p.positive_log_q if refined else log_q_of_positives(p),
+        rows=RowOptions(
+            example_weights=prepared.weight,
+            temperature=prepared.tau,
+            correction=p.rows.correction,
+            reduction=p.rows.reduction,
+        ),
         skip_threshold=0.0,
     )
 
 
-def columns_of(problem: Problem, weights: RowWeights, stride: int) -> Columns:
+def columns_of(problem: SharedProblem, active: Tensor | None, stride: int) -> Any:
     """What is known of the candidates, with room for the places past the last."""
-    p, dtype = problem, problem.accumulate
+    p, dtype = problem, problem.dtypes.accumulate
     n, device = len(p.candidates), p.query.device
-    log_q = eager.log_q_of_candidates(p)
-    padded = ~weights.active if p.in_batch and weights.active is not None else None
+    log_q = log_q_of_candidates(p)
+    padded = ~active if p.in_batch and active is not None else None
     shift = counts = None
     if log_q is not None or padded is not None or stride > n:
         shift = torch.full((stride,), torch.inf, dtype=dtype, device=device)
@@ -307,12 +292,12 @@ def columns_of(problem: Problem, weights: RowWeights, stride: int) -> Columns:
     ids = p.candidate_ids
     if ids is not None and stride > n:
         ids = torch.nn.functional.pad(ids, (0, stride - n))
-    if p.correction == "refined":
+    if p.rows.correction == "refined":
         counts = torch.zeros(stride, dtype=dtype, device=device)
         counts[:n] = 1 if log_q is None else (log_q != torch.inf)
         if padded is not None:
             counts[: len(padded)].masked_fill_(padded, 0)
-    return Columns(shift, None if ids is None else ids.contiguous(), counts)
+    return device_side().Columns(shift, None if ids is None else ids.contiguous(), counts)
 
 
 def is_exact(problem: Problem) -> bool:

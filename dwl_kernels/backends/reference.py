@@ -1,0 +1,273 @@
+"""The specification, backend "eager": the losses as formulas, differentiated by autograd.
+
+Nothing of the package imports this file but the registry, and it takes nothing from `core` but the
+problem and the errors about values. Every backend is tested against it in float64.
+
+For row ``i`` of ``B`` queries ``q``, its positive ``p_i`` and candidate ``j`` of ``N``, ``c_j``, or
+``c_ij`` where every row has candidates of its own::
+
+    z_ij  = <q_i, c_j> / tau_i - log Q_j       -inf where j is a hit of row i (the same id)
+    z_i+  = <q_i, p_i> / tau_i - log Q+_i
+    lse_i = log(exp z_i+ + sum_j exp z_ij)
+    l_i   = lse_i - z_i+
+    L     = sum_i w_i r_i l_i / norm           r_i = 1
+
+Refined correction (arXiv 2507.09331): the positive leaves the denominator and is not corrected, and
+``r_i``, detached, weighs the row by how wrong it still is; ``n_i`` counts the row's candidates,
+those that are no hits and not taken out by a log-Q of +inf::
+
+    lse_i = log sum_j exp z_ij + log(1 - Q+_i)       r_i = sigmoid(lse_i - log n_i - z_i+)
+
+Dual scale (after arXiv 2602.07206, in this package's form): the strengths h, s and k weigh the
+candidates of a row and move its temperature, both detached::
+
+    kappa_ij = n_i softmax_j(h <q_i, c_j> / tau + s <p_i, c_j> / tau)     over the row's candidates
+    g_i      = mean over the slate of sigmoid(z_ij - z_i+)
+    tau_i    = tau f_i / mean f,  f_i = clip(1 + k (g_i - mean g), 1/2, 2)
+    z_ij     = <q_i, c_j> / tau_i - log Q_j + log kappa_ij
+
+The slate has the strongest candidate of each of ``slate_size`` equal groups of candidates.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dwl_kernels.core.problem import NO_ITEM, GradMask, Output, Problem, SharedProblem
+from dwl_kernels.core.values import not_negative, wrong_domains, wrong_rows
+
+INF = torch.inf
+
+
+def unavailable_reason(device_type: str) -> str | None:
+    """None: it runs everywhere."""
+    return None
+
+
+def unsupported_reason(problem: Problem) -> str | None:
+    """None: it takes every problem."""
+    return None
+
+
+def solve(
+    problem: Problem,
+    wanted: GradMask,
+    row_grad: Tensor | None = None,  # [B], gradient of the row losses of reduction "none"
+) -> Output:
+    """The loss and, by autograd, the wanted gradients; with matrices ``[B, N]`` in memory."""
+    accumulate, gradient = problem.dtypes
+    sources = dict(zip(GradMask._fields, problem.sources(), strict=True))
+    if problem.per_row:
+        del sources["candidates"]  # the gradients are those of the products
+    with torch.enable_grad(), _autograd():
+        leaves = {
+            name: source.detach().to(accumulate).requires_grad_()
+            for name, source in sources.items()
+            if source is not None and getattr(wanted, name)
+        }
+        loss, s_positive, s = _loss(problem, leaves, row_grad, problem.per_row and any(wanted))
+    if problem.per_row and wanted.candidates:
+        leaves |= {"positive": s_positive, "candidates": s}
+    gradients: dict[str, Tensor | None] = dict.fromkeys(GradMask._fields)
+    if leaves:
+        found = torch.autograd.grad(loss, [*leaves.values()], row_grad, materialize_grads=True)
+        gradients |= dict(zip(leaves, found, strict=True))
+    dtypes = {"query": gradient, "positive": problem.candidate_gradient}
+    dtypes["candidates"] = problem.candidate_gradient
+    for name, value in gradients.items():
+        gradients[name] = None if value is None else value.to(dtypes.get(name, accumulate))
+    return Output(loss.detach(), **gradients)
+
+
+def _autograd() -> AbstractContextManager[Any]:
+    """Autograd inside a registered op, which a compiled graph calls below it."""
+    return torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
+
+
+def _loss(
+    p: Problem, leaves: dict[str, Tensor], row_grad: Tensor | None, watch_products: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``L`` or the rows ``w_i r_i l_i``, and the products ``<q_i, p_i>``, ``<q_i, c_j>``."""
+    options, dtype = p.rows, p.dtypes.accumulate
+    weight, active = _weights(p, leaves.get("domain_weights", options.domain_weights))
+    padded = ~active[:, None]
+    query = leaves.get("query", p.query.to(dtype)).masked_fill(padded, 0)
+    positive, candidates = _positive_and_candidates(p, leaves, padded)
+    # Rows of weight zero give no gradient, not even zero times NaN.
+    dead = weight == 0 if row_grad is None else (weight == 0) | (row_grad == 0)
+    none = dead[:, None]
+    s_positive, s = _products(*(x.detach() for x in (query, positive, candidates)))
+    living = _products(query.masked_fill(none, 0), positive.masked_fill(none, 0), candidates)
+    s_positive, s = torch.where(dead, s_positive, living[0]), torch.where(none, s, living[1])
+    if watch_products and not s.requires_grad:
+        s, s_positive = s.requires_grad_(), s_positive.requires_grad_()
+    tau = leaves.get("temperature", options.temperature)
+    tau = query.new_ones(()) if tau is None else tau
+    tau = torch.where(active, tau * options.tau, 1.0)
+
+    positive_log_q, log_q = _log_q(p, leaves)
+    excluded = _excluded(p, active, log_q)
+    refined = options.correction == "refined"
+    z_positive = s_positive / tau
+    if not refined:
+        z_positive = z_positive - positive_log_q
+    bias = -log_q
+    if isinstance(p, SharedProblem) and p.dual is not None:
+        with torch.no_grad():
+            x = p.dual.hardness * query + p.dual.similarity * positive
+            x = (x @ candidates.T / tau[:, None]).masked_fill(excluded, -INF)
+            z = (s / tau[:, None] - log_q).masked_fill(excluded, -INF)
+            count = (~excluded).sum(1, keepdim=True).to(dtype)
+            bias = bias + x.log_softmax(1) + count.log()
+            g = _competition(z, s_positive / tau - positive_log_q, p.dual.slate_size)
+            factor = _temperature_factor(p.dual.competition, g, active & ~g.isnan())
+        tau = tau * factor
+        z_positive = s_positive / tau - (0.0 if refined else positive_log_q)
+    z = (s / tau[:, None] + bias).masked_fill(excluded, -INF)
+
+    r, rest = torch.ones_like(z_positive), torch.zeros_like(z_positive)
+    if refined:
+        if p.positive_log_q is not None:
+            rest = torch.log1p(-p.positive_log_q.exp())
+        lse = _log_sum_exp(z) + rest
+        count = (~excluded).sum(1).to(dtype)
+        r = torch.where(lse == -INF, 0.0, torch.sigmoid(lse - count.log() - z_positive)).detach()
+        dead = dead | (r == 0)
+    z = torch.where(dead[:, None], z.detach(), z)
+    z_positive = torch.where(dead, z_positive.detach(), z_positive)
+    lse = _log_sum_exp(z) + rest
+    if refined:
+        row_loss = torch.where(r == 0, 0.0, r * (lse - z_positive))
+    else:  # log(1 + odds), which keeps the digits of a small loss
+        nobody = (lse == -INF) & (z_positive == -INF)
+        odds = torch.where(nobody, -INF, lse - z_positive)
+        row_loss = torch.logaddexp(odds, torch.zeros_like(odds))
+    rows = weight * torch.where((weight == 0) & ~row_loss.isfinite(), 0.0, row_loss)
+    if options.reduction == "none":
+        return rows, s_positive, s
+    norm = rows.new_ones(())
+    if options.reduction == "mean":
+        norm = active.sum().to(dtype)
+    elif options.reduction == "weighted_mean":
+        norm = weight.sum()
+    loss = rows.sum() / torch.where(norm == 0, 1.0, norm)  # 0/0 is 0
+    return torch.where(norm == 0, 0.0, loss), s_positive, s
+
+
+def _weights(p: Problem, domain_weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``w_i``, the example weight times the mean over the row's domains, and what is no padding."""
+    given, ids = p.rows.example_weights, p.rows.domain_ids
+    weight = p.query.new_ones(len(p.query), dtype=p.dtypes.accumulate) if given is None else given
+    active = weight != 0
+    if isinstance(p, SharedProblem) and p.target is not None:
+        active = active & (p.target != p.rows.ignore_index)
+    if ids is not None and domain_weights is not None:
+        ids = ids.masked_fill(~active[:, None], -1)
+        outside, _ = wrong_domains(ids, len(domain_weights))
+        present = (ids >= 0) & (ids < len(domain_weights))
+        of_slots = torch.where(present, domain_weights[ids.clamp(0, len(domain_weights) - 1)], 0.0)
+        count = present.sum(1)
+        mean = torch.where(count == 0, 1.0, of_slots.sum(1) / count.clamp(min=1))
+        weight = weight * mean
+        if outside is not None:
+            weight = weight.masked_fill(outside.any(1), torch.nan)
+    wrong = wrong_rows(p, active)
+    if wrong is not None:
+        weight = weight.masked_fill(wrong, torch.nan)
+    return not_negative(torch.where(active, weight, 0.0)), active
+
+
+def _products(query: Tensor, positive: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
+    """``<q_i, p_i>``, ``[B]``, and ``<q_i, c_j>`` or ``<q_i, c_ij>``, ``[B, N]``."""
+    if candidates.dim() == 3:
+        return (query * positive).sum(1), (candidates * query[:, None]).sum(2)
+    return (query * positive).sum(1), query @ candidates.T
+
+
+def _positive_and_candidates(
+    p: Problem, leaves: dict[str, Tensor], padded: Tensor
+) -> tuple[Tensor, Tensor]:  # [B, D]; [N, D] or [B, K, D]
+    """The embeddings; zeros for padded rows, which may hold anything."""
+    dtype = p.dtypes.accumulate
+    if not isinstance(p, SharedProblem):
+        last = len(p.item_table) - 1
+        positive = p.item_table[p.positive_rows.clamp(0, last)].to(dtype)
+        candidates = p.item_table[p.candidate_rows.clamp(0, last)].to(dtype)
+        return positive.masked_fill(padded, 0), candidates.masked_fill(padded[:, :, None], 0)
+    candidates = leaves.get("candidates", p.candidates.to(dtype))
+    if p.in_batch:
+        others = padded.new_zeros(len(candidates) - len(padded), 1)
+        candidates = candidates.masked_fill(torch.cat((padded, others)), 0)
+    if p.positive is None:
+        positive = candidates[p.own_columns()]
+    else:
+        positive = leaves.get("positive", p.positive.to(dtype))
+    return positive.masked_fill(padded, 0), candidates
+
+
+def _log_q(p: Problem, leaves: dict[str, Tensor]) -> tuple[Tensor, Tensor]:  # [B]; [N] or [B, K]
+    """``log Q+_i`` and ``log Q_j``; zeros where not given."""
+    log_q = leaves.get("candidate_log_q", p.candidate_log_q)
+    if log_q is None:
+        log_q = p.query.new_zeros(p.num_candidates, dtype=p.dtypes.accumulate)
+    # In a batch the log-Q of a positive has both roles, and a gradient of both.
+    of_positive = None if "candidate_log_q" in leaves else p.positive_log_q
+    if of_positive is None and isinstance(p, SharedProblem) and p.positive is None:
+        of_positive = log_q[p.own_columns()]
+    if of_positive is None:
+        of_positive = p.query.new_full((len(p.query),), 0.0, dtype=p.dtypes.accumulate)
+    if p.in_batch:  # a positive of the batch that is never drawn is no candidate of the others
+        never = torch.arange(len(log_q), device=log_q.device) < len(p.query)
+        log_q = log_q.masked_fill(never & (log_q == -INF), INF)
+    return of_positive, log_q
+
+
+def _excluded(p: Problem, active: Tensor, log_q: Tensor) -> Tensor:  # [B, N] bool
+    """Hits, the row's own positive, positives of padded rows, and what log-Q of +inf takes out."""
+    out = (log_q == INF).expand(len(active), p.num_candidates)
+    if not isinstance(p, SharedProblem):
+        return out | (p.candidate_rows == p.positive_rows[:, None])
+    columns = torch.arange(p.num_candidates, device=out.device)
+    if p.positive_ids is not None and p.candidate_ids is not None:
+        ids = p.positive_ids[:, None]
+        out = out | ((ids == p.candidate_ids) & (ids != NO_ITEM))
+    if p.positive is None:
+        out = out | (columns == p.own_columns()[:, None])
+    if p.in_batch:
+        others = active.new_zeros(p.num_candidates - len(active))
+        out = out | torch.cat((~active, others))
+    return out
+
+
+def _log_sum_exp(z: Tensor) -> Tensor:  # [B, N] -> [B]
+    """``log sum_j exp z_ij``; -inf, without a gradient, where all logits are."""
+    largest = z.detach().amax(1) if z.shape[1] else z.new_full((len(z),), -INF)
+    largest = largest.masked_fill(largest.isinf(), 0)  # inf - inf is NaN
+    total = (z - largest[:, None]).exp().sum(1)
+    nothing = total == 0
+    return torch.where(nothing, -INF, largest + torch.where(nothing, 1.0, total).log())
+
+
+def _competition(z: Tensor, z_positive: Tensor, slate_size: int) -> Tensor:  # [B, N], [B] -> [B]
+    """``g_i``, from the strongest candidate of each group that has one."""
+    n = z.shape[1]
+    slate_size = min(slate_size, n)  # more groups than candidates: each is alone
+    wins, size = torch.zeros_like(z_positive), torch.zeros_like(z_positive)
+    for group in range(slate_size):
+        start, stop = -(-group * n // slate_size), -(-(group + 1) * n // slate_size)
+        best = z[:, start:stop].amax(1)
+        there = best != -INF
+        wins = wins + torch.where(there, torch.sigmoid(best - z_positive), 0.0)
+        size = size + there
+    return wins / size.clamp(min=1)
+
+
+def _temperature_factor(competition: float, g: Tensor, counts: Tensor) -> Tensor:  # [B]
+    """``f_i / mean f``, means over the rows that count; 1 for the others."""
+    n = counts.sum().clamp(min=1)
+    f = (1 + competition * (g - torch.where(counts, g, 0.0).sum() / n)).clamp(0.5, 2.0)
+    return torch.where(counts, f / (torch.where(counts, f, 0.0).sum() / n), 1.0)
