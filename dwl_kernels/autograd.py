@@ -75,6 +75,12 @@ def softmax_loss(problem: Problem, backend: str = "auto", sparse_grad: bool = Fa
     return _solved(problem, None, _NOTHING, backend, watched).loss
 
 
+def loss_of(problem: Problem, query: Tensor, backend: str, sparse_grad: bool = False) -> Tensor:
+    """The loss of `problem`, in the leading dimensions of `query` for reduction "none"."""
+    loss = softmax_loss(problem, backend, sparse_grad)
+    return loss.reshape(query.shape[:-1]) if problem.rows.reduction == "none" else loss
+
+
 class _Table(NamedTuple):
     """What the gradient of a table needs beside those of the products."""
 

@@ -31,8 +31,8 @@ The slate has the strongest candidate of each of ``slate_size`` equal groups of 
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -63,7 +63,7 @@ def solve(
     sources = dict(zip(GradMask._fields, problem.sources(), strict=True))
     if problem.per_row:
         del sources["candidates"]  # the gradients are those of the products
-    with torch.enable_grad(), _autograd():
+    with _autograd():
         leaves = {
             name: source.detach().to(accumulate).requires_grad_()
             for name, source in sources.items()
@@ -83,9 +83,13 @@ def solve(
     return Output(loss.detach(), **gradients)
 
 
-def _autograd() -> AbstractContextManager[Any]:
-    """Autograd inside a registered op, which a compiled graph calls below it."""
-    return torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
+@contextmanager
+def _autograd() -> Iterator[None]:
+    """Autograd of its own: a compiled graph calls ops below it, a checkpoint counts what is kept."""
+    key = torch._C.DispatchKey.AutogradFunctionality
+    kept = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+    with torch._C._SetExcludeDispatchKeyGuard(key, False), torch.enable_grad(), kept:
+        yield
 
 
 def _loss(

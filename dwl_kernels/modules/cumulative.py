@@ -13,14 +13,9 @@ from dwl_kernels.core.build import checked_skip_threshold
 from dwl_kernels.core.problem import Reduction
 from dwl_kernels.domains import DomainWeights
 from dwl_kernels.functional import full_softmax_loss
+from dwl_kernels.modules.checks import check_rows, check_tensors, checked_ids, padding
 from dwl_kernels.modules.normalize import normalised
-from dwl_kernels.modules.weighted import (
-    WeightedLoss,
-    check_rows,
-    check_tensors,
-    checked_ids,
-    padding,
-)
+from dwl_kernels.modules.weighted import WeightedLoss
 
 
 class CumulativeCrossEntropy(WeightedLoss):

@@ -8,16 +8,18 @@ from typing import Any, cast
 
 from torch import Tensor
 
+from dwl_kernels.autograd import loss_of
 from dwl_kernels.backends import Backend
 from dwl_kernels.core.arguments import flag
 from dwl_kernels.core.build import in_batch_problem, indexed_ids, leave_out_no_items, takes_batch
 from dwl_kernels.core.checks import Calibrated, both_or_none, check_choice
 from dwl_kernels.core.problem import Correction, Reduction
 from dwl_kernels.domains import DomainWeights
-from dwl_kernels.functional import indexed_sampled_softmax_loss, loss_of, sampled_softmax_loss
+from dwl_kernels.functional import indexed_sampled_softmax_loss, sampled_softmax_loss
 from dwl_kernels.gather import shared_rows
+from dwl_kernels.modules.checks import check_candidates, check_tensors, checked_ids, padding
 from dwl_kernels.modules.normalize import normalised
-from dwl_kernels.modules.weighted import WeightedLoss, check_tensors, checked_ids, padding
+from dwl_kernels.modules.weighted import WeightedLoss
 
 
 class DynamicWeightedSampledSoftmax(WeightedLoss):
@@ -216,7 +218,7 @@ class DynamicWeightedSampledSoftmax(WeightedLoss):
             positive_ids=positive_ids,
             negative_ids=negative_ids,
         )
-        _check_candidates(positive, negative, table, positive_ids, negative_ids, negative_log_q)
+        check_candidates(positive, negative, table, positive_ids, negative_ids, negative_log_q)
         if table is not None:
             self._check_items(table)
         leading = query.shape[:-1]
@@ -365,38 +367,3 @@ class DynamicWeightedSampledSoftmax(WeightedLoss):
             "in_batch": self.in_batch,
             "sparse_grad": self.sparse_grad,
         }
-
-
-def _check_candidates(
-    positive: Tensor | None,
-    negative: Tensor | None,
-    table: Tensor | None,
-    positive_ids: Tensor | None,
-    negative_ids: Tensor | None,
-    negative_log_q: Tensor | None,
-) -> None:
-    """ValueError unless there are either embeddings or a table, and what describes them."""
-    if table is not None:
-        if positive is not None or negative is not None:
-            raise ValueError(
-                "table is given together with embeddings; leave positive and negative out: "
-                "positive_ids and negative_ids name their rows of the table"
-            )
-        if positive_ids is None:
-            raise ValueError(
-                "table is given without positive_ids; pass the row of the table that is each row's "
-                "positive"
-            )
-        if negative_ids is None and negative_log_q is not None:
-            raise ValueError("negative_log_q is given without negative_ids; pass both, or neither")
-        return
-    if positive is None:
-        raise ValueError(
-            "there is no positive; pass the embeddings, positive, or a table together with "
-            "positive_ids"
-        )
-    if negative is None and (negative_ids is not None or negative_log_q is not None):
-        raise ValueError(
-            "negative_ids and negative_log_q describe negatives, which are not given; pass "
-            "negative, or a table whose rows negative_ids names"
-        )

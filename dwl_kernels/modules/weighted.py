@@ -10,13 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from dwl_kernels.backends import Backend, check_name
-from dwl_kernels.core.arguments import check_dense, check_order, flag, integer, integers, number
+from dwl_kernels.core.arguments import check_order, flag, integer, integers, number
 from dwl_kernels.core.buffers import Tables, on_host
 from dwl_kernels.core.checks import check_choice, either
 from dwl_kernels.core.problem import Reduction
 from dwl_kernels.core.rows import mean_domain_weight
 from dwl_kernels.core.values import check_distinct, checks_values, has_values
-from dwl_kernels.domains import DomainWeights, check_range
+from dwl_kernels.domains import DomainWeights
+from dwl_kernels.domains.ids import check_range
+from dwl_kernels.modules.checks import check_rows
 from dwl_kernels.modules.repeats import Runs
 
 # A learned temperature stays in here: below, float16 logits overflow; above, all scores are alike.
@@ -242,38 +244,6 @@ class WeightedLoss(Tables):
 
 def _flat(domains: Tensor) -> Tensor:  # [..., G] -> [B, G]
     return domains.reshape(math.prod(domains.shape[:-1]), domains.shape[-1])
-
-
-def check_tensors(**named: Tensor | None) -> None:
-    """TypeError for what is given and no dense tensor."""
-    for name, value in named.items():
-        if value is not None:
-            check_dense(name, value)
-
-
-def checked_ids(query: Tensor, **named: Tensor | None) -> list[Tensor | None]:
-    """Ids and domains as tensors of int64 or int32; those of no tensor go to the query's device."""
-    return [
-        None if value is None else integers(name, value, query.device)
-        for name, value in named.items()
-    ]
-
-
-def check_rows(name: str, value: Tensor, leading: torch.Size, *, slots: bool = False) -> None:
-    """One entry per row, or with `slots` several."""
-    check_dense(name, value)
-    if value.shape == leading or (slots and value.dim() and value.shape[:-1] == leading):
-        return
-    wanted = f"{list(leading)}" + (f", or {[*leading, 'G']}".replace("'", "") if slots else "")
-    raise ValueError(f"{name} has shape {list(value.shape)}; wanted {wanted}")
-
-
-def padding(example_weights: Tensor | None, leading: torch.Size) -> Tensor | None:  # [...] bool
-    """Which rows are padding; None where none can be."""
-    if example_weights is None:
-        return None
-    check_rows("example_weights", example_weights, leading)
-    return example_weights == 0
 
 
 def _item_domains(item_domains: Any) -> Tensor:

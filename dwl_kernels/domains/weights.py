@@ -1,51 +1,32 @@
-"""Domain weights: how sparse each domain is, measured, and what its examples should weigh.
-
-Stage one measures the sparsity ``s_d`` of every domain, stage two turns it into a weight and moves
-a bounded average towards it (after arXiv 2510.04375; the form of the measures is this package's).
-With ``N`` interactions of ``U`` users with ``I`` items, of which ``n_d``, by ``u_d`` users and with
-item entropy ``H_d``, belong to domain ``d``:
-
-    idf_d = log(N / n_d) / max_e log(N / n_e)
-    users_d = 1 - u_d / U
-    entropy_d = 1 - H_d / log I
-    s_d = (alpha idf_d + beta users_d + gamma entropy_d) / (alpha + beta + gamma)     in [0, 1]
-    w*_d = w_min + (w_max - w_min) s_d
-    average <- m^(n/1024) average + (1 - m^(n/1024)) w*     for n rows      in [w_min, w_max]
-    weights = average / (mean of `average` over all interactions seen)      in (0, w_max / w_min]
-"""
+"""`DomainWeights`, which the loss modules hold and users build."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dwl_kernels.core.arguments import (
-    check_order,
-    flags_of,
     integer,
     integers,
     number,
-    real_numbers,
     several_numbers,
-    wrong_type,
 )
 from dwl_kernels.core.batching import refuse_to_count
-from dwl_kernels.core.buffers import Tables, difference, on_host
+from dwl_kernels.core.buffers import on_host
 from dwl_kernels.core.rows import mean_domain_weight
 from dwl_kernels.core.values import check_distinct, checks_values, has_values
+from dwl_kernels.domains.ids import check_range, constant_weights, names_of, slots_of
+from dwl_kernels.domains.state import DomainState
+from dwl_kernels.domains.table import table_of
 
-# An interaction with an item of G domains counts 1/G for each of them. Kept as integers in units
-# that every G up to 16 divides: exact, the same in every run on a GPU, and safe from `.half()`.
-_WHOLE = 720_720
-_LONGEST_TABLE = 40  # rows; longer tables leave out their middle
 MOMENTUM_ROWS = 1024  # rows after which `momentum` of the old average is left
 
 
-class DomainWeights(Tables):
+class DomainWeights(DomainState):
     r"""The weight of every domain, from the sparsity that is measured in the data.
 
     The loss modules hold one and call it; by hand it is::
@@ -120,17 +101,6 @@ class DomainWeights(Tables):
         tensor([1.2471, 1.0039, 1.0000])
     """
 
-    weights: Tensor  # [num_domains] float32, what goes to the loss
-    average: Tensor  # [num_domains] float32, moving average before normalisation
-    interactions: Tensor  # [num_domains] int64, n_d
-    shares: Tensor  # [num_domains] int64, interactions split over their domains, in 1/_WHOLE
-    users: Tensor  # [num_domains] int64, u_d
-    entropy: Tensor  # [num_domains] float32, H_d in nats
-    num_users: Tensor  # [] int64, U; 0 while users and entropy are not measured
-    num_items: Tensor  # [] int64, I
-    steps: Tensor  # [] int64, updates so far
-    arguments: Tensor  # [5] float32, what the average depends on; for checkpoints to be compared
-
     def __init__(
         self,
         num_domains: int,
@@ -162,25 +132,14 @@ class DomainWeights(Tables):
         if full < start:
             raise ValueError(f"full is {full}; wanted at least start, which is {start}")
         self.num_domains = num_domains
-        self.names = None if names is None else _names(names, num_domains)
+        self.names = None if names is None else names_of(names, num_domains)
         self.measures = parts
         self.weight_range = bounds
         self.momentum = momentum
         self.start = start
         self.full = full
         self.fixed = False
-        with on_host():
-            # Nothing seen yet: every domain is as sparse as can be, and all weigh the same.
-            self.register_buffer("weights", torch.ones(num_domains, dtype=torch.float32))
-            average = torch.full((num_domains,), bounds[1], dtype=torch.float32)
-            self.register_buffer("average", average)
-            for name in ("interactions", "shares", "users"):
-                self.register_buffer(name, torch.zeros(num_domains, dtype=torch.int64))
-            self.register_buffer("entropy", torch.zeros(num_domains, dtype=torch.float32))
-            for name in ("num_users", "num_items", "steps"):
-                self.register_buffer(name, torch.zeros((), dtype=torch.int64))
-            self.register_buffer("arguments", self._arguments())
-        self._settle()
+        self._register()
 
     @classmethod
     def from_interactions(
@@ -247,7 +206,7 @@ class DomainWeights(Tables):
         options: dict[str, Any],
     ) -> DomainWeights:
         columns = {name: integers(name, value, device, lists=True) for name, value in given.items()}
-        slots = _slots("domains", columns.pop("domains"))  # [M, G]
+        slots = slots_of("domains", columns.pop("domains"))  # [M, G]
         check_distinct("domains", slots)
         for name, value in columns.items():
             if value.shape != slots.shape[:1]:
@@ -257,7 +216,7 @@ class DomainWeights(Tables):
                 )
             if value.device != slots.device:
                 raise ValueError(f"{name} is on {value.device} but domains is on {slots.device}")
-        names = None if names is None else _names(names, num_domains)
+        names = None if names is None else names_of(names, num_domains)
         if num_domains is None:
             largest = int(slots.max()) if slots.numel() else -1
             num_domains = max(largest + 1, 1) if names is None else len(names)
@@ -266,24 +225,7 @@ class DomainWeights(Tables):
         labelled = (slots >= 0).any(1)
         slots = slots[labelled]
         measured._count(slots, slots >= 0)
-
-        row, slot = (slots >= 0).nonzero(as_tuple=True)
-        domain = slots[row, slot]  # [P], one entry per pair of interaction and domain
-        num_users, user_of = _dense(columns["users"][labelled])
-        num_items, item_of = _dense(columns["items"][labelled])
-        measured.num_users.fill_(num_users)
-        measured.num_items.fill_(num_items)
-        pairs = torch.unique(domain * num_users + user_of[row])
-        if num_users:
-            measured.users.copy_(torch.bincount(pairs // num_users, minlength=num_domains))
-        if num_items:
-            pairs, times = torch.unique(domain * num_items + item_of[row], return_counts=True)
-            # H_d = log n_d - sum_items c log c / n_d, for item counts c
-            surprise = torch.bincount(
-                pairs // num_items, weights=times.double() * times.log(), minlength=num_domains
-            )
-            n = measured.interactions.clamp(min=1).double()
-            measured.entropy.copy_((n.log() - surprise / n).clamp(min=0))
+        measured._measure(slots, *(columns[name][labelled] for name in ("users", "items")))
         measured._move(1.0)
         return measured
 
@@ -317,26 +259,7 @@ class DomainWeights(Tables):
             >>> DomainWeights.constant([1.0, 2.0])()
             tensor([1., 2.])
         """
-        if isinstance(weights, Tensor) and weights.requires_grad:
-            raise ValueError(
-                "weights requires a gradient, but constant weights are not trained: detach it, or "
-                "pass it as domain_weights to sampled_softmax_loss"
-            )
-        check_order("weights", weights, "domain", "weights.reindex(range(num_domains))")
-        with on_host():
-            values = real_numbers("weights", weights).to(torch.float32)
-        if values.dim() != 1 or not len(values):
-            raise ValueError(
-                f"weights has shape {list(values.shape)}; wanted [num_domains] with at least one "
-                "domain"
-            )
-        if has_values(values):
-            with on_host():
-                wrong = not bool((values.isfinite() & (values >= 0)).all())
-            if wrong:
-                raise ValueError(
-                    f"weights is {values.tolist()}; wanted finite numbers that are not negative"
-                )
+        values = constant_weights(weights)
         built = cls(values.shape[0], names=names, start=start, full=full)
         if isinstance(weights, Tensor) and has_values(values) and has_values(built.weights):
             built.to(values.device)
@@ -392,26 +315,6 @@ class DomainWeights(Tables):
             return self.weights.clone()
         share = (self.steps - self.start).float() / max(self.full - self.start, 1)
         return torch.lerp(torch.ones_like(self.weights), self.weights, share.clamp(0.0, 1.0))
-
-    def sparsity(self) -> Tensor:
-        """How sparse each domain is by what was measured.
-
-        Returns:
-            ``s_d``, ``[num_domains]`` float32 in [0, 1]; 1 for a domain never seen.
-        """
-        n = self.interactions
-        total = torch.div(self.shares.sum(), _WHOLE, rounding_mode="floor")
-        rarity = (total.float() / n.clamp(min=1).float()).log().clamp(min=0)
-        rarity = torch.where(n > 0, rarity, 0.0)
-        largest = rarity.max()
-        # A domain that every interaction has is not sparse: 0, not 0/0.
-        idf = torch.where(largest > 0, rarity / largest, 0.0)
-        alpha, beta, gamma = self.measures
-        users = 1 - self.users.float() / self.num_users.clamp(min=1).float()
-        entropy = 1 - self.entropy / self.num_items.clamp(min=2).float().log()
-        mixed = (alpha * idf + beta * users + gamma * entropy) / (alpha + beta + gamma)
-        measured = torch.where(self.num_users > 0, mixed, idf)
-        return torch.where(n > 0, measured, 1.0).clamp(0.0, 1.0)
 
     def example_weight(self, domain_ids: Tensor) -> Tensor:
         """Mean weight of each row's domains.
@@ -484,227 +387,7 @@ class DomainWeights(Tables):
             check_distinct("domain_ids", ids)
         return sparse[torch.where(ids >= 0, ids, self.num_domains)].any(1)
 
-    def _checked_ids(
-        self,
-        domain_ids: Tensor,  # [B] or [B, G]
-    ) -> Tensor:  # [B, G] int64
-        """The ids, checked."""
-        ids = _slots("domain_ids", integers("domain_ids", domain_ids, self.weights.device))
-        if ids.device != self.weights.device:
-            raise ValueError(
-                f"domain_ids is on {ids.device} but the domain weights are on "
-                f"{self.weights.device}; move one of them"
-            )
-        check_range("domain_ids", ids, self.num_domains, "domains")
-        return ids
-
-    def _count(
-        self,
-        ids: Tensor,  # [B, G] int64
-        counted: Tensor,  # [B, G] bool, within [0, num_domains)
-    ) -> Tensor:  # [] rows with a domain
-        # One bin more takes what is not counted: no shape depends on the data, hence no sync.
-        bins = torch.where(counted, ids, self.num_domains).flatten()
-        per_slot = torch.div(
-            _WHOLE, counted.sum(1, keepdim=True).clamp(min=1), rounding_mode="floor"
-        )
-        for total, amount in (
-            (self.interactions, torch.ones_like(ids)),
-            (self.shares, per_slot.expand_as(ids)),
-        ):
-            new = total.new_zeros(self.num_domains + 1)
-            total.add_(new.index_add_(0, bins, amount.flatten())[:-1])
-        return counted.any(1).sum()
-
-    def _move(self, share: float | Tensor) -> None:
-        """The average goes this share of its way."""
-        low, high = self.weight_range
-        target = low + (high - low) * self.sparsity()
-        moved = torch.lerp(self.average, target, share)
-        self.average.copy_(moved.clamp(low, high))  # the clamp only removes rounding
-        self.weights.copy_(_of_mean_one(self.average, self.shares))
-
-    def _arguments(self) -> Tensor:  # [5]
-        shares = [measure / sum(self.measures) for measure in self.measures]
-        with on_host():
-            return torch.tensor([*self.weight_range, *shares], dtype=torch.float32)
-
-    def _contradiction(self, saved: dict[str, Tensor]) -> str | None:
-        if self.fixed:
-            text = difference("weights", saved, self.weights)
-            text = text or difference("average", saved, self.average)
-            return text and (
-                f"{text}, where weights are constant; build the module with the weights of the "
-                "checkpoint, or, to go on with these, delete weights and average from it"
-            )
-        if "interactions" in saved and "average" not in saved:
-            return (
-                "the checkpoint was written with constant weights, but those of this module are "
-                f"measured, with weight_range={self.weight_range}; give the module the constant "
-                "weights, or load the checkpoint without this part"
-            )
-        own = self._arguments()
-        if "arguments" in saved:
-            if difference("arguments", saved, own) is None:
-                return None
-            theirs = [float(f"{number:.6g}") for number in saved["arguments"].tolist()]
-            return (
-                f"weight_range is {tuple(theirs[:2])} and measures is in proportion to "
-                f"{tuple(theirs[2:])} in the checkpoint, but {self.weight_range} and "
-                f"{self.measures} here; build the module with those of the checkpoint"
-            )
-        # Earlier versions saved no arguments, but an average that lies within its range, and
-        # weights that follow from it, unlike constant ones.
-        average, shares = saved.get("average"), saved.get("shares")
-        if average is None or shares is None or average.shape != shares.shape:
-            return None
-        low, high = own[:2].tolist()
-        rounding = torch.finfo(average.dtype).eps
-        if bool(((average < low * (1 - rounding)) | (average > high * (1 + rounding))).any()):
-            extremes = f"[{average.min().item():.6g}, {average.max().item():.6g}]"
-            return (
-                f"average lies within {extremes} in the checkpoint, but weight_range is "
-                f"{self.weight_range} here; build the module with that of the checkpoint"
-            )
-        text = difference("weights", saved, _of_mean_one(average, shares))
-        return text and (
-            f"{text} by its average and shares: the checkpoint was written with constant weights, "
-            "but those of this module are measured; give the module the constant weights"
-        )
-
-    def _bring_up_to_date(self, state_dict: dict[str, Any], prefix: str) -> None:
-        if not self.fixed and prefix + "average" in state_dict:
-            # Anew, because a module that was made on `meta` holds anything before it is loaded.
-            state_dict.setdefault(prefix + "arguments", self._arguments())
-        if prefix + "interactions" in state_dict:
-            state_dict.setdefault(prefix + "steps", torch.zeros((), dtype=torch.int64))
-
-    def extra_repr(self) -> str:
-        if self.fixed:
-            text = f"{self.num_domains}, constant"
-        else:
-            text = (
-                f"{self.num_domains}, measures={self.measures}, weight_range={self.weight_range}, "
-                f"momentum={self.momentum}"
-            )
-        return f"{text}, start={self.start}, full={self.full}" if self.full else text
-
     def __str__(self) -> str:
         """A table of the measured domains, dense to sparse."""
         names = self.names or [str(d) for d in range(self.num_domains)]
-        known = bool(self.num_users > 0)
-        share = (self.shares.double() / self.shares.sum().clamp(min=1)).tolist()
-        sparsity, weights = self.sparsity().tolist(), self.weights.tolist()
-        counts, users = self.interactions.tolist(), self.users.tolist()
-        entropy = self.entropy.tolist()
-        header = ["domain", "interactions", "share", "users", "entropy", "sparsity", "weight"]
-        rows = [
-            [
-                names[d],
-                f"{counts[d]:,}",
-                f"{share[d]:.2%}",
-                f"{users[d]:,}" if known else "-",
-                f"{entropy[d]:.2f}" if known else "-",
-                f"{sparsity[d]:.3f}",
-                f"{weights[d]:.3f}",
-            ]
-            for d in sorted(range(self.num_domains), key=lambda d: -counts[d])
-        ]
-        if len(rows) > _LONGEST_TABLE:
-            half = _LONGEST_TABLE // 2
-            rows = [*rows[:half], ["..."] * len(header), *rows[-half:]]
-        widths = [max(len(row[c]) for row in [header, *rows]) for c in range(len(header))]
-        lines = [
-            "  ".join(
-                cell.ljust(width) if column == 0 else cell.rjust(width)
-                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-            )
-            for row in [header, ["-" * width for width in widths], *rows]
-        ]
-        return "\n".join([repr(self), *lines])
-
-
-def _of_mean_one(
-    average: Tensor,  # [num_domains]
-    shares: Tensor,  # [num_domains]
-) -> Tensor:  # [num_domains]
-    """The average over its mean, in which a domain has the share of its interactions."""
-    seen = shares.float()
-    seen = torch.where(seen.sum() > 0, seen, 1.0)
-    return average / (seen / seen.sum() * average).sum()
-
-
-def domains_from_multi_hot(flags: Any) -> Tensor:
-    """The domains of each row, from one flag of 0 or 1 per domain.
-
-    Genres often come this way, one column for each. Losses and :class:`DomainWeights` take ids.
-
-    Args:
-        flags: ``[..., C]`` of 0 and 1, for ``C`` domains: bool, integers or floats; a tensor, NumPy
-            array, pandas DataFrame or lists. Row ``k`` of a DataFrame is row ``k`` of the result,
-            whatever its index says.
-
-    Returns:
-        ``[..., G]`` int64, the ids of each row's domains in increasing order, then -1. ``G`` is the
-        most that a row has, at least 1.
-
-    Raises:
-        TypeError: if they are no numbers.
-        ValueError: if one is neither 0 nor 1.
-
-    Example:
-        >>> domains_from_multi_hot([[1, 0, 1], [0, 1, 0], [0, 0, 0]])
-        tensor([[ 0,  2],
-                [ 1, -1],
-                [-1, -1]])
-    """
-    on = flags_of("flags", flags)
-    if on.dim() == 0:
-        raise ValueError("flags has shape []; wanted [..., C], a flag per domain")
-    per_row = on.reshape(math.prod(on.shape[:-1]), on.shape[-1])
-    row, domain = per_row.nonzero(as_tuple=True)  # row by row
-    count = per_row.sum(1)
-    slot = torch.arange(len(row), device=on.device) - (count.cumsum(0) - count)[row]
-    slots = max(int(slot.max()) + 1, 1) if len(slot) else 1
-    ids = torch.full((len(per_row), slots), -1, device=on.device)
-    ids[row, slot] = domain
-    return ids.reshape(*on.shape[:-1], slots)
-
-
-def _names(names: Any, num_domains: int | None) -> list[str]:
-    """One name per domain."""
-    if isinstance(names, (str, bytes, Mapping, Set)) or not hasattr(names, "__iter__"):
-        raise wrong_type("names", names, "a list with a name per domain")
-    named = [str(name) for name in names]
-    if num_domains is not None and len(named) != num_domains:
-        raise ValueError(
-            f"names has {len(named)} entries for {num_domains} domains; wanted one per domain"
-        )
-    return named
-
-
-def _slots(name: str, ids: Tensor) -> Tensor:
-    """Ids as ``[B, G]`` int64."""
-    if ids.dim() not in (1, 2):
-        raise ValueError(
-            f"{name} has shape {list(ids.shape)}; wanted [B], or [B, G] with several domains per "
-            "row; flatten leading dimensions"
-        )
-    return (ids if ids.dim() == 2 else ids[:, None]).to(torch.int64)
-
-
-def check_range(name: str, ids: Tensor, bound: int, what: str, *, always: bool = False) -> None:
-    """IndexError for an id outside ``[-1, bound)``, where looking at the ids is free."""
-    if (always or checks_values(ids)) and ids.numel():
-        low, high = (int(extreme) for extreme in ids.aminmax())
-        if low < -1 or high >= bound:
-            raise IndexError(
-                f"{name} holds {low if low < -1 else high}, but there are {bound} {what}: ids must "
-                f"be in [0, {bound}), or -1 for none"
-            )
-
-
-def _dense(ids: Tensor) -> tuple[int, Tensor]:
-    """The number of distinct ids, and each id's place among them."""
-    distinct, place = torch.unique(ids, return_inverse=True)
-    return len(distinct), place
+        return "\n".join([repr(self), *table_of(self, names)])

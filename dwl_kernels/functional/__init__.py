@@ -1,0 +1,44 @@
+"""The losses as functions.
+
+``query`` and ``positive`` are ``[B, D]``, or carry leading dimensions ``[..., D]``; arguments per
+row then carry the same leading dimensions, and ``reduction="none"`` returns them.
+
+The contract of every loss:
+
+=================  ==========================================================================
+dtypes in          float32, float64, bfloat16 or float16, the same for all embeddings; ids,
+                   targets and domains of integers; log-Q and weights of floats
+dtypes out         the loss float32, float64 of float64; a gradient that of its input
+rounding           16-bit embeddings are multiplied exactly and summed in float32; logits,
+                   exponentials and sums are float32 (float64 of float64). ``triton`` and
+                   ``cuda`` round probabilities to the 16-bit dtype before the second product;
+                   gradients are rounded once, at the end. float32 products follow
+                   ``torch.get_float32_matmul_precision()`` on a GPU
+error              at most twice that of the plain computation in the same dtype, plus 1e-6
+                   (float32), 1e-3 (float16) or 4e-3 (bfloat16) of the largest entry
+repeats            bitwise the same on the same device with as many threads (``eager`` and
+                   ``chunked`` as far as PyTorch's own operations are)
+memory             beyond inputs and gradients: ``eager`` several times ``B N``; ``chunked`` 2^21
+                   logits (2^26 on a GPU) and their copies; ``cpu`` at most ``128 N`` numbers;
+                   ``triton`` and ``cuda`` ``11 B`` and, for each of some hundred programs,
+                   ``256 (D + 3)``; ``triton`` with D above 256 2^23 logits, or those of 512 rows,
+                   at most 2^27, and ``N D`` numbers. By row none holds ``[B, K, D]``; the gradient
+                   of the table takes a list of the ``B (K + 1)`` places
+does not take      ``cpu``: float16; ``triton``: float64, and with D above 256 the dual scale and
+                   candidates by row; ``cuda``: the dual scale, candidates by row, D above 256;
+                   ``auto`` then takes ``chunked``
+derivatives        reverse mode, once; forward mode and second derivatives raise
+=================  ==========================================================================
+"""
+
+from dwl_kernels.functional.dual_scale import dual_scale_softmax_loss
+from dwl_kernels.functional.sampled import in_batch_softmax_loss, sampled_softmax_loss
+from dwl_kernels.functional.table import full_softmax_loss, indexed_sampled_softmax_loss
+
+__all__ = [
+    "dual_scale_softmax_loss",
+    "full_softmax_loss",
+    "in_batch_softmax_loss",
+    "indexed_sampled_softmax_loss",
+    "sampled_softmax_loss",
+]
