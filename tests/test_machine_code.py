@@ -43,6 +43,12 @@ def fences(fenced):
     waits = [int(n, 16) for n in re.findall(r"DEPBAR\\.LE SB0, (0x\\w+)", sass)]
     return found.asm["ptx"].count("fence.proxy.async.shared::cta; mov.b32"), waits
 
+def exchanges(polls):
+    host.polls = lambda: polls
+    _, launch = triton_shared.prepared(("sampled", 128, bf16, False, 90, "mean"))
+    found = triton_shared.compiled_for(90, triton_shared.softmax_loss_kernel, launch)
+    return found.asm["ptx"].count(".exch.b32")
+
 PER_ROW = [("loss, everything, none", 90, 128, f32), (triton_per_row.SUM, 90, 64, bf16)]
 
 if __name__ == "__main__":
@@ -50,7 +56,8 @@ if __name__ == "__main__":
         shared = list(pool.map(triton_shared.count, SHARED))
         per_row = list(pool.map(triton_per_row.count, PER_ROW))
         fenced = list(pool.map(fences, (False, True)))
-    json.dump([shared, per_row, fenced], open(sys.argv[1], "w"))
+        waiting = list(pool.map(exchanges, (0, 9)))
+    json.dump([shared, per_row, fenced, waiting], open(sys.argv[1], "w"))
 """
 
 
@@ -86,7 +93,7 @@ def test_main_loops_do_not_spill_and_multiply_on_tensor_cores(
 def test_candidates_by_row_are_gathered_16_bytes_at_a_time(
     compiled: list[list[dict[str, Any]]],
 ) -> None:
-    _, per_row, _ = compiled
+    _, per_row, *_ = compiled
     for row in per_row:
         assert all(loop["spills"] == 0 for loop in row["loops"])
         assert max(loop["loads_128"] for loop in row["loops"]) >= 4
@@ -107,6 +114,15 @@ def test_a_block_is_waited_for_while_the_next_one_is_under_way(
     """Three stages: the loops of phase 1 leave one group of copies pending."""
     (_, waits), _ = compiled[2]
     assert sum(pending >= 1 for pending in waits) >= 2
+
+
+def test_only_the_form_for_debugging_gives_up_at_a_barrier(
+    compiled: list[list[dict[str, Any]]],
+) -> None:
+    """A counter that nobody may wait at any more is exchanged for another number."""
+    without, with_polls = compiled[3]
+    assert without == 0
+    assert with_polls >= 3
 
 
 def test_only_old_versions_and_new_devices_need_the_fence(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,6 +32,7 @@ from dwl_kernels.backends.triton_call import (
     load_of,
     num_candidates,
     outputs_of,
+    polls,
     power_of_two,
     results_of,
     workspace_floats,
@@ -156,9 +157,8 @@ def _launch(
     """Launch the kernel, or (`warm_up`) compile it and return the compiled kernel."""
     inputs = inputs_of(problem, row_grad)
     outputs = outputs_of(plan.results, inputs)
-    space = workspace(
-        problem.query.device, plan.results.sums, plan.floats, plan.integers, interpreting()
-    )
+    once = interpreting() or polls() > 0  # a barrier at which somebody gave up serves no other call
+    space = workspace(problem.query.device, plan.results.sums, plan.floats, plan.integers, once)
     kernels = common()
 
     def arguments(t: Sequence[Any]) -> tuple[Any, ...]:
