@@ -90,6 +90,18 @@ def test_main_loops_do_not_spill_and_multiply_on_tensor_cores(
         assert tiles["programs"] * registers <= 65536
 
 
+def test_a_hit_costs_a_pair_that_is_none_one_instruction(
+    compiled: list[list[dict[str, Any]]],
+) -> None:
+    """Not two for the words of the ids and one to choose, as a comparison of whole ids does."""
+    shared, *_ = compiled
+    row = next(row for row in shared if row["problem"] == "in-batch, everything")
+    for loop, size in zip(row["loops"], ("BN", "BN", "CN"), strict=True):
+        pairs = row["tiles"][size] * row["tiles"]["BM"] / (32 * row["tiles"]["warps"])
+        assert pairs <= loop["kinds"]["ISETP"] < 1.25 * pairs
+        assert loop["kinds"].get("FSEL", 0) < pairs / 4
+
+
 def test_candidates_by_row_are_gathered_16_bytes_at_a_time(
     compiled: list[list[dict[str, Any]]],
 ) -> None:

@@ -53,6 +53,7 @@ from dwl_kernels.backends.triton_common import (
     unit_of,
 )
 from dwl_kernels.backends.triton_dual import dual_factor, dual_ratio, dual_shift, row_scale
+from dwl_kernels.backends.triton_hits import without_hits
 
 
 class Rows(NamedTuple):
@@ -211,10 +212,10 @@ def row_logits(rows, log_q, reference, start, coming, call, work):
     z -= reference
     if call.inputs.candidate_ids is not None:
         # The own column in the batch of a row that has an id is a hit as well.
-        hit = rows.id[:, None] == tl.load(call.inputs.candidate_ids + j)[None, :]
-        hit = hit & rows.known[:, None]
-        z = tl.where(hit, float("-inf"), z)
+        id = tl.load(call.inputs.candidate_ids + j)[None, :]
+        z = without_hits(z, rows.id[:, None], id, float("-inf"), call, work)
         if call.form.REFINED:
+            hit = (rows.id[:, None] == id) & rows.known[:, None]
             counts = ((at >= start) & (at < sizes.places))[None, :] & ~hit
             compete = tl.sum(tl.where(counts, 1.0, 0.0).to(dtype), 1)
     edge = start + call.form.BN > sizes.places
