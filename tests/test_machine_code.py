@@ -102,6 +102,14 @@ def test_a_hit_costs_a_pair_that_is_none_one_instruction(
         assert loop["kinds"].get("FSEL", 0) < pairs / 4
 
 
+def test_phase_2_waits_for_no_order_of_the_rows(compiled: list[list[dict[str, Any]]]) -> None:
+    """What a loop loads without a copy ahead to shared memory, it waits for."""
+    shared, *_ = compiled
+    for problem in ("in-batch, everything", "full, everything"):
+        row = next(row for row in shared if row["problem"] == problem)
+        assert row["loops"][-1]["kinds"].get("LDG", 0) == 0
+
+
 def test_candidates_by_row_are_gathered_16_bytes_at_a_time(
     compiled: list[list[dict[str, Any]]],
 ) -> None:

@@ -164,6 +164,16 @@ def fenced(capability: int) -> bool:
     return capability >= 9 and installed() < (3, 7, 1)
 
 
+def order_ahead(problem: Problem, capability: int) -> bool:
+    """Whether the order of packed rows is loaded a stage before the rows, in phase 2.
+
+    No gather then waits for its addresses, at no price but where registers are few: below 9.0, with
+    a second query, and with a `skip_threshold`, which loads more that belongs to a row.
+    """
+    similar = problem.dual is not None and problem.dual.similarity > 0
+    return capability == 9 and problem.skip_threshold == 0 and not similar
+
+
 def form_of(
     problem: Problem,
     inputs: tuple[Tensor | None, ...],
@@ -196,6 +206,7 @@ def form_of(
         tuple(strength > 0 for strength in strengths_of(problem)[:3]),
         problem.skip_threshold > 0,
         fenced(capability),
+        order_ahead(problem, capability),
         interpreting(),
         polls(),
     )
@@ -225,6 +236,7 @@ def _form(
     strengths: tuple[bool, bool, bool],
     skip: bool,
     fence: bool,
+    ahead: bool,
     interpreted: bool,
     polls: int,
 ) -> Any:
@@ -234,6 +246,7 @@ def _form(
 
     exact = dtype == torch.float64 or (dtype == torch.float32 and precision == "highest")
     narrow = dtype in (torch.bfloat16, torch.float16)
+    packed = targets or example_weights
     # numpy cannot multiply bfloat16, and the order of its float32 sums depends on the shapes, so
     # that the two phases would not agree about a logit as they do on a device.
     upcast = interpreted and dtype in (torch.bfloat16, torch.float32)
@@ -245,11 +258,11 @@ def _form(
         CM=tiles.CM,
         CN=tiles.CN,
         STAGES_1=tiles.stages_1,
-        STAGES_2=tiles.stages_2,
+        STAGES_2=tiles.stages_2 + (ahead and packed and tiles.stages_2 > 1),
         OWN=targets or in_batch,
         IN_BATCH=in_batch,
         DRAWN=in_batch and log_q,
-        PACKED=targets or example_weights,
+        PACKED=packed,
         IGNORE=ignore_index,
         SLOTS=slots,
         WORKERS=MAX_WORKERS,
