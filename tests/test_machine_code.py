@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 from benchmarks.machine_code import arithmetic
@@ -155,8 +156,27 @@ def test_only_old_versions_and_new_devices_need_the_fence(monkeypatch: pytest.Mo
         ((4,), False),
     ):
         monkeypatch.setattr(triton_call, "installed", lambda version=version: version)
-        assert triton_call.fenced(9) == needed
+        assert triton_call.fenced(9) == triton_call.fenced(10) == needed
         assert not triton_call.fenced(8)
+        assert not triton_call.fenced(12)
+
+
+def test_an_old_triton_pipelines_no_fence_on_10_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It stops with an error of its compiler."""
+    from benchmarks.machine_code.triton_shared import example
+    from dwl_kernels.backends import triton_call
+
+    problem, _ = example("sampled", 128, torch.bfloat16, False)
+    tiles = triton_call.Tiles(64, 128, 64, 128, 3, 3, 4, 2)
+
+    def stages(capability: int) -> tuple[int, int]:
+        form = triton_call.form_of(problem, triton_call.inputs_of(problem, None), tiles, capability)
+        return form.STAGES_1.value, form.STAGES_2.value
+
+    assert stages(10) == (3, 3)
+    monkeypatch.setattr(triton_call, "installed", lambda: (3, 6, 0))
+    assert stages(10) == (1, 1)
+    assert stages(9) == (3, 3)
 
 
 ROW = {
