@@ -59,15 +59,14 @@ def without_hits(z, id, other_id, value: tl.constexpr, call, work):
     if call.form.COMPILED:
         short: tl.constexpr = (id.dtype == tl.int32) and (other_id.dtype == tl.int32)
         ids: tl.constexpr = tl.int32 if short else tl.int64
-        operands: tl.constexpr = OPERANDS_32 if short else OPERANDS_64
-        if value == 0:
-            assembly: tl.constexpr = ZEROS_32 if short else ZEROS_64
-        else:
-            assembly: tl.constexpr = INFINITIES_32 if short else INFINITIES_64
+        kinds: tl.constexpr = OPERANDS_32 if short else OPERANDS_64
+        zeros: tl.constexpr = ZEROS_32 if short else ZEROS_64
+        infinities: tl.constexpr = INFINITIES_32 if short else INFINITIES_64
+        assembly: tl.constexpr = zeros if value == 0 else infinities
         z, id = tl.broadcast(z, id.to(ids))
         z, other_id = tl.broadcast(z, other_id.to(ids))
         return tl.inline_asm_elementwise(
-            assembly, operands, [z, id, other_id], dtype=tl.float32, is_pure=True, pack=PACK
+            assembly, kinds, [z, id, other_id], dtype=tl.float32, is_pure=True, pack=PACK
         )
     else:
         return tl.where((id == other_id) & (id != NO_ITEM), value, z)
