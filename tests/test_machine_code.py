@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 from benchmarks.machine_code import arithmetic
@@ -43,6 +44,12 @@ def fences(fenced):
     waits = [int(n, 16) for n in re.findall(r"DEPBAR\\.LE SB0, (0x\\w+)", sass)]
     return found.asm["ptx"].count("fence.proxy.async.shared::cta; mov.b32"), waits
 
+def exchanges(polls):
+    host.polls = lambda: polls
+    _, launch = triton_shared.prepared(("sampled", 128, bf16, False, 90, "mean"))
+    found = triton_shared.compiled_for(90, triton_shared.softmax_loss_kernel, launch)
+    return found.asm["ptx"].count(".exch.b32")
+
 PER_ROW = [("loss, everything, none", 90, 128, f32), (triton_per_row.SUM, 90, 64, bf16)]
 
 if __name__ == "__main__":
@@ -50,7 +57,8 @@ if __name__ == "__main__":
         shared = list(pool.map(triton_shared.count, SHARED))
         per_row = list(pool.map(triton_per_row.count, PER_ROW))
         fenced = list(pool.map(fences, (False, True)))
-    json.dump([shared, per_row, fenced], open(sys.argv[1], "w"))
+        waiting = list(pool.map(exchanges, (0, 9)))
+    json.dump([shared, per_row, fenced, waiting], open(sys.argv[1], "w"))
 """
 
 
@@ -83,10 +91,30 @@ def test_main_loops_do_not_spill_and_multiply_on_tensor_cores(
         assert tiles["programs"] * registers <= 65536
 
 
+def test_a_hit_costs_a_pair_that_is_none_one_instruction(
+    compiled: list[list[dict[str, Any]]],
+) -> None:
+    """Not two for the words of the ids and one to choose, as a comparison of whole ids does."""
+    shared, *_ = compiled
+    row = next(row for row in shared if row["problem"] == "in-batch, everything")
+    for loop, size in zip(row["loops"], ("BN", "BN", "CN"), strict=True):
+        pairs = row["tiles"][size] * row["tiles"]["BM"] / (32 * row["tiles"]["warps"])
+        assert pairs <= loop["kinds"]["ISETP"] < 1.25 * pairs
+        assert loop["kinds"].get("FSEL", 0) < pairs / 4
+
+
+def test_phase_2_waits_for_no_order_of_the_rows(compiled: list[list[dict[str, Any]]]) -> None:
+    """What a loop loads without a copy ahead to shared memory, it waits for."""
+    shared, *_ = compiled
+    for problem in ("in-batch, everything", "full, everything"):
+        row = next(row for row in shared if row["problem"] == problem)
+        assert row["loops"][-1]["kinds"].get("LDG", 0) == 0
+
+
 def test_candidates_by_row_are_gathered_16_bytes_at_a_time(
     compiled: list[list[dict[str, Any]]],
 ) -> None:
-    _, per_row, _ = compiled
+    _, per_row, *_ = compiled
     for row in per_row:
         assert all(loop["spills"] == 0 for loop in row["loops"])
         assert max(loop["loads_128"] for loop in row["loops"]) >= 4
@@ -109,6 +137,15 @@ def test_a_block_is_waited_for_while_the_next_one_is_under_way(
     assert sum(pending >= 1 for pending in waits) >= 2
 
 
+def test_only_the_form_for_debugging_gives_up_at_a_barrier(
+    compiled: list[list[dict[str, Any]]],
+) -> None:
+    """A counter that nobody may wait at any more is exchanged for another number."""
+    without, with_polls = compiled[3]
+    assert without == 0
+    assert with_polls >= 3
+
+
 def test_only_old_versions_and_new_devices_need_the_fence(monkeypatch: pytest.MonkeyPatch) -> None:
     from dwl_kernels.backends.triton import specialize as triton_call
 
@@ -119,8 +156,27 @@ def test_only_old_versions_and_new_devices_need_the_fence(monkeypatch: pytest.Mo
         ((4,), False),
     ):
         monkeypatch.setattr(triton_call, "installed", lambda version=version: version)
-        assert triton_call.fenced(9) == needed
+        assert triton_call.fenced(9) == triton_call.fenced(10) == needed
         assert not triton_call.fenced(8)
+        assert not triton_call.fenced(12)
+
+
+def test_an_old_triton_pipelines_no_fence_on_10_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It stops with an error of its compiler."""
+    from benchmarks.machine_code.triton_shared import example
+    from dwl_kernels.backends.triton import specialize as triton_call
+
+    problem, _ = example("sampled", 128, torch.bfloat16, False)
+    tiles = triton_call.Tiles(64, 128, 64, 128, 3, 3, 4, 2)
+
+    def stages(capability: int) -> tuple[int, int]:
+        form = triton_call.form_of(problem, triton_call.inputs_of(problem, None), tiles, capability)
+        return form.STAGES_1.value, form.STAGES_2.value
+
+    assert stages(10) == (3, 3)
+    monkeypatch.setattr(triton_call, "installed", lambda: (3, 6, 0))
+    assert stages(10) == (1, 1)
+    assert stages(9) == (3, 3)
 
 
 ROW = {

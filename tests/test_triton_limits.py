@@ -16,7 +16,13 @@ import triton_access
 
 from dwl_kernels import backends
 from dwl_kernels.backends.triton import solve as host
-from dwl_kernels.backends.triton.kernels.common import part_at, parts_of, shares, unit, units_of
+from dwl_kernels.backends.triton.kernels.common import (
+    part_at,
+    parts_of,
+    shares,
+    unit,
+    units_of,
+)
 from dwl_kernels.backends.triton.kernels.dual_scale import group_start
 from dwl_kernels.backends.triton.kernels.shared_candidates import workspace
 from dwl_kernels.backends.triton.specialize import MAX_WORKERS

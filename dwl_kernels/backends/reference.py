@@ -85,7 +85,7 @@ def solve(
 
 @contextmanager
 def _autograd() -> Iterator[None]:
-    """Autograd of its own: a compiled graph calls ops below it, a checkpoint counts what is kept."""
+    """Autograd of its own: compiled graphs call ops below it, checkpoints count what is kept."""
     key = torch._C.DispatchKey.AutogradFunctionality
     kept = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
     with torch._C._SetExcludeDispatchKeyGuard(key, False), torch.enable_grad(), kept:

@@ -6,10 +6,7 @@ from torch import Tensor
 
 from dwl_kernels.autograd import loss_of
 from dwl_kernels.backends import Backend
-from dwl_kernels.core.build import (
-    in_batch_problem,
-    sampled_problem,
-)
+from dwl_kernels.core.build import in_batch_problem, sampled_problem
 from dwl_kernels.core.checks import either
 from dwl_kernels.core.problem import Correction, Reduction
 

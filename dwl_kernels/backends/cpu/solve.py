@@ -22,14 +22,7 @@ from dwl_kernels.core.problem import (
     SharedProblem,
     accumulate_dtype,
 )
-from dwl_kernels.core.rows import (
-    Gradients,
-    Prepared,
-    embeddings,
-    finish,
-    prepare,
-    skippable_below,
-)
+from dwl_kernels.core.rows import Gradients, Prepared, embeddings, finish, prepare, skippable_below
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dwl_kernels.backends.device import why_unfit
-from dwl_kernels.backends.triton import wide as wide
+from dwl_kernels.backends.triton import wide
 from dwl_kernels.backends.triton.launch import launch, on, workspace
 from dwl_kernels.backends.triton.specialize import (
     MAX_WORKERS,
@@ -33,6 +33,7 @@ from dwl_kernels.backends.triton.specialize import (
     launch_options,
     load_of,
     outputs_of,
+    polls,
     power_of_two,
     results_of,
     workspace_floats,
@@ -158,9 +159,8 @@ def _launch(
     """Launch the kernel, or (`warm_up`) compile it and return the compiled kernel."""
     inputs = inputs_of(problem, row_grad)
     outputs = outputs_of(plan.results, inputs)
-    space = workspace(
-        problem.query.device, plan.results.sums, plan.floats, plan.integers, interpreting()
-    )
+    once = interpreting() or polls() > 0  # a barrier at which somebody gave up serves no other call
+    space = workspace(problem.query.device, plan.results.sums, plan.floats, plan.integers, once)
     kernels = common()
 
     def arguments(t: Sequence[Any]) -> tuple[Any, ...]:

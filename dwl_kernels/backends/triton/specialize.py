@@ -13,13 +13,7 @@ import torch
 from torch import Tensor
 
 from dwl_kernels.backends.triton.tiles import Load, Tiles, installed
-from dwl_kernels.core.problem import (
-    DualScale,
-    GradMask,
-    Problem,
-    SharedProblem,
-    accumulate_dtype,
-)
+from dwl_kernels.core.problem import DualScale, GradMask, Problem, SharedProblem, accumulate_dtype
 
 MAX_WORKERS = 1024  # more than any device has multiprocessors, three programs on each
 
@@ -27,6 +21,12 @@ MAX_WORKERS = 1024  # more than any device has multiprocessors, three programs o
 @functools.cache  # as Triton does, which looks once, when a kernel is defined
 def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def polls() -> int:
+    """After how many looks a program gives up that waits for others; 0: never."""
+    return 2**26 if os.environ.get("DWL_KERNELS_DEBUG") == "1" else 0
 
 
 @functools.cache
@@ -167,7 +167,7 @@ def outputs_of(results: Results, inputs: Any) -> Any:
     def new(like: tuple[str, torch.dtype] | None) -> Tensor | None:
         return None if like is None else torch.empty_like(getattr(inputs, like[0]), dtype=like[1])
 
-    return common().Outputs(
+    outputs = common().Outputs(
         loss=inputs.query.new_empty(results.loss, dtype=results.sums),
         query=new(results.query),
         positive=new(results.positive),
@@ -176,6 +176,11 @@ def outputs_of(results: Results, inputs: Any) -> Any:
         domain_weights=new(results.domain_weights),
         candidate_log_q=new(results.candidate_log_q),
     )
+    if polls():
+        for output in outputs:
+            if output is not None:
+                output.fill_(float("nan"))
+    return outputs
 
 
 def power_of_two(n: int, least: int) -> int:
@@ -195,7 +200,16 @@ def is_even(problem: Problem) -> bool:
 
 def fenced(capability: int) -> bool:
     """Whether Triton forgets a fence that products on such a device need (its issue 9610)."""
-    return capability >= 9 and installed() < (3, 7, 1)
+    return capability in (9, 10) and installed() < (3, 7, 1)
+
+
+def order_ahead(dual: DualScale | None, skip: bool, capability: int) -> bool:
+    """Whether the order of packed rows is loaded a stage before the rows, in phase 2.
+
+    No gather then waits for its addresses, at no price but where registers are few: below 9.0, with
+    a second query, and with a `skip_threshold`, which loads more that belongs to a row.
+    """
+    return capability == 9 and not skip and not (dual is not None and dual.similarity > 0)
 
 
 def form_of(
@@ -208,6 +222,8 @@ def form_of(
     if capability is None:
         device = problem.query.device
         capability = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
+    if capability == 10 and fenced(capability):  # its pipeliner fails at the fence
+        tiles = tiles._replace(stages_1=1, stages_2=1)
     rows, temperature = problem.rows, inputs.temperature
     dual, skip = None, False
     if isinstance(problem, SharedProblem):
@@ -236,7 +252,9 @@ def form_of(
         strengths=tuple(s > 0 for s in strengths_of(dual, problem.num_candidates)[:3]),
         skip=skip,
         fence=fenced(capability),
+        ahead=order_ahead(dual, skip, capability),
         interpreted=interpreting(),
+        polls=polls(),
     )
 
 
@@ -265,7 +283,9 @@ def _form(
     strengths: tuple[bool, bool, bool],
     skip: bool,
     fence: bool,
+    ahead: bool,
     interpreted: bool,
+    polls: int,
 ) -> Any:
     import triton.language as tl
 
@@ -273,6 +293,7 @@ def _form(
 
     exact = dtype == torch.float64 or (dtype == torch.float32 and precision == "highest")
     narrow = dtype in (torch.bfloat16, torch.float16)
+    packed = targets or example_weights
     # numpy cannot multiply bfloat16, and the order of its float32 sums depends on the shapes, so
     # that the two phases would not agree about a logit as they do on a device.
     upcast = interpreted and dtype in (torch.bfloat16, torch.float32)
@@ -284,11 +305,11 @@ def _form(
         CM=tiles.CM,
         CN=tiles.CN,
         STAGES_1=tiles.stages_1,
-        STAGES_2=tiles.stages_2,
+        STAGES_2=tiles.stages_2 + (ahead and packed and tiles.stages_2 > 1),
         OWN=targets or in_batch,
         IN_BATCH=in_batch,
         DRAWN=in_batch and log_q,
-        PACKED=targets or example_weights,
+        PACKED=packed,
         IGNORE=ignore_index,
         SLOTS=slots,
         WORKERS=MAX_WORKERS,
@@ -315,6 +336,7 @@ def _form(
         FENCED=fence,
         UPCAST=upcast,
         COMPILED=not interpreted,
+        POLLS=polls,
     )
     return Form(*(tl.constexpr(value) for value in values))
 

@@ -11,7 +11,6 @@ from dwl_kernels.backends.triton.kernels.common import (
     COEFFICIENT,
     HEADROOM,
     MANY,
-    NO_ITEM,
     OWN_CANDIDATE,
     POSITIVE,
     RATIO,
@@ -38,6 +37,7 @@ from dwl_kernels.backends.triton.kernels.common import (
     temperature_of,
     unit_of,
 )
+from dwl_kernels.backends.triton.kernels.hits import without_hits
 
 
 @triton.jit
@@ -69,7 +69,6 @@ def candidate_tile(tile, first, stop, part, shift, call, work):
         bias = candidate_log_q(j, call, work) * unit_of(call, work)
     if call.inputs.candidate_ids is not None:
         candidate_id = tl.load(call.inputs.candidate_ids + j)
-        known = candidate_id != NO_ITEM
     if not call.form.ROW_SCALE:
         scale = scale_of(temperature_of(j, call, work), call, work)
     gradient = tl.zeros([call.form.CM, call.form.BLOCK_D], dtype)
@@ -118,8 +117,7 @@ def candidate_tile(tile, first, stop, part, shift, call, work):
                     row_id = tl.load(row_ids(call, work) + place)
                 else:
                     row_id = tl.load(call.inputs.positive_ids + row)
-                hit = (candidate_id[:, None] == row_id[None, :]) & known[:, None]
-                p = tl.where(hit, 0.0, p)
+                p = without_hits(p, candidate_id[:, None], row_id[None, :], 0.0, call, work)
             edge = start + call.form.CN > sizes.count
             if call.inputs.target is not None:
                 own = tl.load(row_integers(OWN_CANDIDATE, work) + place)

@@ -23,6 +23,7 @@ BLOCK = tl.constexpr(256)  # rows at a time where a row is a few numbers
 MANY = tl.constexpr(4096)  # and where it is one
 CHUNK = tl.constexpr(16)  # rows or candidates of a split tile that one worker merges
 MIN_STEPS = tl.constexpr(1)  # a part of a split tile streams at least so many blocks
+GIVEN_UP = tl.constexpr(2**30)  # what a counter of `grid_barrier` holds near of when nobody waits
 
 # Row arrays of the workspace, in packed order.
 STATISTIC = tl.constexpr(0)
@@ -139,6 +140,7 @@ class Form(NamedTuple):
     FENCED: Any  # products need a fence of ours, see `fence`
     UPCAST: Any  # products are made in float64: bfloat16 and float32 in the interpreter
     COMPILED: Any  # for a device, and not interpreted
+    POLLS: Any  # after which a program waits no longer for the others; 0: it waits for ever
 
 
 class Call(NamedTuple):
@@ -184,19 +186,40 @@ class Work(NamedTuple):
 
 
 @triton.jit
-def grid_barrier(counter):
+def grid_barrier(counter, until, call):
     """Wait until every program is here, and see what all of them wrote.
 
     Arrivals add up to 2^31: the last one flips the sign bit and leaves the other bits zero, so the
     counter needs no reset, whatever grid comes next.
+
+    Returns `until`, the end of the workers that the program plays. A form with POLLS returns 0
+    where not all came in time, and then no program that arrives later waits, nor plays a worker.
+    Such a counter is of no use to another launch.
     """
     tl.debug_barrier()
     others = tl.num_programs(0) - 1
     arrival = tl.where(tl.program_id(0) == 0, SIGN - others, 1)
     before = tl.atomic_add(counter, arrival, sem="release")
-    while (tl.atomic_add(counter, 0, sem="acquire") ^ before) >= 0:
-        pass
+    if call.form.POLLS == 0:
+        while (tl.atomic_add(counter, 0, sem="acquire") ^ before) >= 0:
+            pass
+    else:
+        polls = 0
+        now = before
+        while ((now ^ before) >= 0) & (polls < call.form.POLLS) & ~is_given_up(now):
+            now = tl.atomic_add(counter, 0, sem="acquire")
+            polls += 1
+        if ((now ^ before) >= 0) | is_given_up(now):
+            tl.atomic_xchg(counter, GIVEN_UP)
+            until = 0
     tl.debug_barrier()
+    return until
+
+
+@triton.jit
+def is_given_up(counter):
+    """Arrivals leave a counter within a few thousand of 0 or of 2^31, but for the sign."""
+    return ((counter >> 29) & 3) % 3 != 0
 
 
 @triton.jit

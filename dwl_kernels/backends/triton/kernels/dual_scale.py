@@ -20,7 +20,6 @@ import triton.language as tl
 from dwl_kernels.backends.triton.kernels.common import (
     INTENSITY,
     MANY,
-    NO_ITEM,
     SHIFT,
     Dual,
     Work,
@@ -41,6 +40,7 @@ from dwl_kernels.backends.triton.kernels.common import (
     temperatures_of,
     unit_of,
 )
+from dwl_kernels.backends.triton.kernels.hits import without_hits
 
 # What the other phases ask ------------------------------------------------------------------------
 
@@ -152,10 +152,9 @@ def competing_tile(tile, call, work):
             z -= (log_q * unit_of(call, work))[None, :]
             x = tl.where((log_q != float("inf"))[None, :], x, float("-inf"))
         if call.inputs.candidate_ids is not None:
-            hit = row_id[:, None] == tl.load(call.inputs.candidate_ids + j)[None, :]
-            hit = hit & (row_id != NO_ITEM)[:, None]
-            x = tl.where(hit, float("-inf"), x)
-            z = tl.where(hit, float("-inf"), z)
+            id = tl.load(call.inputs.candidate_ids + j)[None, :]
+            x = without_hits(x, row_id[:, None], id, float("-inf"), call, work)
+            z = without_hits(z, row_id[:, None], id, float("-inf"), call, work)
         edge = stop < start + SIZE
         if call.form.IN_BATCH:
             edge = edge | (start < sizes.rows)

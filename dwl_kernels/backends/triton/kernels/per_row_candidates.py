@@ -214,14 +214,14 @@ def indexed_softmax_loss_kernel(
     o = call.outputs
     common = Outputs(o.loss, o.query, None, None, o.temperature, o.domain_weights, None)
     work = Work(sizes, space, None)
-    sizes = weigh_rows(program, programs, Call(call.inputs, common, call.form), work)
+    sizes, until = weigh_rows(program, programs, Call(call.inputs, common, call.form), work)
     work = Work(sizes, space, None)
     if call.inputs.example_weights is not None:
-        for worker in range(program, workers, programs):
+        for worker in range(program, until, programs):
             clear_padding(worker, call, work)
 
     tiles = tl.cdiv(work.sizes.count, call.form.BM)
-    for worker in range(program, workers, programs):
+    for worker in range(program, until, programs):
         for tile in range(worker, tiles, workers):
             draw_tile(tile, call, work)
 
@@ -230,9 +230,9 @@ def indexed_softmax_loss_kernel(
         or (call.outputs.domain_weights is not None)
         or ((call.outputs.temperature is not None) and (call.form.TEMPERATURE == "scalar"))
     ):
-        grid_barrier(barrier)
-        for worker in range(program, workers, programs):
+        until = grid_barrier(barrier, until, call)
+        for worker in range(program, until, programs):
             sum_rows(worker, call, work)
-        grid_barrier(barrier)
-        for worker in range(program, workers, programs):
+        until = grid_barrier(barrier, until, call)
+        for worker in range(program, until, programs):
             finish_sums(worker, call, work)

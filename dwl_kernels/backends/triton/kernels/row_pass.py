@@ -61,6 +61,7 @@ from dwl_kernels.backends.triton.kernels.dual_scale import (
     dual_shift,
     row_scale,
 )
+from dwl_kernels.backends.triton.kernels.hits import without_hits
 
 
 class Rows(NamedTuple):
@@ -225,10 +226,10 @@ def row_logits(rows, log_q, reference, start, coming, call, work):
     z -= reference
     if call.inputs.candidate_ids is not None:
         # The own column in the batch of a row that has an id is a hit as well.
-        hit = rows.id[:, None] == tl.load(call.inputs.candidate_ids + j)[None, :]
-        hit = hit & rows.known[:, None]
-        z = tl.where(hit, float("-inf"), z)
+        id = tl.load(call.inputs.candidate_ids + j)[None, :]
+        z = without_hits(z, rows.id[:, None], id, float("-inf"), call, work)
         if call.form.REFINED:
+            hit = (rows.id[:, None] == id) & rows.known[:, None]
             there = (at >= start) & (at < sizes.places)
             if call.inputs.candidate_log_q is not None:
                 there = there & stays(tl.load(log_q + j), call, work)

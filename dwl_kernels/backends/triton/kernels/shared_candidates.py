@@ -44,6 +44,9 @@ Where the tiles do not fill the last round of workers, the streamed side of the 
 is split, evenly whatever their number (`Shares`): each part goes to the workspace, and after a
 barrier the parts of a tile are merged in their order.
 `worker` is the program, except in the interpreter, where one program plays all workers in turn.
+
+With ``DWL_KERNELS_DEBUG=1`` no program waits for ever: where some do not come, the others go
+through the rest of the kernel as no worker at all, and what was not written stays NaN.
 """
 
 from __future__ import annotations
@@ -152,18 +155,22 @@ def pack_rows(worker, count, call, work):
 
 @triton.jit
 def weigh_rows(program, programs, call, work):
-    """All of phase 0: the sizes, now with what counts of rows and candidates, and the norm."""
+    """All of phase 0: the sizes, now with what counts of rows and candidates, and the norm.
+
+    And up to which worker the program goes on, see `grid_barrier`.
+    """
     sizes = work.sizes
+    until = sizes.workers
     count = sizes.count
     places = sizes.places
     norm = sizes.norm
     if call.form.PACKED or (call.form.REDUCTION == "weighted_mean"):
         for worker in range(program, sizes.workers, programs):
             count_rows(worker, call, work)
-        grid_barrier(work.space.barrier)
+        until = grid_barrier(work.space.barrier, until, call)
         if call.form.PACKED:
             other = tl.arange(0, call.form.WORKERS)
-            left = tl.load(work.space.counts + other, mask=other < sizes.workers, other=0)
+            left = tl.load(work.space.counts + other, mask=other < until, other=0)
             count = tl.sum(left, 0)
             if call.form.IN_BATCH:
                 places = sizes.candidates - sizes.rows + count
@@ -171,10 +178,10 @@ def weigh_rows(program, programs, call, work):
         if call.form.REDUCTION == "weighted_mean":
             norm = worker_sum(WEIGHT_SUM, call, work)
         if call.form.PACKED:
-            for worker in range(program, sizes.workers, programs):
+            for worker in range(program, until, programs):
                 pack_rows(worker, count, call, work)
-            grid_barrier(work.space.barrier)
-    return Sizes(
+            until = grid_barrier(work.space.barrier, until, call)
+    sizes = Sizes(
         sizes.rows,
         sizes.stride,
         sizes.candidates,
@@ -186,6 +193,7 @@ def weigh_rows(program, programs, call, work):
         places,
         norm,
     )
+    return sizes, until
 
 
 # Sums over rows ----------------------------------------------------------------------------------
@@ -361,28 +369,28 @@ def softmax_loss_kernel(
     dual = Dual(hardness, similarity, competition, slate_size, 0.0, 1.0)
     work = Work(sizes, space, dual)
 
-    sizes = weigh_rows(program, programs, call, work)
+    sizes, until = weigh_rows(program, programs, call, work)
     work = Work(sizes, space, work.dual)
     count = work.sizes.count
     places = work.sizes.places
     if call.form.HARDNESS or call.form.SIMILARITY or call.form.COMPETITION:
-        for worker in range(program, workers, programs):
+        for worker in range(program, until, programs):
             for tile in range(worker, tl.cdiv(count, call.form.BM), workers):
                 competing_tile(tile, call, work)
-        grid_barrier(barrier)
+        until = grid_barrier(barrier, until, call)
     if call.form.COMPETITION:
         work = with_means(call, work)
     tiles = tl.cdiv(count, call.form.BM)
     steps = tl.cdiv(places, call.form.BN)
     dealt = shares(tiles, steps, workers)
-    for worker in range(program, workers, programs):
+    for worker in range(program, until, programs):
         for turn in range(0, units_of(worker, dealt, workers)):
             mine = shares(anew(tiles, call), steps, workers)
             tile, first, stop, part = unit(turn, worker, mine, steps, workers)
             row_tile(tile, first, stop, part, call, work)
     if dealt.split > 0:
-        grid_barrier(barrier)
-        for worker in range(program, workers, programs):
+        until = grid_barrier(barrier, until, call)
+        for worker in range(program, until, programs):
             for chunk in range(worker, dealt.split * (call.form.BM // CHUNK), workers):
                 merge_rows(chunk, dealt, steps, call, work)
 
@@ -395,9 +403,9 @@ def softmax_loss_kernel(
         or ((call.outputs.temperature is not None) and (call.form.TEMPERATURE == "scalar"))
     )
     if sum_needed or by_candidate:
-        grid_barrier(barrier)
+        until = grid_barrier(barrier, until, call)
     if sum_needed:
-        for worker in range(program, workers, programs):
+        for worker in range(program, until, programs):
             sum_rows(worker, call, work)
 
     split = False
@@ -409,17 +417,17 @@ def softmax_loss_kernel(
         shift = 0.0
         if call.form.HALF:
             shift = half_shift(call, work)
-        for worker in range(program, workers, programs):
+        for worker in range(program, until, programs):
             for turn in range(0, units_of(worker, dealt, workers)):
                 mine = shares(anew(tiles, call), steps, workers)
                 tile, first, stop, part = unit(turn, worker, mine, steps, workers)
                 candidate_tile(tile, first, stop, part, shift, call, work)
     if sum_needed or split:
-        grid_barrier(barrier)
+        until = grid_barrier(barrier, until, call)
     if by_candidate and split:
-        for worker in range(program, workers, programs):
+        for worker in range(program, until, programs):
             for chunk in range(worker, dealt.split * (call.form.CM // CHUNK), workers):
                 merge_candidates(chunk, dealt, steps, call, work)
     if sum_needed:
-        for worker in range(program, workers, programs):
+        for worker in range(program, until, programs):
             finish_sums(worker, call, work)
