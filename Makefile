@@ -61,7 +61,7 @@ bench: $(READY)
 tables: $(READY)
 	$(BIN)/python -m benchmarks.machine_code
 
-CSRC = $$(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CSRC = $$(find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -28,8 +28,10 @@ COMMIT=${COMMIT:-$(git rev-parse --short HEAD 2>/dev/null || echo unknown)}
 export COMMIT
 dry=${DRY:-0}
 gpu=null
+suite=("$python" -m benchmarks.speed)
 if [ "$dry" = 1 ]; then
-    export TRITON_INTERPRET=1 DWL_KERNELS_CUDA_EMULATE=1
+    export TRITON_INTERPRET=1 PYTHONPATH=$PYTHONPATH:tests
+    suite=("$python" -m cuda_emulator benchmarks.speed)
 else
     gpu=\"$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1)\"
 fi
@@ -69,7 +71,7 @@ exact="tests/test_gpu.py::test_kernel_is_as_exact_as_eager"
 alone="half_padded or past_two_to or launch"
 
 speed() { # part, seconds, shape, versions
-    local command=("$python" -m benchmarks.speed --shapes "$3" --versions "$4" --log "$lines" --out "$out")
+    local command=("${suite[@]}" --shapes "$3" --versions "$4" --log "$lines" --out "$out")
     if [ "$dry" = 1 ]; then
         command+=(--dry)
         for fault in ${FAULTS:-}; do

@@ -15,7 +15,10 @@ import torch
 if not torch.cuda.is_available():
     # Triton's interpreter runs the kernels on CPU tensors; it is chosen when triton is imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
-    os.environ.setdefault("DWL_KERNELS_CUDA_EMULATE", "1")  # and a few hundred fibers the CUDA one
+
+    import cuda_emulator
+
+    cuda_emulator.install()  # and a few hundred fibers the CUDA one
 
 from cases import CASES, NOT_IN_CUDA
 

@@ -6,8 +6,10 @@ import ctypes
 from pathlib import Path
 
 import cases
+import cuda_emulator
 import pytest
 import torch
+from cuda_emulator import TILES
 
 import dwl_kernels
 from dwl_kernels import backends
@@ -15,12 +17,12 @@ from dwl_kernels.backends.cache import BuildError
 from dwl_kernels.backends.cuda import build as cuda_build
 from dwl_kernels.backends.cuda import solve as cuda
 from dwl_kernels.backends.cuda import variants as cuda_tiles
-from dwl_kernels.backends.cuda.variants import EMULATED, Tiles, variant
+from dwl_kernels.backends.cuda.variants import Tiles, variant
 from dwl_kernels.backends.triton import solve as triton
 from dwl_kernels.core.problem import Problem
 
 emulated = pytest.mark.skipif(
-    backends.unavailable_reason("cuda", "cpu") is not None, reason="the emulation is off"
+    backends.unavailable_reason("cuda", "cpu") is not None, reason="the emulator is off"
 )
 TEAMS = Tiles(32, 1, 4, 1, TEAM=2)
 CAPABILITIES = [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]
@@ -28,9 +30,10 @@ BY_NAME = {case.name: case for case in cases.CASES}
 
 
 def use(
-    monkeypatch: pytest.MonkeyPatch, blocks: int = 3, order: int = 0, tiles: Tiles = EMULATED
+    monkeypatch: pytest.MonkeyPatch, blocks: int = 3, order: int = 0, tiles: Tiles = TILES
 ) -> None:
-    monkeypatch.setattr(cuda, "EMULATION", cuda.Emulation(blocks, order, tiles))
+    emulation = cuda_emulator.Emulation(blocks, order, tiles)
+    monkeypatch.setattr(cuda_emulator, "EMULATION", emulation)
 
 
 @emulated
@@ -87,7 +90,7 @@ def test_warps_that_share_rows(
 @emulated
 @pytest.mark.parametrize(
     ("dtype", "tiles"),
-    [(torch.bfloat16, EMULATED), (torch.float32, EMULATED), (torch.bfloat16, TEAMS)],
+    [(torch.bfloat16, TILES), (torch.float32, TILES), (torch.bfloat16, TEAMS)],
     ids=str,
 )
 @pytest.mark.parametrize("name", ["mixed, everything", "full softmax, past the tile"])
@@ -126,7 +129,7 @@ def test_tf32_products_are_as_exact_as_their_mantissa(monkeypatch: pytest.Monkey
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("high")
-        assert variant(torch.float32, 20, None).math == cuda_tiles.TF32
+        assert cuda_tiles.math_of(torch.float32) == cuda_tiles.TF32
         for name in ("log-Q", "past the tile", "mixed, everything", "full softmax, past the tile"):
             cases.check(BY_NAME[name], "cuda", torch.float32)
     finally:
@@ -152,7 +155,7 @@ def test_embeddings_that_are_not_aligned_are_copied_one_by_one(dtype: torch.dtyp
 
 def dealt(tiles: int, steps: int, workers: int) -> list[list[int]]:
     """All units in order: tile, first and last step, place, whether it is a whole tile."""
-    library = cuda_build.load(variant(torch.bfloat16, 64, None), None)
+    library = cuda_emulator.load(cuda_emulator.variant(torch.bfloat16, 64))
     found, units = (ctypes.c_int * 5)(), []
     for worker in range(workers):
         for turn in range(library.dwl_unit(tiles, steps, workers, worker, 0, found)):
@@ -166,7 +169,7 @@ def dealt(tiles: int, steps: int, workers: int) -> list[list[int]]:
 @pytest.mark.parametrize("workers", [1, 2, 7, 16, 264])
 @pytest.mark.parametrize("steps", [0, 1, 2, 9, 64, 2**26])
 def test_shares_deal_every_step_of_every_tile_out_once(steps: int, workers: int) -> None:
-    library = cuda_build.load(variant(torch.bfloat16, 64, None), None)
+    library = cuda_emulator.load(cuda_emulator.variant(torch.bfloat16, 64))
     places = (ctypes.c_int * workers)()
     for tiles in (0, 1, 3, 7, 20, workers - 1, workers, workers + 1):
         units = dealt(tiles, steps, workers)
@@ -184,8 +187,7 @@ def test_shares_deal_every_step_of_every_tile_out_once(steps: int, workers: int)
 @emulated
 def test_no_size_leaves_the_chip_idle() -> None:
     """264 blocks: either side from 4,096 to 65,536, the other 8,192; the same in both phases."""
-    library = cuda_build.load(variant(torch.bfloat16, 64, None), None)
-    library.dwl_longest.restype = ctypes.c_int64
+    library = cuda_emulator.load(cuda_emulator.variant(torch.bfloat16, 64))
     for rows, columns in ((128, 32), (128, 64)):
         for n in range(4096, 65537, 100):
             for a, b in ((n, 8192), (8192, n)):
@@ -197,13 +199,13 @@ def test_no_size_leaves_the_chip_idle() -> None:
 @emulated
 def test_shared_memory_is_what_the_host_computes() -> None:
     for dtype, dim, tiles in (
-        (torch.bfloat16, 64, EMULATED),
+        (torch.bfloat16, 64, TILES),
         (torch.float32, 20, TEAMS),
         (torch.bfloat16, 200, TEAMS),
-        (torch.float64, 96, EMULATED._replace(PAD=2)),
+        (torch.float64, 96, TILES._replace(PAD=2)),
     ):
-        chosen = variant(dtype, dim, None)._replace(tiles=tiles)
-        assert cuda_build.load(chosen, None).dwl_shared_bytes() == chosen.shared_bytes
+        chosen = cuda_emulator.variant(dtype, dim, tiles)
+        assert cuda_emulator.load(chosen).dwl_shared_bytes() == chosen.shared_bytes
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES, ids=str)
@@ -286,7 +288,6 @@ def test_compiler_that_fails_is_quoted(monkeypatch: pytest.MonkeyPatch, tmp_path
 
 
 def test_old_device_is_told_what_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("DWL_KERNELS_CUDA_EMULATE", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 99)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))

@@ -1,9 +1,9 @@
 """Races, bounds and unwritten memory of the CUDA kernel, found without a GPU.
 
-The emulation checks every load and store of the kernel (`csrc/cuda/checks.cpp`), so each test that
-runs backend "cuda" on a CPU is a test of these as well. Here the telling cases run in every type,
-with whole and split tiles and threads in a random order; and mistakes planted into a copy of the
-source have to be reported.
+The emulator checks every load and store of the kernel (`cuda_emulator/checks.cpp`), so each test
+that runs backend "cuda" on a CPU is a test of these as well. Here the telling cases run in every
+type, with whole and split tiles and threads in a random order; and mistakes planted into a copy of
+the source have to be reported.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ import shutil
 from pathlib import Path
 
 import cases
+import cuda_emulator
 import pytest
 import torch
+from cuda_emulator import TILES, Emulation
 
 from dwl_kernels import backends
 from dwl_kernels.backends import compilers
-from dwl_kernels.backends.cuda import build as cuda_build
-from dwl_kernels.backends.cuda import solve as cuda
-from dwl_kernels.backends.cuda.variants import EMULATED, Tiles
+from dwl_kernels.backends.cuda.variants import Tiles
 
 pytestmark = pytest.mark.skipif(
-    backends.unavailable_reason("cuda", "cpu") is not None, reason="the emulation is off"
+    backends.unavailable_reason("cuda", "cpu") is not None, reason="the emulator is off"
 )
 TEAMS = Tiles(32, 1, 4, 1, TEAM=2)
 ALONE = (
@@ -40,14 +40,14 @@ BY_NAME = {case.name: case for case in cases.CASES}
 @pytest.mark.parametrize(
     ("name", "tiles"),
     [
-        *((name, EMULATED) for name in ALONE),
+        *((name, TILES) for name in ALONE),
         *((name, TEAMS) for name in ("refined, everything", "mixed, everything")),
     ],
 )
 def test_no_thread_races_or_leaves_its_memory(
     monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype | str, tiles: Tiles
 ) -> None:
-    monkeypatch.setattr(cuda, "EMULATION", cuda.Emulation(2, 2, tiles))
+    monkeypatch.setattr(cuda_emulator, "EMULATION", Emulation(2, 2, tiles))
     before = torch.get_float32_matmul_precision()
     try:
         if isinstance(dtype, str):
@@ -115,7 +115,7 @@ def test_planted_mistake_is_reported(
     reported: str,
 ) -> None:
     """In one run, with threads in the order of their numbers: it does not take luck."""
-    check_report(monkeypatch, tmp_path, cache, EMULATED, (right, wrong, reported))
+    check_report(monkeypatch, tmp_path, cache, TILES, (right, wrong, reported))
 
 
 @pytest.mark.parametrize(
@@ -146,9 +146,9 @@ def check_report(
     assert found > 0
     monkeypatch.setattr(compilers, "source_dir", lambda: tmp_path)
     monkeypatch.setenv("DWL_KERNELS_CACHE", str(cache))
-    monkeypatch.setattr(cuda_build, "load", cuda_build.load.__wrapped__)
-    monkeypatch.setattr(cuda, "unavailable_reason", lambda device: None)
-    monkeypatch.setattr(cuda, "EMULATION", cuda.Emulation(2, 0, tiles))
+    monkeypatch.setattr(cuda_emulator, "load", cuda_emulator.load.__wrapped__)
+    monkeypatch.setattr(cuda_emulator, "does_not_build", lambda: None)
+    monkeypatch.setattr(cuda_emulator, "EMULATION", Emulation(2, 0, tiles))
     case = cases.Case("planted", rows=65, candidates=70, dim=12 * tiles.TEAM, log_q=True, ids=True)
     with pytest.raises(RuntimeError, match=reported):
         cases.loss_and_gradients(case, "cuda", torch.float32)

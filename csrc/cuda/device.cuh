@@ -1,5 +1,6 @@
-// The primitives of a GPU that the kernel is written in. `emulate.h` implements the same names on a
-// CPU, lane by lane with the exact fragment layouts, so that the kernel's source runs in the tests.
+// The primitives of a GPU that the kernel is written in. The emulator of the tests implements the
+// same names on a CPU, lane by lane with the exact fragment layouts, so that the kernel's source
+// runs there.
 #pragma once
 
 #ifdef DWL_EMULATE

@@ -83,61 +83,12 @@ int64_t dwl_space(int64_t rows, int64_t blocks) {
   return 4 * rows + 2 * blocks * dwl::Built::PART;
 }
 
+// For the tests.
 int64_t dwl_shared_bytes() {
   return sizeof(dwl::Built::Shared);
 }
 
-// For the tests: how many units a worker has, and tile, first and last step, place and wholeness of
-// one; of a split tile how many parts it has, and their places.
-int dwl_unit(int tiles, int steps, int workers, int worker, int turn, int* found) {
-  const dwl::Shares shares(tiles, steps, workers);
-  if (turn < shares.units(worker)) {
-    const dwl::Unit unit = shares.unit(turn, worker);
-    found[0] = unit.tile;
-    found[1] = unit.first;
-    found[2] = unit.stop;
-    found[3] = unit.part;
-    found[4] = unit.whole;
-  }
-  return shares.units(worker);
-}
-int dwl_parts(int tiles, int steps, int workers, int tile, int* found) {
-  const dwl::Shares shares(tiles, steps, workers);
-  if (tile < shares.whole) return 0;
-  const dwl::Parts parts = shares.parts(tile - shares.whole);
-  for (int s = 0; s < parts.count; ++s) found[s] = parts[s];
-  return parts.count;
-}
-
-// The most steps that any of the workers takes.
-int64_t dwl_longest(int tiles, int steps, int workers) {
-  const dwl::Shares shares(tiles, steps, workers);
-  int64_t longest = 0;
-  for (int worker = 0; worker < workers; ++worker) {
-    int64_t mine = 0;
-    for (int turn = 0; turn < shares.units(worker); ++turn) {
-      const dwl::Unit unit = shares.unit(turn, worker);
-      mine += unit.stop - unit.first;
-    }
-    longest = mine > longest ? mine : longest;
-  }
-  return longest;
-}
-
-#ifdef DWL_EMULATE
-
-// `buffers`: all memory that the call points to, and the call.
-int dwl_launch(const dwl::Call* call, int64_t blocks, int64_t order,
-               const dwl::emulation::Buffer* buffers, int64_t count, char* message, int64_t size) {
-  const auto body = [](const void* argument) {
-    dwl::sampled_softmax<dwl::Built>(*static_cast<const dwl::Call*>(argument));
-  };
-  return dwl::emulation::launch(static_cast<int>(blocks), dwl::Built::THREADS,
-                                sizeof(dwl::Built::Shared), static_cast<int>(order), body, call,
-                                buffers, count, message, size);
-}
-
-#else
+#ifndef DWL_EMULATE  // else the emulator launches it
 
 namespace {
 
@@ -179,5 +130,5 @@ int dwl_launch(const dwl::Call* call, int device, void* stream, int64_t blocks, 
                 "launch", message, size);
 }
 
-#endif
+#endif  // DWL_EMULATE
 }

@@ -23,13 +23,6 @@ from dwl_kernels.backends.cuda.variants import Variant
 
 _PLACES = ("/usr/local/cuda/bin/nvcc",)
 FLAGS = "-std=c++17 -O3 -lineinfo -shared -Xcompiler -fPIC"
-# Emulated: `checks.cpp` stands in for the libraries behind -fsanitize, so the kernel is compiled
-# with it and linked without. _FORTIFY_SOURCE takes a jump to another stack for an error.
-_EMULATE = (
-    "-std=c++20 -fPIC -DDWL_EMULATE -Wall -Wextra -Wno-unknown-pragmas "
-    "-U_FORTIFY_SOURCE -D_FORTIFY_SOURCE=0"
-)
-_CHECKED = "-O1 -g1 -fsanitize=thread,undefined -fno-sanitize=vptr"
 
 
 def nvcc() -> str:
@@ -74,18 +67,12 @@ def _identity(nvcc: str) -> str:
     return digest(nvcc, said, compilers.compiler_identity())
 
 
-def build(
-    variant: Variant,
-    capability: tuple[int, int] | None,  # None: to run on the CPU, emulated
-    verbose: bool = False,
-) -> Path:
+def build(variant: Variant, capability: tuple[int, int], verbose: bool = False) -> Path:
     """Compile a library unless the cache has it, and return its path.
 
     Raises:
         BuildError: no compiler, a compiler that fails, or a cache that cannot be used or trusted.
     """
-    if capability is None:
-        return _build_emulated(variant, verbose)
     source = compilers.source_dir() / "cuda" / "sampled_softmax.cu"
     arch = f"{capability[0]}{capability[1]}"
     flags = [*FLAGS.split(), *variant.definitions(), f"-arch=sm_{arch}"]
@@ -100,58 +87,35 @@ def build(
         compilers.run_compiler(command, verbose, what, "CUDA_HOME")
         return target
 
-    key = f"cuda-{arch}-{_key(source.parent.iterdir(), flags)}"
+    key = f"cuda-{arch}-{key_of(source.parent.iterdir(), flags)}"
     return cached(key, ".so", lambda: _identity(nvcc()), compile_to, what)
 
 
-def _build_emulated(variant: Variant, verbose: bool) -> Path:
-    folder = compilers.source_dir() / "cuda"
-    sources = [folder / "emulate.cpp", folder / "checks.cpp"]
-    headers = [folder / "emulate.h", folder / "emulation.h"]
-    flags = _EMULATE.split()
-    checked = [*flags, *_CHECKED.split(), *variant.definitions()]
-    what = f"the emulated CUDA kernel for {variant}"
-
-    def compiled(target: Path, *arguments: str) -> Path:
-        command = [*compilers.compiler(), *arguments, "-o", str(target)]
-        compilers.run_compiler(command, verbose, what)
-        return target
-
-    def emulator(work: Path) -> Path:  # the same for every variant
-        files = map(str, sources)
-        return compiled(work / "emulator.o", *flags, "-O2", "-r", "-nostdlib", *files)
-
-    def kernel(work: Path) -> Path:
-        print(f"dwl_kernels: compiling {variant} to run emulated ...", file=sys.stderr, flush=True)
-        source = ["-x", "c++", str(folder / "sampled_softmax.cu"), "-c"]
-        parts = [str(compiled(work / "kernel.o", *checked, *source)), str(common)]
-        return compiled(work / "library.so", "-shared", *parts)
-
-    identity = compilers.compiler_identity
-    key = f"cuda-emulator-{_key(sources + headers, flags)}"
-    common = cached(key, ".o", identity, emulator, "the emulator of CUDA")
-    key = f"cuda-emulated-{_key(folder.iterdir(), checked)}"
-    return cached(key, ".so", identity, kernel, what)
-
-
 @functools.cache
-def load(variant: Variant, capability: tuple[int, int] | None) -> ctypes.CDLL:
+def load(variant: Variant, capability: tuple[int, int]) -> ctypes.CDLL:
     """The library, compiled where the cache has none.
 
     Raises:
         BuildError: see `build`.
     """
-    path = build(variant, capability)
+    return opened(build(variant, capability))
+
+
+def opened(path: Path) -> ctypes.CDLL:
+    """A compiled library, with the types of what its functions return.
+
+    Raises:
+        BuildError: the system's loader refuses it.
+    """
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         raise does_not_load(path, error) from error
     library.dwl_space.restype = library.dwl_shared_bytes.restype = ctypes.c_int64
-    library.dwl_unit.restype = ctypes.c_int64
     return library
 
 
-def _key(files: Iterable[Path], flags: list[str]) -> str:
+def key_of(files: Iterable[Path], flags: list[str]) -> str:
     """A digest of all that the library depends on, but for the compiler."""
     contents = [part for file in sorted(files) for part in (file.name, file.read_bytes())]
     return digest(platform.machine(), *flags, *contents)

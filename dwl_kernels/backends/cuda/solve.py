@@ -4,14 +4,16 @@ The kernel solves everything between the embeddings and their gradients in one c
 What is linear in the rows, their weights before and the sums after it, `rows` does; nothing of it
 waits for the device. Padded rows are packed away by a permutation whose length the kernel reads
 from the device.
+
+The emulator of the tests puts itself in the place of `unavailable_reason` and `launch` for CPU
+tensors; all else is the same there.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import os
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,36 +32,13 @@ _PROBE = torch.bfloat16, 64  # compiled to see whether anything compiles
 _MESSAGE_BYTES = 512
 
 
-class Emulation(NamedTuple):
-    """How the grid runs on a CPU; the tests change it."""
-
-    blocks: int = 3
-    order: int = 0  # of threads between barriers: 0 as numbered, 1 reversed, others random
-    tiles: cuda_tiles.Tiles = cuda_tiles.EMULATED
-
-
-EMULATION = Emulation()
-
-
-def emulating() -> bool:
-    """Whether the kernel's source runs on CPU tensors, for the tests."""
-    return os.environ.get("DWL_KERNELS_CUDA_EMULATE") == "1"
-
-
 def unavailable_reason(device_type: str) -> str | None:
     """Why the kernel cannot run on such a device here and the mend; None where it can.
 
     Compiles a kernel on first use.
     """
-    if emulating():
-        if device_type != "cpu":
-            return "DWL_KERNELS_CUDA_EMULATE=1 is set, which takes CPU tensors; unset it"
-        return _does_not_build(_emulated(*_PROBE), None)
     if device_type != "cuda":
-        return (
-            f"it runs on CUDA tensors, and these are on {device_type}; with "
-            "DWL_KERNELS_CUDA_EMULATE=1 in the environment it takes CPU tensors, slowly"
-        )
+        return f"it runs on CUDA tensors, and these are on {device_type}"
     if not torch.cuda.is_available():
         return "PyTorch sees no CUDA device; torch.cuda.is_available() must be true"
     index = torch.cuda.current_device()
@@ -70,7 +49,7 @@ def unavailable_reason(device_type: str) -> str | None:
 
 
 @functools.cache
-def _does_not_build(variant: Variant, capability: tuple[int, int] | None) -> str | None:
+def _does_not_build(variant: Variant, capability: tuple[int, int]) -> str | None:
     try:
         cuda_build.load(variant, capability)
     except BuildError as error:
@@ -137,8 +116,8 @@ def solve(
     )
     call = {
         "dim": p.query.shape[1],
-        "row": _Side.of(p.query.contiguous(), order, count),
-        "candidate": _Side.of(p.candidates.contiguous(), candidate_order, candidate_count),
+        "row": Side.of(p.query.contiguous(), order, count),
+        "candidate": Side.of(p.candidates.contiguous(), candidate_order, candidate_count),
         "positive": None if p.positive is None else p.positive.contiguous(),
         "own": None if p.target is None else _take(p.own_columns(), order),
         "tau": _take(prepared.tau, order),
@@ -157,10 +136,7 @@ def solve(
         "candidate_gradient": gradients.candidates,
         "candidate_log_q_gradient": gradients.candidate_log_q,
     }
-    if emulating():
-        _emulate(p, call)
-    else:
-        _launch(p, call)
+    launch(p, call)
     return finish(p, wanted, prepared, row_grad, row_loss, gradients)
 
 
@@ -219,7 +195,7 @@ def _narrowing(coefficient: Tensor, tau: Tensor) -> Tensor:  # [1]
 # `Side` and `Call` of csrc/cuda/call.h. Pointers keep nothing alive, the caller does.
 
 
-class _Side(ctypes.Structure):
+class Side(ctypes.Structure):
     _fields_ = (
         ("embedding", ctypes.c_void_p),
         ("order", ctypes.c_void_p),
@@ -228,7 +204,7 @@ class _Side(ctypes.Structure):
     )
 
     @classmethod
-    def of(cls, embedding: Tensor, order: Tensor | None, count: Tensor | None) -> _Side:
+    def of(cls, embedding: Tensor, order: Tensor | None, count: Tensor | None) -> Side:
         side = cls(_pointer(embedding), _pointer(order), _pointer(count), len(embedding))
         side.tensors = (embedding, order, count)
         return side
@@ -237,8 +213,8 @@ class _Side(ctypes.Structure):
 class _Call(ctypes.Structure):
     _fields_ = (
         ("dim", ctypes.c_int64),
-        ("row", _Side),
-        ("candidate", _Side),
+        ("row", Side),
+        ("candidate", Side),
         *((name, ctypes.c_void_p) for name in ("positive", "own", "tau", "coefficient")),
         *((name, ctypes.c_void_p) for name in ("positive_log_q", "candidate_log_q")),
         *((name, ctypes.c_void_p) for name in ("row_ids", "candidate_ids", "removed")),
@@ -251,81 +227,22 @@ class _Call(ctypes.Structure):
     )
 
 
-_INPUT, _OUTPUT, _WORKSPACE = range(3)  # `Use` of csrc/cuda/emulate.h
-
-
-class _Buffer(ctypes.Structure):
-    """What the emulated kernel may touch, `Buffer` of csrc/cuda/emulate.h."""
-
-    _fields_ = (
-        ("name", ctypes.c_char_p),
-        ("begin", ctypes.c_void_p),
-        ("bytes", ctypes.c_int64),
-        ("use", ctypes.c_int64),
-        ("written", ctypes.c_int64),
-    )
-
-    @classmethod
-    def of(cls, name: str, tensor: Tensor, use: int = _INPUT, rows: int = 0) -> _Buffer:
-        size = tensor.numel() * tensor.element_size()
-        return cls(name.encode(), tensor.data_ptr(), size, use, size * rows // len(tensor))
-
-    @classmethod
-    def all_of(cls, fields: dict[str, Any]) -> list[_Buffer]:
-        buffers = []
-        for name, value in fields.items():
-            if isinstance(value, _Side):
-                for part, tensor in zip(
-                    ("embedding", "order", "count"), value.tensors, strict=True
-                ):
-                    if tensor is not None:
-                        buffers.append(cls.of(f"{name} {part}", tensor))
-            elif isinstance(value, Tensor):
-                side = fields["candidate" if name.startswith("candidate") else "row"]
-                _, _, count = side.tensors
-                rows = side.length if count is None else int(count)  # the others are padding
-                output = name == "row_loss" or name.endswith("_gradient")
-                use = _OUTPUT if output else _WORKSPACE if name == "space" else _INPUT
-                buffers.append(cls.of(name, value, use, rows))
-        return buffers
-
-
 def _pointer(value: Any) -> Any:
     return value.data_ptr() if isinstance(value, Tensor) else value
 
 
-def _call(problem: Problem, fields: dict[str, Any], library: ctypes.CDLL, blocks: int) -> Any:
-    """The filled struct, and the workspace that it points to."""
+def filled_call(
+    problem: SharedProblem, fields: dict[str, Any], library: ctypes.CDLL, blocks: int
+) -> tuple[ctypes.Structure, Tensor]:
+    """The struct of a launch of so many blocks, and the workspace that it points to."""
     rows = ctypes.c_int64(len(problem.query))
     numbers = library.dwl_space(rows, ctypes.c_int64(blocks))
     space = torch.empty(numbers, dtype=problem.dtypes.accumulate, device=problem.query.device)
     return _Call(**{k: _pointer(v) for k, v in fields.items()}, space=space.data_ptr()), space
 
 
-def _emulated(dtype: torch.dtype, dim: int) -> Variant:
-    return cuda_tiles.variant(dtype, dim, None)._replace(tiles=EMULATION.tiles)
-
-
-def _emulate(problem: Problem, fields: dict[str, Any]) -> None:
-    library = cuda_build.load(_emulated(problem.query.dtype, problem.query.shape[1]), None)
-    call, space = _call(problem, fields, library, EMULATION.blocks)
-    buffers = [_Buffer(b"call", ctypes.addressof(call), ctypes.sizeof(call), _INPUT, 0)]
-    buffers += _Buffer.all_of(fields | {"space": space})
-    message = ctypes.create_string_buffer(_MESSAGE_BYTES)
-    failed = library.dwl_launch(
-        ctypes.byref(call),
-        ctypes.c_int64(EMULATION.blocks),
-        ctypes.c_int64(EMULATION.order),
-        (_Buffer * len(buffers))(*buffers),
-        ctypes.c_int64(len(buffers)),
-        message,
-        ctypes.c_int64(_MESSAGE_BYTES),
-    )
-    if failed:
-        raise RuntimeError(f"backend 'cuda', emulated: {message.value.decode()}")
-
-
-def _launch(problem: Problem, fields: dict[str, Any]) -> None:
+def launch(problem: SharedProblem, fields: dict[str, Any]) -> None:
+    """Write the results that a call names, by the fields of `_Call`."""
     device = problem.query.device
     index = torch.cuda.current_device() if device.index is None else device.index
     with torch.cuda.device(index):
@@ -333,7 +250,7 @@ def _launch(problem: Problem, fields: dict[str, Any]) -> None:
         found = cuda_tiles.variant(problem.query.dtype, problem.query.shape[1], capability)
         library = cuda_build.load(found, capability)
         blocks = _blocks(found, capability, index)
-        call, _space = _call(problem, fields, library, blocks)
+        call, _space = filled_call(problem, fields, library, blocks)
         stream = torch.cuda.current_stream(device).cuda_stream
         message = ctypes.create_string_buffer(_MESSAGE_BYTES)
         failed = library.dwl_launch(

@@ -131,10 +131,7 @@ def _choices(math: Math, width: int, major: int) -> tuple[Tiles, ...]:
     return (Tiles(32, 2, 8, 1, TEAM=2) if more else Tiles(32, 1, 4, 2),)  # BN = 64 spills
 
 
-EMULATED = Tiles(16, 1, 2, 1)
-
-
-def variant(dtype: torch.dtype, dim: int, capability: tuple[int, int] | None) -> Variant:
-    """What a device of such a capability runs; None: a CPU, emulated."""
+def variant(dtype: torch.dtype, dim: int, capability: tuple[int, int]) -> Variant:
+    """What a device of such a capability runs."""
     math, width = math_of(dtype), block_d(dim)
-    return Variant(math, width, EMULATED if capability is None else tiles(math, width, capability))
+    return Variant(math, width, tiles(math, width, capability))

@@ -1,6 +1,7 @@
-// The primitives of device.cuh on a CPU. Every thread of the grid is a fiber (emulate.cpp) that
-// runs until it waits: at a barrier of its block or of the grid, or in a collective of its warp,
-// where the lanes exchange their registers in the fragment layouts of the PTX manual.
+// The primitives of device.cuh on a CPU, which device.cuh takes where DWL_EMULATE is defined. Every
+// thread of the grid is a fiber (emulate.cpp) that runs until it waits: at a barrier of its block
+// or of the grid, or in a collective of its warp, where the lanes exchange their registers in the
+// fragment layouts of the PTX manual.
 //
 // It is stricter than a GPU where a GPU would hide a mistake. Shared memory starts as NaN, a copy
 // in the background arrives only when it is waited for, a barrier that not all threads reach is an
