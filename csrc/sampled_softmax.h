@@ -1,5 +1,5 @@
 // The problem and its gradients as plain structs, free of PyTorch, so that a kernel can be compiled
-// and read on its own. Letters as in dwl_kernels/backends/eager.py.
+// and read on its own. Letters as in dwl_kernels/backends/reference.py.
 #pragma once
 
 #include <cstdint>
