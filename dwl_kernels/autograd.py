@@ -55,7 +55,7 @@ def softmax_loss(problem: Problem, backend: str = "auto", sparse_grad: bool = Fa
         dtypes = [
             t.dtype for t, want in zip(sources, wanted, strict=True) if want and t is not None
         ]
-        call = _call(problem, wanted, dtypes, backend, sparse_grad)
+        call = _call(problem, wanted, dtypes, backend, sparse_grad, transformed=True)
         loss, *_ = _Transformed.apply(call, *tensors)
         return loss
     watched = compiling or _watched(tensors)
@@ -95,12 +95,17 @@ class _Call(NamedTuple):
     backend: str
     dtypes: list[torch.dtype]  # of the wanted gradients
     table: _Table | None  # per row, if its gradient is wanted
-    problem: Problem  # without its tensors
+    problem: Any  # without its tensors, where they come back to it in the backward
     again: bool  # whether the backward solves the problem: the rows of "none" know no gradients yet
 
 
 def _call(
-    problem: Problem, wanted: GradMask, dtypes: list[torch.dtype], backend: str, sparse_grad: bool
+    problem: Problem,
+    wanted: GradMask,
+    dtypes: list[torch.dtype],
+    backend: str,
+    sparse_grad: bool,
+    transformed: bool = False,
 ) -> _Call:
     table = None
     if wanted.candidates and isinstance(problem, PerRowProblem):
@@ -109,7 +114,9 @@ def _call(
         table = _Table(place, (problem.item_table.dtype, sparse_grad, backend))
         wanted = wanted._replace(positive=True)
     again = problem.rows.reduction == "none"
-    empty = problem.with_tensors([None] * len(problem.tensors()))
+    empty = None
+    if again or transformed:
+        empty = problem.with_tensors([None] * len(problem.tensors()))
     return _Call(wanted, backend, dtypes, table, empty, again)
 
 
@@ -131,9 +138,12 @@ class _SoftmaxLoss(torch.autograd.Function):
             loss, *gradients = _solved(problem, None, call.wanted, call.backend, watched)
             kept = [g for g in gradients if g is not None]
         root = loss.new_empty(0) if watched else loss.data  # `data` takes a third of the time
-        draws = _draws(problem) if call.table is not None else ()
-        # Asked here: a compiler of symbolic sizes hands the backward none from outside the forward.
-        ctx.call = call, len(kept), _table_rows(problem)
+        draws: tuple[Any, ...] = ()
+        table_rows = 0
+        if call.table is not None:
+            # Asked here: a compiler of symbolic sizes hands the backward none from outside.
+            draws, table_rows = _draws(problem), problem.item_table.shape[0]
+        ctx.call = call, len(kept), table_rows
         ctx.save_for_backward(*kept, root, *draws)
         return loss, root
 
@@ -183,8 +193,11 @@ class _Transformed(ReverseOnly):
         tensors, (_, root, *gradients) = saved[:num], saved[num:]
         kept = tensors if call.again else gradients
         problem = call.problem.with_tensors(tensors)
-        draws = _draws(problem) if call.table is not None else ()
-        found = _gradients(call, kept, root, draws, _table_rows(problem), upstream[0], watched=True)
+        draws: tuple[Any, ...] = ()
+        table_rows = 0
+        if call.table is not None:
+            draws, table_rows = _draws(problem), problem.item_table.shape[0]
+        found = _gradients(call, kept, root, draws, table_rows, upstream[0], watched=True)
         # Where the wanted gradients go: to what they are the gradients of. With a table's the
         # positives have none of their own.
         wanted = call.wanted._replace(positive=False) if call.table else call.wanted
@@ -233,10 +246,6 @@ _apply: Any = super(torch.autograd.Function, _SoftmaxLoss).apply
 def _draws(problem: Any) -> tuple[Tensor, Tensor, Tensor]:
     """What the gradient of a table needs to know about the rows."""
     return problem.query, problem.positive_rows, problem.candidate_rows
-
-
-def _table_rows(problem: Problem) -> int:
-    return problem.item_table.shape[0] if isinstance(problem, PerRowProblem) else 0
 
 
 def _solved(

@@ -42,7 +42,7 @@ def example(
     log_q = torch.zeros(rows) if options else None
     ids = torch.zeros(rows, dtype=torch.int64) if options else None
     if options:
-        common["domain_ids"] = torch.zeros(rows, 2, dtype=torch.int64)
+        common["domain_ids"] = torch.tensor([[0, 1]]).repeat(rows, 1)
         common["domain_weights"] = torch.ones(32)
         common["example_weights"] = torch.ones(rows)
         common["temperature"] = torch.tensor(0.05)

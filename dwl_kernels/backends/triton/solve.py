@@ -91,8 +91,8 @@ def unsupported_reason(problem: Problem) -> str | None:
     """Why the kernel does not take this problem; None where it does."""
     if problem.query.dtype == torch.float64 and not interpreting():
         return "it takes float64 in the interpreter only; backend='chunked' takes it"
-    part = wide.unsupported_part(problem)
-    if problem.query.shape[1] > MAX_D and part is not None:
+    is_wide = problem.query.shape[1] > MAX_D
+    if is_wide and (part := wide.unsupported_part(problem)) is not None:
         return (
             f"with {part} it takes embeddings of at most {MAX_D} elements, and these have "
             f"{problem.query.shape[1]}; backend='chunked' takes them"
@@ -147,6 +147,7 @@ class Plan(NamedTuple):
     form: Any
     entry: Hashable  # of `launch`
     results: Results
+    groups: tuple[int, int]  # where outputs, then the workspace begin among the tensors
     sizes: tuple[int, ...]  # as the kernel takes them, then `tau`, then these:
     constants: tuple[float, ...]
     floats: int  # elements of the workspace, as the next
@@ -170,12 +171,20 @@ def _launch(
             call = t[:results], t[results:others], plan.form
         return call, *t[others:], *plan.sizes, problem.rows.tau, *plan.constants
 
-    results, others = len(inputs), len(inputs) + len(outputs)
+    results, others = plan.groups
     tensors = (*inputs, *outputs, space.floats, space.integers, space.barrier)
     if warm_up:
         return plan.kernel.warmup(*arguments(tensors), grid=(1,), **plan.options)
     launch(plan.kernel, plan.programs, plan.entry, tensors, arguments, plan.options, space.stream)
-    return Output(**outputs._asdict())
+    return Output(
+        loss=outputs.loss,
+        query=outputs.query,
+        positive=outputs.positive,
+        candidates=outputs.candidates,
+        candidate_log_q=outputs.candidate_log_q,
+        temperature=outputs.temperature,
+        domain_weights=outputs.domain_weights,
+    )
 
 
 _plans: dict[Hashable, Plan] = {}
@@ -241,6 +250,7 @@ def plan_of(
         # 2^31, of a table, are of another type.
         entry=(problem.per_row, id(form), tiles, kind, *(n >= 2**31 for n in sizes)),
         results=results_of(problem, wanted, inputs),
+        groups=(len(inputs), len(inputs) + len(common().Outputs._fields)),
         sizes=sizes,
         constants=constants_of(problem),
         floats=workspace_floats(problem, wanted, tiles, workers),

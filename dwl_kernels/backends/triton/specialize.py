@@ -105,25 +105,24 @@ def inputs_of(problem: Problem, row_grad: Tensor | None) -> Any:
     else:  # the positives lie in the table
         positive = candidates = p.item_table
         positive_ids, candidate_ids, target = p.positive_rows, p.candidate_rows, None
-    return common().Inputs(
-        query=dense(p.query),
-        positive=dense(positive),
-        candidates=dense(candidates),
-        positive_log_q=dense(p.positive_log_q),
-        candidate_log_q=dense(p.candidate_log_q),
-        positive_ids=dense(positive_ids),
-        candidate_ids=dense(candidate_ids),
-        domain_ids=dense(rows.domain_ids),
-        domain_weights=dense(rows.domain_weights),
-        example_weights=dense(rows.example_weights),
-        temperature=dense(temperature),
-        row_grad=dense(row_grad),
-        target=dense(target),
+    given = common().Inputs(
+        query=p.query,
+        positive=positive,
+        candidates=candidates,
+        positive_log_q=p.positive_log_q,
+        candidate_log_q=p.candidate_log_q,
+        positive_ids=positive_ids,
+        candidate_ids=candidate_ids,
+        domain_ids=rows.domain_ids,
+        domain_weights=rows.domain_weights,
+        example_weights=rows.example_weights,
+        temperature=temperature,
+        row_grad=row_grad,
+        target=target,
     )
-
-
-def dense(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
+    if [t for t in given if t is not None and not t.is_contiguous()]:
+        return given._make([None if t is None else t.contiguous() for t in given])
+    return given
 
 
 class Results(NamedTuple):
@@ -131,51 +130,43 @@ class Results(NamedTuple):
 
     loss: tuple[int, ...]  # its shape
     sums: torch.dtype  # of the loss and of all that is summed
-    # Of every gradient the name of the input that has its shape, and its dtype; None if not wanted.
-    query: tuple[str, torch.dtype] | None
-    positive: tuple[str, torch.dtype] | None
-    candidates: tuple[str, torch.dtype] | None
-    temperature: tuple[str, torch.dtype] | None
-    domain_weights: tuple[str, torch.dtype] | None
-    candidate_log_q: tuple[str, torch.dtype] | None
+    # Of the fields of `common.Outputs` but the loss, the place of the input that has the shape of
+    # the gradient, and its dtype; None where it is not wanted.
+    gradients: tuple[tuple[int, torch.dtype] | None, ...]
 
 
 def results_of(problem: Problem, wanted: GradMask, inputs: Any) -> Results:
     (sums, gradient), products = problem.dtypes, problem.candidate_gradient
-
-    def like(name: str, dtype: torch.dtype, want: bool) -> tuple[str, torch.dtype] | None:
-        return (name, dtype) if want and getattr(inputs, name) is not None else None
-
     # Per row the gradients are those of the products.
     positive = "positive_ids" if problem.per_row else "positive"
     candidates = "candidate_ids" if problem.per_row else "candidates"
+    sources = {
+        "query": ("query", gradient),
+        "positive": (positive, products),
+        "candidates": (candidates, products),
+        "temperature": ("temperature", sums),
+        "domain_weights": ("domain_weights", sums),
+        "candidate_log_q": ("candidate_log_q", sums),
+    }
     return Results(
         loss=problem.query.shape[:1] if problem.rows.reduction == "none" else (),
         sums=sums,
-        query=like("query", gradient, wanted.query),
-        positive=like(positive, products, wanted.positive),
-        candidates=like(candidates, products, wanted.candidates),
-        temperature=like("temperature", sums, wanted.temperature),
-        domain_weights=like("domain_weights", sums, wanted.domain_weights),
-        candidate_log_q=like("candidate_log_q", sums, wanted.candidate_log_q),
+        gradients=tuple(
+            (inputs._fields.index(sources[name][0]), sources[name][1])
+            if getattr(wanted, name) and getattr(inputs, sources[name][0]) is not None
+            else None
+            for name in common().Outputs._fields[1:]
+        ),
     )
 
 
 def outputs_of(results: Results, inputs: Any) -> Any:
     """New memory for the results, as `common.Outputs`."""
-
-    def new(like: tuple[str, torch.dtype] | None) -> Tensor | None:
-        return None if like is None else torch.empty_like(getattr(inputs, like[0]), dtype=like[1])
-
-    outputs = common().Outputs(
-        loss=inputs.query.new_empty(results.loss, dtype=results.sums),
-        query=new(results.query),
-        positive=new(results.positive),
-        candidates=new(results.candidates),
-        temperature=new(results.temperature),
-        domain_weights=new(results.domain_weights),
-        candidate_log_q=new(results.candidate_log_q),
-    )
+    loss = inputs.query.new_empty(results.loss, dtype=results.sums)
+    gradients = [
+        like and torch.empty_like(inputs[like[0]], dtype=like[1]) for like in results.gradients
+    ]
+    outputs = common().Outputs(loss, *gradients)
     if polls():
         for output in outputs:
             if output is not None:
