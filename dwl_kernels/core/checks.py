@@ -11,12 +11,12 @@ from torch import Tensor
 from dwl_kernels.core.arguments import check_dense, integers, number
 from dwl_kernels.core.double_backward import refuse_jit
 from dwl_kernels.core.problem import (
+    DTYPES,
     FLOATS,
     INTEGERS,
     Correction,
     Reduction,
     RowOptions,
-    accumulate_dtype,
 )
 from dwl_kernels.core.values import autocasting, checks_values
 
@@ -127,7 +127,7 @@ def floating(name: str, value: Tensor, query: Tensor, *, differentiable: bool = 
         raise TypeError(f"{name} has dtype {value.dtype}; wanted a floating dtype such as float32")
     if value.requires_grad and not differentiable and torch.is_grad_enabled():
         raise ValueError(f"{name} requires a gradient, which this loss does not give: detach it")
-    return cast_to(accumulate_dtype(query.dtype), value)
+    return cast_to(DTYPES[query.dtype].accumulate, value)
 
 
 # Calls of an op that change nothing take longer than the question whether they would.
@@ -171,7 +171,7 @@ def flat_log_q(
     """
     if isinstance(value, Calibrated):
         log_q = flat_log_q(name, value.log_q, shape, query, example_weights)
-        tilt = flat(cast_to(accumulate_dtype(query.dtype), value.tilt))
+        tilt = flat(cast_to(DTYPES[query.dtype].accumulate, value.tilt))
         # A candidate whose domains weigh 0 is left out, also where its log-Q is -inf as well.
         return -tilt if log_q is None else torch.where(tilt == -math.inf, math.inf, log_q - tilt)
     if value is None:

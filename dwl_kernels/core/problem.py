@@ -124,6 +124,10 @@ class SharedProblem(NamedTuple):
         """All tensors, in the order of the fields; None where there is none."""
         return (*self[:_SHARED], *self.rows[:_ROW])
 
+    def choices(self) -> tuple[Any, ...]:
+        """All fields that hold no tensor but `tau`."""
+        return (*self.rows[_ROW + 1 :], *self[_SHARED + 1 :])
+
     def with_tensors(self, tensors: Sequence[Any]) -> SharedProblem:
         """The same problem with the tensors that `tensors` would give."""
         rows = RowOptions(*tensors[_SHARED:], *self.rows[_ROW:])
@@ -185,6 +189,10 @@ class PerRowProblem(NamedTuple):
     def tensors(self) -> tuple[Any, ...]:
         """All tensors, in the order of the fields; None where there is none."""
         return (*self[:_PER_ROW], *self.rows[:_ROW])
+
+    def choices(self) -> tuple[Any, ...]:
+        """All fields that hold no tensor but `tau`."""
+        return self.rows[_ROW + 1 :]
 
     def with_tensors(self, tensors: Sequence[Any]) -> PerRowProblem:
         """The same problem with the tensors that `tensors` would give."""

@@ -23,7 +23,6 @@ from dwl_kernels.backends.triton.launch import launch, on, workspace
 from dwl_kernels.backends.triton.specialize import (
     MAX_WORKERS,
     Results,
-    choices_of,
     common,
     constants_of,
     form_of,
@@ -121,7 +120,7 @@ def solve(
     device = problem.query.device
     if checks_values(problem.query):
         prepare(problem, None)  # which raises
-    run = wide.solve if _is_wide(problem) else _planned
+    run = wide.solve if _is_wide(problem) else _solve
     if interpreting():
         with _one_at_a_time:
             return run(problem, wanted, row_grad)
@@ -133,7 +132,7 @@ def _is_wide(problem: Problem) -> bool:
     return taken and wide.unsupported_part(problem) is None
 
 
-def _planned(problem: Problem, wanted: GradMask, row_grad: Tensor | None) -> Output:
+def _solve(problem: Problem, wanted: GradMask, row_grad: Tensor | None) -> Output:
     output: Output = _launch(problem, wanted, row_grad, _plan(problem, wanted, row_grad))
     return output
 
@@ -197,7 +196,7 @@ def _plan(problem: Problem, wanted: GradMask, row_grad: Tensor | None) -> Plan:
     p, temperature, domain_ids = problem, problem.rows.temperature, problem.rows.domain_ids
     exact = torch.get_float32_matmul_precision() == "highest"
     kind = (
-        *(p.query.device, p.query.shape[1], exact, wanted, row_grad is None, choices_of(p)),
+        *(p.query.device, p.query.shape[1], exact, wanted, row_grad is None, type(p), p.choices()),
         *[None if t is None else t.dtype for t in p.tensors()],
         temperature is not None and temperature.dim(),
         INTERPRETER if interpreting() else None,

@@ -71,13 +71,6 @@ def load_of(problem: SharedProblem, row_grad: Tensor | None) -> Load:
     return "options" if of_row or any(one is not None for one in given) else "plain"
 
 
-def choices_of(problem: Problem) -> tuple[Any, ...]:
-    """All that decides about the code but tensors, their sizes and the temperature."""
-    rows = problem.rows
-    more = (problem.skip_threshold, problem.dual) if isinstance(problem, SharedProblem) else ()
-    return (problem.per_row, rows.ignore_index, rows.correction, rows.reduction, *more)
-
-
 def constants_of(problem: Problem) -> tuple[float, ...]:
     """What the kernel takes after `tau`: the strengths of the dual scale, and the threshold."""
     if not isinstance(problem, SharedProblem):
