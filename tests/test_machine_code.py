@@ -97,8 +97,8 @@ def test_a_hit_costs_a_pair_that_is_none_one_instruction(
     """Not two for the words of the ids and one to choose, as a comparison of whole ids does."""
     shared, *_ = compiled
     row = next(row for row in shared if row["problem"] == "in-batch, everything")
-    for loop, size in zip(row["loops"], ("BN", "BN", "CN"), strict=True):
-        pairs = row["tiles"][size] * row["tiles"]["BM"] / (32 * row["tiles"]["warps"])
+    for loop, size in zip(row["loops"], ("BLOCK_N1", "BLOCK_N1", "BLOCK_M2"), strict=True):
+        pairs = row["tiles"][size] * row["tiles"]["BLOCK_M1"] / (32 * row["tiles"]["warps"])
         assert pairs <= loop["kinds"]["ISETP"] < 1.25 * pairs
         assert loop["kinds"].get("FSEL", 0) < pairs / 4
 
@@ -184,7 +184,7 @@ ROW = {
     "problem": "sampled, plain",
     "D": 256,
     "dtype": "bfloat16",
-    "tiles": {"BM": 64, "CM": 64},
+    "tiles": {"BLOCK_M1": 64, "BLOCK_N2": 64},
     "loops": [{"per_element": 6.0}, {"per_element": 8.0}, {"per_element": 7.5}],
 }
 

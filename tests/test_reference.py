@@ -106,7 +106,7 @@ def test_an_outlier_costs_one_tile_its_maxima(monkeypatch: pytest.MonkeyPatch, w
 
     def counted(rows: Any, log_q: Any, first: Any, stop: Any, call: Any, work: Any) -> Any:
         found.searches += int(stop) > int(first) + 1
-        return searched(rows, log_q, first, stop, call, work)
+        return searched(rows, log_q, first, stop, ctx)
 
     monkeypatch.setattr(triton_rows, "row_maxima", counted)
     generator = torch.Generator().manual_seed(2)

@@ -17,7 +17,7 @@ import dwl_kernels
 from dwl_kernels import backends
 from dwl_kernels.backends.triton import solve as host
 from dwl_kernels.backends.triton import tiles as triton_tiles
-from dwl_kernels.backends.triton.tiles import LIMITS, TABLE, Tiles, around, choose, default
+from dwl_kernels.backends.triton.tiles import LIMITS, RULES, Tiles, around, choose, default
 from dwl_kernels.core import build as validation
 from dwl_kernels.core.problem import GradMask, SharedProblem
 
@@ -290,10 +290,11 @@ def test_every_default_has_tiles() -> None:
             for dtype in (torch.float32, torch.bfloat16, torch.float16):
                 for exact in (False, True):
                     tiles = default(block_d, dtype, capability, exact)
-                    assert tiles.BM % 16 == tiles.CM % 16 == 0
+                    assert tiles.BLOCK_M1 % 16 == tiles.BLOCK_N2 % 16 == 0
                     if capability == 12:  # the shared memory of 8.6, no wgmma
                         assert tiles == default(block_d, dtype, 8, exact)
-    assert all(t.programs * t.warps * 32 * (t.registers or 255) <= 65536 for t in TABLE.values())
+    all_tiles = [rule.tiles for rule in RULES]
+    assert all(t.ctas_per_sm * t.warps * 32 * (t.registers or 255) <= 65536 for t in all_tiles)
 
 
 def test_threshold_has_small_blocks_for_the_default_and_for_the_search(
@@ -307,7 +308,7 @@ def test_threshold_has_small_blocks_for_the_default_and_for_the_search(
                     tiles = default(block_d, dtype, capability, False, "skip")
                     tried = around(tiles, "skip")
                     assert tried[0] == tiles
-                    assert max(other.CN for other in tried) == 32
+                    assert max(other.BLOCK_M2 for other in tried) == 32
                     assert len(set(tried)) == len(tried)
 
 
@@ -377,8 +378,8 @@ def test_search_gives_every_dtype_of_ids_an_entry_of_its_own(
 @pytest.mark.parametrize(
     ("entry", "said"),
     [
-        ([64, 64, 64, 256, 2, 2, 4, 2], "CN = 256; wanted one of \\(16, 32, 64, 128\\)"),
-        ([64, 48, 64, 64, 2, 2, 4, 2], "BN = 48"),
+        ([64, 64, 64, 256, 2, 2, 4, 2], "BLOCK_M2 = 256; wanted one of \\(16, 32, 64, 128\\)"),
+        ([64, 48, 64, 64, 2, 2, 4, 2], "BLOCK_N1 = 48"),
         ([64, 64, 64, 64, 2, 2, 4.0, 2], "warps = 4.0"),
         ([64, 64, 64, 64], "wanted 8 integers"),
     ],
@@ -398,8 +399,7 @@ def test_entry_that_no_kernel_takes_is_refused_by_file_and_limit(
 
 
 def test_tables_and_the_search_keep_to_the_limits_of_a_file() -> None:
-    tables = (v for v in vars(triton_tiles).values() if isinstance(v, dict))
-    rows = [row for table in tables for row in table.values() if isinstance(row, Tiles)]
+    rows = [rule.tiles for rule in RULES]
     assert len(rows) > 40
     for row in (*rows, *(tiles for one in rows for tiles in around(one))):
         for name, value in row._asdict().items():

@@ -53,7 +53,7 @@ def clocks(row: dict[str, Any], left_out: bool = False) -> dict[str, float]:
         "tensor": 2 * d * products / (MATMUL * 2 / size),
         "exponentials": exponentials / EXPONENTIALS,
         "issue": sum(loops) / LANES,
-        "L2": size * d * (passes / tiles["BM"] + 1 / tiles["CM"]) / L2,
+        "L2": size * d * (passes / tiles["BLOCK_M1"] + 1 / tiles["BLOCK_N2"]) / L2,
     }
 
 

@@ -160,7 +160,7 @@ def per_pair(row: Row, found: dict[str, Any]) -> dict[str, Any]:
         loop = gathering[0]  # short ranges, as most are
     else:
         tiles = per_row(host.power_of_two(d, 16), dtype)
-        lanes, pairs = 32 * tiles.warps, tiles.BM * tiles.BN
+        lanes, pairs = 32 * tiles.warps, tiles.BLOCK_M1 * tiles.BLOCK_N1
         loop = max(gathering, key=lambda one: one["instructions"])
     counted = {"per_element": round(loop["instructions"] * lanes / pairs, 2)}
     return {**counted, "predicted_us": predicted_by_row_us({**found, **counted})}
@@ -169,9 +169,9 @@ def per_pair(row: Row, found: dict[str, Any]) -> dict[str, Any]:
 def markdown(table: list[dict[str, Any]]) -> str:
     lines = [
         f"Triton {triton.__version__}. One turn of the loss takes",
-        f"{per_row(64, torch.bfloat16).BN} candidates of every row of a tile. One of the table",
-        "gradient takes 4 places of every id: of short ranges, then, of long ones, the sums of",
-        "chunks and the rest. Per element: instructions of a lane for a pair of a row and a",
+        f"{per_row(64, torch.bfloat16).BLOCK_N1} candidates of every row of a tile. One of the",
+        "table gradient takes 4 places of every id: of short ranges, then, of long ones, the sums",
+        "of chunks and the rest. Per element: instructions of a lane for a pair of a row and a",
         "candidate in the loop that gathers. Predicted: microseconds for the shape",
         "`per-example` at this D on an H200, by `arithmetic`; nothing was measured.",
         "",

@@ -129,7 +129,9 @@ def count(row: Row) -> dict[str, Any]:
     kernel = compiled_for(capability, softmax_loss_kernel, launch)
     sass, usage = machine_code(kernel.asm["cubin"])
     loops = main_loops(sass)
-    logits = [tiles.BM * tiles.BN] * (len(loops) - 1) + [tiles.CM * tiles.CN]
+    logits = [tiles.BLOCK_M1 * tiles.BLOCK_N1] * (len(loops) - 1) + [
+        tiles.BLOCK_N2 * tiles.BLOCK_M2
+    ]
     if kind == "dual":
         logits[0] //= 2
     for loop, size in zip(loops, logits, strict=True):
@@ -193,7 +195,8 @@ def markdown(table: list[dict[str, Any]]) -> str:
         "`arithmetic` makes of the counts, us for B = N = 8,192 on an H200:",
         "nothing was measured.",
         "",
-        "| capability | problem | D | dtype | BM BN CM CN stages warps programs | registers |"
+        "| capability | problem | D | dtype | BLOCK_M1 BLOCK_N1 BLOCK_N2 BLOCK_M2 stages warps"
+        " ctas_per_sm | registers |"
         " stack | shared KB | wgmma | instructions per element | spills in loops | predicted |",
         "|" + "---|" * 12,
     ]

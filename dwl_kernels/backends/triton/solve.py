@@ -43,7 +43,7 @@ from dwl_kernels.core.problem import GradMask, Output, Problem, SharedProblem
 from dwl_kernels.core.rows import prepare
 from dwl_kernels.core.values import checks_values
 
-MAX_D = 256  # a row tile keeps [BM, D] sums in registers; above, `wide` takes over
+MAX_D = 256  # a row tile keeps [BLOCK_M1, D] sums in registers; above, `wide` takes over
 MAX_TABLE_D = 4096  # a warp keeps the sums of one row of a table
 MAX_ROWS = 1 << 27  # a workspace of 11 numbers a row has 32-bit offsets
 MAX_CANDIDATES = 1 << 30  # so have places, past which a tile reaches
@@ -141,7 +141,7 @@ class Plan(NamedTuple):
     """What calls share whose shapes, dtypes and choices are the same."""
 
     kernel: Any
-    programs: int
+    grid: int
     options: dict[str, Any]
     form: Any
     entry: Hashable  # of `launch`
@@ -174,7 +174,7 @@ def _launch(
     tensors = (*inputs, *outputs, space.floats, space.integers, space.barrier)
     if warm_up:
         return plan.kernel.warmup(*arguments(tensors), grid=(1,), **plan.options)
-    launch(plan.kernel, plan.programs, plan.entry, tensors, arguments, plan.options, space.stream)
+    launch(plan.kernel, plan.grid, plan.entry, tensors, arguments, plan.options, space.stream)
     return Output(
         loss=outputs.loss,
         query=outputs.query,
@@ -242,7 +242,7 @@ def plan_of(
     sizes = (*_sizes(problem), workers)
     return Plan(
         kernel=kernel_of(problem),
-        programs=1 if interpreting() else workers,
+        grid=1 if interpreting() else workers,
         options=launch_options(tiles),
         form=form,
         # `_form` makes one form of the same values, so that its address stands for them. Sizes past
@@ -292,7 +292,7 @@ def _tiles(
 def _workers(problem: Problem, wanted: GradMask, row_grad: Tensor | None, tiles: Tiles) -> int:
     """What the registers and the shared memory of the compiled kernel leave room for."""
     device = torch.cuda.get_device_properties(problem.query.device)
-    most = device.multi_processor_count * tiles.programs
+    most = device.multi_processor_count * tiles.ctas_per_sm
     plan = plan_of(problem, wanted, row_grad, tiles, most)
     compiled = _launch(problem, wanted, row_grad, plan, warm_up=True)
     compiled._init_handles()
@@ -300,7 +300,7 @@ def _workers(problem: Problem, wanted: GradMask, row_grad: Tensor | None, tiles:
     shared = compiled.metadata.shared + 1024  # of which the driver takes one for itself
     fit = min(65536 // registers, device.shared_memory_per_multiprocessor // shared)
     fit = min(fit, _resident(compiled, tiles.warps * 32) or fit)
-    return min(device.multi_processor_count * max(1, min(tiles.programs, fit)), MAX_WORKERS)
+    return min(device.multi_processor_count * max(1, min(tiles.ctas_per_sm, fit)), MAX_WORKERS)
 
 
 def _resident(compiled: Any, threads: int) -> int | None:

@@ -216,8 +216,8 @@ def form_of(
     return _form(
         d=problem.query.shape[1],
         dtype=problem.query.dtype,
-        few_candidates=inputs.candidates.shape[0] < tiles.BN,
-        few_rows=problem.query.shape[0] < tiles.CN,
+        few_candidates=inputs.candidates.shape[0] < tiles.BLOCK_N1,
+        few_rows=problem.query.shape[0] < tiles.BLOCK_M2,
         narrow_ids=inputs.candidates.shape[0] < 2**31,
         even=is_even(problem),
         slots=1 if domain_ids is None else domain_ids.shape[1],
@@ -284,10 +284,10 @@ def _form(
     values = Form(
         D=d,
         BLOCK_D=power_of_two(d, 16),
-        BM=tiles.BM,
-        BN=tiles.BN,
-        CM=tiles.CM,
-        CN=tiles.CN,
+        BLOCK_M1=tiles.BLOCK_M1,
+        BLOCK_N1=tiles.BLOCK_N1,
+        BLOCK_N2=tiles.BLOCK_N2,
+        BLOCK_M2=tiles.BLOCK_M2,
         STAGES_1=tiles.stages_1,
         STAGES_2=tiles.stages_2 + (ahead and packed and tiles.stages_2 > 1),
         OWN=targets or in_batch,
@@ -334,7 +334,7 @@ def workspace_floats(problem: Problem, wanted: GradMask, tiles: Tiles, workers: 
     if problem.in_batch and problem.candidate_log_q is not None:
         floats += -(-problem.num_candidates // 64) * 64
     if not problem.per_row:
-        floats += 2 * workers * max(tiles.BM, tiles.CM) * (power_of_two(d, 16) + 3)
+        floats += 2 * workers * max(tiles.BLOCK_M1, tiles.BLOCK_N2) * (power_of_two(d, 16) + 3)
     return int(floats)
 
 

@@ -4,11 +4,14 @@ What decides, per multiprocessor of capability 9.0 (the arithmetic is in `benchm
 
 - Two programs at once: one computes exponentials while the tensor cores work for the other. That
   leaves 255 registers for each of 4 warps, or 128 for each of 8.
-- A row tile keeps ``[BM, D]`` sums and a ``[BM, BN]`` block of logits in registers; where those do
-  not fit, the main loop spills or its tensor instructions wait for one another.
-- The streamed side is read from L2 once per tile: ``2135 / BM`` bytes per clock and multiprocessor
-  at the full rate of the tensor cores, of about 28 that L2 gives. BM = 128 where registers allow.
-- Wider blocks (BN) share the fixed cost of a step, about 100 instructions, among more elements.
+- A row tile keeps ``[BLOCK_M1, D]`` sums and a ``[BLOCK_M1, BLOCK_N1]`` block of logits in
+  registers; where those do not fit, the main loop spills or its tensor instructions wait for one
+  another.
+- The streamed side is read from L2 once per tile: ``2135 / BLOCK_M1`` bytes per clock and
+  multiprocessor at the full rate of the tensor cores, of about 28 that L2 gives. BLOCK_M1 = 128
+  where registers allow.
+- Wider blocks (BLOCK_N1) share the fixed cost of a step, about 100 instructions, among more
+  elements.
 
 None of the rows is measured yet; they were chosen by these rules and by the instructions, registers
 and spills that `make tables` counts in the machine code.
@@ -32,19 +35,19 @@ import torch
 class Tiles(NamedTuple):
     """Tile shapes; `Form` in the kernels says what each is."""
 
-    BM: int
-    BN: int
-    CM: int
-    CN: int
+    BLOCK_M1: int
+    BLOCK_N1: int
+    BLOCK_N2: int
+    BLOCK_M2: int
     stages_1: int
     stages_2: int
     warps: int
-    programs: int  # at once on a multiprocessor; fewer where a device has less room
+    ctas_per_sm: int  # programs at once; fewer where a device has less room
 
     @property
     def registers(self) -> int | None:
-        """The limit per thread that lets `programs` run at once; None where there is none."""
-        limit = 65536 // (self.programs * self.warps * 32) // 8 * 8
+        """The limit per thread that lets so many programs run at once; None where there is none."""
+        limit = 65536 // (self.ctas_per_sm * self.warps * 32) // 8 * 8
         return None if limit >= 255 else limit
 
 
@@ -52,107 +55,101 @@ class Tiles(NamedTuple):
 # the full softmax with a `skip_threshold`, which looks at a block before it takes it.
 Load = Literal["plain", "options", "skip", "dual"]
 
-# (D rounded up to a power of two, bytes per element, major capability) -> tiles
-TABLE: dict[tuple[int, int, int], Tiles] = {
-    # 8.0: mma.sync with both operands in registers, 164 KB of shared memory; 8.6 and 8.9 have 100.
-    (16, 2, 8): Tiles(64, 64, 64, 64, 2, 2, 4, 2),
-    (32, 2, 8): Tiles(64, 64, 64, 64, 2, 2, 4, 2),
-    (64, 2, 8): Tiles(64, 64, 64, 64, 2, 2, 4, 2),
-    (128, 2, 8): Tiles(64, 64, 64, 64, 2, 2, 4, 2),
-    (256, 2, 8): Tiles(64, 32, 64, 32, 2, 2, 4, 2),
-    # 9.0: wgmma, 228 KB. At D = 128 rows of 128 would serialise wgmma for want of registers.
-    (16, 2, 9): Tiles(128, 64, 128, 64, 3, 3, 8, 2),
-    (32, 2, 9): Tiles(128, 64, 128, 64, 3, 3, 8, 2),
-    (64, 2, 9): Tiles(128, 64, 64, 128, 3, 3, 8, 2),  # 128 x 64 in phase 2 reloads a register
-    # Three stages: with two the loop asks for a block last and waits for it at once.
-    (128, 2, 9): Tiles(64, 128, 64, 128, 3, 3, 4, 2),
-    (256, 2, 9): Tiles(64, 64, 64, 64, 2, 2, 4, 2),
+ANY: tuple[Load, ...] = ("plain", "options", "skip", "dual")
+MORE: tuple[Load, ...] = ("options", "skip", "dual")
+SKIP: tuple[Load, ...] = ("skip",)
+DUAL: tuple[Load, ...] = ("dual",)
+
+
+class Rule(NamedTuple):
+    """Tiles, and what they are for."""
+
+    capability: int  # the major one
+    itemsize: int  # bytes per element of an embedding
+    block_d: int  # D rounded up to a power of two
+    loads: tuple[Load, ...]
+    tiles: Tiles
+    before: tuple[int, int] | None = None  # the version of Triton that needs them no more
+    tf32: bool = False  # for products rounded to tf32 alone
+
+
+# The first that applies is taken; where none is for a capability, those of an older one are looked
+# at. What a row or a candidate brings along (MORE) needs registers: log-Q, ids, a temperature, a
+# gradient or a place of its own. SKIP looks at its logits before it takes a block: 64 rows of them
+# spill, small blocks are left out more often, and where registers allow, 128 candidates share what
+# the look costs a row. With DUAL the positives stream past as a second query. Triton allocates
+# registers differently before 3.7 and before 3.8: with the tiles of later versions its phase 2
+# reloads 1 to 39 spilled registers a step, with these none.
+RULES = [
     # 10.0: as 9.0; the operands of D = 256 take 128 KB, so one program at a time.
-    (256, 2, 10): Tiles(64, 64, 64, 64, 2, 2, 4, 1),
+    Rule(10, 2, 64, DUAL, Tiles(64, 64, 64, 64, 2, 2, 4, 2)),
+    Rule(10, 2, 64, SKIP, Tiles(64, 64, 64, 32, 2, 2, 4, 2), before=(3, 7)),
+    Rule(10, 2, 64, SKIP, Tiles(64, 128, 64, 32, 2, 2, 4, 2)),
+    Rule(10, 2, 64, MORE, Tiles(64, 128, 64, 64, 2, 2, 4, 2)),
+    Rule(10, 2, 128, DUAL, Tiles(64, 32, 32, 64, 2, 2, 4, 2), before=(3, 7)),
+    Rule(10, 2, 128, DUAL, Tiles(64, 32, 64, 64, 2, 2, 4, 2)),
+    Rule(10, 2, 128, SKIP, Tiles(64, 64, 32, 32, 2, 2, 4, 2), before=(3, 7)),
+    Rule(10, 2, 128, MORE, Tiles(64, 64, 64, 64, 2, 2, 4, 2)),
+    Rule(10, 2, 256, DUAL, Tiles(64, 32, 64, 64, 1, 2, 8, 1)),
+    Rule(10, 2, 256, SKIP, Tiles(64, 32, 64, 32, 2, 2, 8, 1), before=(3, 7)),
+    Rule(10, 2, 256, MORE, Tiles(64, 64, 64, 64, 2, 2, 8, 1)),
+    Rule(10, 2, 256, ANY, Tiles(64, 64, 64, 64, 2, 2, 4, 1)),
+    # 9.0: wgmma needs 64 rows; 228 KB. At D = 128 rows of 128 would serialise wgmma for want of
+    # registers. Three stages where they fit: with two the loop asks for a block last and waits for
+    # it at once. At D = 64 phase 2 with 128 candidates and blocks of 64 rows reloads a register.
+    Rule(9, 2, 16, DUAL, Tiles(64, 128, 64, 64, 2, 2, 4, 2)),
+    Rule(9, 2, 16, MORE, Tiles(64, 128, 64, 128, 2, 2, 4, 2)),
+    Rule(9, 2, 16, ANY, Tiles(64, 128, 64, 128, 2, 2, 4, 2), before=(3, 7)),
+    Rule(9, 2, 16, ANY, Tiles(128, 64, 128, 64, 3, 3, 8, 2)),
+    Rule(9, 2, 32, DUAL, Tiles(64, 128, 64, 64, 2, 2, 4, 2)),
+    Rule(9, 2, 32, MORE, Tiles(64, 128, 64, 128, 2, 2, 4, 2)),
+    Rule(9, 2, 32, ANY, Tiles(64, 128, 64, 128, 2, 2, 4, 2), before=(3, 7)),
+    Rule(9, 2, 32, ANY, Tiles(128, 64, 128, 64, 3, 3, 8, 2)),
+    Rule(9, 2, 64, DUAL, Tiles(64, 128, 64, 64, 2, 2, 4, 2)),
+    Rule(9, 2, 64, SKIP, Tiles(64, 128, 128, 32, 2, 2, 4, 2)),
+    Rule(9, 2, 64, MORE, Tiles(64, 128, 64, 128, 2, 2, 4, 2)),
+    Rule(9, 2, 64, ANY, Tiles(64, 128, 64, 128, 2, 2, 4, 2), before=(3, 7)),
+    Rule(9, 2, 64, ANY, Tiles(128, 64, 64, 128, 3, 3, 8, 2)),
+    Rule(9, 2, 128, DUAL, Tiles(64, 32, 64, 64, 2, 2, 4, 2), before=(3, 7)),
+    Rule(9, 2, 128, DUAL, Tiles(64, 64, 64, 64, 2, 2, 4, 2)),
+    Rule(9, 2, 128, SKIP, Tiles(64, 128, 64, 32, 2, 2, 4, 2), before=(3, 7)),
+    Rule(9, 2, 128, SKIP, Tiles(64, 128, 128, 16, 2, 2, 4, 2)),
+    Rule(9, 2, 128, MORE, Tiles(64, 128, 64, 128, 2, 2, 4, 2), before=(3, 8)),
+    Rule(9, 2, 128, MORE, Tiles(64, 128, 64, 64, 2, 2, 4, 2)),
+    Rule(9, 2, 128, ANY, Tiles(64, 128, 64, 128, 3, 2, 4, 2), before=(3, 7)),
+    Rule(9, 2, 128, ANY, Tiles(64, 128, 64, 128, 3, 3, 4, 2)),
+    Rule(9, 2, 256, DUAL, Tiles(64, 32, 64, 64, 2, 2, 8, 1)),
+    Rule(9, 2, 256, SKIP, Tiles(64, 64, 64, 32, 2, 2, 8, 1), before=(3, 7)),
+    Rule(9, 2, 256, SKIP, Tiles(64, 64, 32, 32, 2, 2, 8, 1)),
+    Rule(9, 2, 256, MORE, Tiles(64, 64, 64, 64, 2, 2, 8, 1)),
+    Rule(9, 2, 256, ANY, Tiles(64, 64, 64, 32, 2, 2, 4, 2), before=(3, 7)),
+    Rule(9, 2, 256, ANY, Tiles(64, 64, 64, 64, 2, 2, 4, 2)),
     # float32: tf32 products, or plain FMA at the `highest` precision, where a block of 32 by 32
     # keeps both operands of the product in registers.
-    (16, 4, 8): Tiles(32, 32, 32, 32, 2, 2, 4, 2),
-    (32, 4, 8): Tiles(32, 32, 32, 32, 2, 2, 4, 2),
-    (64, 4, 8): Tiles(32, 32, 32, 32, 2, 2, 4, 2),
-    (128, 4, 8): Tiles(32, 32, 32, 32, 2, 2, 4, 2),
-    (256, 4, 8): Tiles(32, 32, 32, 32, 2, 2, 4, 1),
-}
-# Capability 9.0 needs 64 rows for wgmma; the rows apply with tf32 products only.
-TF32: dict[tuple[int, int, int], Tiles] = {
-    (64, 4, 9): Tiles(64, 64, 64, 64, 2, 2, 4, 2),
-    (128, 4, 9): Tiles(64, 32, 64, 32, 2, 2, 4, 2),
-}
-
-
-# Triton 3.6 allocates registers differently: with the rows above, phase 2 reloads 4 to 39 spilled
-# registers a step on 9.0; with these, none.
-BEFORE_3_7: dict[tuple[int, int, int], Tiles] = {
-    (128, 2, 9): Tiles(64, 128, 64, 128, 3, 2, 4, 2),
-    (16, 2, 9): Tiles(64, 128, 64, 128, 2, 2, 4, 2),
-    (32, 2, 9): Tiles(64, 128, 64, 128, 2, 2, 4, 2),
-    (64, 2, 9): Tiles(64, 128, 64, 128, 2, 2, 4, 2),
-    (256, 2, 9): Tiles(64, 64, 64, 32, 2, 2, 4, 2),
-}
-
-
-# What a row or a candidate brings along needs registers: log-Q, ids, a temperature, a gradient or a
-# place of its own. These rows spill none in the main loops, with all of it at once.
-OPTIONS: dict[tuple[int, int, int], Tiles] = {
-    (16, 2, 9): Tiles(64, 128, 64, 128, 2, 2, 4, 2),
-    (32, 2, 9): Tiles(64, 128, 64, 128, 2, 2, 4, 2),
-    (64, 2, 9): Tiles(64, 128, 64, 128, 2, 2, 4, 2),
-    (128, 2, 9): Tiles(64, 128, 64, 64, 2, 2, 4, 2),
-    (256, 2, 9): Tiles(64, 64, 64, 64, 2, 2, 8, 1),
-    (64, 2, 10): Tiles(64, 128, 64, 64, 2, 2, 4, 2),
-    (128, 2, 10): Tiles(64, 64, 64, 64, 2, 2, 4, 2),
-    (256, 2, 10): Tiles(64, 64, 64, 64, 2, 2, 8, 1),
-}
-# Later versions reload one to six registers with blocks of 128 rows.
-OPTIONS_BEFORE_3_8: dict[tuple[int, int, int], Tiles] = {
-    (128, 2, 9): Tiles(64, 128, 64, 128, 2, 2, 4, 2),
-}
-# Phase 2 looks at its logits before it takes a block: 64 rows of them spill, and small blocks are
-# left out more often, too. Where registers allow, 128 candidates share what the look costs a row.
-SKIP_CN = 32
-SKIP: dict[tuple[int, int, int], Tiles] = {
-    (64, 2, 8): Tiles(64, 64, 128, 32, 2, 2, 4, 2),
-    (256, 2, 8): Tiles(64, 32, 32, 32, 2, 2, 4, 1),
-    (64, 2, 9): Tiles(64, 128, 128, 32, 2, 2, 4, 2),
-    (128, 2, 9): Tiles(64, 128, 128, 16, 2, 2, 4, 2),
-    (256, 2, 9): Tiles(64, 64, 32, 32, 2, 2, 8, 1),
-    (64, 2, 10): Tiles(64, 128, 64, 32, 2, 2, 4, 2),
-}
-SKIP_BEFORE_3_7: dict[tuple[int, int, int], Tiles] = {
-    (64, 2, 8): Tiles(64, 64, 64, 32, 2, 2, 4, 2),
-    (128, 2, 9): Tiles(64, 128, 64, 32, 2, 2, 4, 2),
-    (128, 2, 8): Tiles(64, 32, 64, 32, 2, 2, 4, 2),
-    (64, 2, 10): Tiles(64, 64, 64, 32, 2, 2, 4, 2),
-    (128, 2, 10): Tiles(64, 64, 32, 32, 2, 2, 4, 2),
-    (256, 2, 9): Tiles(64, 64, 64, 32, 2, 2, 8, 1),
-    (256, 2, 10): Tiles(64, 32, 64, 32, 2, 2, 8, 1),
-    (128, 4, 9): Tiles(64, 32, 64, 32, 2, 1, 4, 2),
-}
-# The positives stream past as a second query.
-DUAL: dict[tuple[int, int, int], Tiles] = {
-    (128, 2, 8): Tiles(64, 64, 64, 32, 2, 2, 4, 2),
-    (256, 2, 8): Tiles(64, 32, 32, 32, 2, 2, 4, 1),
-    (16, 2, 9): Tiles(64, 128, 64, 64, 2, 2, 4, 2),
-    (32, 2, 9): Tiles(64, 128, 64, 64, 2, 2, 4, 2),
-    (64, 2, 9): Tiles(64, 128, 64, 64, 2, 2, 4, 2),
-    (128, 2, 9): Tiles(64, 64, 64, 64, 2, 2, 4, 2),
-    (256, 2, 9): Tiles(64, 32, 64, 64, 2, 2, 8, 1),
-    (64, 2, 10): Tiles(64, 64, 64, 64, 2, 2, 4, 2),
-    (128, 2, 10): Tiles(64, 32, 64, 64, 2, 2, 4, 2),
-    (256, 2, 10): Tiles(64, 32, 64, 64, 1, 2, 8, 1),
-}
-DUAL_TF32: dict[tuple[int, int, int], Tiles] = {
-    (128, 4, 9): Tiles(64, 32, 64, 32, 1, 1, 4, 2),
-}
-DUAL_BEFORE_3_7: dict[tuple[int, int, int], Tiles] = {
-    (256, 2, 8): Tiles(64, 32, 32, 16, 2, 2, 4, 1),
-    (128, 2, 9): Tiles(64, 32, 64, 64, 2, 2, 4, 2),
-    (128, 2, 10): Tiles(64, 32, 32, 64, 2, 2, 4, 2),
-}
+    Rule(9, 4, 64, ANY, Tiles(64, 64, 64, 64, 2, 2, 4, 2), tf32=True),
+    Rule(9, 4, 128, DUAL, Tiles(64, 32, 64, 32, 1, 1, 4, 2), tf32=True),
+    Rule(9, 4, 128, SKIP, Tiles(64, 32, 64, 32, 2, 1, 4, 2), before=(3, 7)),
+    Rule(9, 4, 128, ANY, Tiles(64, 32, 64, 32, 2, 2, 4, 2), tf32=True),
+    # 8.0: mma.sync with both operands in registers, 164 KB; 8.6 and 8.9 have 100.
+    Rule(8, 2, 16, ANY, Tiles(64, 64, 64, 64, 2, 2, 4, 2)),
+    Rule(8, 2, 32, ANY, Tiles(64, 64, 64, 64, 2, 2, 4, 2)),
+    Rule(8, 2, 64, SKIP, Tiles(64, 64, 64, 32, 2, 2, 4, 2), before=(3, 7)),
+    Rule(8, 2, 64, SKIP, Tiles(64, 64, 128, 32, 2, 2, 4, 2)),
+    Rule(8, 2, 64, ANY, Tiles(64, 64, 64, 64, 2, 2, 4, 2)),
+    Rule(8, 2, 128, DUAL, Tiles(64, 64, 64, 32, 2, 2, 4, 2)),
+    Rule(8, 2, 128, SKIP, Tiles(64, 32, 64, 32, 2, 2, 4, 2), before=(3, 7)),
+    Rule(8, 2, 128, ANY, Tiles(64, 64, 64, 64, 2, 2, 4, 2)),
+    Rule(8, 2, 256, DUAL, Tiles(64, 32, 32, 16, 2, 2, 4, 1), before=(3, 7)),
+    Rule(8, 2, 256, DUAL, Tiles(64, 32, 32, 32, 2, 2, 4, 1)),
+    Rule(8, 2, 256, SKIP, Tiles(64, 32, 32, 32, 2, 2, 4, 1)),
+    Rule(8, 2, 256, ANY, Tiles(64, 32, 64, 32, 2, 2, 4, 2)),
+    Rule(8, 4, 16, ANY, Tiles(32, 32, 32, 32, 2, 2, 4, 2)),
+    Rule(8, 4, 32, ANY, Tiles(32, 32, 32, 32, 2, 2, 4, 2)),
+    Rule(8, 4, 64, ANY, Tiles(32, 32, 32, 32, 2, 2, 4, 2)),
+    Rule(8, 4, 128, ANY, Tiles(32, 32, 32, 32, 2, 2, 4, 2)),
+    Rule(8, 4, 256, ANY, Tiles(32, 32, 32, 32, 2, 2, 4, 1)),
+]
+SKIP_ROWS = 32  # at most, of a block that is looked at
 
 
 @functools.cache
@@ -169,50 +166,36 @@ def before_3_7() -> bool:
     return installed() < (3, 7)
 
 
-def before_3_8() -> bool:
-    return installed() < (3, 8)
-
-
 def default(
     block_d: int, dtype: torch.dtype, capability: int, exact: bool, load: Load = "plain"
 ) -> Tiles:
-    """The row of the table, or of the nearest older capability.
+    """The tiles of the first rule that applies.
 
     Args:
         capability: the major one. 12 has neither the tensor instructions of 9 and 10 nor their
             shared memory, but those of 8.6.
         exact: a float32 product is not rounded to tf32.
     """
-    if capability >= 12:
-        capability = 8
-    table = TABLE if exact else {**TABLE, **TF32}
-    if before_3_7():
-        table = {**table, **BEFORE_3_7}
-    if load != "plain":
-        table = {**table, **OPTIONS}
-        if before_3_8():
-            table = {**table, **OPTIONS_BEFORE_3_8}
-    if load == "skip":
-        table = {**table, **SKIP}
-        if before_3_7():
-            table = {**table, **SKIP_BEFORE_3_7}
-    if load == "dual":
-        table = {**table, **DUAL} if exact else {**table, **DUAL, **DUAL_TF32}
-        if before_3_7():
-            table = {**table, **DUAL_BEFORE_3_7}
-    for major in range(capability, 7, -1):
-        if (block_d, dtype.itemsize, major) in table:
-            return fitted(table[block_d, dtype.itemsize, major], load)
+    for major in range(8 if capability >= 12 else capability, 7, -1):
+        for rule in RULES:
+            if (
+                (rule.capability, rule.itemsize) == (major, dtype.itemsize)
+                and rule.block_d == block_d
+                and load in rule.loads
+                and (rule.before is None or installed() < rule.before)
+                and not (rule.tf32 and exact)
+            ):
+                return fitted(rule.tiles, load)
     raise KeyError((block_d, dtype, capability))
 
 
 def fitted(tiles: Tiles, load: Load) -> Tiles:
     """The tiles with blocks that are small enough for the form."""
-    return tiles._replace(CN=min(tiles.CN, SKIP_CN)) if load == "skip" else tiles
+    return tiles._replace(BLOCK_M2=min(tiles.BLOCK_M2, SKIP_ROWS)) if load == "skip" else tiles
 
 
 def per_row(block_d: int, dtype: torch.dtype) -> Tiles:
-    """For candidates per row: BM rows, BN candidates of each at a time, CN where they are numbers.
+    """For candidates per row: BLOCK_M1 rows, BLOCK_N1 candidates of each, BLOCK_M2 numbers.
 
     A thread holds 16 bytes of each of the 8 candidates that are under way, and as many threads as D
     needs share a row. 12 warps of a multiprocessor then wait for 48 KB, 16 for 64; at 4.3 TB/s and
@@ -263,11 +246,11 @@ def choose(
 
 _SIZES = (16, 32, 64, 128)  # past 128, integers of the rows would be read that nobody wrote
 LIMITS: dict[str, tuple[int, ...]] = {
-    **dict.fromkeys(("BM", "BN", "CM", "CN"), _SIZES),
+    **dict.fromkeys(("BLOCK_M1", "BLOCK_N1", "BLOCK_N2", "BLOCK_M2"), _SIZES),
     "stages_1": (1, 2, 3, 4, 5),
     "stages_2": (1, 2, 3, 4, 5),
     "warps": (1, 2, 4, 8, 16),
-    "programs": (1, 2, 3, 4),
+    "ctas_per_sm": (1, 2, 3, 4),
 }
 
 
@@ -302,7 +285,7 @@ def around(tiles: Tiles, load: Load = "plain") -> list[Tiles]:
     rows and blocks of other sizes. A short list, because each is compiled."""
     found = {tiles: None}  # in their order, each once
     for stages, programs in ((2, 2), (3, 2), (4, 2), (2, 1), (3, 1), (2, 3)):
-        found[tiles._replace(stages_1=stages, stages_2=stages, programs=programs)] = None
+        found[tiles._replace(stages_1=stages, stages_2=stages, ctas_per_sm=programs)] = None
     for rows, block, stages, programs in (
         (64, 128, 3, 2),
         (64, 64, 3, 2),

@@ -54,9 +54,9 @@ PACK = tl.constexpr(PAIRS)
 
 
 @triton.jit
-def without_hits(z, id, other_id, value: tl.constexpr, call, work):
+def without_hits(z, id, other_id, value: tl.constexpr, ctx):
     """`z` with `value`, 0 or -inf, where the ids of both sides are the same."""
-    if call.form.COMPILED:
+    if ctx.form.COMPILED:
         short: tl.constexpr = (id.dtype == tl.int32) and (other_id.dtype == tl.int32)
         ids: tl.constexpr = tl.int32 if short else tl.int64
         kinds: tl.constexpr = OPERANDS_32 if short else OPERANDS_64

@@ -1,14 +1,15 @@
 """The loss of candidates drawn by row from a table, and its gradients, in one launch.
 
-Phase 0  as in `triton_kernels`
-Phase 1  owns BM rows: q[BM, D]      gathers their K candidates     writes l, dq, dtau and, for the
-                                                                    table, dL/d<q, p>, dL/d<q, c>
-Sums and finish as in `triton_kernels`
+Phase 0  as in `shared_candidates`
+Phase 1  owns q[BLOCK_M1, D]   gathers their K candidates   writes l, dq, dtau and, for the table,
+                                                            dL/d<q, p>, dL/d<q, c>
+Sums and finish as in `shared_candidates`
 
 The table is read once, and memory is what the time goes to: K D elements a row, from places that
-nothing predicts. BN candidates of each row pass at a time, ``[BN, BM, D]``. A thread holds 16 bytes
-of each: as many neighbours as D needs share a row of the batch, so that the candidates of a row lie
-in one thread one after the other, and nothing but the products ``<q, c>`` is summed across threads.
+nothing predicts. BLOCK_N1 candidates of each row pass at a time, ``[BLOCK_N1, BLOCK_M1, D]``. A
+thread holds 16 bytes of each: as many neighbours as D needs share a row of the batch, so that the
+candidates of a row lie in one thread one after the other, and nothing but the products ``<q, c>``
+is summed across threads.
 ``sum_j e_ij c_j`` is one row per query, so a running maximum costs little to keep. The logits
 wait in the output ``dL/d<q, c>`` until the row's total is known.
 """
@@ -21,124 +22,117 @@ import triton.language as tl
 from dwl_kernels.backends.triton.kernels.common import (
     ALIGN,
     CHUNK,
-    Call,
+    Context,
     Outputs,
     Sizes,
-    Work,
-    embeddings,
     finite,
     grid_barrier,
     power,
-    row_at,
     scale_of,
     scaled,
-    slice_of,
-    temperatures_of,
     unit_of,
 )
-from dwl_kernels.backends.triton.kernels.row_pass import (
+from dwl_kernels.backends.triton.kernels.epilogue import finish_sums, sum_rows
+from dwl_kernels.backends.triton.kernels.memory import embeddings, row_at, temperatures_of
+from dwl_kernels.backends.triton.kernels.prologue import weigh_rows, workspace
+from dwl_kernels.backends.triton.kernels.row_results import (
     Results,
     Sums,
     row_results,
     store_losses,
     store_query,
 )
-from dwl_kernels.backends.triton.kernels.shared_candidates import (
-    finish_sums,
-    sum_rows,
-    weigh_rows,
-    workspace,
-)
+from dwl_kernels.backends.triton.kernels.schedule import slice_of
 
 
 @triton.jit
-def checked(id, call, work):
+def checked(id, ctx):
     """Ids as the kernel keeps them: -1 where the table has no such row."""
-    id = tl.where((id >= 0) & (id < work.sizes.candidates), id, -1)
-    return id.to(tl.int32) if call.form.NARROW else id
+    id = tl.where((id >= 0) & (id < ctx.sizes.candidates), id, -1)
+    return id.to(tl.int32) if ctx.form.NARROW else id
 
 
 @triton.jit
-def draws(row, positive_id, start, call, work):
-    """The ids of candidates ``start : start + BN`` of each row; past the end, of the positive."""
-    j = start + tl.arange(0, call.form.BN)[:, None]
-    at = row.to(tl.int64)[None, :] * work.sizes.places + j
-    id = tl.load(call.inputs.candidate_ids + at, mask=j < work.sizes.places, other=0)
-    return tl.where(j < work.sizes.places, checked(id, call, work), positive_id[None, :])
+def draws(row, positive_id, start, ctx):
+    """The ids of BLOCK_N1 candidates of each row from `start` on; past the end, of the positive."""
+    j = start + tl.arange(0, ctx.form.BLOCK_N1)[:, None]
+    at = row.to(tl.int64)[None, :] * ctx.sizes.places + j
+    id = tl.load(ctx.inputs.candidate_ids + at, mask=j < ctx.sizes.places, other=0)
+    return tl.where(j < ctx.sizes.places, checked(id, ctx), positive_id[None, :])
 
 
 @triton.jit
-def draw_tile(tile, call, work):
-    """Phase 1 of BM rows."""
-    sizes = work.sizes
-    dtype: tl.constexpr = call.form.DTYPE
-    place = tile * call.form.BM + tl.arange(0, call.form.BM)
+def draw_tile(tile, ctx):
+    """Phase 1 of BLOCK_M1 rows."""
+    sizes = ctx.sizes
+    dtype: tl.constexpr = ctx.form.DTYPE
+    place = tile * ctx.form.BLOCK_M1 + tl.arange(0, ctx.form.BLOCK_M1)
     inside = place < sizes.count
-    row = row_at(tl.minimum(place, sizes.count - 1), call, work)
-    q = embeddings(call.inputs.query, row, call, work).to(dtype)
-    positive_id = checked(tl.load(call.inputs.positive_ids + row), call, work)
+    row = row_at(tl.minimum(place, sizes.count - 1), ctx)
+    q = embeddings(ctx.inputs.query, row, ctx).to(dtype)
+    positive_id = checked(tl.load(ctx.inputs.positive_ids + row), ctx)
     least = positive_id  # of the ids of the row
-    p = embeddings(call.inputs.candidates, tl.maximum(positive_id, 0), call, work)
-    scale = scale_of(temperatures_of(row, call, work), call, work)
-    z_positive = scaled(tl.sum(q * p.to(dtype), 1), scale, call, work)
-    reference = finite(tl.full([call.form.BM], float("-inf"), dtype), call, work)
-    if not call.form.REFINED:
-        if call.inputs.positive_log_q is not None:
-            z_positive -= tl.load(call.inputs.positive_log_q + row) * unit_of(call, work)
-        reference = finite(z_positive, call, work)
-    total = tl.zeros([call.form.BM], dtype)
-    compete = tl.zeros([call.form.BM], dtype)
-    weighted = tl.zeros([call.form.BM, call.form.BLOCK_D], dtype)
-    column = tl.arange(0, call.form.BLOCK_D)[None, None, :]
-    id = draws(row, positive_id, 0, call, work)
-    for start in range(0, sizes.places, call.form.BN):
+    p = embeddings(ctx.inputs.candidates, tl.maximum(positive_id, 0), ctx)
+    scale = scale_of(temperatures_of(row, ctx), ctx)
+    z_positive = scaled(tl.sum(q * p.to(dtype), 1), scale, ctx)
+    reference = finite(tl.full([ctx.form.BLOCK_M1], float("-inf"), dtype), ctx)
+    if not ctx.form.REFINED:
+        if ctx.inputs.positive_log_q is not None:
+            z_positive -= tl.load(ctx.inputs.positive_log_q + row) * unit_of(ctx)
+        reference = finite(z_positive, ctx)
+    total = tl.zeros([ctx.form.BLOCK_M1], dtype)
+    compete = tl.zeros([ctx.form.BLOCK_M1], dtype)
+    weighted = tl.zeros([ctx.form.BLOCK_M1, ctx.form.BLOCK_D], dtype)
+    column = tl.arange(0, ctx.form.BLOCK_D)[None, None, :]
+    id = draws(row, positive_id, 0, ctx)
+    for start in range(0, sizes.places, ctx.form.BLOCK_N1):
         # The ids of the next step are under way while the candidates of this one are.
-        next_id = draws(row, positive_id, start + call.form.BN, call, work)
+        next_id = draws(row, positive_id, start + ctx.form.BLOCK_N1, ctx)
         least = tl.minimum(least, tl.min(id, 0))
-        lies = tl.maximum(id, 0).to(tl.int64)[:, :, None] * call.form.D + column
-        if call.form.D == call.form.BLOCK_D:
-            c = tl.load(call.inputs.candidates + lies)
+        lies = tl.maximum(id, 0).to(tl.int64)[:, :, None] * ctx.form.D + column
+        if ctx.form.D == ctx.form.BLOCK_D:
+            c = tl.load(ctx.inputs.candidates + lies)
         else:
-            c = tl.load(call.inputs.candidates + lies, mask=column < call.form.D, other=0.0)
+            c = tl.load(ctx.inputs.candidates + lies, mask=column < ctx.form.D, other=0.0)
         c = c.to(dtype)
-        z = scaled(tl.sum(q[None, :, :] * c, 2), scale[None, :], call, work)
-        j = start + tl.arange(0, call.form.BN)[:, None]
+        z = scaled(tl.sum(q[None, :, :] * c, 2), scale[None, :], ctx)
+        j = start + tl.arange(0, ctx.form.BLOCK_N1)[:, None]
         at = row.to(tl.int64)[None, :] * sizes.places + j
         here = (j < sizes.places) & inside[None, :]
-        if call.inputs.candidate_log_q is not None:
-            log_q = tl.load(call.inputs.candidate_log_q + at, mask=here, other=0.0)
-            z -= log_q * unit_of(call, work)
+        if ctx.inputs.candidate_log_q is not None:
+            log_q = tl.load(ctx.inputs.candidate_log_q + at, mask=here, other=0.0)
+            z -= log_q * unit_of(ctx)
         hit = id == positive_id[None, :]
         z = tl.where(hit, float("-inf"), z)
-        if call.outputs.candidates is not None:
-            tl.store(call.outputs.candidates + at, z, mask=here)
-        if call.form.REFINED:
+        if ctx.outputs.candidates is not None:
+            tl.store(ctx.outputs.candidates + at, z, mask=here)
+        if ctx.form.REFINED:
             gone = hit
-            if call.inputs.candidate_log_q is not None:
+            if ctx.inputs.candidate_log_q is not None:
                 gone = gone | (log_q == float("inf"))
             compete += tl.sum(tl.where(gone, 0.0, 1.0).to(dtype), 0)
-        higher = finite(tl.maximum(reference, tl.max(z, 0)), call, work)
-        factor = power(reference - higher, call, work)
+        higher = finite(tl.maximum(reference, tl.max(z, 0)), ctx)
+        factor = power(reference - higher, ctx)
         reference = higher
-        e = power(z - reference[None, :], call, work)
+        e = power(z - reference[None, :], ctx)
         total = total * factor + tl.sum(e, 0)
-        if (call.outputs.query is not None) or (call.outputs.temperature is not None):
+        if (ctx.outputs.query is not None) or (ctx.outputs.temperature is not None):
             weighted = weighted * factor[:, None] + tl.sum(e[:, :, None] * c, 0)
         id = next_id
 
-    results = row_results(row, Sums(z_positive, reference, total, compete), call, work)
-    results = mark_lost(results, least < 0, call, work)
-    store_losses(place, row, inside, results, call, work)
-    if (call.outputs.query is not None) or (call.outputs.temperature is not None):
-        store_query(place, row, inside, p, weighted, results, call, work)
-    if call.outputs.positive is not None:
-        tl.store(call.outputs.positive + row, results.d_positive, mask=inside)
-    if call.outputs.candidates is not None:
-        store_draws(row, inside, reference, results, call, work)
+    results = row_results(row, Sums(z_positive, reference, total, compete), ctx)
+    results = mark_lost(results, least < 0, ctx)
+    store_losses(place, row, inside, results, ctx)
+    if (ctx.outputs.query is not None) or (ctx.outputs.temperature is not None):
+        store_query(place, row, inside, p, weighted, results, ctx)
+    if ctx.outputs.positive is not None:
+        tl.store(ctx.outputs.positive + row, results.d_positive, mask=inside)
+    if ctx.outputs.candidates is not None:
+        store_draws(row, inside, reference, results, ctx)
 
 
 @triton.jit
-def mark_lost(results, lost, call, work):
+def mark_lost(results, lost, ctx):
     """NaN for rows with an id that is no row of the table."""
     nan = float("nan")
     return Results(
@@ -153,37 +147,37 @@ def mark_lost(results, lost, call, work):
 
 
 @triton.jit
-def store_draws(row, inside, reference, results, call, work):
+def store_draws(row, inside, reference, results, ctx):
     """``dL/d<q_i, c_ij>`` in the place of the logits that wait there."""
     tl.debug_barrier()  # other threads wrote them
     nothing = (results.coefficient == 0) | (results.all_terms == 0)
     coefficient = tl.where(nothing, 0.0, results.coefficient / results.all_terms)[:, None]
-    for start in range(0, work.sizes.places, call.form.CN):
-        j = start + tl.arange(0, call.form.CN)[None, :]
-        pointer = call.outputs.candidates + row.to(tl.int64)[:, None] * work.sizes.places + j
-        here = inside[:, None] & (j < work.sizes.places)
+    for start in range(0, ctx.sizes.places, ctx.form.BLOCK_M2):
+        j = start + tl.arange(0, ctx.form.BLOCK_M2)[None, :]
+        pointer = ctx.outputs.candidates + row.to(tl.int64)[:, None] * ctx.sizes.places + j
+        here = inside[:, None] & (j < ctx.sizes.places)
         z = tl.load(pointer, mask=here, other=float("-inf"))
-        p = power(z - reference[:, None], call, work)
+        p = power(z - reference[:, None], ctx)
         tl.store(pointer, tl.where(coefficient == 0, 0.0, coefficient * p), mask=here)
 
 
 @triton.jit
-def clear_padding(worker, call, work):
+def clear_padding(worker, ctx):
     """Zeros for the products of the padded rows of a slice."""
-    first, stop = slice_of(worker, work.sizes.rows, work.sizes.workers)
+    first, stop = slice_of(worker, ctx.sizes.rows, ctx.sizes.workers)
     for start in range(first, stop, CHUNK):
         row = start + tl.arange(0, CHUNK)
-        weight = tl.load(call.inputs.example_weights + row, mask=row < stop, other=1.0)
+        weight = tl.load(ctx.inputs.example_weights + row, mask=row < stop, other=1.0)
         padded = weight == 0
-        if call.outputs.positive is not None:
-            tl.store(call.outputs.positive + row, tl.zeros_like(weight), mask=padded)
-        if call.outputs.candidates is not None:
-            for k in range(0, work.sizes.places, call.form.CN):
-                j = k + tl.arange(0, call.form.CN)[None, :]
-                at = row.to(tl.int64)[:, None] * work.sizes.places + j
-                zero = tl.zeros([CHUNK, call.form.CN], call.form.DTYPE)
-                keep = padded[:, None] & (j < work.sizes.places)
-                tl.store(call.outputs.candidates + at, zero, mask=keep)
+        if ctx.outputs.positive is not None:
+            tl.store(ctx.outputs.positive + row, tl.zeros_like(weight), mask=padded)
+        if ctx.outputs.candidates is not None:
+            for k in range(0, ctx.sizes.places, ctx.form.BLOCK_M2):
+                j = k + tl.arange(0, ctx.form.BLOCK_M2)[None, :]
+                at = row.to(tl.int64)[:, None] * ctx.sizes.places + j
+                zero = tl.zeros([CHUNK, ctx.form.BLOCK_M2], ctx.form.DTYPE)
+                keep = padded[:, None] & (j < ctx.sizes.places)
+                tl.store(ctx.outputs.candidates + at, zero, mask=keep)
 
 
 @triton.jit(do_not_specialize=["num_rows", "table_rows", "num_draws", "num_domains", "workers"])
@@ -213,26 +207,36 @@ def indexed_softmax_loss_kernel(
     # What phase 0 clears of a padded row; the products of the row have other shapes.
     o = call.outputs
     common = Outputs(o.loss, o.query, None, None, o.temperature, o.domain_weights, None)
-    work = Work(sizes, space, None)
-    sizes, until = weigh_rows(program, programs, Call(call.inputs, common, call.form), work)
-    work = Work(sizes, space, None)
-    if call.inputs.example_weights is not None:
-        for worker in range(program, until, programs):
-            clear_padding(worker, call, work)
+    # A context is passed on and has no name here: one that is assigned loses its constants.
+    sizes, until = weigh_rows(
+        program, programs, Context(call.inputs, common, call.form, sizes, space, None)
+    )
+    row_phases(
+        program, programs, until, Context(call.inputs, call.outputs, call.form, sizes, space, None)
+    )
 
-    tiles = tl.cdiv(work.sizes.count, call.form.BM)
+
+@triton.jit
+def row_phases(program, programs, until, ctx):
+    """Phase 1 and the sums over the rows."""
+    workers = ctx.sizes.workers
+    if ctx.inputs.example_weights is not None:
+        for worker in range(program, until, programs):
+            clear_padding(worker, ctx)
+
+    tiles = tl.cdiv(ctx.sizes.count, ctx.form.BLOCK_M1)
     for worker in range(program, until, programs):
         for tile in range(worker, tiles, workers):
-            draw_tile(tile, call, work)
+            draw_tile(tile, ctx)
 
     if (
-        (call.form.REDUCTION != "none")
-        or (call.outputs.domain_weights is not None)
-        or ((call.outputs.temperature is not None) and (call.form.TEMPERATURE == "scalar"))
+        (ctx.form.REDUCTION != "none")
+        or (ctx.outputs.domain_weights is not None)
+        or ((ctx.outputs.temperature is not None) and (ctx.form.TEMPERATURE == "scalar"))
     ):
-        until = grid_barrier(barrier, until, call)
+        until = grid_barrier(until, ctx)
         for worker in range(program, until, programs):
-            sum_rows(worker, call, work)
-        until = grid_barrier(barrier, until, call)
+            sum_rows(worker, ctx)
+        until = grid_barrier(until, ctx)
         for worker in range(program, until, programs):
-            finish_sums(worker, call, work)
+            finish_sums(worker, ctx)

@@ -25,6 +25,7 @@ import triton.language as tl
 from dwl_kernels.backends.triton.kernels.common import (
     HEADROOM,
     NO_ITEM,
+    Context,
     finite,
     logarithm,
     narrow,
@@ -33,7 +34,7 @@ from dwl_kernels.backends.triton.kernels.common import (
     scaled,
     unit_of,
 )
-from dwl_kernels.backends.triton.kernels.row_pass import Sums, row_results
+from dwl_kernels.backends.triton.kernels.row_results import Sums, row_results
 
 # Of a row's total: above, its reference was too low. The second search costs little here, so this
 # leaves room below for the coefficients, which are divided by the total.
@@ -85,12 +86,6 @@ class Sizes(NamedTuple):
     norm: Any  # divisor of the reduction
 
 
-class Work(NamedTuple):
-    """What the functions shared with the one-launch form look for."""
-
-    sizes: Any
-
-
 @triton.jit
 def rows_of(first, stop, shape):
     """The rows of a program; past the end stands the last one."""
@@ -108,35 +103,35 @@ def own_column(row, block, shape):
 
 
 @triton.jit
-def positives_at(row, call, block, shape):
+def positives_at(row, ctx, block, shape):
     """Where the positive of each row lies."""
-    if call.inputs.positive is None:
+    if ctx.inputs.positive is None:
         at = own_column(row, block, shape)
-        return call.inputs.candidates + at.to(tl.int64) * call.form.D
+        return ctx.inputs.candidates + at.to(tl.int64) * ctx.form.D
     else:
-        return call.inputs.positive + row.to(tl.int64) * call.form.D
+        return ctx.inputs.positive + row.to(tl.int64) * ctx.form.D
 
 
 @triton.jit
-def piece(at, start, inside, call, shape):
+def piece(at, start, inside, ctx, shape):
     """BD elements of embeddings, of the width that logits have."""
     d = start + tl.arange(0, shape.BD)
-    keep = inside[:, None] & (d < call.form.D)[None, :]
-    return tl.load(at[:, None] + d[None, :], mask=keep, other=0.0).to(call.form.DTYPE)
+    keep = inside[:, None] & (d < ctx.form.D)[None, :]
+    return tl.load(at[:, None] + d[None, :], mask=keep, other=0.0).to(ctx.form.DTYPE)
 
 
 @triton.jit
-def positive_logits(row, inside, scale, call, block, work, shape):
+def positive_logits(row, inside, scale, ctx, block, shape):
     """``z_i+``; the refined correction leaves log-Q out of it."""
-    q = call.inputs.query + row.to(tl.int64) * call.form.D
-    p = positives_at(row, call, block, shape)
-    products = tl.zeros([shape.BM], call.form.DTYPE)
-    for start in range(0, call.form.D, shape.BD):
-        pair = piece(q, start, inside, call, shape) * piece(p, start, inside, call, shape)
+    q = ctx.inputs.query + row.to(tl.int64) * ctx.form.D
+    p = positives_at(row, ctx, block, shape)
+    products = tl.zeros([shape.BM], ctx.form.DTYPE)
+    for start in range(0, ctx.form.D, shape.BD):
+        pair = piece(q, start, inside, ctx, shape) * piece(p, start, inside, ctx, shape)
         products += tl.sum(pair, 1)
-    z = scaled(products, scale, call, work)
-    if (call.inputs.positive_log_q is not None) and (not call.form.REFINED):
-        z -= tl.load(call.inputs.positive_log_q + row) * unit_of(call, work)
+    z = scaled(products, scale, ctx)
+    if (ctx.inputs.positive_log_q is not None) and (not ctx.form.REFINED):
+        z -= tl.load(ctx.inputs.positive_log_q + row) * unit_of(ctx)
     return z
 
 
@@ -150,11 +145,11 @@ class Rows(NamedTuple):
 
 
 @triton.jit
-def block_logits(rows, columns, start, call, work, shape):
+def block_logits(rows, columns, start, ctx, shape):
     """``z_ij`` of BN candidates, and with the refined correction which of them count."""
     j = start + tl.arange(0, shape.BN)
     z = tl.load(rows.logits[:, None] + j[None, :])
-    z = scaled(z, rows.scale[:, None], call, work)
+    z = scaled(z, rows.scale[:, None], ctx)
     if columns.shift is not None:
         z -= tl.load(columns.shift + j)[None, :]
     counts = 1.0
@@ -169,39 +164,39 @@ def block_logits(rows, columns, start, call, work, shape):
 
 
 @triton.jit
-def row_maxima(rows, columns, stop, call, work, shape):
+def row_maxima(rows, columns, stop, ctx, shape):
     """The largest ``z_ij`` of each row. Lanes meet once, after the last candidate."""
-    largest = tl.full([shape.BM, shape.BN], float("-inf"), call.form.DTYPE)
+    largest = tl.full([shape.BM, shape.BN], float("-inf"), ctx.form.DTYPE)
     for start in tl.range(0, stop, shape.BN):
-        z, _ = block_logits(rows, columns, start, call, work, shape)
+        z, _ = block_logits(rows, columns, start, ctx, shape)
         largest = tl.maximum(largest, z)
     return tl.max(largest, 1)
 
 
 @triton.jit
-def sum_exponentials(rows, columns, reference, stride, call, work, shape):
+def sum_exponentials(rows, columns, reference, stride, ctx, shape):
     """``sum_j exp(z_ij - reference_i)``."""
-    total = tl.zeros([shape.BM, shape.BN], call.form.DTYPE)
+    total = tl.zeros([shape.BM, shape.BN], ctx.form.DTYPE)
     for start in tl.range(0, stride, shape.BN):
-        z, _ = block_logits(rows, columns, start, call, work, shape)
-        total += power(z - reference[:, None], call, work)
+        z, _ = block_logits(rows, columns, start, ctx, shape)
+        total += power(z - reference[:, None], ctx)
     return tl.sum(total, 1)
 
 
 @triton.jit
-def write_exponentials(rows, columns, reference, to, keep, stride, call, block, work, shape):
+def write_exponentials(rows, columns, reference, to, keep, stride, ctx, block, shape):
     """Write ``e_ij = exp(z_ij - reference_i)``: their sums, and how many candidates compete."""
-    total = tl.zeros([shape.BM, shape.BN], call.form.DTYPE)
-    compete = tl.zeros([shape.BM, shape.BN], call.form.DTYPE)
+    total = tl.zeros([shape.BM, shape.BN], ctx.form.DTYPE)
+    compete = tl.zeros([shape.BM, shape.BN], ctx.form.DTYPE)
     for start in tl.range(0, stride, shape.BN):
-        z, counts = block_logits(rows, columns, start, call, work, shape)
-        e = power(z - reference[:, None], call, work)
+        z, counts = block_logits(rows, columns, start, ctx, shape)
+        e = power(z - reference[:, None], ctx)
         total += e
-        if call.form.REFINED:
+        if ctx.form.REFINED:
             compete += counts
         if shape.KEEP:
             pointer = to[:, None] + (start + tl.arange(0, shape.BN))[None, :]
-            value = narrow(e, block.exponentials.dtype.element_ty, call, work)
+            value = narrow(e, block.exponentials.dtype.element_ty, ctx)
             tl.store(pointer, value, mask=keep[:, None])
     return tl.sum(total, 1), tl.sum(compete, 1)
 
@@ -218,31 +213,46 @@ def zero_exponentials(to, which, stride, block, shape):
 @triton.jit(do_not_specialize=["first", "stop", "num_rows", "num_candidates", "steps"])
 def exponentials_kernel(call, columns, block, shape, first, stop, num_rows, num_candidates, steps):
     """Rows ``first : stop``, of whose logits there is a block."""
+    norm = 1.0
+    if block.norm is not None:
+        norm = tl.load(block.norm)
+    # A context is passed on and has no name here: one that is assigned loses its constants.
+    exponentials(
+        Context(call.inputs, call.outputs, call.form, Sizes(norm), None, None),
+        columns,
+        block,
+        shape,
+        first,
+        stop,
+        num_rows,
+        steps,
+    )
+
+
+@triton.jit
+def exponentials(ctx, columns, block, shape, first, stop, num_rows, steps):
     stride = steps * shape.UNIT
     row, inside = rows_of(first, stop, shape)
-    work = Work(Sizes(1.0))
-    if block.norm is not None:
-        work = Work(Sizes(tl.load(block.norm)))
     offset = (row - first).to(tl.int64) * stride
-    scale = scale_of(tl.load(call.inputs.temperature + row), call, work)
+    scale = scale_of(tl.load(ctx.inputs.temperature + row), ctx)
     id = row
     known = inside
     if columns.ids is not None:
-        id = tl.load(call.inputs.positive_ids + row)
+        id = tl.load(ctx.inputs.positive_ids + row)
         known = id != NO_ITEM
     rows = Rows(block.logits + offset, scale, id, known)
-    if call.inputs.positive is None:  # so that nobody has to look for it among the others
-        nobody = tl.full([shape.BM], float("-inf"), call.form.DTYPE)
+    if ctx.inputs.positive is None:  # so that nobody has to look for it among the others
+        nobody = tl.full([shape.BM], float("-inf"), ctx.form.DTYPE)
         tl.store(rows.logits + own_column(row, block, shape), nobody, mask=inside)
         tl.debug_barrier()
-    z_positive = positive_logits(row, inside, scale, call, block, work, shape)
+    z_positive = positive_logits(row, inside, scale, ctx, block, shape)
 
-    weight = tl.load(call.inputs.example_weights + row)  # of everything, see `triton_wide`
+    weight = tl.load(ctx.inputs.example_weights + row)  # of everything, see `triton_wide`
     dead = weight == 0
-    if call.inputs.row_grad is not None:
-        dead = dead | (tl.load(call.inputs.row_grad + row) == 0)
+    if ctx.inputs.row_grad is not None:
+        dead = dead | (tl.load(ctx.inputs.row_grad + row) == 0)
     to = block.exponentials + offset
-    total = tl.zeros([shape.BM], call.form.DTYPE)
+    total = tl.zeros([shape.BM], ctx.form.DTYPE)
     compete = total
     lost = dead
     reference = z_positive
@@ -250,27 +260,25 @@ def exponentials_kernel(call, columns, block, shape, first, stop, num_rows, num_
     again = True
     while again:
         searched = stride
-        if not call.form.MAXIMA:
+        if not ctx.form.MAXIMA:
             searched = tl.where(attempt > 0, stride, shape.BN)
-        largest = row_maxima(rows, columns, searched, call, work, shape)
+        largest = row_maxima(rows, columns, searched, ctx, shape)
         lost = largest == float("inf")
-        reference = finite(z_positive, call, work)
-        if call.form.HALF:
+        reference = finite(z_positive, ctx)
+        if ctx.form.HALF:
             # All terms together are 2^14, the top of float16, or the positive is far above them.
-            top = finite(largest, call, work)
-            top += logarithm(
-                sum_exponentials(rows, columns, top, stride, call, work, shape), call, work
-            )
-            reference = tl.maximum(finite(top, call, work) - HEADROOM, reference - 100)
+            top = finite(largest, ctx)
+            top += logarithm(sum_exponentials(rows, columns, top, stride, ctx, shape), ctx)
+            reference = tl.maximum(finite(top, ctx) - HEADROOM, reference - 100)
         else:
-            reference = tl.maximum(finite(largest, call, work), reference)
+            reference = tl.maximum(finite(largest, ctx), reference)
         # inf - inf is NaN: what is infinite gets no share, and the others get nothing of it.
         reference = tl.where(lost, float("inf"), reference)
         total, compete = write_exponentials(
-            rows, columns, reference, to, inside & ~dead, stride, call, block, work, shape
+            rows, columns, reference, to, inside & ~dead, stride, ctx, block, shape
         )
         again = False
-        if not call.form.MAXIMA:
+        if not ctx.form.MAXIMA:
             again = (attempt == 0) & (tl.max((total > LIMIT).to(tl.int32), 0) > 0)
         attempt += 1
     zeros = inside & dead
@@ -278,13 +286,13 @@ def exponentials_kernel(call, columns, block, shape, first, stop, num_rows, num_
         zero_exponentials(to, zeros, stride, block, shape)
 
     total = tl.where(lost, float("inf"), total)
-    if call.form.REFINED and (call.inputs.positive is None):
+    if ctx.form.REFINED and (ctx.inputs.positive is None):
         own = tl.load(columns.counts + own_column(row, block, shape))
         if columns.ids is not None:
             own = tl.where(known, 0.0, own)  # where it is known it was a hit
         compete -= own
     sums = Sums(z_positive, reference, total, compete)
-    results = row_results(row, sums, call, work)
+    results = row_results(row, sums, ctx)
     nothing = (results.coefficient == 0) | dead
     share = results.coefficient / tl.where(lost, 1.0, results.all_terms)
     at = block.arrays + row
@@ -296,9 +304,9 @@ def exponentials_kernel(call, columns, block, shape, first, stop, num_rows, num_
 
 
 @triton.jit
-def half_scale(first, stop, num_rows, call, block):
+def half_scale(first, stop, num_rows, ctx, block):
     """The power of two that brings the largest share of a block to the top of (1/2, 1]."""
-    largest = tl.zeros([MANY], call.form.DTYPE)
+    largest = tl.zeros([MANY], ctx.form.DTYPE)
     for start in range(first, stop, MANY):
         row = start + tl.arange(0, MANY)
         share = tl.load(block.arrays + SHARE * num_rows + row, mask=row < stop, other=0.0)
@@ -310,7 +318,19 @@ def half_scale(first, stop, num_rows, call, block):
 @triton.jit(do_not_specialize=["first", "stop", "num_rows", "num_candidates", "steps"])
 def gradients_kernel(call, columns, block, shape, first, stop, num_rows, num_candidates, steps):
     """The gradients of rows ``first : stop``, and what their ``e`` is multiplied by for ``dc``."""
-    work = Work(Sizes(1.0))
+    gradients(
+        Context(call.inputs, call.outputs, call.form, Sizes(1.0), None, None),
+        block,
+        shape,
+        first,
+        stop,
+        num_rows,
+        steps,
+    )
+
+
+@triton.jit
+def gradients(ctx, block, shape, first, stop, num_rows, steps):
     stride = steps * shape.UNIT
     row, inside = rows_of(first, stop, shape)
     at = block.arrays + row
@@ -318,38 +338,38 @@ def gradients_kernel(call, columns, block, shape, first, stop, num_rows, num_can
     d_positive = tl.load(at + POSITIVE * num_rows)
     own = tl.load(at + OWN * num_rows)
     nothing = (own > 0)[:, None]
-    tau = tl.load(call.inputs.temperature + row)
+    tau = tl.load(ctx.inputs.temperature + row)
     factor = share
-    if call.form.HALF:
-        up = half_scale(first, stop, num_rows, call, block)
+    if ctx.form.HALF:
+        up = half_scale(first, stop, num_rows, ctx, block)
         factor *= up
         tl.store(block.unscale, 1 / up, mask=tl.program_id(0) == 0)
-    offset = row.to(tl.int64) * call.form.D
-    in_block = (row - first).to(tl.int64) * call.form.D
-    q_at = call.inputs.query + offset
-    p_at = positives_at(row, call, block, shape)
-    outputs = call.outputs
-    d_tau = tl.zeros([shape.BM], call.form.DTYPE)
-    for start in range(0, call.form.D, shape.BD):
+    offset = row.to(tl.int64) * ctx.form.D
+    in_block = (row - first).to(tl.int64) * ctx.form.D
+    q_at = ctx.inputs.query + offset
+    p_at = positives_at(row, ctx, block, shape)
+    outputs = ctx.outputs
+    d_tau = tl.zeros([shape.BM], ctx.form.DTYPE)
+    for start in range(0, ctx.form.D, shape.BD):
         d = start + tl.arange(0, shape.BD)
-        keep = inside[:, None] & (d < call.form.D)[None, :]
-        q = piece(q_at, start, inside, call, shape)
+        keep = inside[:, None] & (d < ctx.form.D)[None, :]
+        q = piece(q_at, start, inside, ctx, shape)
         if outputs.candidates is not None:
             value = tl.where(nothing, 0.0, q * factor[:, None])
-            value = narrow(value, block.query.dtype.element_ty, call, work)
+            value = narrow(value, block.query.dtype.element_ty, ctx)
             tl.store(block.query + in_block[:, None] + d[None, :], value, mask=keep)
         if (outputs.query is not None) or (outputs.temperature is not None):
-            p = piece(p_at, start, inside, call, shape)
-            weighted = piece(block.weighted + in_block, start, inside, call, shape)
+            p = piece(p_at, start, inside, ctx, shape)
+            weighted = piece(block.weighted + in_block, start, inside, ctx, shape)
             d_query = share[:, None] * weighted + d_positive[:, None] * p
             d_query = tl.where(nothing, 0.0, d_query)
             if outputs.query is not None:
-                value = narrow(d_query, outputs.query.dtype.element_ty, call, work)
+                value = narrow(d_query, outputs.query.dtype.element_ty, ctx)
                 tl.store(outputs.query + offset[:, None] + d[None, :], value, mask=keep)
             d_tau -= tl.sum(tl.where(nothing, 0.0, q * d_query), 1)
         d_own = tl.where(nothing, 0.0, d_positive[:, None] * q)
         if outputs.positive is not None:
-            value = narrow(d_own, outputs.positive.dtype.element_ty, call, work)
+            value = narrow(d_own, outputs.positive.dtype.element_ty, ctx)
             tl.store(outputs.positive + offset[:, None] + d[None, :], value, mask=keep)
         if shape.IN_BATCH and (outputs.candidates is not None):
             to = outputs.candidates + offset[:, None] + d[None, :]
@@ -362,7 +382,7 @@ def gradients_kernel(call, columns, block, shape, first, stop, num_rows, num_can
     if (block.own is not None) and shape.KEEP:
         # Several rows may have one target, so it is the products that add their positives up.
         to = block.exponentials + (row - first).to(tl.int64) * stride + tl.load(block.own + row)
-        value = narrow(tl.where(own > 0, 0.0, own), block.exponentials.dtype.element_ty, call, work)
+        value = narrow(tl.where(own > 0, 0.0, own), block.exponentials.dtype.element_ty, ctx)
         tl.store(to, value, mask=inside)
 
 
