@@ -104,7 +104,7 @@ def test_an_outlier_costs_one_tile_its_maxima(monkeypatch: pytest.MonkeyPatch, w
     found = SimpleNamespace(searches=0)
     searched = triton_rows.row_maxima
 
-    def counted(rows: Any, log_q: Any, first: Any, stop: Any, call: Any, work: Any) -> Any:
+    def counted(rows: Any, log_q: Any, first: Any, stop: Any, ctx: Any) -> Any:
         found.searches += int(stop) > int(first) + 1
         return searched(rows, log_q, first, stop, ctx)
 

@@ -16,15 +16,15 @@ import triton_access
 
 from dwl_kernels import backends
 from dwl_kernels.backends.triton import solve as host
-from dwl_kernels.backends.triton.kernels.common import (
+from dwl_kernels.backends.triton.kernels.dual_scale import group_start
+from dwl_kernels.backends.triton.kernels.prologue import workspace
+from dwl_kernels.backends.triton.kernels.schedule import (
     part_at,
     parts_of,
     shares,
     unit,
     units_of,
 )
-from dwl_kernels.backends.triton.kernels.dual_scale import group_start
-from dwl_kernels.backends.triton.kernels.shared_candidates import workspace
 from dwl_kernels.backends.triton.specialize import MAX_WORKERS
 from dwl_kernels.backends.triton.tiles import Tiles
 
@@ -148,15 +148,15 @@ class DualOfSlate(NamedTuple):
     slate_size: Any
 
 
-class WorkOfGroups(NamedTuple):
+class ContextOfGroups(NamedTuple):
     sizes: Any
     dual: Any
 
 
 @triton.jit(do_not_specialize=["group", "candidates", "slate_size"])
 def group_kernel(found, group, candidates, slate_size):
-    work = WorkOfGroups(SizesOfCandidates(candidates), DualOfSlate(slate_size))
-    tl.store(found, group_start(group, None, work))
+    ctx = ContextOfGroups(SizesOfCandidates(candidates), DualOfSlate(slate_size))
+    tl.store(found, group_start(group, ctx))
 
 
 @pytest.mark.parametrize("candidates", [1000, host.MAX_CANDIDATES - 1, host.MAX_CANDIDATES])

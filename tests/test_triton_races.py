@@ -21,6 +21,7 @@ pytest.importorskip("triton")
 from dwl_kernels import backends
 from dwl_kernels.backends.triton import solve as host
 from dwl_kernels.backends.triton.kernels import per_row_candidates as triton_indexed
+from dwl_kernels.backends.triton.kernels import prologue as triton_prologue
 from dwl_kernels.backends.triton.kernels import shared_candidates as triton_kernels
 from dwl_kernels.backends.triton.tiles import Tiles
 
@@ -139,11 +140,11 @@ def test_no_barrier_can_go(
     """Each of those that a problem with padding and split tiles has."""
     barrier, seen = triton_kernels.grid_barrier, []
 
-    def all_but_one(counter: Any, until: Any, call: Any) -> Any:
-        seen.append(counter)
-        return until if len(seen) - 1 == missing else barrier(counter, until, call)
+    def all_but_one(until: Any, ctx: Any) -> Any:
+        seen.append(until)
+        return until if len(seen) - 1 == missing else barrier(until, ctx)
 
-    for module in (triton_kernels, triton_indexed):
+    for module in (triton_kernels, triton_indexed, triton_prologue):
         monkeypatch.setattr(module, "grid_barrier", all_but_one)
     with pytest.raises(Exception, match=r"two programs write|reads what another"):
         cases.loss_and_gradients(BY_NAME[name], "triton", torch.float32)
