@@ -18,9 +18,9 @@ at a time: one product gives ``z log2 e``, ``exp2(z - reference)`` goes into the
 through a second product, into ``sum_j e_ij c_j``. The reference of a row stands 44 nats above the
 larger of two logits, that of its positive and the largest of the first block: nothing is rescaled
 on the way. Only where a total leaves the range of the dtype, a candidate being e^113 times as
-likely as those two, the tile looks for its maxima and starts again. Then the row has all it needs: its loss, ``dq``
-and ``dp``. For phase 2 it leaves one number, ``lse - log2(a / tau)``: with it ``exp2(z -
-statistic)`` *is* ``a p / tau``, so domain weights, reduction and temperature cost phase 2 nothing
+likely as those two, the tile looks for its maxima and starts again. Then the row has all it needs:
+its loss, ``dq`` and ``dp``. For phase 2 it leaves one number, ``lse - log2(a / tau)``: with it
+``exp2(z - statistic)`` *is* ``a p / tau``, so domain weights, reduction and temperature cost phase 2 nothing
 per element; ``a = 0`` gives an infinite statistic and exact zeros. Phase 2 keeps BLOCK_N2
 candidates, recomputes the transposed logits with the rows that pass, and its second product sums
 ``dc`` to the end.

@@ -32,7 +32,7 @@ class FormOfReference(NamedTuple):
     LARGEST: Any
 
 
-class CallOfReference(NamedTuple):
+class ContextOfReference(NamedTuple):
     form: Any
 
 
@@ -45,8 +45,8 @@ triton_access.KERNELS |= {
 @triton.jit
 def reference_kernel(z_positive, largest, reference, ROWS: tl.constexpr):
     row = tl.arange(0, ROWS)
-    call = CallOfReference(FormOfReference(False, False, False, 3.4e38))
-    found = reference_of(tl.load(z_positive + row), tl.load(largest + row), 64.0, call, None)
+    ctx = ContextOfReference(FormOfReference(False, False, False, 3.4e38))
+    found = reference_of(tl.load(z_positive + row), tl.load(largest + row), 64.0, ctx)
     tl.store(reference + row, found)
 
 
