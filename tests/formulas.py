@@ -78,7 +78,7 @@ def row_of(kind: str, inputs: dict[str, Any], i: int, padded: list[bool]) -> Row
         if kind == "indexed_rows":
             ids, more = ids[i], None if more is None else more[i]
         positive = inputs["table"][own_id]
-        parts.append((inputs["table"][ids.clamp(min=0)], more, ids))
+        parts.append((inputs["table"][ids.clamp(min=0).long()], more, ids))
     else:
         positive = inputs["positive"][i]
         if "negative" in inputs:
