@@ -302,6 +302,12 @@ def _no_domain(inputs: Inputs) -> None:
     inputs["domain_ids"].fill_(-1)
 
 
+def _all_domains(inputs: Inputs) -> None:
+    """Every row names as many as there is room for."""
+    rows, slots = inputs["domain_ids"].shape
+    inputs["domain_ids"] = (torch.arange(rows)[:, None] + torch.arange(slots)) % 5
+
+
 def _without_negatives(inputs: Inputs) -> None:
     for name in [name for name in inputs if name.startswith("negative")]:
         del inputs[name]
@@ -334,6 +340,7 @@ CASES = [
     Case("log-Q and hits", log_q=True, ids=True),
     Case("domains", domains=1),
     Case("several domains, some missing", domains=3),
+    Case("several domains, none missing", domains=3, change=_all_domains),
     Case("no domain at all", domains=2, change=_no_domain),
     Case("example weights", examples=True),
     Case("scalar temperature", temperature="scalar"),

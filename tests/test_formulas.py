@@ -149,3 +149,38 @@ def test_competition_moves_the_temperature_up_to_half_and_twice(
     pair = [torch.autograd.grad(x, leaves) for x in (loss, expected)]
     for a, b in zip(*pair, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("ignored", [-1, 0, 7, 1 << 40])
+def test_target_that_is_ignored_is_the_one_that_is_named(backend: str, ignored: int) -> None:
+    """Also where it is an item: its rows are padding then, and -100 is no target any more."""
+    case = cases.Case("ignored", kind="full", candidates=11, log_q=True, examples=True)
+    inputs = case.inputs(torch.float64)
+    items = inputs["target"].clamp(min=0)
+    items[::3] = 7
+    inputs["target"] = torch.where(inputs["target"] == -100, ignored, items)
+    loss = dwl_kernels.full_softmax_loss(**inputs, ignore_index=ignored, backend=backend)
+    plain = inputs | {"target": inputs["target"].masked_fill(inputs["target"] == ignored, -100)}
+    expected = formulas.loss("full", plain)
+    torch.testing.assert_close(loss, expected, rtol=1e-11, atol=0)
+    leaves = [inputs[name] for name in ("query", "table", "bias")]
+    pair = [torch.autograd.grad(x, leaves) for x in (loss, expected)]
+    for a, b in zip(*pair, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("probability", [1e-6, 9e-5, 1.1e-4, 0.3, 0.999])
+def test_rest_of_a_probability_keeps_its_digits(backend: str, probability: float) -> None:
+    """log(1 - Q+) of the refined correction, alone: one candidate as likely as the positive."""
+    one = torch.ones(1, 1, dtype=torch.float64)
+    log_q = torch.tensor([probability], dtype=torch.float64).log()
+    loss = dwl_kernels.sampled_softmax_loss(
+        *(one, one, one),
+        positive_log_q=log_q,
+        negative_log_q=torch.zeros(1, dtype=torch.float64),
+        correction="refined",
+        reduction="none",
+        backend=backend,
+    )
+    rest = torch.log1p(torch.tensor([-probability], dtype=torch.float64))
+    torch.testing.assert_close(loss, rest.sigmoid() * rest, rtol=1e-3 * probability, atol=1e-15)
