@@ -34,6 +34,7 @@ TABLE_ROWS = 41  # of the table from which indexed candidates are drawn
 NOT_IN_CUDA = {"dual", "indexed_rows"}  # kinds that its kernel does not take
 
 Inputs = dict[str, Any]
+Formula = Callable[[str, Inputs], Tensor]  # of a kind and its inputs, in the place of a backend
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,9 @@ class Case:
             inputs[name] = value.to(device).requires_grad_(learned)
         return inputs | self.options
 
-    def loss(self, inputs: Inputs, backend: str) -> Tensor:
+    def loss(self, inputs: Inputs, backend: str | Formula) -> Tensor:
+        if not isinstance(backend, str):
+            return backend(self.kind, inputs)
         function = {
             "sampled": dwl_kernels.sampled_softmax_loss,
             "in_batch": dwl_kernels.in_batch_softmax_loss,
@@ -133,7 +136,11 @@ class Case:
 
 
 def loss_and_gradients(
-    case: Case, backend: str, dtype: torch.dtype, device: str = "cpu", upcast: bool = False
+    case: Case,
+    backend: str | Formula,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    upcast: bool = False,
 ) -> dict[str, Tensor]:
     """The loss and all gradients under a random upstream gradient, in float64.
 

@@ -52,6 +52,23 @@ def test_every_case_is_its_formula(case: cases.Case) -> None:
     compare(case)
 
 
+NARROW = [torch.float32, torch.bfloat16, torch.float16]
+LARGE = [c for c in cases.CASES if "everything" in c.name]
+
+
+@pytest.mark.parametrize("case", map(small, LARGE), ids=lambda case: case.name)
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+def test_narrow_dtypes_lose_no_more_than_their_rounding(
+    case: cases.Case, dtype: torch.dtype
+) -> None:
+    """Of the formula in float64, of the same rounded inputs."""
+    got = cases.loss_and_gradients(case, "eager", dtype)
+    wanted = cases.loss_and_gradients(case, formulas.loss, dtype, upcast=True)
+    assert got.keys() == wanted.keys()
+    for name, value in got.items():
+        assert cases.error(value, wanted[name]) <= 3 * cases.MARGIN[dtype], name
+
+
 def no_items(inputs: cases.Inputs) -> None:
     """Ids of -1 on both sides; of a table only among the negatives."""
     for name in ("ids", "positive_ids", "negative_ids"):

@@ -91,6 +91,19 @@ def test_sparse_gradient_is_coalesced_and_equals_the_dense_one(
     assert torch.equal(sparse_gradient.to_dense(), gradients[False])
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_sparse_gradient_keeps_rows_that_hold_a_zero(backend: str, name: str) -> None:
+    """Only rows that are zero altogether are left out."""
+    inputs = BY_NAME[name].inputs(torch.float64)
+    with torch.no_grad():  # one dimension of everything, so that it is zero in the gradient as well
+        inputs["query"][:, 3] = inputs["table"][:, 3] = 0
+    loss = BY_NAME[name].loss({**inputs, "sparse_grad": True}, backend)
+    dense = BY_NAME[name].loss(inputs, backend)
+    (got,), (wanted,) = (torch.autograd.grad(x.sum(), [inputs["table"]]) for x in (loss, dense))
+    assert len(got.indices()[0]) == int(wanted.any(1).sum()) > 10
+    torch.testing.assert_close(got.to_dense(), wanted)
+
+
 def test_sparse_gradient_of_a_row_nobody_drew_is_not_stored(backend: str) -> None:
     items = torch.randn(1000, 4, requires_grad=True)
     positive_ids, negative_ids = torch.tensor([7, 9]), torch.tensor([[998, 7, 5], [998, 9, 998]])
