@@ -133,3 +133,36 @@ def test_gradients_of_16_bits_are_rounded_to_the_nearest(backend: str, kind: str
         # The others round probabilities as well, and a table sums gradients that are rounded.
         if backend in ("eager", "chunked", "cpu") and kind != "indexed":
             assert float(off.abs().max()) < 0.52, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("kind", ["sampled", "by row"])
+def test_calibration_without_log_q_is_of_the_dtype_of_the_logits(
+    backend: str, kind: str, dtype: torch.dtype
+) -> None:
+    """Its logarithms are of weights in float32."""
+    if kind == "by row" and backend == "cuda":
+        pytest.skip("not of this backend")
+    table, query = table_of(dtype), table_of(dtype, seed=1)[:B].detach()
+    weights = torch.tensor([0.5, 2.0])
+    loss_fn = KINDS[kind](weights=weights, item_domains=[0, 1] * 10, calibration=1.0)
+    loss_fn.backend = backend  # type: ignore[assignment]
+    ids, others = of_two_dtypes(torch.int64, torch.int64, large=0)
+    plain: dict[str, Any] = {"positive_ids": ids, "negative_ids": others, "temperature": 1.0}
+    if kind == "by row":
+        plain["negative_ids"] = torch.stack([others.roll(i) for i in range(B)])
+    named = {name: plain[name] for name in ("positive_ids", "negative_ids")}
+    given = {"table": table}
+    if kind == "sampled":
+        given = {"positive": table[ids], "negative": table[others]}
+    loss = loss_fn(query, **given, **named)
+    log_weights = weights.to(dtype).log()
+    plain |= given | {"query": query, "domain_ids": ids % 2, "domain_weights": weights.to(dtype)}
+    plain["positive_log_q"] = -log_weights[ids % 2]
+    plain["negative_log_q"] = -log_weights[plain["negative_ids"] % 2]
+    expected = formulas.loss("indexed_rows" if kind == "by row" else "sampled", plain)
+    torch.testing.assert_close(loss, expected, rtol=2e-6, atol=0)
+    (got,), (wanted,) = (
+        torch.autograd.grad(x, [table], retain_graph=True) for x in (loss, expected)
+    )
+    torch.testing.assert_close(got, wanted, rtol=2e-5, atol=1e-6)
