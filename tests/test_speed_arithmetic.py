@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.speed import measure
+from benchmarks.speed import measure, report
 from benchmarks.speed.baselines import bound, usual_loss
 from benchmarks.speed.measure import BATCHES, WARM_UP, Rounds, batches, in_turn
 from benchmarks.speed.shapes import TINY, Inputs, Shape, random_inputs
@@ -184,3 +184,13 @@ def test_launches_are_counted_and_their_microseconds_summed(
     monkeypatch.setattr(measure, "random_inputs", lambda *args, device: None)
     monkeypatch.setattr(measure, "step", lambda loss: lambda x: None)
     assert measure.launches_on_gpu(usual_loss, SHARED) == (3, pytest.approx(3.21))
+
+
+def test_report_shows_half_of_what_lies_between_the_quartiles() -> None:
+    row: dict[str, Any] = {"version": "cpu", "median_ms": 20.0, "low_ms": 17.0, "high_ms": 23.0}
+    row |= {"ratio": 1.25, "peak_bytes": 3e6}
+    figures: dict[str, Any] = {"shape": SHARED.as_dict(), "level": "plain", "bound": {}}
+    figures |= {"versions": [row], "errors": {"cpu": {"loss": 1e-7, "gradient": 3e-6}}}
+    figures |= dict.fromkeys(("failed", "too_large", "refused"), {})
+    cells = [[*column.cells][0] for column in report.shape_table(figures).columns]
+    assert cells == ["cpu", "20", "15%", "1.25", "3", "3e-06"]
