@@ -44,9 +44,9 @@ def problem_of(rows: int, num_candidates: int, dim: int, by_row: bool) -> Proble
     options |= {"temperature": None, "correction": "standard", "reduction": "mean"}
     if not by_row:
         ids = {"positive_ids": None, "negative_ids": None}
-        return build.sampled_problem(query, query, table, **options, **ids)  # type: ignore[arg-type]
+        return build.sampled_problem(query, query, table, **options, **ids)
     ids = torch.zeros(rows, num_candidates, dtype=torch.int64)
-    return build.indexed_problem(query, table, ids[:, 0], ids, **options)  # type: ignore[arg-type]
+    return build.indexed_problem(query, table, ids[:, 0], ids, **options)
 
 
 @pytest.mark.parametrize("by_row", [False, True])

@@ -8,7 +8,7 @@ from typing import Any
 import cases
 import pytest
 import torch
-from module_inputs import KINDS, B, D, call, draws, item_domains
+from module_inputs import ITEMS, KINDS, B, D, N, draws, item_domains
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -91,45 +91,32 @@ def test_argument_on_another_device_is_named(case: cases.Case) -> None:
 @pytest.mark.parametrize("arrays", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
 def test_modules_work_on_the_device_of_the_query(kind: str, arrays: bool, training: bool) -> None:
-    ids = draws()
-    if not arrays:
-        ids = {name: x.to(META) for name, x in ids.items()}
-    calibration = 0.0 if kind == "dual scale" else 0.5
+    """Of ids on that device, and of arrays, which go there."""
     loss_fn = KINDS[kind](
-        3, item_domains=item_domains(), calibration=calibration, normalize=True, backend="chunked"
+        3, item_domains=item_domains(), calibration=0.5, normalize=True, backend="chunked"
     )
     loss_fn.to(META).train(training)
-    query = torch.randn(B, D, device=META, requires_grad=True)
-    table = torch.randn(20, D, device=META, requires_grad=True)
-    weights = torch.ones(B, device=META)
-    ids = {name: x.numpy() if arrays and "ids" in name else x.to(META) for name, x in ids.items()}
-    loss = of(kind, loss_fn, query, table, ids, weights)
+    query, table = (torch.randn(n, D, device=META, requires_grad=True) for n in (B, ITEMS))
+    given = draws()
+    if kind == "by row":
+        given |= {name: x.expand(B, N) for name, x in given.items() if name.startswith("negative")}
+    given = {
+        name: x.numpy() if arrays and name.endswith("ids") else x.to(META)
+        for name, x in given.items()
+    }
+    given["example_weights"] = torch.ones(B, device=META)
+    if kind == "cross-entropy":
+        rows = {name: given[name] for name in ("domain_ids", "example_weights")}
+        loss = loss_fn(query, table, given["positive_ids"], **rows)
+    elif kind in ("table", "by row"):
+        loss = loss_fn(query, table=table, **given)
+    elif kind == "in-batch":
+        given = {name: x for name, x in given.items() if not name.startswith("negative")}
+        loss = loss_fn(query, table[:B], **given)
+    else:
+        loss = loss_fn(query, table[:B], table[B : B + N], **given)
     loss.backward()
     assert loss.device == query.grad.device == table.grad.device == META
-
-
-def of(kind: str, loss_fn: Any, query: Tensor, table: Tensor, ids: Any, weights: Tensor) -> Tensor:
-    """`call`, which indexes the table itself, with arrays as they are."""
-    if all(isinstance(x, Tensor) for x in ids.values()):
-        if kind == "by row":
-            ids = {**ids, "negative_ids": torch.zeros(B, 9, dtype=torch.int64, device=META)}
-            named = {k: x for k, x in ids.items() if k != "domain_ids"}
-            named["negative_log_q"] = named["negative_log_q"].expand(B, 9)
-            return loss_fn(query, table=table, example_weights=weights, **named)
-        return call(kind, loss_fn, query, table, ids, example_weights=weights)
-    domains = {"domain_ids": ids["domain_ids"], "example_weights": weights}
-    if kind == "cross-entropy":
-        return loss_fn(query, table, ids["positive_ids"], **domains)
-    named = {"positive_ids": ids["positive_ids"]}
-    if kind == "in-batch":
-        return loss_fn(query, table[:B], **named, **domains)
-    named["negative_ids"] = ids["negative_ids"]
-    if kind == "table":
-        return loss_fn(query, table=table, **named, **domains)
-    if kind == "by row":
-        named["negative_ids"] = named["negative_ids"][None].repeat(B, 0)
-        return loss_fn(query, table=table, **named, **domains)
-    return loss_fn(query, table[:B], table[B : B + 9], **named, **domains)
 
 
 @pytest.mark.usefixtures("one_device")
@@ -154,7 +141,7 @@ def test_checkpointed_forward_weighs_on_the_device_of_the_query() -> None:
 def test_samplers_draw_on_their_device(make: Any) -> None:
     sampler = make().to(META)
     drawn = sampler.sample((3, 2))
-    assert {x.device for x in (*drawn, sampler.log_q([[0, 1]] and drawn[0]))} == {META}
+    assert {x.device for x in (*drawn, sampler.log_q(drawn[0]))} == {META}
     assert sampler.log_q(torch.arange(3).numpy()).device == META
 
 

@@ -146,7 +146,7 @@ def test_calibration_without_log_q_is_of_the_dtype_of_the_logits(
     table, query = table_of(dtype), table_of(dtype, seed=1)[:B].detach()
     weights = torch.tensor([0.5, 2.0])
     loss_fn = KINDS[kind](weights=weights, item_domains=[0, 1] * 10, calibration=1.0)
-    loss_fn.backend = backend  # type: ignore[assignment]
+    loss_fn.backend = backend
     ids, others = of_two_dtypes(torch.int64, torch.int64, large=0)
     plain: dict[str, Any] = {"positive_ids": ids, "negative_ids": others, "temperature": 1.0}
     if kind == "by row":

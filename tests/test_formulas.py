@@ -130,7 +130,7 @@ def test_every_strength_of_the_dual_scale_is_its_formula(
 ) -> None:
     hardness, similarity, competition = strengths
     options = {"hardness": hardness, "similarity": similarity, "competition": competition}
-    options |= {"slate_size": slate_size, "in_batch": in_batch}  # type: ignore[dict-item]
+    options |= {"slate_size": slate_size, "in_batch": in_batch}
     case = cases.Case(
         f"dual scale {strengths}", kind="dual", options={**options, "correction": correction},
         temperature="scalar", **SMALL, **EVERYTHING,
