@@ -266,6 +266,18 @@ def test_rows_past_two_to_the_31_elements_are_the_right_ones(backend: str, tmp_p
         assert torch.equal(got.values(), expected[touched])
 
 
+@pytest.mark.parametrize("backend", ["chunked", "cpu"], indirect=True)
+def test_row_outside_the_table_is_read_as_nan_and_gets_no_gradient(backend: str) -> None:
+    """Where values are looked at, such an id is an error before anything is read."""
+    items = torch.randn(4, 3, requires_grad=True)
+    ids = torch.tensor([0, 3, 4, -1, 1 << 40])
+    rows = table.gather_rows(items, ids, False, backend)
+    assert torch.equal(rows[:2], items[[0, 3]])
+    assert rows[2:].isnan().all()
+    (gradient,) = torch.autograd.grad(rows, items, torch.ones(5, 3))
+    assert gradient.tolist() == [[1.0] * 3, [0.0] * 3, [0.0] * 3, [1.0] * 3]
+
+
 def test_gradient_of_no_places_is_zero(backend: str) -> None:
     source, ids = torch.ones(0, 3), [torch.zeros(0, 2, dtype=torch.int64)]
     for compact in (False, True):
