@@ -34,6 +34,7 @@ TABLE_ROWS = 41  # of the table from which indexed candidates are drawn
 NOT_IN_CUDA = {"dual", "indexed_rows"}  # kinds that its kernel does not take
 
 Inputs = dict[str, Any]
+Formula = Callable[[str, Inputs], Tensor]  # of a kind and its inputs, in the place of a backend
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,9 @@ class Case:
             inputs[name] = value.to(device).requires_grad_(learned)
         return inputs | self.options
 
-    def loss(self, inputs: Inputs, backend: str) -> Tensor:
+    def loss(self, inputs: Inputs, backend: str | Formula) -> Tensor:
+        if not isinstance(backend, str):
+            return backend(self.kind, inputs)
         function = {
             "sampled": dwl_kernels.sampled_softmax_loss,
             "in_batch": dwl_kernels.in_batch_softmax_loss,
@@ -133,7 +136,11 @@ class Case:
 
 
 def loss_and_gradients(
-    case: Case, backend: str, dtype: torch.dtype, device: str = "cpu", upcast: bool = False
+    case: Case,
+    backend: str | Formula,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    upcast: bool = False,
 ) -> dict[str, Tensor]:
     """The loss and all gradients under a random upstream gradient, in float64.
 
@@ -302,6 +309,12 @@ def _no_domain(inputs: Inputs) -> None:
     inputs["domain_ids"].fill_(-1)
 
 
+def _all_domains(inputs: Inputs) -> None:
+    """Every row names as many as there is room for."""
+    rows, slots = inputs["domain_ids"].shape
+    inputs["domain_ids"] = (torch.arange(rows)[:, None] + torch.arange(slots)) % 5
+
+
 def _without_negatives(inputs: Inputs) -> None:
     for name in [name for name in inputs if name.startswith("negative")]:
         del inputs[name]
@@ -334,6 +347,7 @@ CASES = [
     Case("log-Q and hits", log_q=True, ids=True),
     Case("domains", domains=1),
     Case("several domains, some missing", domains=3),
+    Case("several domains, none missing", domains=3, change=_all_domains),
     Case("no domain at all", domains=2, change=_no_domain),
     Case("example weights", examples=True),
     Case("scalar temperature", temperature="scalar"),

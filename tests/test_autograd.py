@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import cases
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map
 
 import dwl_kernels
 from dwl_kernels import ops
@@ -14,10 +18,15 @@ from dwl_kernels.core import build as validation
 BY_NAME = {case.name: case for case in cases.CASES}
 
 
-def _op_arguments(case: cases.Case, backend: str, wanted: bool, row_grad: bool) -> tuple:
-    inputs = {
-        k: v.detach() if isinstance(v, Tensor) else v for k, v in case.inputs(torch.float32).items()
-    }
+def _op_arguments(
+    case: cases.Case,
+    backend: str,
+    wanted: bool,
+    row_grad: bool,
+    dtype: torch.dtype = torch.float32,
+) -> tuple:
+    inputs = case.inputs(dtype)
+    inputs = {k: v.detach() if isinstance(v, Tensor) else v for k, v in inputs.items()}
     defaults: dict[str, object] = {"correction": "standard", "reduction": "mean"}
     build = validation.sampled_problem
     if case.kind == "mixed":
@@ -54,6 +63,35 @@ def test_registered_op_passes_opcheck(backend: str, name: str) -> None:
     for wanted in (True, False):
         arguments = _op_arguments(BY_NAME[name], backend, wanted, name.endswith("none"))
         torch.library.opcheck(torch.ops.dwl_kernels.softmax_loss.default, arguments)
+
+
+def assert_fake_is_alike(op: Any, arguments: tuple) -> None:
+    """The fake of an op says the dtypes and shapes that the op gives."""
+    outputs = op(*arguments)
+    with FakeTensorMode() as mode:
+        fakes = op(
+            *tree_map(lambda x: mode.from_tensor(x) if isinstance(x, Tensor) else x, arguments)
+        )
+    for real, fake in zip(outputs, fakes, strict=True):
+        assert (real.dtype, real.shape) == (fake.dtype, fake.shape)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "name", ["everything", "full softmax, past the tile", "by row, everything"]
+)
+def test_fake_has_the_dtypes_of_every_gradient(name: str, dtype: torch.dtype) -> None:
+    arguments = _op_arguments(BY_NAME[name], "chunked", True, False, dtype)
+    assert_fake_is_alike(torch.ops.dwl_kernels.softmax_loss, arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_fakes_of_what_follows_have_the_dtypes_that_are_asked_for(dtype: torch.dtype) -> None:
+    source, ids = torch.ones(5, 4, dtype=torch.float16), torch.zeros(5, 3, dtype=torch.int64)
+    arguments = (source, [ids], [torch.ones(5, 3)], 7, dtype, False, "chunked")
+    assert_fake_is_alike(torch.ops.dwl_kernels.table_gradient, arguments)
+    gradients, places = [source, source.double()], [ops.DTYPES.index(dtype)] * 2
+    assert_fake_is_alike(torch.ops.dwl_kernels.scale, (gradients, torch.ones(()), places))
 
 
 @pytest.mark.parametrize("name", ["softmax_loss", "scale", "table_gradient"])

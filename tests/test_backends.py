@@ -1,4 +1,4 @@
-"""Every backend against `eager` in float64, and `eager` against plain PyTorch."""
+"""Every backend against `eager` in float64; `eager` against its formulas, `test_formulas`."""
 
 from __future__ import annotations
 
@@ -23,116 +23,6 @@ BY_NAME = {case.name: case for case in cases.CASES}
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_backend_is_as_exact_as_eager(backend: str, case: cases.Case, dtype: torch.dtype) -> None:
     cases.check(case, backend, dtype)
-
-
-def naive(inputs: cases.Inputs, in_batch: bool) -> Tensor:
-    """The loss as most people write it, differentiated by autograd: concatenate, cross_entropy."""
-    query, positive, negative = inputs["query"], inputs["positive"], inputs.get("negative")
-    tau = inputs["temperature"]
-    rows = len(query)
-    candidates = positive if in_batch else negative
-    ids, candidate_ids = inputs.get("positive_ids"), inputs.get("negative_ids")
-    log_q, candidate_log_q = inputs.get("positive_log_q"), inputs.get("negative_log_q")
-    if in_batch:
-        ids, log_q = inputs.get("ids"), inputs.get("log_q")
-        parts = ([positive], [log_q], [ids])
-        if negative is not None:
-            for part, name in zip(parts, ("", "_log_q", "_ids"), strict=True):
-                part.append(inputs.get("negative" + name))
-        candidates, candidate_log_q, candidate_ids = (
-            None if part[0] is None else torch.cat(part) for part in parts
-        )
-    tau = torch.as_tensor(tau, dtype=query.dtype).expand(rows)
-    z = query @ candidates.T / tau[:, None]
-    if candidate_log_q is not None:
-        z = z - candidate_log_q
-    if ids is not None:
-        z = z.masked_fill(ids[:, None] == candidate_ids, -torch.inf)
-    if in_batch:
-        own = torch.eye(rows, z.shape[1], dtype=torch.bool)
-        z = z.masked_fill(own, -torch.inf)
-        if "example_weights" in inputs:
-            z[:, :rows] = z[:, :rows].masked_fill(inputs["example_weights"] == 0, -torch.inf)
-    z_positive = (query * positive).sum(1) / tau
-    if log_q is not None:
-        z_positive = z_positive - log_q
-    logits = torch.cat((z_positive[:, None], z), 1)
-    target = torch.zeros(rows, dtype=torch.int64)
-    rows_loss = torch.nn.functional.cross_entropy(logits, target, reduction="none")
-    weight = torch.ones(rows, dtype=query.dtype)
-    count = torch.tensor(float(rows))
-    if "domain_ids" in inputs:
-        ids = inputs["domain_ids"].reshape(rows, -1)
-        slots = [
-            [inputs["domain_weights"][d] for d in row.tolist() if d >= 0] or [torch.tensor(1.0)]
-            for row in ids
-        ]
-        weight = torch.stack([torch.stack(row).mean().to(weight) for row in slots])
-    if "example_weights" in inputs:
-        weight = weight * inputs["example_weights"]
-        count = (inputs["example_weights"] != 0).sum()
-    reduction = inputs.get("reduction", "mean")
-    weighted = weight * rows_loss
-    if reduction == "none":
-        return weighted
-    return weighted.sum() / {"mean": count, "weighted_mean": weight.sum(), "sum": 1}[reduction]
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "plain",
-        "log-Q and hits",
-        "several domains, some missing",
-        "everything",
-        "everything, weighted_mean",
-        "everything, sum",
-        "everything, none",
-        "past the tile",
-        "in-batch",
-        "mixed, everything",
-        "in-batch, none",
-    ],
-)
-def test_eager_is_cross_entropy_differentiated_by_autograd(name: str) -> None:
-    case = BY_NAME[name]
-    inputs = case.inputs(torch.float64)
-    leaves = [v for v in inputs.values() if isinstance(v, Tensor) and v.requires_grad]
-    expected, got = naive(inputs, case.kind in ("in_batch", "mixed")), case.loss(inputs, "eager")
-    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
-    upstream = torch.randn(got.shape, generator=torch.Generator().manual_seed(0)).double()
-    for a, b in zip(
-        torch.autograd.grad(got, leaves, upstream),
-        torch.autograd.grad(expected, leaves, upstream),
-        strict=True,
-    ):
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
-
-
-def test_refined_loss_is_the_formula_of_its_paper() -> None:
-    """arXiv 2507.09331, written out row by row; the factor is detached."""
-    inputs = BY_NAME["refined, everything"].inputs(torch.float64)
-    rows = []
-    for i in range(len(inputs["query"])):
-        tau = inputs["temperature"][i]
-        kept = inputs["negative_ids"] != inputs["positive_ids"][i]
-        z = inputs["negative"][kept] @ inputs["query"][i] / tau - inputs["negative_log_q"][kept]
-        z_positive = inputs["positive"][i] @ inputs["query"][i] / tau
-        lse = z.exp().sum().log() + (1 - inputs["positive_log_q"][i].exp()).log()
-        odds = (lse.exp() / kept.sum()) / z_positive.exp()
-        weight = inputs["example_weights"][i]
-        domains = [int(d) for d in inputs["domain_ids"][i] if d >= 0]
-        if domains:
-            weight = weight * inputs["domain_weights"][domains].mean()
-        rows.append(weight * (odds / (1 + odds)).detach() * (lse - z_positive))
-    expected = torch.stack(rows).sum() / (inputs["example_weights"] != 0).sum()
-    got = BY_NAME["refined, everything"].loss(inputs, "eager")
-    torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
-    leaves = [v for v in inputs.values() if isinstance(v, Tensor) and v.requires_grad]
-    for a, b in zip(
-        torch.autograd.grad(got, leaves), torch.autograd.grad(expected, leaves), strict=True
-    ):
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("correction", ["standard", "refined"])
@@ -358,55 +248,6 @@ def test_dual_scale_without_strength_is_the_plain_loss(backend: str) -> None:
         torch.autograd.grad(plain, leaves), torch.autograd.grad(dual, leaves), strict=True
     ):
         assert torch.equal(a, b)
-
-
-def test_dual_scale_is_its_formula_written_out_row_by_row() -> None:
-    """Design of the dual scale with python loops; weights and temperatures are detached."""
-    h, s, k, slate_size = 0.7, 0.4, 1.5, 5
-    inputs = BY_NAME["dual scale, everything"].inputs(torch.float64)
-    inputs["temperature"] = torch.tensor(0.8, dtype=torch.float64, requires_grad=True)
-    q, p, c, tau = (inputs[n] for n in ("query", "positive", "negative", "temperature"))
-    n, rows = len(c), range(len(q))
-    log_q, positive_log_q = inputs["negative_log_q"], inputs["positive_log_q"]
-    valid = [inputs["negative_ids"] != inputs["positive_ids"][i] for i in rows]
-    active = inputs["example_weights"] != 0
-    with torch.no_grad():
-        g = []
-        for i in rows:
-            z = c @ q[i] / tau - log_q
-            z_positive = p[i] @ q[i] / tau - positive_log_q[i]
-            groups = [[j for j in range(n) if j * slate_size // n == m] for m in range(slate_size)]
-            best = [max((z[j] for j in m if valid[i][j]), default=None) for m in groups]
-            wins = [torch.sigmoid(b - z_positive) for b in best if b is not None]
-            g.append(sum(wins) / len(wins))
-        g = torch.stack(g)
-        f = (1 + k * (g - g[active].mean())).clip(0.5, 2)
-        factor = f / f[active].mean()
-        log_kappa = []
-        for i in rows:
-            x = (h * (c @ q[i]) + s * (c @ p[i])) / tau
-            log_kappa.append(valid[i].sum().double().log() + x - x[valid[i]].logsumexp(0))
-            torch.testing.assert_close(
-                log_kappa[i][valid[i]].exp().mean(), torch.ones((), dtype=torch.float64)
-            )
-    losses = []
-    for i in rows:
-        z = (c @ q[i] / (tau * factor[i]) + log_kappa[i] - log_q)[valid[i]]
-        z_positive = p[i] @ q[i] / (tau * factor[i]) - positive_log_q[i]
-        weight = inputs["example_weights"][i]
-        domains = [int(d) for d in inputs["domain_ids"][i] if d >= 0]
-        if domains:
-            weight = weight * inputs["domain_weights"][domains].mean()
-        losses.append(weight * (torch.cat((z, z_positive[None])).logsumexp(0) - z_positive))
-    expected = torch.stack(losses).sum() / active.sum()
-    options = {"hardness": h, "similarity": s, "competition": k, "slate_size": slate_size}
-    got = BY_NAME["dual scale, everything"].loss({**inputs, **options}, "eager")
-    torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
-    leaves = [v for v in inputs.values() if isinstance(v, Tensor) and v.requires_grad]
-    for a, b in zip(
-        torch.autograd.grad(got, leaves), torch.autograd.grad(expected, leaves), strict=True
-    ):
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
 def test_dual_scale_takes_the_other_rows_as_any_candidates(backend: str) -> None:

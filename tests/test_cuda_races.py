@@ -8,6 +8,7 @@ the source have to be reported.
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -70,8 +71,8 @@ ROW_LOSS = "static_cast<Number*>(call.row_loss)[row] = row_loss;"
     ("right", "wrong", "reported"),
     [
         # Barriers of the block, of the warp, of the grid; a copy that nobody waits for.
-        ("sync_block();  // the block of", "// ", "a race with .* of shared memory"),
-        ("sync_block();  // the buffers", "// ", "a race with .* of shared memory"),
+        ("sync_block();\n    if (step + 1", "if (step + 1", "a race with .* of shared memory"),
+        ("sync_block();\n}\n", "}\n", "a race with .* of shared memory"),
         ("wait_copies();", "", "a race with a copy in the background .* of shared memory"),
         ("  p.sync_team();\n}", "}", "a race with a write .* of shared memory"),
         ("p.sync_team();\n  const Unit", "const Unit", "nobody has written it: .* of space"),
@@ -119,12 +120,13 @@ def test_planted_mistake_is_reported(
 
 
 @pytest.mark.parametrize(
-    "barrier", ["sync_block();  // those of", "sync_block();  // all have told"]
+    "behind",
+    ["  }\n#pragma unroll\n  for (int k = 0; k < S::BN", "      each([&](Number& mine, int row) {"],
 )
 def test_missing_barrier_of_warps_that_share_rows_is_reported(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cache: Path, barrier: str
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cache: Path, behind: str
 ) -> None:
-    planted = barrier, "// ", "(race|nobody) .* of shared memory"
+    planted = f"sync_block();\n{behind}", behind, "(race|nobody) .* of shared memory"
     check_report(monkeypatch, tmp_path, cache, TEAMS, planted)
 
 
@@ -139,7 +141,7 @@ def check_report(
     shutil.copytree(compilers.source_dir() / "cuda", tmp_path / "cuda")
     found = 0
     for path in (tmp_path / "cuda").iterdir():
-        text = path.read_text()
+        text = re.sub(r"^ *//.*\n| *//.*", "", path.read_text(), flags=re.M)  # code alone
         if path.name in ("sampled_softmax.cu",) or path.suffix == ".cuh":
             found += text.count(right)
             path.write_text(text.replace(right, wrong))

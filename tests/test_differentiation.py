@@ -275,8 +275,11 @@ def test_vmap_is_the_slices_one_by_one(name):
         stacked = [torch.stack([v, v * 1.5]) if i in batched else v for i, v in enumerate(values)]
         dims = tuple(0 if i in batched else None for i in places)
         slices = [[v[k] if i in batched else v for i, v in enumerate(stacked)] for k in (0, 1)]
-        got = torch.func.vmap(loss, dims)(*stacked)
-        torch.testing.assert_close(got, torch.stack([loss(*one) for one in slices]))
+        wanted = torch.stack([loss(*one) for one in slices])
+        torch.testing.assert_close(torch.func.vmap(loss, dims)(*stacked), wanted)
+        behind = [v.movedim(0, -1) if i in batched else v for i, v in enumerate(stacked)]
+        last = tuple(-1 if dim == 0 else None for dim in dims)
+        torch.testing.assert_close(torch.func.vmap(loss, last)(*behind), wanted)
         got = torch.func.vmap(torch.func.grad(loss, places), dims)(*stacked)
         for k, one in enumerate(slices):
             assert_all_close([g[k] for g in got], gradients(loss, one))

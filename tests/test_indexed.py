@@ -91,6 +91,19 @@ def test_sparse_gradient_is_coalesced_and_equals_the_dense_one(
     assert torch.equal(sparse_gradient.to_dense(), gradients[False])
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_sparse_gradient_keeps_rows_that_hold_a_zero(backend: str, name: str) -> None:
+    """Only rows that are zero altogether are left out."""
+    inputs = BY_NAME[name].inputs(torch.float64)
+    with torch.no_grad():  # one dimension of everything, so that it is zero in the gradient as well
+        inputs["query"][:, 3] = inputs["table"][:, 3] = 0
+    loss = BY_NAME[name].loss({**inputs, "sparse_grad": True}, backend)
+    dense = BY_NAME[name].loss(inputs, backend)
+    (got,), (wanted,) = (torch.autograd.grad(x.sum(), [inputs["table"]]) for x in (loss, dense))
+    assert len(got.indices()[0]) == int(wanted.any(1).sum()) > 10
+    torch.testing.assert_close(got.to_dense(), wanted)
+
+
 def test_sparse_gradient_of_a_row_nobody_drew_is_not_stored(backend: str) -> None:
     items = torch.randn(1000, 4, requires_grad=True)
     positive_ids, negative_ids = torch.tensor([7, 9]), torch.tensor([[998, 7, 5], [998, 9, 998]])
@@ -251,6 +264,18 @@ def test_rows_past_two_to_the_31_elements_are_the_right_ones(backend: str, tmp_p
         touched = expected.abs().sum(1) > 0
         assert got.indices()[0].tolist() == used[touched].tolist()
         assert torch.equal(got.values(), expected[touched])
+
+
+@pytest.mark.parametrize("backend", ["chunked", "cpu"], indirect=True)
+def test_row_outside_the_table_is_read_as_nan_and_gets_no_gradient(backend: str) -> None:
+    """Where values are looked at, such an id is an error before anything is read."""
+    items = torch.randn(4, 3, requires_grad=True)
+    ids = torch.tensor([0, 3, 4, -1, 1 << 40])
+    rows = table.gather_rows(items, ids, False, backend)
+    assert torch.equal(rows[:2], items[[0, 3]])
+    assert rows[2:].isnan().all()
+    (gradient,) = torch.autograd.grad(rows, items, torch.ones(5, 3))
+    assert gradient.tolist() == [[1.0] * 3, [0.0] * 3, [0.0] * 3, [1.0] * 3]
 
 
 def test_gradient_of_no_places_is_zero(backend: str) -> None:

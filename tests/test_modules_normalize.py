@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from module_inputs import ITEMS, KINDS, B, D, call, draws, item_domains, table_of
+from module_inputs import ITEMS, KINDS, B, D, N, call, draws, item_domains, table_of
 
 from dwl_kernels.modules.normalize import normalised
 
@@ -201,3 +201,44 @@ def test_padded_ids_never_touch_the_gradient_of_the_table(kind):
     for other in outcomes[1:]:
         for one, two in zip(outcomes[0], other, strict=True):
             assert torch.equal(one, two)
+
+
+@EVERY_KIND
+def test_batches_of_sequences_are_normalised_step_by_step(kind):
+    """[batch, time, D] with padding that holds NaN: rows of length 1, made by hand, one by one."""
+    leading, reduction = (2, B // 2), "none"
+    options = {"temperature": 0.5, "reduction": reduction, "backend": "eager"}
+    table, ids = table_of(), draws()
+    table = (table.detach() * torch.arange(1, ITEMS + 1)[:, None]).requires_grad_()
+    query = torch.randn(B, D, generator=torch.Generator().manual_seed(0)).double()
+    query = (query * torch.arange(1, B + 1)[:, None]).requires_grad_()
+    weights = torch.tensor([1.0, 1.0, 0.0, 2.0, 0.5, 1.0])
+    broken = torch.where(weights[:, None] == 0, torch.nan, query.detach()).requires_grad_()
+
+    def shaped(x):
+        return x.reshape(*leading, *x.shape[1:])
+
+    per_row = {"positive_ids", "positive_log_q", "domain_ids"}
+    stepped = {name: shaped(x) if name in per_row else x for name, x in ids.items()}
+    if kind == "by row":  # `call` makes negatives of every row's own for [B]
+        rows = torch.arange(B)[:, None]
+        own = {"negative_ids": (ids["negative_ids"] + rows) % ITEMS}
+        own["negative_log_q"] = ids["negative_log_q"].expand(B, N)
+        named = {**stepped, **{name: shaped(x) for name, x in own.items()}}
+        del named["domain_ids"]
+        got = KINDS[kind](normalize=True, **options)(
+            shaped(broken), table=table, example_weights=shaped(weights), **named
+        )
+    else:
+        loss_fn = KINDS[kind](normalize=True, **options)
+        got = call(kind, loss_fn, shaped(broken), table, stepped, example_weights=shaped(weights))
+    assert got.shape == leading
+    unit = torch.stack([row / sum(x * x for x in row) ** 0.5 for row in query])
+    units = torch.stack([row / sum(x * x for x in row) ** 0.5 for row in table])
+    wanted = call(kind, KINDS[kind](**options), unit, units, ids, example_weights=weights)
+    torch.testing.assert_close(got, shaped(wanted))
+    gradients = torch.autograd.grad(got.sum(), (broken, table))
+    for one, other in zip(
+        gradients, torch.autograd.grad(wanted.sum(), (query, table)), strict=True
+    ):
+        torch.testing.assert_close(one, other)

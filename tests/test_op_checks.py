@@ -11,6 +11,8 @@ import re
 import pytest
 import torch
 
+from dwl_kernels.core.problem import DualScale, PerRowProblem, RowOptions, SharedProblem
+from dwl_kernels.ops import ARGUMENTS, arguments_of, problem_of
 from dwl_kernels.ops import DTYPES as _DTYPES
 
 B, N, D, V, K = 3, 5, 4, 7, 2
@@ -254,3 +256,29 @@ def test_ops_of_empty_lists_and_sizes():
     )
     assert loss == 0
     assert not any(gradient.any() for gradient in gradients)
+
+
+OF_ROWS = RowOptions(
+    *(torch.ones(B, 1), torch.ones(2), torch.ones(B), torch.ones(())),
+    *(0.3, 5, "refined", "weighted_mean"),
+)
+PROBLEMS = [
+    SharedProblem(
+        *(torch.full((1,), float(place)) for place in range(8)),
+        rows=OF_ROWS,
+        skip_threshold=0.1,
+        dual=DualScale(0.2, 0.4, 3, 0.6),
+    ),
+    PerRowProblem(*(torch.full((1,), float(place)) for place in range(6)), rows=OF_ROWS),
+]
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda problem: type(problem).__name__)
+def test_arguments_of_the_op_are_the_problem_again(problem):
+    """Every field has a value of its own, so that none can take the place of another."""
+    names = [argument.name for argument in ARGUMENTS]
+    again = problem_of(dict(zip(names, arguments_of(problem), strict=True)))
+    assert type(again) is type(problem)
+    assert all(one is other for one, other in zip(again.tensors(), problem.tensors(), strict=True))
+    none = [None] * len(problem.tensors())
+    assert again.with_tensors(none) == problem.with_tensors(none)

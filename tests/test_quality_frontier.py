@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from rich.console import Console
 from test_quality_main import folder as folder  # a fixture
 
 from benchmarks.quality import frontier
 from benchmarks.quality.frontier import Point, chosen
+from benchmarks.quality.metrics import LeaveOneOut
 from benchmarks.quality.report import Change
+from benchmarks.quality.train import Config, measure_domains
+from dwl_kernels.examples.synthetic import synthetic
 
 
 def point(high: float, overall: float, sparse: float, method: str = "dynamic") -> Point:
@@ -32,6 +40,64 @@ def test_range_that_lifts_most_at_a_small_price_is_chosen_on_the_validation_item
     assert best is not None
     assert best.high == 4
     assert chosen(points[2:]) is None
+
+
+def test_every_part_is_ranked_with_the_bonus_of_every_range(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    split = LeaveOneOut(synthetic(users=30, items=60, domains=3, length=8))
+    config = Config(epochs=1, max_length=8)
+    model: Any = object()
+    monkeypatch.setattr(frontier, "train", lambda *args: SimpleNamespace(model=model, args=args))
+    monkeypatch.setattr(
+        frontier,
+        "rank_targets",
+        lambda found, split, part, bonus=None: (found is model, part, bonus),
+    )
+    threads = torch.get_num_threads()
+    ranks, served = frontier.ranks_of_model("plain", split, config, 0, [2.0, 8.0])
+    torch.set_num_threads(threads)
+    assert ranks == {part: (True, part, None) for part in ("validation", "test")}
+    assert list(served) == [2.0, 8.0]
+    domains = torch.from_numpy(split.data.item_domains)
+    for high, by_part in served.items():
+        weights = measure_domains(split, replace(config, weight_range=(1.0, high)))
+        for part, (own, said, bonus) in by_part.items():
+            assert (own, said) == (True, part)
+            torch.testing.assert_close(bonus, weights.log_weight(domains))
+    assert frontier.ranks_of_model("dynamic", split, config, 0, [2.0])[1] == {}
+    torch.set_num_threads(threads)
+
+
+def test_every_point_is_trained_with_its_own_range_and_calibration(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: dict[Any, Any] = {}
+
+    def in_processes(function: Any, calls: dict[Any, Any], jobs: int) -> Any:
+        asked.update(calls)
+        ranks = {part: np.zeros(3, np.int64) for part in ("validation", "test")}
+        return [(name, (ranks, dict.fromkeys((2.0, 8.0), ranks))) for name in calls]
+
+    monkeypatch.setattr(frontier, "in_processes", in_processes)
+    config, split = Config(epochs=1, max_length=8), object()
+    console = Console(quiet=True)
+    frontier.all_ranks(split, config, [2.0, 8.0], 2, 1, console)  # type: ignore[arg-type]
+    trained = {
+        name: (loss, c.weight_range, c.calibration) for name, (loss, _, c, *_) in asked.items()
+    }
+    assert (
+        trained.pop(("plain", 1.0, 0))
+        == trained.pop(("plain", 1.0, 1))
+        == (
+            *("plain", config.weight_range),
+            0.0,
+        )
+    )
+    for (method, high, _), found in trained.items():
+        loss, _, calibrated = method.partition(", ")
+        assert found == (loss, (1.0, high), float(bool(calibrated)))
+    assert len(trained) == 3 * 2 * 2
 
 
 def test_frontier_has_every_method_and_range(

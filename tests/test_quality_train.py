@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.quality import train as training
 from benchmarks.quality.metrics import LeaveOneOut, ndcg
 from benchmarks.quality.train import (
     Config,
+    Run,
     TrainedLoss,
     batches,
     by_hand,
@@ -74,6 +76,88 @@ def test_test_and_validation_items_do_not_reach_the_training() -> None:
     counted = measure_domains(split, CONFIG).interactions
     trained = domains[items[split.train_mask]]
     assert counted.tolist() == np.bincount(trained[trained >= 0], minlength=3).tolist()
+
+
+def test_negatives_are_drawn_by_the_popularity_of_the_training_part(
+    split: LeaveOneOut, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the two last items of every user nothing is known."""
+    made, sampler = [], training.UnigramSampler
+
+    def make(counts: torch.Tensor, power: float) -> training.UnigramSampler:
+        made.append((counts, power))
+        return sampler(counts, power)
+
+    monkeypatch.setattr(training, "UnigramSampler", make)
+    train("plain", split, CONFIG, seed=0)
+    ((counts, power),) = made
+    expected = [1] * split.data.num_items  # every item can be drawn
+    for user in range(split.data.num_users):
+        for item in split.data.sequence(user)[:-2]:
+            expected[item] += 1
+    assert counts.tolist() == expected
+    assert power == CONFIG.sampling_power != 1
+
+
+def test_epoch_is_chosen_on_the_validation_items_and_ranked_on_the_test_items(
+    split: LeaveOneOut, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second of three epochs validates best; the test items would have the last one."""
+    asked: list[str] = []
+    states: list[torch.Tensor] = []
+    ranks = {"validation": [5, 0, 9], "test": [7, 7, 0]}
+
+    def rank(model: torch.nn.Module, split: LeaveOneOut, part: str) -> np.ndarray:
+        asked.append(part)
+        states.append(model.items.weight.detach().clone())  # type: ignore[union-attr,operator]
+        return np.full(len(split.users), ranks[part][min(len(asked), 3) - 1])
+
+    monkeypatch.setattr(training, "rank_targets", rank)
+    run = train("plain", split, replace(CONFIG, epochs=3), seed=0)
+    assert asked == ["validation"] * 3 + ["test"]
+    assert run.best_epoch == 2
+    expected = [float(ndcg(np.array([r]))[0]) for r in ranks["validation"]]
+    assert run.validation == pytest.approx(expected)
+    assert torch.equal(run.model.items.weight, states[1])
+    assert not torch.equal(states[1], states[2])
+    assert torch.equal(states[3], states[1])  # the test items are ranked by the chosen model
+
+
+def test_draws_carry_their_ids_and_the_log_q_of_the_sampler(split: LeaveOneOut) -> None:
+    sampler = training.UnigramSampler(torch.arange(1, 121))
+    table, targets = torch.randn(120, 4), torch.tensor([[3, 5], [7, 5]])
+    drawn = training.draw(sampler, table, targets, 50, torch.Generator().manual_seed(0))
+    ids = drawn["negative_ids"]
+    assert ids.shape == (50,)
+    assert torch.equal(drawn["positive_ids"], targets)
+    assert torch.equal(drawn["positive"], table[targets])
+    assert torch.equal(drawn["negative"], table[ids])
+    for name, items in (("positive_log_q", targets), ("negative_log_q", ids)):
+        exact = ((items + 1) / (120 * 121 / 2)).log()
+        torch.testing.assert_close(drawn[name], exact)
+
+
+def test_windows_of_long_sequences_start_anywhere(split: LeaveOneOut) -> None:
+    """Over many epochs the first training step of every user is seen, and the last one."""
+    seen = set()
+    rng = np.random.default_rng(0)
+    config = replace(CONFIG, max_length=10)
+    for _ in range(100):
+        for batch in batches(split, config, rng):
+            real = batch.example_weights == 1
+            seen |= {*zip(batch.inputs[real].tolist(), batch.targets[real].tolist(), strict=True)}
+    for user in range(split.data.num_users):
+        steps = list(pairwise(split.data.sequence(user)[:-2].tolist()))
+        assert {steps[0], steps[-1]} <= seen
+
+
+def test_calibration_and_range_reach_the_weighted_losses(split: LeaveOneOut) -> None:
+    config = replace(CONFIG, calibration=0.5, weight_range=(1.0, 7.0), temperature=0.3)
+    for loss in ("dynamic", "dual-dynamic"):
+        module = make_loss(loss, split, config)
+        assert (module.calibration, module.temperature) == (0.5, 0.3)
+        assert module.domain_weights is not None
+        assert module.domain_weights.weight_range == (1.0, 7.0)
 
 
 def test_steps_per_epoch_is_the_number_of_batches(split: LeaveOneOut) -> None:
@@ -154,6 +238,20 @@ def test_bonus_ranks_with_the_plain_model(split: LeaveOneOut) -> None:
     tilted = with_bonus(plain, split, replace(CONFIG, weight_range=(1.0, 100.0)))
     assert tilted.model is plain.model
     assert not np.array_equal(tilted.ranks, plain.ranks)
+
+
+def test_bonus_ranks_the_test_items_with_the_log_weights_of_the_training_part(
+    split: LeaveOneOut, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr(training, "rank_targets", lambda *args: asked.append(args) or args[2])
+    plain = Run("plain", 0, np.zeros(1), 1, [], 0.0, 0.0, [], None)  # type: ignore[arg-type]
+    assert with_bonus(plain, split, CONFIG).ranks == "test"
+    weights = measure_domains(split, CONFIG)()
+    for item, bonus in enumerate(asked[0][3].tolist()):
+        domains = [d for d in split.data.item_domains[item] if d >= 0]
+        mean = sum(float(weights[d]) for d in domains) / len(domains)
+        assert bonus == pytest.approx(np.log(mean), abs=1e-5)
 
 
 def test_loss_that_is_not_finite_stops_the_run(split: LeaveOneOut) -> None:

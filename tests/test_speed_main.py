@@ -70,12 +70,15 @@ def test_report_is_plain_json_that_names_commit_machine_shape_and_rounds(
 def test_too_large_version_is_left_out_with_the_bytes_it_would_need(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(suite, "machine_bytes", lambda device: 1e4)
+    needed = TINY[0].needed_bytes("eager")
+    monkeypatch.setattr(suite, "machine_bytes", lambda device: needed / 0.81)  # a fifth stays free
     few = Rounds(0, least=1, most=1)
     todo = suite.Plan("cpu", "dry", TINY[:1], {}, few, few, few)
     found, figures = suite.admit(TINY[0], TINY[0], todo)
     assert "eager" not in found
     assert figures["too_large"]["eager"] == 4 * 37 * 53 * 4
+    monkeypatch.setattr(suite, "machine_bytes", lambda device: needed / 0.79)
+    assert "eager" in suite.admit(TINY[0], TINY[0], todo)[0]
     figures["versions"] = []
     assert "would need" in printed(shape_table(figures))
 
