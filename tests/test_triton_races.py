@@ -106,7 +106,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     monkeypatch.setattr(builder, "create_masked_load", watched_load)
     monkeypatch.setattr(builder, "create_masked_store", watched_store)
     monkeypatch.setattr(builder, "create_atomic_rmw", watched_atomic)
-    for module in (triton_kernels, triton_indexed):
+    for module in (triton_kernels, triton_indexed, triton_prologue):
         monkeypatch.setattr(module, "range", watched_range, raising=False)
     monkeypatch.setattr(host, "launch", watched_launch)
     monkeypatch.setattr(host, "INTERPRETER", host.Interpreter(Tiles(16, 16, 16, 16, 1, 1, 4, 1), 7))

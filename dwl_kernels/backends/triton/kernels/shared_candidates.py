@@ -20,8 +20,8 @@ larger of two logits, that of its positive and the largest of the first block: n
 on the way. Only where a total leaves the range of the dtype, a candidate being e^113 times as
 likely as those two, the tile looks for its maxima and starts again. Then the row has all it needs:
 its loss, ``dq`` and ``dp``. For phase 2 it leaves one number, ``lse - log2(a / tau)``: with it
-``exp2(z - statistic)`` *is* ``a p / tau``, so domain weights, reduction and temperature cost phase 2 nothing
-per element; ``a = 0`` gives an infinite statistic and exact zeros. Phase 2 keeps BLOCK_N2
+``exp2(z - statistic)`` *is* ``a p / tau``, so domain weights, reduction and temperature cost phase
+2 nothing per element; ``a = 0`` gives an infinite statistic and exact zeros. Phase 2 keeps BLOCK_N2
 candidates, recomputes the transposed logits with the rows that pass, and its second product sums
 ``dc`` to the end.
 
