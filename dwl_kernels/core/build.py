@@ -139,12 +139,15 @@ def in_batch_problem(
     positive_log_q = flat_log_q(log_q_name, log_q, leading, query, rows.example_weights)
     more_log_q = flat_log_q("negative_log_q", negative_log_q, more, query)
     positives = flat_rows(positive)
+    of_batch = positive_log_q
+    if of_batch is None and more_log_q is not None:  # which only takes negatives out
+        of_batch = more_log_q.new_zeros(len(positives))
     return SharedProblem(
         query=flat_rows(query),
         positive=None,
         candidates=positives if negative is None else torch.cat((positives, negative)),
         positive_log_q=positive_log_q,
-        candidate_log_q=_joined(positive_log_q, more_log_q),
+        candidate_log_q=_joined(of_batch, more_log_q),
         positive_ids=both[0],
         candidate_ids=_joined(both[0], both[1]),
         dual=None if dual is None else effective_dual(dual),
@@ -301,19 +304,15 @@ def leave_out_no_items(
     negative_ids: Tensor,  # [N]
     positive_log_q: Any,  # [...], perhaps calibrated
     negative_log_q: Any,  # [N]
-    mixed: bool = False,
 ) -> tuple[Tensor, Any]:
     """Shared negatives without those that are no items.
 
     Where values are not looked at, and sizes must not depend on them, these get a log-Q of +inf.
-    Next to candidates of the batch that have none (`mixed`), the loss of all rows is then NaN.
     """
     absent = negative_ids == NO_ITEM
     if not checks_values(absent):
         given = as_given(positive_log_q), as_given(negative_log_q)
         both_or_none("positive_log_q", given[0], "negative_log_q", given[1])
-        if mixed and negative_log_q is None:
-            return negative_ids, None
         tilt = torch.zeros_like(absent, dtype=torch.float32)
         if isinstance(negative_log_q, Calibrated):
             negative_log_q, tilt = negative_log_q

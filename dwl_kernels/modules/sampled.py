@@ -275,7 +275,7 @@ class DynamicWeightedSampledSoftmax(WeightedLoss):
             )
         if table is not None:
             assert positive_ids is not None  # _check_candidates has looked
-            positive, negative = self._read(query, table, example_weights, draws, in_batch)
+            positive, negative = self._read(query, table, example_weights, draws)
             positive_ids, negative_ids = draws["positive_ids"], draws["negative_ids"]
         assert positive is not None  # likewise
         if self.normalize:
@@ -296,7 +296,6 @@ class DynamicWeightedSampledSoftmax(WeightedLoss):
         table: Tensor,  # [V, D]
         example_weights: Tensor | None,  # [...]
         draws: dict[str, Any],  # ids and log-Q; negatives that are no items are left out of it
-        in_batch: bool,
     ) -> tuple[Tensor, Tensor | None]:  # [..., D], [N, D]
         """The embeddings that the ids name."""
         positive_ids, drawn = draws["positive_ids"], draws["negative_ids"]
@@ -305,7 +304,7 @@ class DynamicWeightedSampledSoftmax(WeightedLoss):
         ids = indexed_ids(query, table, positive_ids, drawn, example_weights)
         if draws["negative_ids"] is not None:
             log_q = draws["positive_log_q"], draws["negative_log_q"]
-            drawn, negative_log_q = leave_out_no_items(ids[1], *log_q, in_batch)
+            drawn, negative_log_q = leave_out_no_items(ids[1], *log_q)
             draws |= {"negative_ids": drawn, "negative_log_q": negative_log_q}
         positive, negative = shared_rows(table, ids[0], drawn, self.sparse_grad, self.backend)
         return positive, None if draws["negative_ids"] is None else negative

@@ -74,6 +74,8 @@ def _solve_shared(
     if problem.dual is not None:
         scaled = dual_scale(problem, problem.dual, prepared, query, positive, candidates)
         tau, score, shift = scaled.tau, scaled.score, scaled.shift
+    refined = problem.rows.correction == "refined"
+    positive_log_q = problem.positive_log_q if refined else log_q_of_positives(problem)
     row_loss, *gradients = torch.ops.dwl_kernels_native.sampled_softmax(
         query=query,
         positive=None if problem.positive is None else positive,
@@ -81,7 +83,7 @@ def _solve_shared(
         target=None if problem.target is None else problem.own_columns(),
         tau=tau.contiguous(),
         coefficient=prepared.coefficient,
-        positive_log_q=_contiguous(log_q_of_positives(problem)),
+        positive_log_q=_contiguous(positive_log_q),
         candidate_log_q=_contiguous(log_q_of_candidates(problem)),
         score=_contiguous(score),
         shift=_contiguous(shift),
@@ -89,7 +91,7 @@ def _solve_shared(
         candidate_ids=_contiguous(problem.candidate_ids, torch.int64),
         skip_below=skippable_below(problem, prepared.weight),
         active=prepared.active,
-        refined=problem.rows.correction == "refined",
+        refined=refined,
         want_query=wanted.query or wanted.temperature,
         want_positive=wanted.positive,
         want_candidates=wanted.candidates,
