@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from dwl_kernels.backends import compilers
-from dwl_kernels.backends.cache import BuildError
+from dwl_kernels.backends.cache import BuildError, digest
 from dwl_kernels.backends.cpu import build as cpu_build
 
 SOURCE = 'extern "C" int answer() { return helper(); }\n'
@@ -107,6 +107,27 @@ def test_lower_cpu_capability_gets_a_library_of_its_own(
     here = cpu_build.build(csrc=csrc)
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "DEFAULT")
     assert cpu_build.build(csrc=csrc) != here
+
+
+def test_library_of_another_pytorch_machine_or_layout_is_another(
+    csrc: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its key says so; nothing is compiled for it."""
+    files = sorted(csrc.rglob("*.cpp"))
+    keys = [cpu_build._key(csrc, files)]
+    for name, value in (("torch.__version__", "9.9.9"), ("platform.machine", lambda: "another")):
+        with monkeypatch.context() as patch:
+            patch.setattr(name, value)
+            keys.append(cpu_build._key(csrc, files))
+    files[0] = files[0].rename(files[0].with_name("moved.cpp"))  # of the same content
+    keys.append(cpu_build._key(csrc, files))
+    assert len({*keys}) == 4
+
+
+def test_parts_that_only_join_to_the_same_text_have_digests_of_their_own() -> None:
+    parts = [("ab", "c"), ("a", "bc"), ("abc",), ("c", "ab"), ("ab", "c", "")]
+    assert len({digest(*some) for some in parts}) == len(parts)
+    assert digest("ab", b"c") == digest(b"ab", "c")
 
 
 def test_processes_that_start_together_compile_once(

@@ -21,9 +21,11 @@ from dwl_kernels import (
     StreamingFrequency,
     UniformSampler,
     UnigramSampler,
+    backends,
     ops,
 )
 from dwl_kernels.backends import chunked
+from dwl_kernels.core import values
 
 COPIES = {torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default}
 META = torch.device("meta")
@@ -162,5 +164,34 @@ def test_gradient_of_a_table_is_summed_on_its_device(weighted: bool) -> None:
     ids = torch.zeros(5, 3, dtype=torch.int64, device=META)
     coefficients = [torch.ones(5, 3, device=META)] if weighted else []
     source = torch.ones(5, 4, device=META)
-    values, _ = chunked.table_gradient(source, [ids], coefficients, 7, torch.bfloat16, False)
-    assert (values.device, values.shape, values.dtype) == (META, (7, 4), torch.bfloat16)
+    table, _ = chunked.table_gradient(source, [ids], coefficients, 7, torch.bfloat16, False)
+    assert (table.device, table.shape, table.dtype) == (META, (7, 4), torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", ["eager", "chunked", "cpu"])
+@pytest.mark.parametrize(
+    ("what", "wrong"),
+    [
+        *(("example_weights", -1.0), ("temperature", -1.0), ("temperature", torch.inf)),
+        *(("domain_ids", 5), ("domain_ids", -2), ("target", 33), ("target", -1)),
+    ],
+)
+def test_wrong_value_makes_its_row_nan_where_a_look_would_wait(
+    monkeypatch: pytest.MonkeyPatch, what: str, wrong: float, name: str
+) -> None:
+    if (reason := backends.unavailable_reason(name, "cpu")) is not None:
+        pytest.skip(reason)
+    if name == "cpu" and (what, wrong) == ("temperature", -1.0):
+        pytest.skip("the kernel looks at it itself, and raises")
+    case = cases.Case("wrong", kind="full", temperature="rows", **EVERYTHING)
+    inputs = {**case.inputs(torch.float32), "reduction": "none"}
+    inputs["example_weights"] += 1
+    inputs["target"].clamp_(min=0)
+    expected = case.loss(inputs, name).detach()
+    with torch.no_grad():
+        inputs[what][3] = wrong
+    monkeypatch.setattr(values, "checks_values", lambda tensor: False)
+    loss = case.loss(inputs, name).detach()
+    assert loss[3].isnan()
+    others = torch.arange(case.rows) != 3
+    torch.testing.assert_close(loss[others], expected[others])

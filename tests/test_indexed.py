@@ -207,6 +207,21 @@ def test_sum_by_id_is_index_add(backend: str, compact: bool, weighted: bool) -> 
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("compact", [False, True])
+def test_padded_row_of_nan_reaches_no_row_of_the_table(backend: str, compact: bool) -> None:
+    """Its ids are of the table, and its coefficients are 0."""
+    source = torch.ones(3, 4)
+    source[1] = torch.nan
+    ids, coefficients = torch.tensor([[0, 2], [2, 4], [2, 5]]), torch.ones(3, 2)
+    coefficients[1] = 0
+    call = (source, [ids], [coefficients], 6, torch.float32, compact, backend)
+    values, distinct = torch.ops.dwl_kernels.table_gradient(*call)
+    if compact:
+        assert distinct.tolist() == [0, 2, 5]
+    expected = torch.tensor([1.0, 0.0, 2.0, 0.0, 0.0, 1.0])[:, None].expand(6, 4)
+    assert torch.equal(values, expected[distinct] if compact else expected)
+
+
 def test_ids_past_32_bits_are_sorted_and_summed(backend: str) -> None:
     big = 1 << 40
     ids = torch.tensor([[big - 1], [3], [big - 1], [1 << 33], [big]])

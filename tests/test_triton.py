@@ -44,6 +44,18 @@ def test_tile_shapes_and_splits_do_not_change_the_result(
 
 
 @interpreted
+@pytest.mark.parametrize("tiles", [(16, 32, 32, 16), (32, 16, 16, 32)], ids=str)
+@pytest.mark.parametrize("name", ["in-batch", "mixed without ids"])
+def test_own_positive_is_found_in_tiles_that_are_no_squares(
+    monkeypatch: pytest.MonkeyPatch, name: str, tiles: tuple[int, ...]
+) -> None:
+    """Ids do not find it there, and it lies in blocks that begin elsewhere than their tile."""
+    use(monkeypatch, tiles, 3)
+    case = dataclasses.replace(BY_NAME[name], rows=35)
+    cases.check(case, "triton", torch.float64)
+
+
+@interpreted
 @pytest.mark.parametrize("workers", [3, 40])
 @pytest.mark.parametrize("name", ["full softmax, past the tile", "dual scale, everything"])
 def test_targets_and_slates_may_stand_anywhere_in_the_tiles(
