@@ -239,8 +239,8 @@ def _gradients(
     return gradients
 
 
-# What `Function.apply` comes to where no transform of functions is at work. The host needs 131 us for
-# a small step this way and 135 us through `apply`.
+# What `Function.apply` comes to where no transform of functions is at work. The host needs 131 us
+# for a small step this way and 135 us through `apply`.
 _apply: Any = super(torch.autograd.Function, _SoftmaxLoss).apply
 
 
