@@ -36,7 +36,7 @@ from dwl_kernels.core.problem import GradMask, Problem
 REASON = backends.unavailable_reason("triton", "cpu")
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 BY_NAME = {case.name: case for case in cases.CASES}
-OTHER_FORM = ("dual", "indexed_rows")  # kinds that it does not take
+OTHER_FORM = ("indexed_rows",)  # kinds that it does not take
 WIDE = [case for case in cases.CASES if case.kind not in OTHER_FORM]
 # Between them they have every path through the kernels.
 AT_ANY_WIDTH = pytest.mark.usefixtures("asked")
@@ -46,6 +46,7 @@ IN_ALL_DTYPES = [
     *("a candidate of log-Q -inf", "a positive of log-Q +inf", "domains of weight zero"),
     *("mixed, everything", "in-batch, NaN in the padding", "in-batch, refined", "in-batch"),
     *("full softmax, past the tile", "full softmax, NaN in the padding", "full softmax, none"),
+    *("dual scale, everything", "dual scale, in-batch, everything", "dual scale, refined"),
 ]
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -65,7 +66,8 @@ def wide(case: cases.Case, dim: int = 0) -> cases.Case:
     """The case with embeddings of 257, or of a multiple of 16.
 
     Queries shrink, so that logits stay as large as they were: at a standard deviation of 23 their
-    own rounding is all there is to see, and eager's luck with it decides.
+    own rounding is all there is to see, and eager's luck with it decides. With the dual scale so do
+    positives, which are a second query.
     """
     dim = dim or (320 if case.dim == 96 else 257)
 
@@ -73,6 +75,8 @@ def wide(case: cases.Case, dim: int = 0) -> cases.Case:
         if case.change is not None:
             case.change(inputs)
         inputs["query"] *= (case.dim / dim) ** 0.5
+        if case.kind == "dual":
+            inputs["positive"] *= (case.dim / dim) ** 0.5
 
     return dataclasses.replace(case, dim=dim, change=change)
 
@@ -290,17 +294,16 @@ def accepted(kind: str, **options: Any) -> Problem:
     return found[0]
 
 
-@pytest.mark.parametrize("kind", ["sampled", "in_batch", "mixed", "full", "indexed"])
+@pytest.mark.parametrize("kind", ["sampled", "in_batch", "mixed", "full", "indexed", "dual"])
 def test_triton_takes_wide_embeddings(kind: str) -> None:
     problem = accepted(kind)
     assert backends.unsupported_reason("triton", problem) is None
     assert backends.pick("triton", problem) is backends.triton_backend.solve
 
 
-@pytest.mark.parametrize(("kind", "what"), [("dual", "dual scale"), ("indexed_rows", "by row")])
-def test_what_it_does_not_take_goes_the_way_it_went(kind: str, what: str) -> None:
-    problem = accepted(kind)
-    with pytest.raises(RuntimeError, match=rf"{what}.*at most 256.*chunked"):
+def test_candidates_per_row_go_the_way_they_went() -> None:
+    problem = accepted("indexed_rows")
+    with pytest.raises(RuntimeError, match=r"by row.*at most 256.*chunked"):
         backends.pick("triton", problem)
     assert backends.unsupported_reason("chunked", problem) is None
 
@@ -372,6 +375,7 @@ def watched(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> Recorder:  #
     [
         *("plain", "mixed, everything", "in-batch, NaN in the padding", "refined, everything"),
         *("everything, none", "everything, weighted_mean", "full softmax, NaN in the padding"),
+        "dual scale, everything",
     ],
 )
 def test_no_program_touches_what_another_one_writes(watched: Recorder, name: str) -> None:

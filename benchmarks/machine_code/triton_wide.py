@@ -27,7 +27,7 @@ def launch_of(row: Row) -> tuple[Any, Launch, Any]:
     name, kind, d, dtype, options, _, reduction = row
     problem, wanted = example(kind, d, dtype, options, reduction)
     row_grad = torch.zeros(len(problem.query)) if reduction == "none" else None
-    call = triton_wide.prepare(problem, prepare(problem, row_grad), wanted, row_grad)
+    call = triton_wide.prepare(problem, prepare(problem, row_grad), None, wanted, row_grad)
     one = call.launched[NAMES.index(name)]
     return one.kernel, Launch(one.arguments(0, 64, one.tensors), one.options), one.shape
 

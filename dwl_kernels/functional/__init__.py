@@ -24,8 +24,8 @@ memory             beyond inputs and gradients: ``eager`` several times ``B N``;
                    ``256 (D + 3)``; ``triton`` with D above 256 2^23 logits, or those of 512 rows,
                    at most 2^27, and ``N D`` numbers. By row none holds ``[B, K, D]``; the gradient
                    of the table takes a list of the ``B (K + 1)`` places
-does not take      ``cpu``: float16; ``triton``: float64, and with D above 256 the dual scale and
-                   candidates by row; ``cuda``: the dual scale, candidates by row, D above 256;
+does not take      ``cpu``: float16; ``triton``: float64, and with D above 256 candidates by row;
+                   ``cuda``: the dual scale, candidates by row, D above 256;
                    ``auto`` then takes ``chunked``
 derivatives        reverse mode, once; forward mode and second derivatives raise
 =================  ==========================================================================

@@ -31,6 +31,7 @@ from dwl_kernels.backends.triton.specialize import (
     power_of_two,
 )
 from dwl_kernels.backends.triton.tiles import Tiles
+from dwl_kernels.backends.triton.wide_dual import Pulled, pulled
 from dwl_kernels.core.candidates import log_q_of_candidates, log_q_of_positives
 from dwl_kernels.core.problem import GradMask, Output, Problem, RowOptions, SharedProblem
 from dwl_kernels.core.rows import Gradients, Prepared, clear_padding, finish
@@ -74,8 +75,6 @@ def unsupported_part(problem: Problem) -> str | None:
     """What of a problem is not for this form; None where it takes it."""
     if not isinstance(problem, SharedProblem):
         return "candidates by row"
-    if problem.dual is not None:
-        return "the dual scale"
     return None
 
 
@@ -87,11 +86,16 @@ def solve(
 ) -> Output:
     """The loss and the wanted gradients, with the logits of a block of rows in memory at a time."""
     assert isinstance(problem, SharedProblem)  # see `unsupported_part`
-    prepared = prepare_rows(problem, row_grad)
-    call = prepare(problem, prepared, wanted, row_grad)
+    prepared, pull = prepare_rows(problem, row_grad), None
+    if problem.dual is not None:
+        pull, prepared = pulled(problem, problem.dual, prepared)
+    call = prepare(problem, prepared, pull, wanted, row_grad)
     for first, stop in call.blocks:
         call.run(first, stop)
     kernels, found = device_side(), call.outputs
+    d_tau = call.arrays[kernels.D_TAU.value] if wanted.temperature else None
+    if d_tau is not None and pull is not None:
+        d_tau = d_tau * pull.factor
     d_candidates = found.candidates
     if d_candidates is not None:
         clear_padding(problem, prepared.active, d_candidates)
@@ -100,7 +104,7 @@ def solve(
         positive=found.positive,
         candidates=d_candidates,
         candidate_log_q=found.candidate_log_q,
-        tau=call.arrays[kernels.D_TAU.value] if wanted.temperature else None,
+        tau=d_tau,
     )
     row_loss = call.arrays[kernels.ROW_LOSS.value]
     return finish(problem, wanted, prepared, row_grad, row_loss, gradients)
@@ -147,7 +151,11 @@ class Call(NamedTuple):
 
 
 def prepare(
-    problem: SharedProblem, prepared: Prepared, wanted: GradMask, row_grad: Tensor | None
+    problem: SharedProblem,
+    prepared: Prepared,
+    pull: Pulled | None,
+    wanted: GradMask,
+    row_grad: Tensor | None,
 ) -> Call:
     """Everything but the launches."""
     kernels = device_side()
@@ -211,6 +219,7 @@ def prepare(
     gradients = launched(kernels.gradients_kernel, work.rows, at_once)
     log_q = launched(kernels.columns_kernel, 16, min(at_once, 128))
     across = candidates.T
+    second = new(pull is not None, size, n)
     programs_of_columns = -(-n // min(at_once, 128))
 
     @functools.cache  # all blocks but the last are of one size; a view takes a microsecond
@@ -223,6 +232,10 @@ def prepare(
         logits, e, e_across, weighted, shares = views(stop - first)
         programs = -(-(stop - first) // work.rows)
         multiply(query[first:stop], across, logits)
+        if pull is not None:
+            products = second[: stop - first]  # type: ignore[index]
+            multiply(pull.pull[first:stop], across, products)
+            pull.add_to(logits, products, slice(first, stop))
         exponentials(programs, first, stop)
         if want_query:
             multiply(e, candidates, weighted)
@@ -265,6 +278,7 @@ def flattened(problem: SharedProblem, prepared: Prepared) -> SharedProblem:
     refined = p.rows.correction == "refined"
     return p._replace(
         candidates=candidates,
+        dual=None,  # `Pulled` has it
         target=None,  # `Block.own` has them
         positive_log_q=p.positive_log_q if refined else log_q_of_positives(p),
         rows=RowOptions(
