@@ -14,9 +14,9 @@ from dwl_kernels.core.rows import Prepared, embeddings
 class Pulled(NamedTuple):
     """The dual scale, ``tau_i log kappa_ij = own_i <q_i, c_j> + other_i <pull_i, c_j> + level_i``.
 
-    And ``tau_i`` is ``factor_i`` times the temperature of the row. The pull is ``h q_i + s p_i``, from
-    which the level follows, so that its rounding cancels. 16-bit products would round it more, so
-    there it is ``p_i``.
+    And ``tau_i`` is ``factor_i`` times the temperature of the row. The pull is ``h q_i + s p_i``,
+    from which the level follows, so that its rounding cancels. 16-bit products would round it more,
+    so there it is ``p_i``.
     """
 
     pull: Tensor  # [B, D]
