@@ -86,9 +86,9 @@ def test_main_loops_do_not_spill_and_multiply_on_tensor_cores(
         assert all(loop["spills"] == 0 for loop in row["loops"]), row["problem"]
         assert row["wgmma"] > 0
         assert row["shared"] <= one
-        assert tiles["programs"] * (row["shared"] + 1024) <= every
+        assert tiles["ctas_per_sm"] * (row["shared"] + 1024) <= every
         registers = -(-row["registers"] // 8) * 8 * tiles["warps"] * 32
-        assert tiles["programs"] * registers <= 65536
+        assert tiles["ctas_per_sm"] * registers <= 65536
 
 
 def test_a_hit_costs_a_pair_that_is_none_one_instruction(

@@ -32,7 +32,8 @@ The slate has the strongest candidate of each of ``slate_size`` equal groups of 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,11 +84,19 @@ def solve(
     return Output(loss.detach(), **gradients)
 
 
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
 @contextmanager
 def _autograd() -> Iterator[None]:
     """Autograd of its own: compiled graphs call ops below it, checkpoints count what is kept."""
     key = torch._C.DispatchKey.AutogradFunctionality
-    kept = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+    kept: AbstractContextManager[Any] = nullcontext()
+    if torch._C._autograd._saved_tensors_hooks_is_enabled():  # not in a transform of torch.func
+        kept = torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor: tensor, lambda tensor: tensor
+        )
     with torch._C._SetExcludeDispatchKeyGuard(key, False), torch.enable_grad(), kept:
         yield
 
