@@ -213,6 +213,7 @@ def check_choice(name: str, value: str, choices: Any) -> None:
 
 def row_arguments(
     query: Tensor,
+    *,
     domain_ids: Tensor | None,
     domain_weights: Tensor | None,
     example_weights: Tensor | None,

@@ -24,12 +24,15 @@ from dwl_kernels.backends.cuda import variants as cuda_tiles
 from dwl_kernels.backends.cuda.variants import MAX_D, Variant
 from dwl_kernels.backends.device import why_unfit
 from dwl_kernels.core.candidates import log_q_of_candidates, log_q_of_positives
-from dwl_kernels.core.problem import NO_ITEM, GradMask, Output, Problem, SharedProblem
+from dwl_kernels.core.problem import NO_ITEM, ROW_TENSORS, GradMask, Output, Problem, SharedProblem
 from dwl_kernels.core.rows import Gradients, finish, prepare
 
 MAX_LENGTH = (1 << 31) - (1 << 16)  # places are 32-bit numbers, offsets 64-bit ones
 _PROBE = torch.bfloat16, 64  # compiled to see whether anything compiles
 _MESSAGE_BYTES = 512
+# The options of a row that `prepare` answers for. Any other is refused until the kernel knows it.
+_ROW_OPTIONS = {"domain_ids", "domain_weights", "example_weights", "temperature"}
+_UNKNOWN_OPTIONS = tuple(name for name in ROW_TENSORS if name not in _ROW_OPTIONS)
 
 
 def unavailable_reason(device_type: str) -> str | None:
@@ -63,6 +66,9 @@ def unsupported_reason(problem: Problem) -> str | None:
         return "it does not take candidates by row; backend='chunked' does"
     if problem.dual is not None:
         return "it does not take the dual scale; backend='chunked' does"
+    for name in _UNKNOWN_OPTIONS:
+        if getattr(problem.rows, name) is not None:
+            return f"it does not take {name}; backend='chunked' does"
     dim = problem.query.shape[1]
     if dim > MAX_D:
         return (
