@@ -64,10 +64,11 @@ def check_embedding(name: str, value: Tensor) -> None:
     check_dense(name, value)
     if value.dtype not in FLOATS:
         raise TypeError(
-            f"{name} has dtype {value.dtype}; wanted float32, float64, bfloat16 or float16"
+            f"{name} has dtype {value.dtype}; wanted {', '.join(_NAMES[:-1])} or {_NAMES[-1]}"
         )
 
 
+_NAMES = [str(dtype).removeprefix("torch.") for dtype in FLOATS]
 _LETTERS = {"negative": "N", "table": "V"}  # embeddings whose number is free
 
 

@@ -64,6 +64,8 @@ def unsupported_reason(problem: Problem) -> str | None:
     """Why the kernel does not take this problem; None where it does."""
     if not isinstance(problem, SharedProblem):
         return "it does not take candidates by row; backend='chunked' does"
+    if problem.query.dtype not in cuda_tiles.MATH:
+        return f"it does not take {problem.query.dtype}; backend='chunked' does"
     if problem.dual is not None:
         return "it does not take the dual scale; backend='chunked' does"
     for name in _UNKNOWN_OPTIONS:

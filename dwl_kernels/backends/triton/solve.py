@@ -43,6 +43,7 @@ from dwl_kernels.core.problem import GradMask, Output, Problem, SharedProblem
 from dwl_kernels.core.rows import prepare
 from dwl_kernels.core.values import checks_values
 
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 MAX_D = 256  # a row tile keeps [BLOCK_M1, D] sums in registers; above, `wide` takes over
 MAX_TABLE_D = 4096  # a warp keeps the sums of one row of a table
 MAX_ROWS = 1 << 27  # a workspace of 11 numbers a row has 32-bit offsets
@@ -90,6 +91,8 @@ def unsupported_reason(problem: Problem) -> str | None:
     """Why the kernel does not take this problem; None where it does."""
     if problem.query.dtype == torch.float64 and not interpreting():
         return "it takes float64 in the interpreter only; backend='chunked' takes it"
+    if problem.query.dtype not in DTYPES:
+        return f"it does not take {problem.query.dtype}; backend='chunked' does"
     is_wide = problem.query.shape[1] > MAX_D
     if is_wide and (part := wide.unsupported_part(problem)) is not None:
         return (
