@@ -195,7 +195,7 @@ def checked_skip_threshold(skip_threshold: float) -> float:
     return skip_threshold
 
 
-def indexed_problem(
+def per_row_problem(
     query: Tensor,
     table: Tensor,
     positive_ids: Tensor,
@@ -207,7 +207,7 @@ def indexed_problem(
 ) -> PerRowProblem:
     """The problem of ``indexed_sampled_softmax_loss`` where every row has negatives of its own.
 
-    The ids have been through :func:`indexed_ids`.
+    The ids have been through :func:`table_ids`.
     """
     query, table = _query_and_table(query, table)
     leading, width = query.shape[:-1], negative_ids.shape[-1]
@@ -228,7 +228,7 @@ def indexed_problem(
     )
 
 
-def indexed_ids(
+def table_ids(
     query: Tensor,
     table: Tensor,
     positive_ids: Tensor,
@@ -239,7 +239,7 @@ def indexed_ids(
 
     Raises:
         IndexError: shared negatives, or their positives, outside the table, where values are looked
-            at. Those of negatives by row are left to `rows.prepare`.
+            at. Those of negatives per row are left to `rows.prepare`.
     """
     _query_and_table(query, table)
     if table.shape[0] == 0:

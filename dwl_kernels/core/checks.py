@@ -1,4 +1,7 @@
-"""Checks of the arguments of a loss, one by one: shape, dtype, device, choice, log-Q."""
+"""Checks of the arguments of a loss, one by one: shape, dtype, device, choice, log-Q.
+
+Called by `build`, and for choices by the modules and the registered ops.
+"""
 
 from __future__ import annotations
 

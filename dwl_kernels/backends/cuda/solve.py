@@ -22,7 +22,7 @@ from dwl_kernels.backends.cache import BuildError
 from dwl_kernels.backends.cuda import build as cuda_build
 from dwl_kernels.backends.cuda import variants as cuda_tiles
 from dwl_kernels.backends.cuda.variants import MAX_D, Variant
-from dwl_kernels.backends.device import why_unfit
+from dwl_kernels.backends.device import unfit_reason
 from dwl_kernels.core.candidates import log_q_of_candidates, log_q_of_positives
 from dwl_kernels.core.problem import NO_ITEM, ROW_TENSORS, GradMask, Output, Problem, SharedProblem
 from dwl_kernels.core.rows import Gradients, finish, prepare
@@ -45,7 +45,7 @@ def unavailable_reason(device_type: str) -> str | None:
     if not torch.cuda.is_available():
         return "PyTorch sees no CUDA device; torch.cuda.is_available() must be true"
     index = torch.cuda.current_device()
-    if (reason := why_unfit(index)) is not None:
+    if (reason := unfit_reason(index)) is not None:
         return reason
     capability = torch.cuda.get_device_capability(index)
     return _does_not_build(cuda_tiles.variant(*_PROBE, capability), capability)

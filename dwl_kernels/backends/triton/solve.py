@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dwl_kernels.backends.device import why_unfit
+from dwl_kernels.backends.device import unfit_reason
 from dwl_kernels.backends.triton import wide
 from dwl_kernels.backends.triton.launch import launch, on, workspace
 from dwl_kernels.backends.triton.specialize import (
@@ -84,7 +84,7 @@ def unavailable_reason(device_type: str) -> str | None:
             f"it runs on CUDA tensors, and these are on {device_type}; with TRITON_INTERPRET=1 in "
             "the environment it takes CPU tensors, slowly"
         )
-    return why_unfit(torch.cuda.current_device())
+    return unfit_reason(torch.cuda.current_device())
 
 
 def unsupported_reason(problem: Problem) -> str | None:
@@ -309,7 +309,7 @@ def _workers(problem: Problem, wanted: GradMask, row_grad: Tensor | None, tiles:
 def _resident(compiled: Any, threads: int) -> int | None:
     """How many programs the driver lets run at once on a multiprocessor; None where it is silent.
 
-    It refuses a cooperative launch of more, also where a tool such as compute-sanitizer adds
+    The driver fails a cooperative launch of more, also where a tool such as compute-sanitizer adds
     instructions of its own.
     """
     try:
