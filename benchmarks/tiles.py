@@ -24,7 +24,7 @@ from benchmarks.record import ROOT, append_line
 from benchmarks.speed.baselines import package_loss, step
 from benchmarks.speed.shapes import GPU, Level, Shape, random_inputs
 from dwl_kernels.backends.triton import solve as host
-from dwl_kernels.backends.triton import specialize as triton_call
+from dwl_kernels.backends.triton import specialize
 from dwl_kernels.backends.triton import tiles as triton_tiles
 from dwl_kernels.backends.triton.tiles import Load, Tiles
 
@@ -49,9 +49,9 @@ def one(name: str, tiles: Tiles, fence: bool | None, lock: str, level: Level = "
         host.INTERPRETER = host.Interpreter(tiles, workers=5)
     host.choose = lambda *_: tiles  # type: ignore[attr-defined]
     if fence is not None:
-        if not hasattr(triton_call, "fenced"):
+        if not hasattr(specialize, "fenced"):
             sys.exit("these kernels have no fence to switch")
-        triton_call.fenced = lambda *_: fence
+        specialize.fenced = lambda *_: fence
     inputs = random_inputs(shape, level, device=device)
     run = step(lambda x: package_loss(x, "triton"))
     if device == "cuda":  # compiles beside the others, and leaves the device to the one in turn

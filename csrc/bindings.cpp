@@ -11,7 +11,7 @@
 #include <tuple>
 #include <vector>
 
-#include "indexed_softmax.h"
+#include "per_row_softmax.h"
 #include "sampled_softmax.h"
 
 namespace {
@@ -207,7 +207,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> indexed_softmax(
     using T = decltype(computes);
     using S = decltype(stores);
     check_tau<T>(tau, active);
-    dwl::IndexedProblem<T, S> problem{};
+    dwl::PerRowProblem<T, S> problem{};
     problem.rows = rows;
     problem.candidates = n;
     problem.dim = dim;
@@ -221,12 +221,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> indexed_softmax(
     problem.candidate_log_q = data<T>(candidate_log_q);
     problem.active = data<bool>(active);
     problem.refined = refined;
-    dwl::IndexedGradients<T> gradients{};
+    dwl::PerRowGradients<T> gradients{};
     gradients.row_loss = output<T>(row_loss, true);
     gradients.query = output<T>(d_query, want_query);
     gradients.positive = output<T>(d_positive, want_table);
     gradients.candidate = output<T>(d_candidates, want_table);
-    dwl::indexed_softmax_cpu<T, S>(problem, gradients, at::get_num_threads());
+    dwl::per_row_softmax_cpu<T, S>(problem, gradients, at::get_num_threads());
   });
   return {row_loss, d_query, d_positive, d_candidates};
 }

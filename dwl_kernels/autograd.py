@@ -38,13 +38,13 @@ _NOTHING = GradMask(*(False,) * len(GradMask._fields))
 def softmax_loss(problem: Problem, backend: str = "auto", sparse_grad: bool = False) -> Tensor:
     """The loss of `problem`, ``[]`` or ``[B]``, attached to the autograd graph.
 
-    `sparse_grad` makes the gradient of a table from which every row draws its candidates sparse.
+    `sparse_grad` makes the gradient of a table sparse whose rows are candidates per row.
     """
     backends.check_name(backend)
     compiling = torch.compiler.is_compiling()
     if compiling:
-        # It refuses one tensor in two places of an autograd.Function. One of them may stay what it
-        # is: the table, since a sparse gradient has no way through a view.
+        # torch.compile does not take a tensor in two places of an autograd.Function, so each gets a
+        # view. The table stays what it is, because a sparse gradient has no way through a view.
         kept = problem.item_table if isinstance(problem, PerRowProblem) else problem.candidates
         distinct = [t if t is None or t is kept else t.view_as(t) for t in problem.tensors()]
         problem = problem.with_tensors(distinct)
@@ -138,13 +138,13 @@ class _SoftmaxLoss(torch.autograd.Function):
             loss, *gradients = _solved(problem, None, call.wanted, call.backend, watched)
             kept = [g for g in gradients if g is not None]
         root = loss.new_empty(0) if watched else loss.data  # `data` takes a third of the time
-        draws: tuple[Any, ...] = ()
+        table_inputs: tuple[Any, ...] = ()
         table_rows = 0
         if call.table is not None:
             # Asked here: a compiler of symbolic sizes hands the backward none from outside.
-            draws, table_rows = _draws(problem), problem.item_table.shape[0]
+            table_inputs, table_rows = _table_inputs(problem), problem.item_table.shape[0]
         ctx.call = call, len(kept), table_rows
-        ctx.save_for_backward(*kept, root, *draws)
+        ctx.save_for_backward(*kept, root, *table_inputs)
         return loss, root
 
     @staticmethod
@@ -159,15 +159,15 @@ class _SoftmaxLoss(torch.autograd.Function):
             refuse_tangents((grad,))
         call, num, table_rows = ctx.call
         saved = ctx.saved_tensors
-        kept, root, draws = saved[:num], saved[num], saved[num + 1 :]
-        return None, *_gradients(call, kept, root, draws, table_rows, grad, watched)
+        kept, root, table_inputs = saved[:num], saved[num], saved[num + 1 :]
+        return None, *_gradients(call, kept, root, table_inputs, table_rows, grad, watched)
 
 
 class _Transformed(ReverseOnly):
     """`_SoftmaxLoss` for the transforms of ``torch.func``.
 
-    They see tensors that are inputs or outputs alone, so all of the problem goes in, and what is
-    kept for the backward comes out.
+    A transform sees only tensors that are inputs or outputs. So all of the problem goes in, and
+    what is kept for the backward comes out.
     """
 
     @staticmethod
@@ -193,11 +193,11 @@ class _Transformed(ReverseOnly):
         tensors, (_, root, *gradients) = saved[:num], saved[num:]
         kept = tensors if call.again else gradients
         problem = call.problem.with_tensors(tensors)
-        draws: tuple[Any, ...] = ()
+        table_inputs: tuple[Any, ...] = ()
         table_rows = 0
         if call.table is not None:
-            draws, table_rows = _draws(problem), problem.item_table.shape[0]
-        found = _gradients(call, kept, root, draws, table_rows, upstream[0], watched=True)
+            table_inputs, table_rows = _table_inputs(problem), problem.item_table.shape[0]
+        found = _gradients(call, kept, root, table_inputs, table_rows, upstream[0], watched=True)
         # Where the wanted gradients go: to what they are the gradients of. With a table's the
         # positives have none of their own.
         wanted = call.wanted._replace(positive=False) if call.table else call.wanted
@@ -211,7 +211,7 @@ def _gradients(
     call: _Call,
     kept: Sequence[Any],
     root: Tensor,
-    draws: Sequence[Any],
+    table_inputs: Sequence[Any],
     table_rows: int,
     grad: Tensor,
     watched: bool,
@@ -228,7 +228,7 @@ def _gradients(
         gradients = [g.to(dtype) for g, dtype in zip(present, call.dtypes, strict=True)]
     if call.table is not None:
         place, options = call.table
-        query, positive_rows, candidate_rows = draws
+        query, positive_rows, candidate_rows = table_inputs
         products = [gradients[place][:, None], gradients[place + 1]]
         ids = [positive_rows[:, None], candidate_rows]
         gradients[place : place + 2] = [
@@ -244,7 +244,7 @@ def _gradients(
 _apply: Any = super(torch.autograd.Function, _SoftmaxLoss).apply
 
 
-def _draws(problem: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _table_inputs(problem: Any) -> tuple[Tensor, Tensor, Tensor]:
     """What the gradient of a table needs to know about the rows."""
     return problem.query, problem.positive_rows, problem.candidate_rows
 

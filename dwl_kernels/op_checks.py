@@ -19,6 +19,7 @@ from dwl_kernels.backends import check_name
 from dwl_kernels.core.checks import check_choice
 from dwl_kernels.core.problem import (
     FLOATS,
+    ROW_TENSORS,
     Correction,
     DualScale,
     GradMask,
@@ -52,11 +53,15 @@ def check_problem(
     _is("candidate_log_q", p.candidate_log_q, per_candidate, wide, p.query)
     _is("positive_ids", p.positive_ids, (rows,), IDS, p.query)
     _is("candidate_ids", p.candidate_ids, (n,), IDS, p.query)
-    _is("domain_ids", p.domain_ids, (rows, "G"), IDS, p.query)
-    _is("domain_weights", p.domain_weights, ("num_domains",), wide, p.query)
-    _is("example_weights", p.example_weights, (rows,), wide, p.query)
     scalar = p.temperature is not None and p.temperature.dim() == 0
-    _is("temperature", p.temperature, () if scalar else (rows,), wide, p.query)
+    others: dict[str, tuple[Any, Any]] = {
+        "domain_ids": ((rows, "G"), IDS),
+        "domain_weights": (("num_domains",), wide),
+        "temperature": (() if scalar else (rows,), wide),
+    }
+    for name in ROW_TENSORS:  # a number for every row, but for these
+        shape, dtypes = others.get(name, ((rows,), wide))
+        _is(name, fields[name], shape, dtypes, p.query)
     _is("row_grad", row_grad, (rows,), wide, p.query)
 
     per_row = p.candidate_rows is not None

@@ -17,6 +17,7 @@ from torch import Tensor
 from dwl_kernels import backends
 from dwl_kernels.core.batching import register_by_slices
 from dwl_kernels.core.problem import (
+    FLOATS,
     Correction,
     DualScale,
     GradMask,
@@ -82,8 +83,9 @@ _library.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 # Dtypes travel as places in this list: PyTorch 2.11 hands an op the numbers of a ScalarType[] list,
-# which `Tensor.to` then takes for a CUDA device.
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+# which `Tensor.to` then takes for a CUDA device. Exported graphs hold the places: a new dtype comes
+# last.
+DTYPES = [torch.float64, *[dtype for dtype in FLOATS if dtype != torch.float64]]
 
 
 def arguments_of(problem: Problem) -> list[Any]:

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 
 import dwl_kernels
 from dwl_kernels import ops
-from dwl_kernels.core import build as validation
+from dwl_kernels.core import build as builders
 
 BY_NAME = {case.name: case for case in cases.CASES}
 
@@ -28,14 +28,14 @@ def _op_arguments(
     inputs = case.inputs(dtype)
     inputs = {k: v.detach() if isinstance(v, Tensor) else v for k, v in inputs.items()}
     defaults: dict[str, object] = {"correction": "standard", "reduction": "mean"}
-    build = validation.sampled_problem
+    build = builders.sampled_problem
     if case.kind == "mixed":
-        build = validation.in_batch_problem
+        build = builders.in_batch_problem
     elif case.kind == "full":
-        build = validation.full_problem
+        build = builders.full_problem
         defaults = {"reduction": "mean", "ignore_index": -100, "skip_threshold": 1e-3}
     elif case.kind == "indexed_rows":
-        build = validation.indexed_problem
+        build = builders.per_row_problem
     elif case.kind == "dual":
         defaults["dual"] = dwl_kernels.core.problem.DualScale(1.0, 0.5, 4, 1.0)
     problem = build(**{**defaults, **inputs})
@@ -101,10 +101,10 @@ def test_registered_op_takes_no_list_of_dtypes(name: str) -> None:
 
 
 def test_native_op_passes_opcheck() -> None:
-    from dwl_kernels.backends.cpu import solve as native
+    from dwl_kernels.backends.cpu import solve as cpu
 
-    if native.does_not_build() is not None:
-        pytest.skip(f"no CPU kernel: {native.does_not_build()}")
+    if cpu.does_not_build() is not None:
+        pytest.skip(f"no CPU kernel: {cpu.does_not_build()}")
     query, positive, candidates = torch.randn(9, 4), torch.randn(9, 4), torch.randn(5, 4)
     ids = torch.arange(9), torch.arange(5)
     log_q, dual = (torch.randn(9), torch.randn(5)), (torch.randn(9, 4), torch.randn(9))
@@ -115,11 +115,11 @@ def test_native_op_passes_opcheck() -> None:
         torch.library.opcheck(torch.ops.dwl_kernels_native.sampled_softmax.default, arguments)
 
 
-def test_native_op_of_candidates_by_row_passes_opcheck() -> None:
-    from dwl_kernels.backends.cpu import solve as native
+def test_native_op_of_candidates_per_row_passes_opcheck() -> None:
+    from dwl_kernels.backends.cpu import solve as cpu
 
-    if native.does_not_build() is not None:
-        pytest.skip(f"no CPU kernel: {native.does_not_build()}")
+    if cpu.does_not_build() is not None:
+        pytest.skip(f"no CPU kernel: {cpu.does_not_build()}")
     ids = torch.arange(9) % 7, torch.arange(45).reshape(9, 5) % 7
     rows = (torch.rand(9) + 0.1, torch.rand(9), torch.randn(9), torch.randn(9, 5))
     for wanted in (True, False):

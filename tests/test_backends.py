@@ -12,7 +12,7 @@ from torch import Tensor
 
 import dwl_kernels
 from dwl_kernels import backends
-from dwl_kernels.core import build as validation
+from dwl_kernels.core import build as builders
 from dwl_kernels.core.problem import GradMask
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -116,7 +116,7 @@ def test_only_wanted_gradients_are_computed_and_each_is_right(backend: str) -> N
 def test_unwanted_gradients_are_none(backend: str) -> None:
     case = BY_NAME["everything"]
     inputs = case.inputs(torch.float32)
-    problem = validation.sampled_problem(
+    problem = builders.sampled_problem(
         **{k: v.detach() if isinstance(v, Tensor) else v for k, v in inputs.items()},
         correction="standard",
         reduction="mean",

@@ -36,28 +36,28 @@ def test_rows_in_several_blocks_are_the_reference(
     cases.check(case, name, dtype)
 
 
-def problem_of(rows: int, num_candidates: int, dim: int, by_row: bool) -> Problem:
+def problem_of(rows: int, num_candidates: int, dim: int, per_row: bool) -> Problem:
     query, table = torch.zeros(rows, dim), torch.zeros(num_candidates, dim)
     options = dict.fromkeys(
         ("positive_log_q", "negative_log_q", "domain_ids", "domain_weights", "example_weights")
     )
     options |= {"temperature": None, "correction": "standard", "reduction": "mean"}
-    if not by_row:
+    if not per_row:
         ids = {"positive_ids": None, "negative_ids": None}
         return build.sampled_problem(query, query, table, **options, **ids)
     ids = torch.zeros(rows, num_candidates, dtype=torch.int64)
-    return build.indexed_problem(query, table, ids[:, 0], ids, **options)
+    return build.per_row_problem(query, table, ids[:, 0], ids, **options)
 
 
-@pytest.mark.parametrize("by_row", [False, True])
+@pytest.mark.parametrize("per_row", [False, True])
 @pytest.mark.parametrize("rows", [1, 3, 4, 5, 17])
 @pytest.mark.parametrize("most", [1, 39, 40, 41, 160, 1000, 1 << 20])
 def test_blocks_hold_every_row_once_and_no_more_than_fits(
-    monkeypatch: pytest.MonkeyPatch, most: int, rows: int, by_row: bool
+    monkeypatch: pytest.MonkeyPatch, most: int, rows: int, per_row: bool
 ) -> None:
     monkeypatch.setattr(candidates, "BLOCK_ELEMENTS", {"cpu": most})
-    problem = problem_of(rows, 10, 4, by_row)
-    of_row = 10 * (4 if by_row else 1)  # logits, or the candidates themselves
+    problem = problem_of(rows, 10, 4, per_row)
+    of_row = 10 * (4 if per_row else 1)  # logits, or the candidates themselves
     blocks = list(candidates.row_blocks(problem))
     assert [row for b in blocks for row in range(b.start, b.stop)] == [*range(rows)]
     largest = max(b.stop - b.start for b in blocks)

@@ -72,10 +72,10 @@ def row_losses(kind: str, inputs: cases.Inputs, rows: list[int] | None = None) -
                     continue
                 terms.append(query[i] @ positive[k] / tau[i] - log_q[k])
         if "negative_ids" in inputs:
-            by_row = inputs["negative_ids"].dim() == 2
-            own = negative[i] if by_row else negative
-            own_ids = inputs["negative_ids"][i] if by_row else inputs["negative_ids"]
-            own_log_q = inputs["negative_log_q"][i] if by_row else inputs["negative_log_q"]
+            per_row = inputs["negative_ids"].dim() == 2
+            own = negative[i] if per_row else negative
+            own_ids = inputs["negative_ids"][i] if per_row else inputs["negative_ids"]
+            own_log_q = inputs["negative_log_q"][i] if per_row else inputs["negative_log_q"]
             for c, id, q in zip(own, own_ids, own_log_q, strict=True):
                 if not (id == ids[i] != -1):
                     terms.append(query[i] @ c / tau[i] - q)

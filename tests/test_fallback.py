@@ -18,14 +18,14 @@ from torch import Tensor, nn
 
 import dwl_kernels
 from dwl_kernels import backends
-from dwl_kernels.backends.cpu import solve as native
+from dwl_kernels.backends.cpu import solve as cpu
 
 
 @pytest.fixture
 def no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DWL_KERNELS_BACKEND", raising=False)
     monkeypatch.setattr(backends, "_warned", set())
-    monkeypatch.setattr(native, "does_not_build", lambda: "no compiler found")
+    monkeypatch.setattr(cpu, "does_not_build", lambda: "no compiler found")
 
 
 def by_function(query: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ def test_user_without_a_home_gets_one_warning_that_names_the_mend(
     for name in ("HOME", "XDG_CACHE_HOME", "DWL_KERNELS_CACHE", "DWL_KERNELS_BACKEND"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(dwl_kernels.backends.cpu.build, "_loaded", False)
-    monkeypatch.setattr(native, "does_not_build", native.does_not_build.__wrapped__)
+    monkeypatch.setattr(cpu, "does_not_build", cpu.does_not_build.__wrapped__)
     monkeypatch.setattr(backends, "_warned", set())
     query = torch.randn(4, 3)
     with pytest.warns(UserWarning, match=r"no home folder.*set DWL_KERNELS_CACHE") as caught:

@@ -114,12 +114,12 @@ def test_sparse_gradient_of_a_row_nobody_drew_is_not_stored(backend: str) -> Non
     assert torch.autograd.grad(loss, [items])[0].indices()[0].tolist() == [5, 7, 9, 998]
 
 
-@pytest.mark.parametrize("by_row", [False, True])
-def test_sparse_adam_steps_as_adam_on_the_rows_that_were_drawn(backend: str, by_row: bool) -> None:
+@pytest.mark.parametrize("per_row", [False, True])
+def test_sparse_adam_steps_as_adam_on_the_rows_that_were_drawn(backend: str, per_row: bool) -> None:
     g = torch.Generator().manual_seed(0)
     query, start = torch.randn(6, 3, generator=g), torch.randn(20, 3, generator=g)
     positive_ids = torch.randint(0, 10, (6,), generator=g)
-    negative_ids = torch.randint(0, 10, (6, 4) if by_row else (4,), generator=g)
+    negative_ids = torch.randint(0, 10, (6, 4) if per_row else (4,), generator=g)
     results = []
     for sparse, optimiser in ((True, torch.optim.SparseAdam), (False, torch.optim.Adam)):
         items = start.clone().requires_grad_()

@@ -147,7 +147,7 @@ def test_only_the_form_for_debugging_gives_up_at_a_barrier(
 
 
 def test_only_old_versions_and_new_devices_need_the_fence(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dwl_kernels.backends.triton import specialize as triton_call
+    from dwl_kernels.backends.triton import specialize
 
     for version, needed in (
         ((3, 6, 0), True),
@@ -155,26 +155,26 @@ def test_only_old_versions_and_new_devices_need_the_fence(monkeypatch: pytest.Mo
         ((3, 7, 1), False),
         ((4,), False),
     ):
-        monkeypatch.setattr(triton_call, "installed", lambda version=version: version)
-        assert triton_call.fenced(9) == triton_call.fenced(10) == needed
-        assert not triton_call.fenced(8)
-        assert not triton_call.fenced(12)
+        monkeypatch.setattr(specialize, "installed", lambda version=version: version)
+        assert specialize.fenced(9) == specialize.fenced(10) == needed
+        assert not specialize.fenced(8)
+        assert not specialize.fenced(12)
 
 
 def test_an_old_triton_pipelines_no_fence_on_10_0(monkeypatch: pytest.MonkeyPatch) -> None:
     """It stops with an error of its compiler."""
     from benchmarks.machine_code.triton_shared import example
-    from dwl_kernels.backends.triton import specialize as triton_call
+    from dwl_kernels.backends.triton import specialize
 
     problem, _ = example("sampled", 128, torch.bfloat16, False)
-    tiles = triton_call.Tiles(64, 128, 64, 128, 3, 3, 4, 2)
+    tiles = specialize.Tiles(64, 128, 64, 128, 3, 3, 4, 2)
 
     def stages(capability: int) -> tuple[int, int]:
-        form = triton_call.form_of(problem, triton_call.inputs_of(problem, None), tiles, capability)
+        form = specialize.form_of(problem, specialize.inputs_of(problem, None), tiles, capability)
         return form.STAGES_1.value, form.STAGES_2.value
 
     assert stages(10) == (3, 3)
-    monkeypatch.setattr(triton_call, "installed", lambda: (3, 6, 0))
+    monkeypatch.setattr(specialize, "installed", lambda: (3, 6, 0))
     assert stages(10) == (1, 1)
     assert stages(9) == (3, 3)
 

@@ -56,7 +56,7 @@ def test_documented_arguments_keep_their_names_places_and_defaults(name):
         assert parameters[added].default is not inspect.Parameter.empty
 
 
-def by_row(ids):
+def per_row(ids):
     """The same draws, with negatives of every row's own."""
     negative_ids = (ids["negative_ids"] + torch.arange(B)[:, None]) % ITEMS
     log_q = ids["negative_log_q"] - torch.arange(B, dtype=torch.float64)[:, None]
@@ -68,7 +68,7 @@ def by_row(ids):
 @pytest.mark.parametrize("reduction", ["mean", "weighted_mean", "sum", "none"])
 def test_rows_of_a_table_are_the_function_of_ids(reduction, correction, shared):
     query, table = embeddings()[0], table_of()
-    ids = draws() if shared else by_row(draws())
+    ids = draws() if shared else per_row(draws())
     ids["example_weights"] = torch.tensor([1.0, 0.0, 2.0, 1.0, 0.5, 1.0])
     got = fixed(reduction=reduction, correction=correction)(query, table=table, **ids)
     wanted = indexed_sampled_softmax_loss(
@@ -93,7 +93,7 @@ def test_rows_of_a_table_are_the_embeddings_that_they_hold(in_batch, options):
 
 
 def test_negatives_per_row_of_a_normalized_table():
-    query, table, ids = embeddings()[0], table_of(), by_row(draws())
+    query, table, ids = embeddings()[0], table_of(), per_row(draws())
     got = fixed(normalize=True)(query, table=table, **ids)
     wanted = fixed()(F.normalize(query, dim=-1), table=F.normalize(table, dim=-1), **ids)
     assert_same(got, wanted, [query, table])
@@ -102,7 +102,7 @@ def test_negatives_per_row_of_a_normalized_table():
 @pytest.mark.parametrize("shared", [True, False])
 def test_leading_dimensions_of_ids_go_through_like_rows(shared):
     query, table = embeddings()[0], table_of()
-    ids = draws() if shared else by_row(draws())
+    ids = draws() if shared else per_row(draws())
     loss_fn = fixed(reduction="none")
     flat = loss_fn(query, table=table, **ids)
     shaped = {
@@ -117,7 +117,7 @@ def test_leading_dimensions_of_ids_go_through_like_rows(shared):
 @pytest.mark.parametrize("given", ["ids", "domains"])
 def test_calibration_of_rows_of_a_table_is_explicit_log_q(given, shared):
     query, table, domains = embeddings()[0], table_of(), item_domains()[:, 0]
-    ids = draws() if shared else by_row(draws())
+    ids = draws() if shared else per_row(draws())
     ids["domain_ids"] = domains[ids["positive_ids"]]
     log_w = torch.tensor([0.5, 1.0, 3.0, 1.0], dtype=torch.float64).log()  # last: no domain
     if given == "ids":
@@ -134,7 +134,7 @@ def test_calibration_of_rows_of_a_table_is_explicit_log_q(given, shared):
 
 def test_ids_of_padding_are_not_looked_at():
     query, table = embeddings()[0], table_of()
-    for ids in (draws(), by_row(draws())):
+    for ids in (draws(), per_row(draws())):
         ids["example_weights"] = torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0, 1.0])
         loss_fn = fixed(calibration=1.0, item_domains=item_domains())
         wanted = loss_fn(query, table=table, **ids)
@@ -148,7 +148,7 @@ def test_ids_of_padding_are_not_looked_at():
 @pytest.mark.parametrize("shared", [True, False])
 def test_sparse_gradient_of_the_table_is_its_dense_one(shared):
     query, table = embeddings()[0], table_of()
-    ids = draws() if shared else by_row(draws())
+    ids = draws() if shared else per_row(draws())
     options = {"normalize": True} if shared else {}
     gradients = [
         torch.autograd.grad(fixed(sparse_grad=sparse, **options)(query, table=table, **ids), table)[
@@ -168,7 +168,7 @@ def test_sparse_gradient_of_the_table_is_its_dense_one(shared):
 def test_ids_of_padding_are_not_in_a_sparse_gradient(negatives, shared):
     """Zeros there would have SparseAdam move their rows on old momentum."""
     query, table = embeddings()[0], table_of()
-    ids = draws() if shared else by_row(draws())
+    ids = draws() if shared else per_row(draws())
     if not negatives:
         ids = {k: v for k, v in draws().items() if not k.startswith("negative")}
     ids["example_weights"] = torch.tensor([0.0, 1.0, 0.0, 1.0, 1.0, 1.0])
@@ -192,7 +192,7 @@ def test_ids_of_padding_are_not_in_a_sparse_gradient(negatives, shared):
 @pytest.mark.parametrize("shared", [True, False])
 def test_example_weights_of_another_shape_are_named_with_a_sparse_gradient_too(shared, sparse):
     query, table = embeddings()[0], table_of()
-    ids = draws() if shared else by_row(draws())
+    ids = draws() if shared else per_row(draws())
     positive_ids, negative_ids = ids["positive_ids"], ids["negative_ids"]
     with pytest.raises(ValueError, match=r"example_weights has shape \[7\]; wanted \[6\]"):
         indexed_sampled_softmax_loss(
@@ -204,7 +204,7 @@ def test_example_weights_of_another_shape_are_named_with_a_sparse_gradient_too(s
 
 def test_sparse_gradient_of_padding_alone_is_zero():
     query, table = embeddings()[0], table_of()
-    for ids in (draws(), by_row(draws())):
+    for ids in (draws(), per_row(draws())):
         ids["example_weights"] = torch.zeros(B)
         loss = fixed(sparse_grad=True)(query, table=table, **ids)
         (gradient,) = torch.autograd.grad(loss, table)
@@ -338,7 +338,7 @@ def test_arguments_that_do_not_go_together_are_named(options, change, message):
 
 
 def test_dual_scale_names_what_it_takes_in_place_of_negatives_per_row():
-    ids = by_row(draws())
+    ids = per_row(draws())
     loss_fn = KINDS["dual scale"](weights=[1.0] * DOMAINS, backend="eager")
     with pytest.raises(ValueError, match=r"DualScaleSampledSoftmax takes negatives .*pass \[N\]"):
         loss_fn(embeddings()[0], table=table_of(), **ids)
@@ -401,7 +401,7 @@ def test_flags_of_negatives_are_refused_by_their_name():
         loss_fn(*embeddings(), **draws(), negative_domain_ids=flags)
     by_rows = flags.expand(B, N, 4)
     with pytest.raises(ValueError, match="negative_domain_ids names domain 0 twice in row 0"):
-        loss_fn(embeddings()[0], table=table_of(), **by_row(draws()), negative_domain_ids=by_rows)
+        loss_fn(embeddings()[0], table=table_of(), **per_row(draws()), negative_domain_ids=by_rows)
 
 
 def test_id_outside_the_table_is_named():

@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 
 import dwl_kernels
-from dwl_kernels.backends.cpu import solve as native
+from dwl_kernels.backends.cpu import solve as cpu
 
 EVERYTHING = {"log_q": True, "ids": True, "domains": 2, "examples": True, "temperature": "rows"}
 
 
 @pytest.fixture(autouse=True)
 def _kernel() -> None:
-    if native.does_not_build() is not None:
-        pytest.skip(f"no CPU kernel: {native.does_not_build()}")
+    if cpu.does_not_build() is not None:
+        pytest.skip(f"no CPU kernel: {cpu.does_not_build()}")
 
 
 @pytest.fixture(params=[1, 2, 4])

@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from dwl_kernels.backends.cpu import solve as native
+from dwl_kernels.backends.cpu import solve as cpu
 
 
 @pytest.fixture(autouse=True)
 def _kernel() -> None:
-    if native.does_not_build() is not None:
-        pytest.skip(f"no CPU kernel: {native.does_not_build()}")
+    if cpu.does_not_build() is not None:
+        pytest.skip(f"no CPU kernel: {cpu.does_not_build()}")
 
 
 def sampled_softmax(**changed: Any) -> tuple[Tensor, ...]:
@@ -165,10 +165,10 @@ def test_op_looks_at_no_id_or_temperature_of_padding() -> None:
     torch.testing.assert_close(full[0], torch.tensor([math.log(5)] * 2 + [0.0]))
     drawn = torch.tensor([[3, 4], [3, 4], [-1, 9]])
     ids = torch.tensor([0, 1, 1 << 40])
-    by_row = indexed_softmax(**padded, tau=tau, positive_ids=ids, candidate_ids=drawn)
-    torch.testing.assert_close(by_row[0], torch.tensor([math.log(3)] * 2 + [0.0]))
+    per_row = indexed_softmax(**padded, tau=tau, positive_ids=ids, candidate_ids=drawn)
+    torch.testing.assert_close(per_row[0], torch.tensor([math.log(3)] * 2 + [0.0]))
     assert not full[1][2].any()
-    assert not any(gradient[2].any() for gradient in by_row[1:])
+    assert not any(gradient[2].any() for gradient in per_row[1:])
 
 
 def test_op_writes_the_gradients_of_empty_problems() -> None:

@@ -65,7 +65,7 @@ def full(**changed):
     return softmax_loss(**{**FULL, **changed})
 
 
-def by_row(**changed):
+def per_row(**changed):
     """The op where every row draws 2 candidates from a table."""
     return softmax_loss(**{**BY_ROW, **changed})
 
@@ -171,7 +171,7 @@ WRONG = {
             "ids are given together with target",
         ),
     ],
-    by_row: [
+    per_row: [
         ({"candidate_rows": torch.zeros(N, K, dtype=INT)}, ValueError, "candidate_rows has shape"),
         ({"candidate_rows": torch.zeros(B, dtype=INT)}, ValueError, "candidate_rows has shape"),
         ({"candidate_rows": torch.full((B, K), N)}, IndexError, "negative_ids holds 5"),

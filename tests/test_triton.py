@@ -18,7 +18,7 @@ from dwl_kernels import backends
 from dwl_kernels.backends.triton import solve as host
 from dwl_kernels.backends.triton import tiles as triton_tiles
 from dwl_kernels.backends.triton.tiles import LIMITS, RULES, Tiles, around, choose, default
-from dwl_kernels.core import build as validation
+from dwl_kernels.core import build as builders
 from dwl_kernels.core.problem import GradMask, SharedProblem
 
 REASON = backends.unavailable_reason("triton", "cpu")
@@ -94,7 +94,7 @@ def test_log_q_of_a_batch_gets_the_gradient_of_both_roles() -> None:
     """The public losses take log-Q without a gradient; the kernel gives it for any problem."""
     inputs = BY_NAME["mixed, everything"].inputs(torch.float64)
     inputs = {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
-    problem = validation.in_batch_problem(**inputs, correction="standard", reduction="mean")
+    problem = builders.in_batch_problem(**inputs, correction="standard", reduction="mean")
     wanted = GradMask(False, False, False, True, False, False)
     ours, theirs = (backends.pick(b, problem)(problem, wanted, None) for b in ("triton", "eager"))
     assert ours.candidates is ours.query is None

@@ -12,16 +12,16 @@ pytest.importorskip("triton")
 import triton_access
 
 from dwl_kernels.backends.triton import solve as host
-from dwl_kernels.backends.triton import specialize as triton_call
+from dwl_kernels.backends.triton import specialize
 
 BY_NAME = {case.name: case for case in cases.CASES}
-pytestmark = pytest.mark.skipif(not triton_call.interpreting(), reason="needs the interpreter")
+pytestmark = pytest.mark.skipif(not specialize.interpreting(), reason="needs the interpreter")
 
 
 @pytest.fixture
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """As with ``DWL_KERNELS_DEBUG=1``, but for a shorter time."""
-    for module in (triton_call, host):
+    for module in (specialize, host):
         monkeypatch.setattr(module, "polls", lambda: 5)
     monkeypatch.setattr(host, "_plans", {})
     for kernel in ("softmax_loss_kernel", "indexed_softmax_loss_kernel"):
@@ -56,7 +56,7 @@ def test_programs_that_wait_for_one_that_never_comes_end_with_nan(
 
 
 def test_only_the_environment_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    ask = triton_call.polls.__wrapped__
+    ask = specialize.polls.__wrapped__
     monkeypatch.delenv("DWL_KERNELS_DEBUG", raising=False)
     assert ask() == 0
     monkeypatch.setenv("DWL_KERNELS_DEBUG", "1")

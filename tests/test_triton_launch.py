@@ -150,8 +150,8 @@ def test_places_of_other_numbers_may_be_another_kernel(binder: Binder) -> None:
     assert binder.found
 
 
-@pytest.mark.parametrize("by_row", [False, True])
-def test_problems_of_other_sizes_may_be_another_kernel(binder: Binder, by_row: bool) -> None:
+@pytest.mark.parametrize("per_row", [False, True])
+def test_problems_of_other_sizes_may_be_another_kernel(binder: Binder, per_row: bool) -> None:
     for rows in NUMBERS:
         for candidates in NUMBERS:
             for domains in (1, 2, 16, 17):
@@ -160,7 +160,7 @@ def test_problems_of_other_sizes_may_be_another_kernel(binder: Binder, by_row: b
                     domain_weights=torch.zeros(domains),
                 )
                 query = torch.zeros(rows, 16)
-                if by_row:
+                if per_row:
                     drawn = torch.zeros(rows, candidates, dtype=torch.int64)
                     problem = PerRowProblem(
                         *(query, torch.zeros(domains, 16), drawn[:, 0].contiguous(), drawn),

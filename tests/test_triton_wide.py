@@ -30,7 +30,7 @@ import dwl_kernels
 from dwl_kernels import backends
 from dwl_kernels.backends.triton import solve as host
 from dwl_kernels.backends.triton import wide as triton_wide
-from dwl_kernels.core import build as validation
+from dwl_kernels.core import build as builders
 from dwl_kernels.core.problem import GradMask, Problem
 
 REASON = backends.unavailable_reason("triton", "cpu")
@@ -242,7 +242,7 @@ def test_bias_and_table_need_no_other_gradient(wanted: tuple[str, ...], reductio
 def test_log_q_of_a_batch_gets_the_gradient_of_both_roles(dtype: torch.dtype) -> None:
     inputs = BY_NAME["mixed, everything"].inputs(dtype)
     inputs = {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
-    problem = validation.in_batch_problem(**inputs, correction="standard", reduction="mean")
+    problem = builders.in_batch_problem(**inputs, correction="standard", reduction="mean")
     wanted = GradMask(False, False, False, True, False, False)
     ours, theirs = (backends.pick(b, problem)(problem, wanted, None) for b in ("triton", "eager"))
     assert ours.candidates is ours.query is None

@@ -29,7 +29,7 @@ SHAPE = (8192, 8192)  # B, N of the predicted time
 PRODUCTS = 790e12  # bfloat16 operations per second of a large product by the BLAS
 BLAS_TILE = (128, 256)  # of its results that one multiprocessor makes at a time: an assumption
 LAUNCH = 2e-6  # seconds from the end of a launch to the full speed of the next: an assumption
-PER_EXAMPLE = (65536, 128, 1 << 20)  # B, K and rows of the table, for candidates by row
+PER_EXAMPLE = (65536, 128, 1 << 20)  # B, K and rows of the table, for candidates per row
 
 
 def clocks(row: dict[str, Any], left_out: bool = False) -> dict[str, float]:
@@ -105,7 +105,7 @@ def predicted_us(row: dict[str, Any], clocks: dict[str, float]) -> int | None:
     return round((largest + sum(others) / 4) * elements / CLOCK * 1e6)
 
 
-def predicted_by_row_us(row: dict[str, Any]) -> int | None:
+def predicted_per_row_us(row: dict[str, Any]) -> int | None:
     """Microseconds for `PER_EXAMPLE` of a row of the table of `triton_per_row`.
 
     The loss reads a table row and an id for every pair, writes its logit, reads it and writes the

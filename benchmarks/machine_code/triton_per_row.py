@@ -1,4 +1,4 @@
-"""The Triton kernels of candidates by row, and of the gradient of their table, compiled.
+"""The Triton kernels of candidates per row, and of the gradient of their table, compiled.
 
 Counts registers, stack and shared memory, and of each loop that gathers embeddings what one turn of
 it executes, its loads of 128 bits and its spills.
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import triton
 
-from benchmarks.machine_code.arithmetic import predicted_by_row_us
+from benchmarks.machine_code.arithmetic import predicted_per_row_us
 from benchmarks.machine_code.sass import machine_code
 from benchmarks.machine_code.triton_shared import Launch, compiled_for
 from dwl_kernels.backends.triton import specialize as host
@@ -163,7 +163,7 @@ def per_pair(row: Row, found: dict[str, Any]) -> dict[str, Any]:
         lanes, pairs = 32 * tiles.warps, tiles.BLOCK_M1 * tiles.BLOCK_N1
         loop = max(gathering, key=lambda one: one["instructions"])
     counted = {"per_element": round(loop["instructions"] * lanes / pairs, 2)}
-    return {**counted, "predicted_us": predicted_by_row_us({**found, **counted})}
+    return {**counted, "predicted_us": predicted_per_row_us({**found, **counted})}
 
 
 def markdown(table: list[dict[str, Any]]) -> str:

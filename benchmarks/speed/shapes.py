@@ -242,8 +242,8 @@ def random_inputs(shape: Shape, level: Level, seed: int = 0, device: str = "cpu"
     softmax, and hide that it was left out.
     """
     generator = torch.Generator(device=device).manual_seed(seed)
-    by_row, full = shape.kind == "per-example", shape.kind == "full"
-    items = shape.candidates if full else shape.table if by_row else NUM_ITEMS
+    per_row, full = shape.kind == "per-example", shape.kind == "full"
+    items = shape.candidates if full else shape.table if per_row else NUM_ITEMS
 
     def embeddings(count: int) -> Tensor:
         vectors = torch.randn(count, shape.dim, generator=generator, device=device)
@@ -260,14 +260,14 @@ def random_inputs(shape: Shape, level: Level, seed: int = 0, device: str = "cpu"
     positive_ids, negative_ids = drawn(shape.rows), None
     if shape.kind == "shared":
         negative_ids = drawn(shape.candidates)
-    elif by_row:
+    elif per_row:
         size = (shape.rows, shape.candidates)
         negative_ids = torch.randint(items, size, generator=generator, device=device)
     domain_ids = torch.randint(NUM_DOMAINS, (shape.rows,), generator=generator, device=device)
     domain_weights = 0.5 + torch.rand(NUM_DOMAINS, generator=generator, device=device)
     query = embeddings(shape.rows)
     positive = negative = table = None
-    if full or by_row:
+    if full or per_row:
         table = embeddings(items)
     else:
         positive = embeddings(shape.rows)

@@ -1,4 +1,5 @@
-// What the CPU kernels share: one row of logits, from products to probabilities.
+// What sampled_softmax.cpp and per_row_softmax.cpp share: one row of logits, from products to
+// probabilities.
 #pragma once
 
 #include <algorithm>

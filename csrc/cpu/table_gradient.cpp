@@ -10,7 +10,7 @@
 #include <utility>
 #include <vector>
 
-#include "../indexed_softmax.h"
+#include "../per_row_softmax.h"
 
 namespace dwl {
 namespace {

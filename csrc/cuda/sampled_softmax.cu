@@ -47,13 +47,13 @@ __global__ void __launch_bounds__(S::THREADS, DWL_BLOCKS)
   for (int turn = 0; turn < p.template shares<Phase::kRows>().units(block()); ++turn) {
     row_tile(p, turn);
   }
-  const Shares by_row = p.template shares<Phase::kRows>();
-  if (by_row.split()) {
+  const Shares row_shares = p.template shares<Phase::kRows>();
+  if (row_shares.split()) {
     sync_grid();
-    const int pieces = (by_row.tiles - by_row.whole) * PIECES;
+    const int pieces = (row_shares.tiles - row_shares.whole) * PIECES;
     for (int k = first_piece(); k < pieces; k += num_blocks() * S::WARPS) {
       const int tile = k / PIECES;
-      finish_rows(p, by_row.whole + tile, k % PIECES * 16, by_row.parts(tile));
+      finish_rows(p, row_shares.whole + tile, k % PIECES * 16, row_shares.parts(tile));
     }
   }
   if (call.candidate_gradient == nullptr && call.candidate_log_q_gradient == nullptr) return;

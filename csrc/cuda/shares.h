@@ -1,4 +1,5 @@
-// Dealing out tiles, in arithmetic that host and device share.
+// Dealing out tiles to blocks, in arithmetic that host and device share: `Program` asks it for its
+// tiles, the host for the size of the workspace.
 #pragma once
 
 #include <cmath>

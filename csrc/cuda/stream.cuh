@@ -1,4 +1,5 @@
-// The loop of both phases: blocks of one side stream past an owned tile of the other.
+// The loop of rows.cuh and candidates.cuh: blocks of one side stream past an owned tile of the
+// other.
 #pragma once
 
 #include "program.cuh"

@@ -1,4 +1,4 @@
-"""What the backends for GPUs ask of a device."""
+"""What `triton.solve` and `cuda.solve` ask of a device before they run on it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ OLDEST = (8, 0)  # the first compute capability whose tensor cores take bfloat16
 
 
 @functools.cache
-def why_unfit(index: int) -> str | None:
+def unfit_reason(index: int) -> str | None:
     """Why none of the kernels runs on a CUDA device, and the mend; None where they run."""
     if torch.version.hip is not None:
         return "it needs an NVIDIA GPU; backend='chunked' runs on this one"

@@ -93,10 +93,9 @@ def _autograd() -> Iterator[None]:
     """Autograd of its own: compiled graphs call ops below it, checkpoints count what is kept."""
     key = torch._C.DispatchKey.AutogradFunctionality
     kept: AbstractContextManager[Any] = nullcontext()
-    if torch._C._autograd._saved_tensors_hooks_is_enabled():  # not in a transform of torch.func
-        kept = torch.autograd.graph.saved_tensors_hooks(
-            lambda tensor: tensor, lambda tensor: tensor
-        )
+    autograd: Any = torch._C._autograd
+    if autograd._saved_tensors_hooks_is_enabled():  # not in a transform of torch.func
+        kept = torch.autograd.graph.saved_tensors_hooks(_same, _same)
     with torch._C._SetExcludeDispatchKeyGuard(key, False), torch.enable_grad(), kept:
         yield
 

@@ -2,7 +2,7 @@
 
 Dense tensors pass as they are. Ids, counts and domains may also be NumPy arrays, pandas columns, or
 whatever else gives a NumPy array, and where the function says so lists. Scalars are Python's or
-NumPy's.
+NumPy's. Called by `checks`, `build`, the samplers, the domain weights and the modules.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Batches of problems and of upstream gradients, slice by slice: ``vmap``, ``is_grads_batched``."""
+"""Batches of problems and of upstream gradients, slice by slice: ``vmap``, ``is_grads_batched``.
+
+For every `autograd.Function` and registered op of the package.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the modules of this package share about their state."""
+"""How samplers, frequencies, domain weights and loss modules keep and load their buffers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def on_host() -> Iterator[None]:
 class Tables(nn.Module):
     """Module whose tensors keep their dtype, and whose arguments nothing overrides.
 
-    What follows from the arguments is a constant: an attribute that is where the module is, but no
+    What follows from the arguments is a constant: an attribute on the device of the module, but no
     buffer. So no checkpoint replaces it, nothing that averages models averages it, and it is there
     again when a module built on `meta` gets memory, in whatever way.
 
@@ -31,8 +31,8 @@ class Tables(nn.Module):
     and ``torch.export`` may write to. ``AveragedModel(use_buffers=True)`` finds it the same way and
     asks no module before it averages, hence the advice in the docstrings of what counts.
 
-    What a constructor builds, it builds :func:`on_host`, and then calls :meth:`_settle`. On `meta`
-    the other tensors leave their values here too, until there is memory for them.
+    A constructor builds its tensors :func:`on_host` and then calls :meth:`_settle`. When a module
+    goes to `meta`, the values of its tensors are kept here until there is memory for them.
     """
 
     device_marker: Tensor  # [0] says where the module is

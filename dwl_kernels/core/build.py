@@ -1,6 +1,8 @@
 """From the arguments of the public functions to a validated problem, one builder for each loss.
 
-What is wrong with a single argument, `checks` says; with several of them, the builder.
+The public functions call them. What is wrong with a single argument, `checks` says; with several of
+them, the builder. Its `row_options` are the arguments of `checks.row_arguments`, which every loss
+takes.
 """
 
 from __future__ import annotations
@@ -27,10 +29,8 @@ from dwl_kernels.core.checks import (
 )
 from dwl_kernels.core.problem import (
     NO_ITEM,
-    Correction,
     DualScale,
     PerRowProblem,
-    Reduction,
     SharedProblem,
 )
 from dwl_kernels.core.values import checks_values, ids_outside, no_autocast
@@ -45,13 +45,8 @@ def sampled_problem(
     negative_log_q: Tensor | None,
     positive_ids: Tensor | None,
     negative_ids: Tensor | None,
-    domain_ids: Tensor | None,
-    domain_weights: Tensor | None,
-    example_weights: Tensor | None,
-    temperature: float | Tensor | None,
-    correction: Correction,
-    reduction: Reduction,
     dual: DualScale | None = None,
+    **row_options: Any,
 ) -> SharedProblem:
     """The problem of ``sampled_softmax_loss``: candidates ``[N, D]`` shared by all rows."""
     query, positive, negative = check_embeddings(query, positive=positive, negative=negative)
@@ -62,9 +57,7 @@ def sampled_problem(
         positive_ids=(positive_ids, leading),
         negative_ids=(negative_ids, negative.shape[:1]),
     )
-    rows = row_arguments(
-        query, domain_ids, domain_weights, example_weights, temperature, correction, reduction
-    )
+    rows = row_arguments(query, **row_options)
     given = positive_log_q, negative_log_q
     positive_log_q = flat_log_q(
         "positive_log_q", positive_log_q, leading, query, rows.example_weights
@@ -105,14 +98,9 @@ def in_batch_problem(
     negative: Tensor | None,
     negative_log_q: Tensor | None,
     negative_ids: Tensor | None,
-    domain_ids: Tensor | None,
-    domain_weights: Tensor | None,
-    example_weights: Tensor | None,
-    temperature: float | Tensor | None,
-    correction: Correction,
-    reduction: Reduction,
     dual: DualScale | None = None,
     prefix: str = "",
+    **row_options: Any,
 ) -> SharedProblem:
     """The problem of ``in_batch_softmax_loss``: the positives of the batch, then ``negative``.
 
@@ -133,9 +121,7 @@ def in_batch_problem(
     leading = query.shape[:-1]
     more = () if negative is None else negative.shape[:1]
     both = flat_ids(query, **{ids_name: (ids, leading), "negative_ids": (negative_ids, more)})
-    rows = row_arguments(
-        query, domain_ids, domain_weights, example_weights, temperature, correction, reduction
-    )
+    rows = row_arguments(query, **row_options)
     positive_log_q = flat_log_q(log_q_name, log_q, leading, query, rows.example_weights)
     more_log_q = flat_log_q("negative_log_q", negative_log_q, more, query)
     positives = flat_rows(positive)
@@ -174,12 +160,8 @@ def full_problem(
     *,
     bias: Tensor | None,
     ignore_index: int,
-    domain_ids: Tensor | None,
-    domain_weights: Tensor | None,
-    example_weights: Tensor | None,
-    temperature: float | Tensor | None,
-    reduction: Reduction,
     skip_threshold: float,
+    **row_options: Any,
 ) -> SharedProblem:
     """The problem of ``full_softmax_loss``: every row of the table is a candidate."""
     skip_threshold = checked_skip_threshold(skip_threshold)
@@ -193,9 +175,7 @@ def full_problem(
     if bias is not None:
         check_shape("bias", bias, table.shape[:1], query)
         bias = -floating("bias", bias, query, differentiable=True)
-    rows = row_arguments(
-        query, domain_ids, domain_weights, example_weights, temperature, "standard", reduction
-    )
+    rows = row_arguments(query, correction="standard", **row_options)
     rows = rows._replace(ignore_index=ignore_index)
     return SharedProblem(
         query=flat_rows(query),
@@ -218,7 +198,7 @@ def checked_skip_threshold(skip_threshold: float) -> float:
     return skip_threshold
 
 
-def indexed_problem(
+def per_row_problem(
     query: Tensor,
     table: Tensor,
     positive_ids: Tensor,
@@ -226,22 +206,15 @@ def indexed_problem(
     *,
     positive_log_q: Tensor | None,
     negative_log_q: Tensor | None,
-    domain_ids: Tensor | None,
-    domain_weights: Tensor | None,
-    example_weights: Tensor | None,
-    temperature: float | Tensor | None,
-    correction: Correction,
-    reduction: Reduction,
+    **row_options: Any,
 ) -> PerRowProblem:
     """The problem of ``indexed_sampled_softmax_loss`` where every row has negatives of its own.
 
-    The ids have been through :func:`indexed_ids`.
+    The ids have been through :func:`table_ids`.
     """
     query, table = _query_and_table(query, table)
     leading, width = query.shape[:-1], negative_ids.shape[-1]
-    rows = row_arguments(
-        query, domain_ids, domain_weights, example_weights, temperature, correction, reduction
-    )
+    rows = row_arguments(query, **row_options)
     weights = rows.example_weights
     positive_log_q = flat_log_q("positive_log_q", positive_log_q, leading, query, weights)
     negative_log_q = flat_log_q("negative_log_q", negative_log_q, (*leading, width), query, weights)
@@ -258,7 +231,7 @@ def indexed_problem(
     )
 
 
-def indexed_ids(
+def table_ids(
     query: Tensor,
     table: Tensor,
     positive_ids: Tensor,
@@ -269,7 +242,7 @@ def indexed_ids(
 
     Raises:
         IndexError: shared negatives, or their positives, outside the table, where values are looked
-            at. Those of negatives by row are left to `rows.prepare`.
+            at. Those of negatives per row are left to `rows.prepare`.
     """
     _query_and_table(query, table)
     if table.shape[0] == 0:

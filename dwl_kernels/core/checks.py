@@ -1,4 +1,7 @@
-"""Checks of the arguments of a loss, one by one: shape, dtype, device, choice, log-Q."""
+"""Checks of the arguments of a loss, one by one: shape, dtype, device, choice, log-Q.
+
+Called by `build`, and for choices by the modules and the registered ops.
+"""
 
 from __future__ import annotations
 
@@ -64,10 +67,11 @@ def check_embedding(name: str, value: Tensor) -> None:
     check_dense(name, value)
     if value.dtype not in FLOATS:
         raise TypeError(
-            f"{name} has dtype {value.dtype}; wanted float32, float64, bfloat16 or float16"
+            f"{name} has dtype {value.dtype}; wanted {', '.join(_NAMES[:-1])} or {_NAMES[-1]}"
         )
 
 
+_NAMES = [str(dtype).removeprefix("torch.") for dtype in FLOATS]
 _LETTERS = {"negative": "N", "table": "V"}  # embeddings whose number is free
 
 
@@ -213,6 +217,7 @@ def check_choice(name: str, value: str, choices: Any) -> None:
 
 def row_arguments(
     query: Tensor,
+    *,
     domain_ids: Tensor | None,
     domain_weights: Tensor | None,
     example_weights: Tensor | None,

@@ -1,7 +1,8 @@
-"""What the losses do where they are asked for a derivative that they do not have: they say so.
+"""Errors for the derivatives that the losses do not have: second ones, and forward mode.
 
 A gradient is computed together with its loss and is a constant to PyTorch, and a kernel knows
-nothing of tangents. So a second derivative and a forward-mode one would come out as 0.
+nothing of tangents. Without an error both derivatives would come out as 0.
+Used by `autograd`, `gather` and `modules.normalize`.
 """
 
 from __future__ import annotations

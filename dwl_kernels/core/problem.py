@@ -214,9 +214,9 @@ def tensor_fields(struct: type) -> tuple[str, ...]:
     return tuple(name for name, hint in hints.items() if hint in (Tensor, Tensor | None))
 
 
-_SHARED, _PER_ROW, _ROW = (
-    len(tensor_fields(struct)) for struct in (SharedProblem, PerRowProblem, RowOptions)
-)
+ROW_TENSORS = tensor_fields(RowOptions)  # the options of a row that are tensors
+_SHARED, _PER_ROW = (len(tensor_fields(struct)) for struct in (SharedProblem, PerRowProblem))
+_ROW = len(ROW_TENSORS)
 
 
 class Output(NamedTuple):

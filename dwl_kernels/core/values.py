@@ -113,7 +113,7 @@ def check_distinct(
 
 
 def wrong_rows(problem: Problem, active: Tensor | None) -> Tensor | None:  # [B] bool
-    """Which rows have an id outside the table or a temperature that is none; None where none can.
+    """Which rows have an id outside the table or an impossible temperature; None where none can.
 
     Raises:
         IndexError, ValueError: there is one, where values are looked at.

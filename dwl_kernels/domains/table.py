@@ -1,4 +1,4 @@
-"""The printed table of measured domains."""
+"""The table of measured domains that `repr(DomainWeights)` prints."""
 
 from __future__ import annotations
 

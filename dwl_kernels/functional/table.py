@@ -1,4 +1,4 @@
-"""The losses over the rows of a table: all of them, or drawn by id."""
+"""The losses over the rows of a table: all of them, or those that are given by id."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from dwl_kernels.backends import Backend, check_name
 from dwl_kernels.core.arguments import flag
 from dwl_kernels.core.build import (
     full_problem,
-    indexed_ids,
-    indexed_problem,
     leave_out_no_items,
+    per_row_problem,
     sampled_problem,
+    table_ids,
 )
 from dwl_kernels.core.problem import Correction, Reduction
 from dwl_kernels.gather import shared_rows
@@ -191,9 +191,9 @@ def indexed_sampled_softmax_loss(
         "reduction": reduction,
     }
     sparse_grad = flag("sparse_grad", sparse_grad)
-    ids = indexed_ids(query, table, positive_ids, negative_ids, example_weights)
+    ids = table_ids(query, table, positive_ids, negative_ids, example_weights)
     if ids[1].dim() != 1:
-        problem = indexed_problem(query, table, *ids, **arguments)
+        problem = per_row_problem(query, table, *ids, **arguments)
         return loss_of(problem, query, backend, sparse_grad)
     drawn, arguments["negative_log_q"] = leave_out_no_items(ids[1], positive_log_q, negative_log_q)
     positive, negative = shared_rows(table, ids[0], drawn, sparse_grad, backend)

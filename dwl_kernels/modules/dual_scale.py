@@ -78,7 +78,7 @@ class DualScaleSampledSoftmax(DynamicWeightedSampledSoftmax):
         tensor(0.7743)
     """
 
-    _takes_negatives_by_row = False
+    _takes_negatives_per_row = False
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Embeddings scaled to length 1, of any size and dtype."""
+"""Embeddings scaled to length 1, of any size and dtype, for modules with `normalize=True`."""
 
 from __future__ import annotations
 

@@ -3,8 +3,8 @@
 The first run gives the loss; the second, in the middle of a backward, gives the gradients. It must
 not count its rows again, and must weigh them as the first run did, although the weights have moved
 on. So a first run leaves its weights here, and the second takes those of the first run whose query
-and domains look most like its own. Whoever runs a forward twice is found out in this way, with no
-word from the checkpoint: `torch.utils.checkpoint` in both its forms, nested or not, and others.
+and domains look most like its own. This needs no help from whatever runs the forward twice, so it
+works for `torch.utils.checkpoint` in both its forms, nested or not, and for others.
 """
 
 from __future__ import annotations
@@ -127,8 +127,8 @@ def _weak(owner: Any) -> Callable[[], Any]:
 def _function() -> Any:
     """The context of an autograd.Function that runs this and will have a backward, or None.
 
-    In its forward gradients are off, as they are in a validation. Unlike there its context is on
-    the stack, and is part of a graph if gradients were on around it.
+    Gradients are off in its forward, as they are in a validation. What tells the two apart is its
+    context: it is on the stack, and part of a graph if gradients were on around it.
     """
     frame = sys._getframe()
     while frame.f_back is not None:

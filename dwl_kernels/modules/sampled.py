@@ -11,7 +11,7 @@ from torch import Tensor
 from dwl_kernels.autograd import loss_of
 from dwl_kernels.backends import Backend
 from dwl_kernels.core.arguments import flag
-from dwl_kernels.core.build import in_batch_problem, indexed_ids, leave_out_no_items, takes_batch
+from dwl_kernels.core.build import in_batch_problem, leave_out_no_items, table_ids, takes_batch
 from dwl_kernels.core.checks import Calibrated, both_or_none, check_choice
 from dwl_kernels.core.problem import Correction, Reduction
 from dwl_kernels.domains import DomainWeights
@@ -108,7 +108,7 @@ class DynamicWeightedSampledSoftmax(WeightedLoss):
         >>> loss = DynamicWeightedSampledSoftmax()(query, table=table.weight, **ids)
     """
 
-    _takes_negatives_by_row = True
+    _takes_negatives_per_row = True
 
     def __init__(
         self,
@@ -227,9 +227,9 @@ class DynamicWeightedSampledSoftmax(WeightedLoss):
         if table is not None and negative_ids is not None:
             negatives = negative_ids.shape
         in_batch = takes_batch(self.in_batch, negatives is not None)
-        by_row = negatives is not None and len(negatives) != 1
-        if by_row:
-            self._check_by_row()
+        per_row = negatives is not None and len(negatives) != 1
+        if per_row:
+            self._check_per_row()
         if negatives is not None:  # before calibration, which makes both
             both_or_none("positive_log_q", positive_log_q, "negative_log_q", negative_log_q)
 
@@ -252,7 +252,7 @@ class DynamicWeightedSampledSoftmax(WeightedLoss):
                     ("negative_domain_ids", negative_domain_ids),
                     ("negative_ids", negative_ids),
                     negatives,
-                    padded[..., None] if by_row and padded is not None else None,
+                    padded[..., None] if per_row and padded is not None else None,
                 )
                 tilt = self._tilt(candidate_domains, weights)
                 draws["negative_log_q"] = Calibrated(negative_log_q, tilt)
@@ -266,8 +266,8 @@ class DynamicWeightedSampledSoftmax(WeightedLoss):
             "reduction": self.reduction,
             "backend": self.backend,
         }
-        if by_row:
-            assert table is not None  # only its negatives are by row
+        if per_row:
+            assert table is not None  # only ids of a table are per row
             if self.normalize:
                 query, table = normalised(query, padded), normalised(table, drawn=True)
             return indexed_sampled_softmax_loss(
@@ -301,7 +301,7 @@ class DynamicWeightedSampledSoftmax(WeightedLoss):
         positive_ids, drawn = draws["positive_ids"], draws["negative_ids"]
         if drawn is None:
             drawn = positive_ids.new_empty(0)
-        ids = indexed_ids(query, table, positive_ids, drawn, example_weights)
+        ids = table_ids(query, table, positive_ids, drawn, example_weights)
         if draws["negative_ids"] is not None:
             log_q = draws["positive_log_q"], draws["negative_log_q"]
             drawn, negative_log_q = leave_out_no_items(ids[1], *log_q)
@@ -334,11 +334,11 @@ class DynamicWeightedSampledSoftmax(WeightedLoss):
         )
         return loss_of(problem, query, backend)
 
-    def _check_by_row(self) -> None:
+    def _check_per_row(self) -> None:
         """ValueError where an option does not go with negatives of every row's own."""
         for conflict, reason in (
             (
-                not self._takes_negatives_by_row,
+                not self._takes_negatives_per_row,
                 f"{type(self).__name__} takes negatives that all rows share: pass [N]",
             ),
             (

@@ -10,7 +10,7 @@
 #include <random>
 #include <vector>
 
-#include "indexed_softmax.h"
+#include "per_row_softmax.h"
 #include "sampled_softmax.h"
 
 namespace {
@@ -182,7 +182,7 @@ void shared_candidates() {
 }
 
 template <typename T, typename S>
-void candidates_by_row() {
+void candidates_per_row() {
   const int64_t b = integer(0, 60), k = integer(0, 20), d = integer(0, 20), v = integer(1, 30);
   const bool odd = chance(0.2), pads = chance(0.4);
   const double size = scale<T>();
@@ -204,7 +204,7 @@ void candidates_by_row() {
     positive_ids[i] = int64_t(1) << 40;
     for (int64_t j = 0; j < k; ++j) candidate_ids[i * k + j] = -7;
   }
-  dwl::IndexedProblem<T, S> p{};
+  dwl::PerRowProblem<T, S> p{};
   p.rows = b, p.candidates = k, p.dim = d, p.refined = chance(0.4);
   p.query = query.get(), p.table = table.get(), p.tau = tau.get();
   p.coefficient = coefficient.get();
@@ -217,11 +217,11 @@ void candidates_by_row() {
   for (const auto* one : {&row_loss, &d_query, &d_positive, &d_candidate}) {
     for (T& value : *one) value = T(kUntouched);
   }
-  dwl::IndexedGradients<T> out{};
+  dwl::PerRowGradients<T> out{};
   out.row_loss = row_loss.get();
   if (chance(0.7)) out.query = d_query.get();
   if (chance(0.7)) out.positive = d_positive.get(), out.candidate = d_candidate.get();
-  dwl::indexed_softmax_cpu(p, out, kThreads);
+  dwl::per_row_softmax_cpu(p, out, kThreads);
   expect_written(row_loss, b, p.active);
   if (out.query != nullptr) expect_written(d_query, b, p.active);
   if (out.positive == nullptr) return;
@@ -271,9 +271,9 @@ int main(int, char** arguments) {
   for (int k = 0; k < problems; ++k) {
     shared_candidates<float>();
     shared_candidates<double>();
-    candidates_by_row<float, float>();
-    candidates_by_row<float, dwl::BFloat16>();
-    candidates_by_row<double, double>();
+    candidates_per_row<float, float>();
+    candidates_per_row<float, dwl::BFloat16>();
+    candidates_per_row<double, double>();
     gradient_of_a_table<float, float>();
     gradient_of_a_table<float, dwl::BFloat16>();
     gradient_of_a_table<double, double>();

@@ -22,14 +22,17 @@ from dwl_kernels.backends.cache import BuildError
 from dwl_kernels.backends.cuda import build as cuda_build
 from dwl_kernels.backends.cuda import variants as cuda_tiles
 from dwl_kernels.backends.cuda.variants import MAX_D, Variant
-from dwl_kernels.backends.device import why_unfit
+from dwl_kernels.backends.device import unfit_reason
 from dwl_kernels.core.candidates import log_q_of_candidates, log_q_of_positives
-from dwl_kernels.core.problem import NO_ITEM, GradMask, Output, Problem, SharedProblem
+from dwl_kernels.core.problem import NO_ITEM, ROW_TENSORS, GradMask, Output, Problem, SharedProblem
 from dwl_kernels.core.rows import Gradients, finish, prepare
 
 MAX_LENGTH = (1 << 31) - (1 << 16)  # places are 32-bit numbers, offsets 64-bit ones
 _PROBE = torch.bfloat16, 64  # compiled to see whether anything compiles
 _MESSAGE_BYTES = 512
+# The options of a row that `prepare` answers for. Any other is refused until the kernel knows it.
+_ROW_OPTIONS = {"domain_ids", "domain_weights", "example_weights", "temperature"}
+_UNKNOWN_OPTIONS = tuple(name for name in ROW_TENSORS if name not in _ROW_OPTIONS)
 
 
 def unavailable_reason(device_type: str) -> str | None:
@@ -42,7 +45,7 @@ def unavailable_reason(device_type: str) -> str | None:
     if not torch.cuda.is_available():
         return "PyTorch sees no CUDA device; torch.cuda.is_available() must be true"
     index = torch.cuda.current_device()
-    if (reason := why_unfit(index)) is not None:
+    if (reason := unfit_reason(index)) is not None:
         return reason
     capability = torch.cuda.get_device_capability(index)
     return _does_not_build(cuda_tiles.variant(*_PROBE, capability), capability)
@@ -61,8 +64,13 @@ def unsupported_reason(problem: Problem) -> str | None:
     """Why the kernel does not take this problem; None where it does."""
     if not isinstance(problem, SharedProblem):
         return "it does not take candidates by row; backend='chunked' does"
+    if problem.query.dtype not in cuda_tiles.MATH:
+        return f"it does not take {problem.query.dtype}; backend='chunked' does"
     if problem.dual is not None:
         return "it does not take the dual scale; backend='chunked' does"
+    for name in _UNKNOWN_OPTIONS:
+        if getattr(problem.rows, name) is not None:
+            return f"it does not take {name}; backend='chunked' does"
     dim = problem.query.shape[1]
     if dim > MAX_D:
         return (

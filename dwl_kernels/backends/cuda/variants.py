@@ -35,7 +35,7 @@ TF32 = Math("Tf32", 4, 4)
 
 
 class Tiles(NamedTuple):
-    """`Shape` in `csrc/cuda/program.cuh` says what each is."""
+    """`Shape` in `csrc/cuda/shape.cuh` says what each is."""
 
     BN: int  # of the streamed side at a time
     MT: int  # blocks of 16 rows of the owned side that a team of warps has

@@ -126,10 +126,10 @@ def release() -> None:
 
 
 def _kept(device: torch.device, new: Callable[[], Space]) -> Space:
-    """What outlives the call.
+    """A space that outlives the call, allocated by a thread of its own.
 
-    PyTorch gives what a thread allocates while it warms a CUDA graph up to the pool of the graph,
-    and `torch.compile` then fails for memory of it that is still in use. Hence another thread.
+    While a thread warms a CUDA graph up, PyTorch takes what it allocates from the pool of the
+    graph, and `torch.compile` then fails because memory of that pool is still in use.
     """
     stream = torch.cuda.current_stream(device)
 

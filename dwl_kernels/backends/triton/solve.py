@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dwl_kernels.backends.device import why_unfit
+from dwl_kernels.backends.device import unfit_reason
 from dwl_kernels.backends.triton import wide
 from dwl_kernels.backends.triton.launch import launch, on, workspace
 from dwl_kernels.backends.triton.specialize import (
@@ -43,6 +43,7 @@ from dwl_kernels.core.problem import GradMask, Output, Problem, SharedProblem
 from dwl_kernels.core.rows import prepare
 from dwl_kernels.core.values import checks_values
 
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 MAX_D = 256  # a row tile keeps [BLOCK_M1, D] sums in registers; above, `wide` takes over
 MAX_TABLE_D = 4096  # a warp keeps the sums of one row of a table
 MAX_ROWS = 1 << 27  # a workspace of 11 numbers a row has 32-bit offsets
@@ -83,13 +84,15 @@ def unavailable_reason(device_type: str) -> str | None:
             f"it runs on CUDA tensors, and these are on {device_type}; with TRITON_INTERPRET=1 in "
             "the environment it takes CPU tensors, slowly"
         )
-    return why_unfit(torch.cuda.current_device())
+    return unfit_reason(torch.cuda.current_device())
 
 
 def unsupported_reason(problem: Problem) -> str | None:
     """Why the kernel does not take this problem; None where it does."""
     if problem.query.dtype == torch.float64 and not interpreting():
         return "it takes float64 in the interpreter only; backend='chunked' takes it"
+    if problem.query.dtype not in DTYPES:
+        return f"it does not take {problem.query.dtype}; backend='chunked' does"
     is_wide = problem.query.shape[1] > MAX_D
     if is_wide and (part := wide.unsupported_part(problem)) is not None:
         return (
@@ -306,7 +309,7 @@ def _workers(problem: Problem, wanted: GradMask, row_grad: Tensor | None, tiles:
 def _resident(compiled: Any, threads: int) -> int | None:
     """How many programs the driver lets run at once on a multiprocessor; None where it is silent.
 
-    It refuses a cooperative launch of more, also where a tool such as compute-sanitizer adds
+    The driver fails a cooperative launch of more, also where a tool such as compute-sanitizer adds
     instructions of its own.
     """
     try:

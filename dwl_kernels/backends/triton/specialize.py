@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 
 from dwl_kernels.backends.triton.tiles import Load, Tiles, installed
-from dwl_kernels.core.problem import DualScale, GradMask, Problem, SharedProblem, accumulate_dtype
+from dwl_kernels.core.problem import (
+    ROW_TENSORS,
+    DualScale,
+    GradMask,
+    Problem,
+    SharedProblem,
+    accumulate_dtype,
+)
 
 MAX_WORKERS = 1024  # more than any device has multiprocessors, three programs on each
 
@@ -98,6 +105,7 @@ def inputs_of(problem: Problem, row_grad: Tensor | None) -> Any:
     else:  # the positives lie in the table
         positive = candidates = p.item_table
         positive_ids, candidate_ids, target = p.positive_rows, p.candidate_rows, None
+    row_tensors = dict(zip(ROW_TENSORS, rows, strict=False)) | {"temperature": temperature}
     given = common().Inputs(
         query=p.query,
         positive=positive,
@@ -106,12 +114,9 @@ def inputs_of(problem: Problem, row_grad: Tensor | None) -> Any:
         candidate_log_q=p.candidate_log_q,
         positive_ids=positive_ids,
         candidate_ids=candidate_ids,
-        domain_ids=rows.domain_ids,
-        domain_weights=rows.domain_weights,
-        example_weights=rows.example_weights,
-        temperature=temperature,
         row_grad=row_grad,
         target=target,
+        **row_tensors,
     )
     if [t for t in given if t is not None and not t.is_contiguous()]:
         return given._make([None if t is None else t.contiguous() for t in given])

@@ -281,11 +281,13 @@ def flattened(problem: SharedProblem, prepared: Prepared) -> SharedProblem:
         dual=None,  # `Pulled` has it
         target=None,  # `Block.own` has them
         positive_log_q=p.positive_log_q if refined else log_q_of_positives(p),
-        rows=RowOptions(
+        rows=p.rows._replace(
+            domain_ids=None,
+            domain_weights=None,
             example_weights=prepared.weight,
             temperature=prepared.tau,
-            correction=p.rows.correction,
-            reduction=p.rows.reduction,
+            tau=1.0,
+            ignore_index=RowOptions().ignore_index,  # the same kernel for all
         ),
         skip_threshold=0.0,
     )

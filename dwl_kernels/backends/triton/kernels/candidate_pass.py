@@ -1,4 +1,7 @@
-"""Phase 2 of the Triton kernel: a tile of candidates, past which the rows stream."""
+"""Phase 2 of the Triton kernel: a tile of candidates, past which the rows stream.
+
+`shared_candidates` runs it.
+"""
 
 from __future__ import annotations
 

@@ -136,7 +136,7 @@ class Form(NamedTuple):
     FEW_CANDIDATES: Any  # less than BLOCK_N1
     FEW_ROWS: Any  # less than BLOCK_M2
     NARROW: Any  # ids of a table's rows fit into 32 bits
-    EVEN: Any  # B and N, by row K, are multiples of 16, see `is_even`
+    EVEN: Any  # B and N, per row K, are multiples of 16, see `is_even`
     FENCED: Any  # products need a fence of ours, see `fence`
     UPCAST: Any  # products are made in float64: bfloat16 and float32 in the interpreter
     COMPILED: Any  # for a device, and not interpreted

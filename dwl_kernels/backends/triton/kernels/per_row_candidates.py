@@ -1,4 +1,4 @@
-"""The loss of candidates drawn by row from a table, and its gradients, in one launch.
+"""The loss of candidates that each row has of its own in a table, and its gradients, in one launch.
 
 Phase 0  as in `shared_candidates`
 Phase 1  owns q[BLOCK_M1, D]   gathers their K candidates   writes l, dq, dtau and, for the table,

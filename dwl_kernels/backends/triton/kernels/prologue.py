@@ -1,4 +1,7 @@
-"""Phase 0: which rows are no padding, in what order, and the norm of the reduction."""
+"""Phase 0: which rows are no padding, in what order, and the norm of the reduction.
+
+`shared_candidates` and `per_row_candidates` begin with it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Phase 1 of the Triton kernel: a tile of rows, past which the candidates stream."""
+"""Phase 1 of the Triton kernel: a tile of rows, past which the candidates stream.
+
+`shared_candidates` runs it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Which worker does what: slices of rows, whole tiles, and parts of the tiles that are left."""
+"""Which worker does what: slices of rows, whole tiles, and parts of the tiles that are left.
+
+All phases of `shared_candidates` and `per_row_candidates` ask it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loss and its gradients in one launch; `reference` has the formulas.
+"""The loss of shared candidates and its gradients in one launch; `reference` has the formulas.
 
 A program is one of as many as the chip runs at once, and stays for the whole call.
 

@@ -1,18 +1,14 @@
 """Device side of the wide form: what happens to a block of logits between its matrix products.
 
-The products themselves, through the vendor's BLAS, are in `triton_wide`. For each block of rows:
+The products themselves are in `backends.triton.wide`, which launches these for each block of rows:
 
 exponentials  owns BM rows       streams their logits  writes e, and what is known of the rows
 gradients     owns BM rows       streams the width D   writes dq, dp, dtau and the scaled queries
 columns       owns BN columns    streams the rows      writes d log-Q, where it is wanted
 
-Every number has one writer, and sums have a fixed order: the same call gives the same bits.
-
-A program of `exponentials` has all logits of its rows before it, in L2. The reference of a row is
-the largest of its positive and of the first BN candidates, so that most rows pass once; only where
-a total leaves the range of the dtype all maxima are searched, and the rows pass again. The row's
-share, ``a / (tau sum)``, is not known until all have passed: it goes into the queries, by which
-``e`` is multiplied next, and nothing passes twice for it.
+Every number has one writer and sums a fixed order: the same call gives the same bits. The reference
+of a row is the largest of its positive and of the first BN candidates; rows pass again only where a
+total leaves the range of the dtype. A row's share, ``a / (tau sum)``, goes into the queries.
 """
 
 from __future__ import annotations
@@ -45,8 +41,7 @@ from dwl_kernels.backends.triton.kernels.wide_block import (
     zero_exponentials,
 )
 
-# Of a row's total: above, its reference was too low. The second search costs little here, so this
-# leaves room below for the coefficients, which are divided by the total.
+# Of a row's total, by which coefficients are divided: above, its reference was too low.
 LIMIT = tl.constexpr(2.0**64)
 MANY = tl.constexpr(1024)  # shares of a block looked at together
 
@@ -132,7 +127,7 @@ def exponentials(ctx, columns, block, shape, first, stop, num_rows, steps):
         tl.debug_barrier()
     z_positive = positive_logits(row, inside, scale, ctx, block, shape)
 
-    weight = tl.load(ctx.inputs.example_weights + row)  # of everything, see `triton_wide`
+    weight = tl.load(ctx.inputs.example_weights + row)  # of everything, see `wide`
     dead = weight == 0
     if ctx.inputs.row_grad is not None:
         dead = dead | (tl.load(ctx.inputs.row_grad + row) == 0)
@@ -157,7 +152,7 @@ def exponentials(ctx, columns, block, shape, first, stop, num_rows, steps):
             reference = tl.maximum(finite(top, ctx) - HEADROOM, reference - 100)
         else:
             reference = tl.maximum(finite(largest, ctx), reference)
-        # inf - inf is NaN: what is infinite gets no share, and the others get nothing of it.
+        # inf - inf is NaN: what is infinite gets no share.
         reference = tl.where(lost, float("inf"), reference)
         total, compete = write_exponentials(
             rows, columns, reference, to, inside & ~dead, stride, ctx, block, shape

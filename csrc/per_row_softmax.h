@@ -1,5 +1,5 @@
-// The problem whose candidates are rows of a table, drawn for every query by itself, and the
-// gradient of that table. Plain structs as in sampled_softmax.h; the letters are the same.
+// The problem whose candidates are rows of a table, each query with its own, and the gradient of
+// that table. Plain structs as in sampled_softmax.h; the letters are the same.
 #pragma once
 
 #include <bit>
@@ -21,7 +21,7 @@ struct BFloat16 {
 
 // T computes, S is how the table is stored. Ids of active rows must be in [0, table_rows).
 template <typename T, typename S>
-struct IndexedProblem {
+struct PerRowProblem {
   int64_t rows;                  // B
   int64_t candidates;            // K
   int64_t dim;                   // D
@@ -39,7 +39,7 @@ struct IndexedProblem {
 
 // What is not wanted is null; positive and candidate are wanted together or not at all.
 template <typename T>
-struct IndexedGradients {
+struct PerRowGradients {
   T* row_loss;   // [B] r_i l_i, 0 for padding
   T* query;      // [B, D], or null
   T* positive;   // [B] dL/d<q_i, p_i>, or null
@@ -48,7 +48,7 @@ struct IndexedGradients {
 
 // Solves the problem on `threads` threads of a CPU; the result does not depend on `threads`.
 template <typename T, typename S>
-void indexed_softmax_cpu(const IndexedProblem<T, S>& problem, const IndexedGradients<T>& gradients,
+void per_row_softmax_cpu(const PerRowProblem<T, S>& problem, const PerRowGradients<T>& gradients,
                          int threads);
 
 // Places of a table: row r of the source goes, times its coefficient, to each of its J ids.

@@ -1,4 +1,4 @@
-// The CPU kernel for candidates drawn by row. A thread owns a range of rows. For each it reads the
+// The CPU kernel for candidates per row. A thread owns a range of rows. For each it reads the
 // K rows of the table once from memory, fetched ahead of use, and has them in its cache when it
 // comes back to them for the gradient:
 //
@@ -9,7 +9,7 @@
 //
 // Nothing of the size [B, K, D] exists, and no thread writes to the table.
 
-#include "../indexed_softmax.h"
+#include "../per_row_softmax.h"
 
 #include <algorithm>
 #include <cmath>
@@ -64,8 +64,7 @@ void fetch(const S* row, int64_t dim) {
 }  // namespace
 
 template <typename T, typename S>
-void indexed_softmax_cpu(const IndexedProblem<T, S>& p, const IndexedGradients<T>& out,
-                         int threads) {
+void per_row_softmax_cpu(const PerRowProblem<T, S>& p, const PerRowGradients<T>& out, int threads) {
   const int64_t n = p.candidates, dim = p.dim;
   std::vector<int64_t> rows;  // the active ones
   rows.reserve(p.rows);
@@ -143,11 +142,11 @@ void indexed_softmax_cpu(const IndexedProblem<T, S>& p, const IndexedGradients<T
   }
 }
 
-template void indexed_softmax_cpu(const IndexedProblem<float, float>&,
-                                  const IndexedGradients<float>&, int);
-template void indexed_softmax_cpu(const IndexedProblem<float, BFloat16>&,
-                                  const IndexedGradients<float>&, int);
-template void indexed_softmax_cpu(const IndexedProblem<double, double>&,
-                                  const IndexedGradients<double>&, int);
+template void per_row_softmax_cpu(const PerRowProblem<float, float>&, const PerRowGradients<float>&,
+                                  int);
+template void per_row_softmax_cpu(const PerRowProblem<float, BFloat16>&,
+                                  const PerRowGradients<float>&, int);
+template void per_row_softmax_cpu(const PerRowProblem<double, double>&,
+                                  const PerRowGradients<double>&, int);
 
 }  // namespace dwl
