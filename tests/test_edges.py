@@ -467,3 +467,51 @@ def test_table_without_draws_has_gradient_zero(
     assert loss == 0
     assert not query.grad.any()
     assert not table.grad.to_dense().any()
+
+
+@pytest.mark.parametrize("backend", ["eager", "chunked", "cpu"], indirect=True)
+@pytest.mark.parametrize("correction", ["standard", "refined"])
+def test_row_of_weight_zero_that_is_nan_reaches_its_own_domain_alone(
+    backend: str, correction: str
+) -> None:
+    """Its weight has the gradient of its loss, the temperature nothing of it."""
+    case, inputs = problem("sampled", reduction="mean", correction=correction)
+    inputs["domain_ids"] = torch.tensor([0, 0, 1, 0, 0, 0])
+    inputs["domain_weights"] = torch.tensor([1.0, 0.0], dtype=torch.float64, requires_grad=True)
+    inputs["temperature"] = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    expected = gradients(case.loss(inputs, "chunked"), inputs)
+    with torch.no_grad():
+        inputs["query"][2] = NAN
+    got = gradients(case.loss(inputs, backend), inputs)
+    assert not got["query"][2].any()
+    assert got["domain_weights"][1].isnan()
+    for name in ("temperature", "negative"):
+        torch.testing.assert_close(got[name], expected[name], rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(
+        got["domain_weights"][0], expected["domain_weights"][0], rtol=1e-10, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("backend", ["eager", "chunked", "cpu"], indirect=True)
+def test_row_that_weighs_nothing_for_its_infinite_logit_gives_no_gradient(backend: str) -> None:
+    """The refined correction weighs it by a sigmoid that is 0."""
+    query = torch.tensor([[torch.inf]], requires_grad=True)
+    positive, negative = torch.ones(1, 1, requires_grad=True), -torch.ones(1, 1)
+    loss = dwl_kernels.sampled_softmax_loss(
+        query, positive, negative, correction="refined", backend=backend
+    )
+    loss.backward()
+    assert loss == 0
+    assert positive.grad == 0
+    assert query.grad == 0
+
+
+def test_row_of_weight_zero_is_no_anomaly() -> None:
+    query = torch.tensor([[NAN], [1.0]], requires_grad=True)
+    weights = {"domain_ids": torch.tensor([0, 1]), "domain_weights": torch.tensor([0.0, 1.0])}
+    with torch.autograd.detect_anomaly():
+        loss = dwl_kernels.sampled_softmax_loss(
+            query, torch.ones(2, 1), torch.ones(1, 1), **weights, backend="eager"
+        )
+        loss.backward()
+    assert loss.isfinite()

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from module_inputs import ITEMS, KINDS, B, D, N, call, draws, item_domains, table_of
 
+import dwl_kernels
 from dwl_kernels.modules.normalize import normalised
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -242,3 +243,10 @@ def test_batches_of_sequences_are_normalised_step_by_step(kind):
         gradients, torch.autograd.grad(wanted.sum(), (query, table)), strict=True
     ):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64], ids=str)
+def test_wrong_dtype_is_named_as_without_normalising(dtype: torch.dtype) -> None:
+    loss_fn = dwl_kernels.DynamicWeightedSampledSoftmax(normalize=True)
+    with pytest.raises(TypeError, match=r"positive has dtype .*; wanted float32"):
+        loss_fn(torch.ones(2, 3), torch.ones(2, 3, dtype=dtype))

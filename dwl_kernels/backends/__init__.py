@@ -135,8 +135,9 @@ def pick(name: str, problem: Problem) -> Solve:
 
 def _solve_of(name: str, problem: Problem) -> Solve:
     """A kernel has nothing to do where there is no row or no candidate."""
-    empty = 0 in (problem.query.shape[0], problem.num_candidates)
-    return chunked.solve if empty and name != "eager" else BACKENDS[name].kernel.solve
+    if not problem.query.shape[0] or not problem.num_candidates:
+        name = name if name == "eager" else "chunked"
+    return BACKENDS[name].kernel.solve
 
 
 def _solve_or_next(

@@ -70,10 +70,16 @@ def solve(
             for name, source in sources.items()
             if source is not None and getattr(wanted, name)
         }
-        loss, s_positive, s = _loss(problem, leaves, row_grad, problem.per_row and any(wanted))
+        made = _loss(problem, leaves, row_grad, problem.per_row and any(wanted))
+    loss, of_weights, s_positive, s = made
+    gradients: dict[str, Tensor | None] = dict.fromkeys(GradMask._fields)
+    if "domain_weights" in leaves:
+        leaf = leaves.pop("domain_weights")
+        (gradients["domain_weights"],) = torch.autograd.grad(
+            of_weights, [leaf], row_grad, materialize_grads=True
+        )
     if problem.per_row and wanted.candidates:
         leaves |= {"positive": s_positive, "candidates": s}
-    gradients: dict[str, Tensor | None] = dict.fromkeys(GradMask._fields)
     if leaves:
         found = torch.autograd.grad(loss, [*leaves.values()], row_grad, materialize_grads=True)
         gradients |= dict(zip(leaves, found, strict=True))
@@ -102,72 +108,84 @@ def _autograd() -> Iterator[None]:
 
 def _loss(
     p: Problem, leaves: dict[str, Tensor], row_grad: Tensor | None, watch_products: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``L`` or the rows ``w_i r_i l_i``, and the products ``<q_i, p_i>``, ``<q_i, c_j>``."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``L`` or the rows ``w_i r_i l_i``, the same for the weights alone, and the products.
+
+    Of the second, whose value is not ``L``, the gradient of the weights is ``(l_i - L) / norm``.
+    """
     options, dtype = p.rows, p.dtypes.accumulate
-    weight, active = _weights(p, leaves.get("domain_weights", options.domain_weights))
-    padded = ~active[:, None]
+    weights, active = _weights(p, leaves.get("domain_weights", options.domain_weights))
+    weight, padded = weights.detach(), ~active[:, None]
     query = leaves.get("query", p.query.to(dtype)).masked_fill(padded, 0)
     positive, candidates = _positive_and_candidates(p, leaves, padded)
-    # Rows of weight zero give no gradient, not even zero times NaN.
-    dead = weight == 0 if row_grad is None else (weight == 0) | (row_grad == 0)
-    none = dead[:, None]
-    s_positive, s = _products(*(x.detach() for x in (query, positive, candidates)))
-    living = _products(query.masked_fill(none, 0), positive.masked_fill(none, 0), candidates)
-    s_positive, s = torch.where(dead, s_positive, living[0]), torch.where(none, s, living[1])
-    if watch_products and not s.requires_grad:
-        s, s_positive = s.requires_grad_(), s_positive.requires_grad_()
     tau = leaves.get("temperature", options.temperature)
     tau = query.new_ones(()) if tau is None else tau
     tau = torch.where(active, tau * options.tau, 1.0)
-
     positive_log_q, log_q = _log_q(p, leaves)
     excluded = _excluded(p, active, log_q)
+    count = (~excluded).sum(1, keepdim=True).to(dtype)
     refined = options.correction == "refined"
-    z_positive = s_positive / tau
-    if not refined:
-        z_positive = z_positive - positive_log_q
-    bias = -log_q
+    rest = torch.zeros_like(tau)
+    if refined and p.positive_log_q is not None:
+        rest = torch.log1p(-p.positive_log_q.exp())
+    held = _products(*(x.detach() for x in (query, positive, candidates)))
+    log_kappa = query.new_zeros(())
     if isinstance(p, SharedProblem) and p.dual is not None:
         with torch.no_grad():
             x = p.dual.hardness * query + p.dual.similarity * positive
             x = (x @ candidates.T / tau[:, None]).masked_fill(excluded, -INF)
-            z = (s / tau[:, None] - log_q).masked_fill(excluded, -INF)
-            count = (~excluded).sum(1, keepdim=True).to(dtype)
-            bias = bias + x.log_softmax(1) + count.log()
-            g = _competition(z, s_positive / tau - positive_log_q, p.dual.slate_size)
+            log_kappa = x.log_softmax(1) + count.log()
+            z = (held[1] / tau[:, None] - log_q).masked_fill(excluded, -INF)
+            g = _competition(z, held[0] / tau - positive_log_q, p.dual.slate_size)
             factor = _temperature_factor(p.dual.competition, g, active & ~g.isnan())
         tau = tau * factor
-        z_positive = s_positive / tau - (0.0 if refined else positive_log_q)
-    z = (s / tau[:, None] + bias).masked_fill(excluded, -INF)
 
-    r, rest = torch.ones_like(z_positive), torch.zeros_like(z_positive)
-    if refined:
-        if p.positive_log_q is not None:
-            rest = torch.log1p(-p.positive_log_q.exp())
+    def logits(s_positive: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:  # [B], [B, N]
+        z_positive = s_positive / tau - (0.0 if refined else positive_log_q)
+        return z_positive, (s / tau[:, None] - log_q + log_kappa).masked_fill(excluded, -INF)
+
+    def row_losses(z_positive: Tensor, z: Tensor, r: Tensor) -> Tensor:  # r_i l_i
         lse = _log_sum_exp(z) + rest
-        count = (~excluded).sum(1).to(dtype)
-        r = torch.where(lse == -INF, 0.0, torch.sigmoid(lse - count.log() - z_positive)).detach()
-        dead = dead | (r == 0)
-    z = torch.where(dead[:, None], z.detach(), z)
-    z_positive = torch.where(dead, z_positive.detach(), z_positive)
-    lse = _log_sum_exp(z) + rest
-    if refined:
-        row_loss = torch.where(r == 0, 0.0, r * (lse - z_positive))
-    else:  # log(1 + odds), which keeps the digits of a small loss
+        if refined:
+            return torch.where(r == 0, 0.0, r * (lse - z_positive))
+        # log(1 + odds) keeps the digits of a small loss
         nobody = (lse == -INF) & (z_positive == -INF)
         odds = torch.where(nobody, -INF, lse - z_positive)
-        row_loss = torch.logaddexp(odds, torch.zeros_like(odds))
-    rows = weight * torch.where((weight == 0) & ~row_loss.isfinite(), 0.0, row_loss)
+        return torch.logaddexp(odds, torch.zeros_like(odds))
+
+    with torch.no_grad():
+        z_positive, z = logits(*held)
+        r = torch.ones_like(z_positive)
+        if refined:
+            lse = _log_sum_exp(z) + rest
+            r = torch.sigmoid(lse - count[:, 0].log() - z_positive)
+            r = torch.where(lse == -INF, 0.0, r)
+        value = row_losses(z_positive, z, r)
+    # Rows of weight zero give no gradient, not even zero times NaN: only their value is taken.
+    dead = (weight == 0) | (r == 0)
+    if row_grad is not None:
+        dead = dead | (row_grad == 0)
+    none = dead[:, None]
+    living = query.masked_fill(none, 0), positive.masked_fill(none, 0)
+    s_positive, s = _products(*living, candidates)
+    if watch_products and not s.requires_grad:
+        s, s_positive = s.requires_grad_(), s_positive.requires_grad_()
+    z_positive, z = logits(s_positive, s)
+    alive = row_losses(z_positive.masked_fill(dead, 0), z.masked_fill(none, 0), r)
+    row_loss = torch.where(dead, value, alive)
+
+    rows = torch.where(weight == 0, 0.0, weight * row_loss)
     if options.reduction == "none":
-        return rows, s_positive, s
+        return rows, weights * value, s_positive, s
     norm = rows.new_ones(())
     if options.reduction == "mean":
         norm = active.sum().to(dtype)
     elif options.reduction == "weighted_mean":
         norm = weight.sum()
-    loss = rows.sum() / torch.where(norm == 0, 1.0, norm)  # 0/0 is 0
-    return torch.where(norm == 0, 0.0, loss), s_positive, s
+    loss = torch.where(norm == 0, 0.0, rows.sum() / torch.where(norm == 0, 1.0, norm))  # 0/0 is 0
+    moved = loss.detach() if options.reduction == "weighted_mean" else 0.0  # the norm, too
+    share = torch.where(norm == 0, 0.0, (value - moved) / norm)
+    return loss, (weights * share).sum(), s_positive, s
 
 
 def _weights(p: Problem, domain_weights: Tensor | None) -> tuple[Tensor, Tensor]:

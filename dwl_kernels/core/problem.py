@@ -232,5 +232,5 @@ class Output(NamedTuple):
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, float32 for everything narrower."""
-    return DTYPES[dtype].accumulate
+    """float64 for float64, float32 for everything else: what is no embedding, a loss refuses."""
+    return DTYPES[dtype].accumulate if dtype in DTYPES else torch.float32

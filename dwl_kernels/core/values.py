@@ -151,8 +151,8 @@ def wrong_temperatures(tau: Tensor | None, active: Tensor | None) -> Tensor | No
     if checks and bool(wrong.any()):
         where = f" in row {int(wrong.nonzero()[0])}" if tau.dim() else ""
         raise ValueError(
-            f"temperature is {float(tau[wrong].flatten()[0]):g}{where}; wanted a positive, "
-            "finite number"
+            f"temperature is {float(tau.detach()[wrong].flatten()[0]):g}{where}; wanted a "
+            "positive, finite number"
         )
     return None if checks else wrong
 
@@ -165,7 +165,7 @@ def not_negative(weight: Tensor) -> Tensor:  # [B]
     if bool(negative.any()):
         row = int(negative.nonzero()[0])
         raise ValueError(
-            f"the weight of row {row} is {float(weight[row]):g}, and weights must not be "
+            f"the weight of row {row} is {float(weight.detach()[row]):g}, and weights must not be "
             "negative; check example_weights and domain_weights"
         )
     return weight

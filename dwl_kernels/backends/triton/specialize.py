@@ -95,28 +95,22 @@ def strengths_of(dual: DualScale | None, num_candidates: int) -> tuple[float, fl
 def inputs_of(problem: Problem, row_grad: Tensor | None) -> Any:
     """The tensors of the problem as `common.Inputs`."""
     p, rows = problem, problem.rows
-    temperature = rows.temperature
-    if temperature is None and p.dtypes.accumulate == torch.float64:
+    if rows.temperature is None and p.query.dtype == torch.float64:
         # A float argument of a kernel is float32.
-        temperature = torch.full((), rows.tau, dtype=torch.float64, device=p.query.device)
+        tau = torch.full((), rows.tau, dtype=torch.float64, device=p.query.device)
+        rows = rows._replace(temperature=tau)
     if isinstance(p, SharedProblem):
         positive, candidates, target = p.positive, p.candidates, p.target
         positive_ids, candidate_ids = p.positive_ids, p.candidate_ids
     else:  # the positives lie in the table
         positive = candidates = p.item_table
         positive_ids, candidate_ids, target = p.positive_rows, p.candidate_rows, None
-    row_tensors = dict(zip(ROW_TENSORS, rows, strict=False)) | {"temperature": temperature}
+    # In the order of `Inputs`: names would take the host 2 us of a step of 115.
     given = common().Inputs(
-        query=p.query,
-        positive=positive,
-        candidates=candidates,
-        positive_log_q=p.positive_log_q,
-        candidate_log_q=p.candidate_log_q,
-        positive_ids=positive_ids,
-        candidate_ids=candidate_ids,
-        row_grad=row_grad,
-        target=target,
-        **row_tensors,
+        *(p.query, positive, candidates, p.positive_log_q, p.candidate_log_q),
+        *(positive_ids, candidate_ids),
+        *rows[: len(ROW_TENSORS)],
+        *(row_grad, target),
     )
     if [t for t in given if t is not None and not t.is_contiguous()]:
         return given._make([None if t is None else t.contiguous() for t in given])
