@@ -78,8 +78,8 @@ ROW_LOSS = "static_cast<Number*>(call.row_loss)[row] = row_loss;"
         ("p.sync_team();\n  const Unit", "const Unit", "nobody has written it: .* of space"),
         ("sync_grid();\n  for (int turn", "for (int turn", "(race|nobody) .* of space"),
         (
-            "sync_grid();\n    const int pieces = (by_r",
-            "const int pieces = (by_r",
+            "sync_grid();\n    const int pieces = (row_sh",
+            "const int pieces = (row_sh",
             "a race .* of space",
         ),
         (
