@@ -18,7 +18,7 @@ help:
 	@echo "                     pictures to benchmarks/results/ and the README (under 15 minutes)"
 	@echo "make bench QUICK=1   a look at smaller shapes (2 minutes); COMPARE=old.json adds ratios"
 	@echo "make tables          compile the kernels for GPUs, with no need of one, and write the tables of"
-	@echo "                     machine code, as after a change to a kernel (15 minutes; needs nvcc)"
+	@echo "                     machine code, as after a change to a kernel (5 minutes; needs nvcc)"
 	@echo "make lint            ruff, mypy and clang-format, in the versions of constraints.txt"
 	@echo "make format          let ruff and clang-format rewrite the files"
 	@echo "make build           build the wheel and the source archive into dist/"
