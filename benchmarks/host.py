@@ -20,9 +20,10 @@ import functools
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -92,6 +93,45 @@ def measure(kind: Kind, level: Level, device: str, rounds: int = ROUNDS) -> dict
     }
 
 
+def measure_public_ways(rounds: int = ROUNDS) -> dict[str, Any]:
+    """What a step takes where it goes PyTorch's and Triton's public ways, over one that does not.
+
+    With the driver that takes notes; the steps in turn, as in `measure`.
+    """
+    from dwl_kernels import autograd
+    from dwl_kernels.backends.triton import solve
+    from dwl_kernels.backends.triton.kernels import scale_gradients
+
+    def launch(
+        kernel: Any, grid: int, entry: Any, tensors: Any, arguments: Any, *rest: Any
+    ) -> None:
+        kernel[(grid,)](*arguments(tensors), **rest[0])
+
+    ways: dict[str, list[Any]] = {
+        "direct": [],
+        "Triton's launcher": [patch.object(m, "launch", launch) for m in (solve, scale_gradients)],
+        "PyTorch's dispatcher": [patch.object(autograd, "_watched", lambda tensors: True)],
+    }
+    x = inputs_of("in-batch", "plain", "cpu")
+    run = step(functools.partial(package_loss, backend="triton"))
+    taken: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(rounds + rounds // 4):
+        for name, patches in ways.items():
+            with ExitStack() as stack:
+                for one in patches:
+                    stack.enter_context(one)
+                start = time.thread_time()
+                for _ in range(STEPS):
+                    run(x)
+                if number >= rounds // 4:
+                    taken[name].append(1e6 * (time.thread_time() - start) / STEPS)
+    ratios = {
+        name: [a / b for a, b in zip(values, taken["direct"], strict=True)]
+        for name, values in taken.items()
+    }
+    return {name: rounded(quartiles(values), 2) for name, values in ratios.items()}
+
+
 def rounded(values: Sequence[float], digits: int) -> dict[str, float]:
     """Quartiles by name."""
     return {n: round(v, digits) for n, v in zip(("low", "median", "high"), values, strict=True)}
@@ -106,11 +146,14 @@ def main() -> None:
     with nullcontext() if device == "cuda" else recording():
         levels: tuple[Level, Level] = (LEVELS[0], LEVELS[-1])
         rows = [measure(kind, level, device) for kind in KINDS for level in levels]
+        ways = {} if device == "cuda" else measure_public_ways()
     launched = "by the driver" if device == "cuda" else "nothing, see benchmarks/host.py"
-    write_json(out / "host.json", record(launched=launched, cases=rows))
+    write_json(out / "host.json", record(launched=launched, cases=rows, public_ways=ways))
     for row in rows:
         for name, ratio in row["of_eager"].items():
             print(f"{row['kind']}, {row['level']}: {name} takes {ratio['median']} of eager's time")
+    for name, ratio in ways.items():
+        print(f"in-batch, plain: {name} takes {ratio['median']} of the direct way's time")
 
 
 if __name__ == "__main__":

@@ -115,7 +115,8 @@ def pick(name: str, problem: Problem) -> Solve:
     Raises:
         RuntimeError: the backend asked for by name cannot run; the message says why and the mend.
     """
-    name = chosen(name)
+    if name == "auto":
+        name = chosen(name)
     device = problem.query.device.type
     if name != "auto":
         reason = unavailable_reason(name, device)

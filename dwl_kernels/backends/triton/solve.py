@@ -123,7 +123,7 @@ def solve(
     device = problem.query.device
     if checks_values(problem.query):
         prepare(problem, None)  # which raises
-    run = wide.solve if _is_wide(problem) else _solve
+    run = wide.solve if _is_wide(problem) else _launch
     if interpreting():
         with _one_at_a_time:
             return run(problem, wanted, row_grad)
@@ -133,11 +133,6 @@ def solve(
 def _is_wide(problem: Problem) -> bool:
     taken = problem.query.shape[1] > MAX_D or wide.asked()
     return taken and wide.unsupported_part(problem) is None
-
-
-def _solve(problem: Problem, wanted: GradMask, row_grad: Tensor | None) -> Output:
-    output: Output = _launch(problem, wanted, row_grad, _plan(problem, wanted, row_grad))
-    return output
 
 
 class Plan(NamedTuple):
@@ -157,9 +152,15 @@ class Plan(NamedTuple):
 
 
 def _launch(
-    problem: Problem, wanted: GradMask, row_grad: Tensor | None, plan: Plan, warm_up: bool = False
+    problem: Problem,
+    wanted: GradMask,
+    row_grad: Tensor | None,
+    plan: Plan | None = None,
+    warm_up: bool = False,
 ) -> Any:
     """Launch the kernel, or (`warm_up`) compile it and return the compiled kernel."""
+    if plan is None:
+        plan = _plan(problem, wanted, row_grad)
     inputs = inputs_of(problem, row_grad)
     outputs = outputs_of(plan.results, inputs)
     once = interpreting() or polls() > 0  # a barrier at which somebody gave up serves no other call
