@@ -11,6 +11,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
+from processes import Ranks
 
 if not torch.cuda.is_available():
     # Triton's interpreter runs the kernels on CPU tensors; it is chosen when triton is imported.
@@ -106,3 +107,25 @@ def backend(request: pytest.FixtureRequest) -> str:
     if reason is not None:
         pytest.skip(f"backend {name!r} cannot run here: {reason}")
     return name
+
+
+@pytest.fixture(scope="session")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    """Two processes of a gloo group."""
+    ranks = Ranks(2, tmp_path_factory.mktemp("ranks"))
+    yield ranks
+    ranks.close()
+
+
+@pytest.fixture(scope="session")
+def three_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    """Three processes of a gloo group."""
+    ranks = Ranks(3, tmp_path_factory.mktemp("ranks"))
+    yield ranks
+    ranks.close()
+
+
+@pytest.fixture(params=[2, 3])
+def ranks(request: pytest.FixtureRequest) -> Ranks:
+    """Two processes, then three."""
+    return request.getfixturevalue("two_ranks" if request.param == 2 else "three_ranks")
