@@ -138,6 +138,8 @@ def _loss(
             z = (held[1] / tau[:, None] - log_q).masked_fill(excluded, -INF)
             g = _competition(z, held[0] / tau - positive_log_q, p.dual.slate_size)
             factor = _temperature_factor(p.dual.competition, g, active & ~g.isnan())
+            if options.competition_factor is not None:
+                factor = options.competition_factor
         tau = tau * factor
 
     def logits(s_positive: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:  # [B], [B, N]

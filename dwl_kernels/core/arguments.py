@@ -79,7 +79,7 @@ def check_dense(name: str, value: Any) -> None:
     if not plain:
         if not isinstance(value, Tensor):
             raise TypeError(_not_a_tensor(name, value))
-        if any(kind.__name__ == "DTensor" for kind in type(value).__mro__):
+        if is_distributed(value):
             raise TypeError(f"{name} is a DTensor; {_whole_or_local(name, value)}")
     if value.is_nested:
         # The values of a tensor with gaps hold what is in the gaps too; its parts do not.
@@ -95,6 +95,12 @@ def check_dense(name: str, value: Any) -> None:
         )
     if value.is_quantized:
         raise TypeError(f"{name} is quantised; call .dequantize() first")
+
+
+def is_distributed(value: Any) -> bool:
+    """Whether `value` is a DTensor."""
+    plain = type(value) in (Tensor, Parameter)
+    return not plain and any(kind.__name__ == "DTensor" for kind in type(value).__mro__)
 
 
 def _not_a_tensor(name: str, value: object) -> str:

@@ -133,9 +133,9 @@ def in_batch_problem(
         positive=None,
         candidates=positives if negative is None else torch.cat((positives, negative)),
         positive_log_q=positive_log_q,
-        candidate_log_q=_joined(of_batch, more_log_q),
+        candidate_log_q=joined(of_batch, more_log_q),
         positive_ids=both[0],
-        candidate_ids=_joined(both[0], both[1]),
+        candidate_ids=joined(both[0], both[1]),
         dual=None if dual is None else effective_dual(dual),
         rows=rows,
     )
@@ -161,13 +161,17 @@ def full_problem(
     bias: Tensor | None,
     ignore_index: int,
     skip_threshold: float,
+    whole_table: bool = True,
     **row_options: Any,
 ) -> SharedProblem:
-    """The problem of ``full_softmax_loss``: every row of the table is a candidate."""
+    """The problem of ``full_softmax_loss``: every row of the table is a candidate.
+
+    Of a table that is not here as a whole, the shard that is here may have no rows.
+    """
     skip_threshold = checked_skip_threshold(skip_threshold)
     ignore_index = integer("ignore_index", ignore_index)
     query, table = check_embeddings(query, table=table)
-    if table.shape[0] == 0:
+    if whole_table and table.shape[0] == 0:
         raise ValueError("table has no rows; wanted at least one item to score")
     leading = query.shape[:-1]
     target = integers("target", target, query.device)
@@ -237,15 +241,18 @@ def table_ids(
     positive_ids: Tensor,
     negative_ids: Tensor,
     example_weights: Tensor | None,
+    whole_table: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """The ids of ``indexed_sampled_softmax_loss``, checked, as int64 in their shapes.
+
+    Whether they are rows of a table that is not here as a whole, others look at.
 
     Raises:
         IndexError: shared negatives, or their positives, outside the table, where values are looked
             at. Those of negatives per row are left to `rows.prepare`.
     """
     _query_and_table(query, table)
-    if table.shape[0] == 0:
+    if whole_table and table.shape[0] == 0:
         raise ValueError("table has no rows; wanted at least one item to draw")
     leading = query.shape[:-1]
     positive_ids = integers("positive_ids", positive_ids, query.device)
@@ -260,7 +267,7 @@ def table_ids(
     check_shape("negative_ids", negative_ids, negative_ids.shape, query)
     if example_weights is not None:
         check_dense("example_weights", example_weights)
-    if shared and checks_values(query):
+    if shared and whole_table and checks_values(query):
         active = None
         if example_weights is not None and example_weights.shape == leading:
             active = example_weights.reshape(-1) != 0
@@ -312,5 +319,6 @@ def _query_and_table(query: Tensor, table: Tensor) -> list[Tensor]:
         return check_embeddings(query.to(table.dtype), table=table)
 
 
-def _joined(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+def joined(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    """Both, one after the other; the first alone where one of them is None."""
     return first if first is None or second is None else torch.cat((first, second))

@@ -112,44 +112,61 @@ def dual_scale(
     ``log kappa_ij`` is linear in ``c_j`` but for a constant of the row, so that all logits of the
     row are still one product.
     """
-    tau = prepared.tau
-    candidate_log_q = log_q_of_candidates(problem)
+    tau, factor = prepared.tau, problem.rows.competition_factor
     pull = dual.hardness * query + dual.similarity * positive
-    z_positive = (query * positive).sum(1) / tau
-    positive_log_q = log_q_of_positives(problem)
-    if positive_log_q is not None:
-        z_positive -= positive_log_q
-    g, shift = torch.empty_like(z_positive), torch.empty_like(z_positive)
+    slate = Slate(problem, dual, prepared, query, positive, candidates)
+    g, shift = torch.zeros_like(tau), torch.empty_like(tau)
     for block in row_blocks(problem):
         excluded = excluded_candidates(problem, prepared.active, block)
         x = (pull[block] @ candidates.T).div_(tau[block, None]).masked_fill_(excluded, -torch.inf)
         count = (~excluded).sum(1).to(x.dtype)
         shift[block] = torch.where(count > 0, count.log() - x.logsumexp(1), 0.0)
-        z = (query[block] @ candidates.T).div_(tau[block, None])
-        if candidate_log_q is not None:
-            z -= candidate_log_q
-        z.masked_fill_(excluded, -torch.inf)
-        g[block] = competition_on_slate(z, z_positive[block], dual.slate_size)
-    factor = temperature_factor(dual, g, prepared.active)
+        if factor is None and dual.competition:
+            g[block] = slate.intensity(block, excluded)
+    if factor is None:
+        factor = temperature_factor(dual, g, prepared.active)
     return Scaled(query + factor[:, None] * pull, shift, tau * factor)
 
 
-def competition_on_slate(
-    z: Tensor,  # [B, N] before the dual scale, -inf where excluded
-    z_positive: Tensor,  # [B]
-    slate_size: int,
-) -> Tensor:  # [B]
-    """``g_i``: candidates fall into `slate_size` equal groups, the strongest of each competes.
+class Slate:
+    """How hard the strongest candidates of each row compete with its positive."""
 
-    Candidates are drawn at random, so this is a stochastic top-K that one pass over tiles finds.
-    """
-    n = z.shape[1]
-    group = torch.arange(n, device=z.device) * slate_size // max(n, 1)
-    slate = z.new_full((len(z), slate_size), -torch.inf)
-    slate = slate.scatter_reduce(1, group.expand_as(z), z, "amax")
-    empty = slate == -torch.inf
-    wins = torch.sigmoid(slate - z_positive[:, None]).masked_fill(empty, 0)
-    return wins.sum(1) / (~empty).sum(1).clamp(min=1)
+    def __init__(
+        self,
+        problem: SharedProblem,
+        dual: DualScale,
+        prepared: Prepared,
+        query: Tensor,  # [B, D] as `rows.embeddings` gives them, like the next two
+        positive: Tensor,  # [B, D]
+        candidates: Tensor,  # [N, D]
+        place: Tensor | None = None,  # [N], by default 0 to N - 1: neighbours are of one group
+    ) -> None:
+        self.query, self.candidates, self.tau = query, candidates, prepared.tau
+        self.size, many = dual.slate_size, len(candidates)
+        if place is None:
+            place = torch.arange(many, device=query.device)
+        self.group = place * self.size // max(many, 1)
+        self.candidate_log_q = log_q_of_candidates(problem)
+        self.z_positive = (query * positive).sum(1) / self.tau
+        positive_log_q = log_q_of_positives(problem)
+        if positive_log_q is not None:
+            self.z_positive -= positive_log_q
+
+    def intensity(self, block: slice, excluded: Tensor) -> Tensor:  # [rows, N] -> [rows]
+        """``g_i`` of a block of rows: the strongest candidate of each group competes.
+
+        Candidates are drawn at random, so this is a stochastic top-K that one pass over tiles
+        finds.
+        """
+        z = (self.query[block] @ self.candidates.T).div_(self.tau[block, None])
+        if self.candidate_log_q is not None:
+            z -= self.candidate_log_q
+        z.masked_fill_(excluded, -torch.inf)
+        best = z.new_full((len(z), self.size), -torch.inf)
+        best = best.scatter_reduce(1, self.group.expand_as(z), z, "amax")
+        empty = best == -torch.inf
+        wins = torch.sigmoid(best - self.z_positive[block, None]).masked_fill(empty, 0)
+        return wins.sum(1) / (~empty).sum(1).clamp(min=1)
 
 
 def temperature_factor(dual: DualScale, g: Tensor, active: Tensor | None) -> Tensor:  # [B]

@@ -69,6 +69,7 @@ class RowOptions(NamedTuple):
     domain_weights: Tensor | None = None  # [num_domains]
     example_weights: Tensor | None = None  # [B], 0 marks a padded row
     temperature: Tensor | None = None  # [] or [B], multiplies `tau`
+    competition_factor: Tensor | None = None  # [B] f_i / mean f, where other rows have a say in it
     tau: float = 1.0
     ignore_index: int = -100  # the target of a padded row in the full softmax
     correction: Correction = "standard"

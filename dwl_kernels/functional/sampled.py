@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
@@ -10,7 +12,10 @@ from dwl_kernels.autograd import loss_of
 from dwl_kernels.backends import Backend
 from dwl_kernels.core.build import in_batch_problem, sampled_problem, takes_batch
 from dwl_kernels.core.checks import either
-from dwl_kernels.core.problem import Correction, DualScale, Reduction
+from dwl_kernels.core.problem import Correction, DualScale, Reduction, SharedProblem
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def sampled_softmax_loss(
@@ -29,6 +34,9 @@ def sampled_softmax_loss(
     correction: Correction = "standard",
     reduction: Reduction = "mean",
     backend: Backend = "auto",
+    process_group: ProcessGroup | None = None,
+    ring: bool = False,
+    replicated_negatives: bool = False,
 ) -> Tensor:
     r"""Log-Q corrected sampled softmax over negatives that all rows share, weighted by domain.
 
@@ -106,7 +114,8 @@ def sampled_softmax_loss(
         >>> sampled_softmax_loss(query, positive, negative, reduction="none", **ids)
         tensor([0.3133, 0.5514])
     """
-    problem = sampled_problem(
+    build = functools.partial(
+        sampled_problem,
         query,
         positive,
         negative,
@@ -121,7 +130,10 @@ def sampled_softmax_loss(
         correction=correction,
         reduction=reduction,
     )
-    return loss_of(problem, query, backend)
+    if process_group is None:
+        return loss_of(build(), query, backend)
+    across = process_group, ring, replicated_negatives
+    return _across("sampled_softmax_loss", build, query, across, backend)
 
 
 def in_batch_softmax_loss(
@@ -142,6 +154,9 @@ def in_batch_softmax_loss(
     backend: Backend = "auto",
     positive_log_q: Tensor | None = None,
     positive_ids: Tensor | None = None,
+    process_group: ProcessGroup | None = None,
+    ring: bool = False,
+    replicated_negatives: bool = False,
 ) -> Tensor:
     r"""The same loss with the positives of the other rows as candidates, and ``negative`` if given.
 
@@ -191,7 +206,8 @@ def in_batch_softmax_loss(
         >>> in_batch_softmax_loss(query, query, ids=torch.tensor([4, 4, 9]), reduction="none")
         tensor([0.3133, 0.3133, 0.5514])
     """
-    problem = in_batch_problem(
+    build = functools.partial(
+        in_batch_problem,
         query,
         positive,
         log_q=either("log_q", log_q, "positive_log_q", positive_log_q),
@@ -206,7 +222,10 @@ def in_batch_softmax_loss(
         correction=correction,
         reduction=reduction,
     )
-    return loss_of(problem, query, backend)
+    if process_group is None:
+        return loss_of(build(), query, backend)
+    across = process_group, ring, replicated_negatives
+    return _across("in_batch_softmax_loss", build, query, across, backend)
 
 
 def dual_scale_softmax_loss(
@@ -230,6 +249,8 @@ def dual_scale_softmax_loss(
     correction: Correction = "standard",
     reduction: Reduction = "mean",
     backend: Backend = "auto",
+    process_group: ProcessGroup | None = None,
+    replicated_negatives: bool = False,
 ) -> Tensor:
     r"""Sampled softmax on two scales: candidates weighed by hardness, rows by their competition.
 
@@ -297,8 +318,10 @@ def dual_scale_softmax_loss(
         "reduction": reduction,
         "dual": DualScale(hardness, similarity, slate_size, competition),
     }
+    build: functools.partial[SharedProblem]
     if takes_batch(in_batch, negative is not None):
-        problem = in_batch_problem(
+        build = functools.partial(
+            in_batch_problem,
             query,
             positive,
             log_q=positive_log_q,
@@ -308,7 +331,8 @@ def dual_scale_softmax_loss(
             **arguments,
         )
     else:
-        problem = sampled_problem(
+        build = functools.partial(
+            sampled_problem,
             query,
             positive,
             cast("Tensor", negative),
@@ -316,4 +340,20 @@ def dual_scale_softmax_loss(
             positive_ids=positive_ids,
             **arguments,
         )
-    return loss_of(problem, query, backend)
+    if process_group is None:
+        return loss_of(build(), query, backend)
+    across = process_group, False, replicated_negatives
+    return _across("dual_scale_softmax_loss", build, query, across, backend)
+
+
+def _across(
+    name: str,
+    build: Callable[[], SharedProblem],
+    query: Tensor,
+    across: tuple[ProcessGroup, bool, bool],
+    backend: Backend,
+) -> Tensor:
+    """The loss over the candidates of all ranks."""
+    from dwl_kernels.distributed.candidates import loss_across
+
+    return loss_across(name, build, query, across, backend)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from dwl_kernels.autograd import loss_of
 from dwl_kernels.backends import Backend, check_name
-from dwl_kernels.core.arguments import flag
+from dwl_kernels.core.arguments import flag, is_distributed
 from dwl_kernels.core.build import (
     full_problem,
     leave_out_no_items,
@@ -18,6 +19,9 @@ from dwl_kernels.core.build import (
 )
 from dwl_kernels.core.problem import Correction, Reduction
 from dwl_kernels.gather import shared_rows
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def full_softmax_loss(
@@ -34,6 +38,8 @@ def full_softmax_loss(
     reduction: Reduction = "mean",
     skip_threshold: float = 0.0,
     backend: Backend = "auto",
+    process_group: ProcessGroup | None = None,
+    replicated_rows: bool = False,
 ) -> Tensor:
     r"""Softmax cross-entropy over a whole table of items, without its logits in memory.
 
@@ -95,7 +101,11 @@ def full_softmax_loss(
         >>> full_softmax_loss(query, table, torch.tensor([0, 1, -100]))  # log(e + 1 + 1) - 1
         tensor(0.5514)
     """
-    problem = full_problem(
+    whole_table = process_group is None and not is_distributed(table)
+    if not whole_table:
+        table, group = _shard(table, process_group)
+    build = functools.partial(
+        full_problem,
         query,
         table,
         target,
@@ -107,8 +117,13 @@ def full_softmax_loss(
         temperature=temperature,
         reduction=reduction,
         skip_threshold=skip_threshold,
+        whole_table=whole_table,
     )
-    return loss_of(problem, query, backend)
+    if whole_table:
+        return loss_of(build(), query, backend)
+    from dwl_kernels.distributed.sharded import full_loss
+
+    return full_loss(build, query, group, flag("replicated_rows", replicated_rows), backend)
 
 
 def indexed_sampled_softmax_loss(
@@ -127,6 +142,8 @@ def indexed_sampled_softmax_loss(
     correction: Correction = "standard",
     reduction: Reduction = "mean",
     backend: Backend = "auto",
+    process_group: ProcessGroup | None = None,
+    replicated_rows: bool = False,
 ) -> Tensor:
     r"""Sampled softmax over rows of an embedding table, shared by all rows or drawn for each.
 
@@ -191,6 +208,13 @@ def indexed_sampled_softmax_loss(
         "reduction": reduction,
     }
     sparse_grad = flag("sparse_grad", sparse_grad)
+    if process_group is not None or is_distributed(table):
+        from dwl_kernels.distributed.indexed import indexed_loss
+
+        shard, group = _shard(table, process_group)
+        arguments |= {"replicated_rows": flag("replicated_rows", replicated_rows)}
+        arguments |= {"sparse_grad": sparse_grad, "backend": backend}
+        return indexed_loss(query, shard, positive_ids, negative_ids, group, **arguments)
     ids = table_ids(query, table, positive_ids, negative_ids, example_weights)
     if ids[1].dim() != 1:
         problem = per_row_problem(query, table, *ids, **arguments)
@@ -199,3 +223,10 @@ def indexed_sampled_softmax_loss(
     positive, negative = shared_rows(table, ids[0], drawn, sparse_grad, backend)
     named: dict[str, Any] = {"positive_ids": ids[0], "negative_ids": drawn}
     return loss_of(sampled_problem(query, positive, negative, **named, **arguments), query, backend)
+
+
+def _shard(table: Tensor, process_group: ProcessGroup | None) -> tuple[Tensor, Any]:
+    """The rows of the table that are here, and the group over which the others are."""
+    from dwl_kernels.distributed.table import shard_of
+
+    return shard_of(table, process_group)

@@ -132,6 +132,7 @@ def solve(
 
 def _is_wide(problem: Problem) -> bool:
     taken = problem.query.shape[1] > MAX_D or wide.asked()
+    taken = taken or problem.rows.competition_factor is not None
     return taken and wide.unsupported_part(problem) is None
 
 

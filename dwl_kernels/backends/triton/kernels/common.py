@@ -70,6 +70,7 @@ class Inputs(NamedTuple):
     domain_weights: Any  # [num_domains]
     example_weights: Any  # [B]
     temperature: Any  # [] or [B]
+    competition_factor: Any  # [B], which the wide form alone takes
     row_grad: Any  # [B]
     target: Any  # [B] int64, the candidate that is the positive (full softmax)
 

@@ -1,0 +1,162 @@
+"""Candidates of all ranks: a batch that is spread over a process group scores all of its items.
+
+Each rank builds the problem of its own rows, as without a group, and tells the others its
+candidates: embeddings, ids, log-Q and padding in one transfer. What comes back goes behind its own,
+so the problem stays what it is, a batch with further candidates, for every backend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dwl_kernels.autograd import loss_of
+from dwl_kernels.core.arguments import flag
+from dwl_kernels.core.build import joined
+from dwl_kernels.core.double_backward import once
+from dwl_kernels.core.problem import Reduction, SharedProblem
+from dwl_kernels.core.rows import Prepared, prepare
+from dwl_kernels.distributed import dual, ring
+from dwl_kernels.distributed.exchange import agree, gathered_blocks, summed
+from dwl_kernels.distributed.group import Group
+from dwl_kernels.distributed.reduction import same_of_rows, whole_loss
+from dwl_kernels.distributed.told import padded_positives, told_of
+
+
+class Across(NamedTuple):
+    """How the candidates of a loss are shared."""
+
+    group: Group
+    ring: bool = False  # whether they go round, so that no rank holds all of them
+    replicated_negatives: bool = False  # whether all ranks hold the same ones
+
+
+@torch.compiler.disable
+def loss_across(
+    name: str,
+    build: Callable[[], SharedProblem],
+    query: Tensor,
+    shared_how: tuple[Any, bool, bool],
+    backend: str,
+) -> Tensor:
+    """The loss of a problem over the candidates of all ranks; `name` is that of the loss."""
+    group = shared_how[0] if isinstance(shared_how[0], Group) else Group(shared_how[0])
+    across = Across(group, flag("ring", shared_how[1]), flag("replicated_negatives", shared_how[2]))
+
+    def local() -> tuple[tuple[SharedProblem, Prepared], dict[str, Any], list[int]]:
+        problem = build()
+        if across.ring and problem.dual is not None:
+            raise ValueError(
+                "ring=True does not go with the dual scale, whose weights need all candidates of a "
+                "row at once; leave ring out"
+            )
+        sizes = [len(problem.query), _shared(problem, across)]
+        return (problem, prepare(problem, None)), _same(name, problem, across), sizes
+
+    (problem, prepared), sizes = agree(group, query.device, local)
+    reduction: Reduction = problem.rows.reduction
+    if group.size == 1:
+        return loss_of(problem, query, backend)
+    rows, shared = ([one[i] for one in sizes] for i in range(2))
+    if across.ring and any(shared):
+        own = ring.loss(problem, prepared, shared, group, backend)
+    else:
+        whole = with_all_candidates(problem, shared, across) if any(shared) else problem
+        if problem.dual is not None and problem.dual.competition:
+            whole = dual.with_competition(
+                whole, dual.places(problem, rows, shared, group), rows, group
+            )
+        problem = whole
+        if reduction != "none":
+            problem = problem._replace(rows=problem.rows._replace(reduction="sum"))
+        own = loss_of(problem, problem.query, backend)
+    loss = whole_loss(own, prepared.norm, reduction, group)
+    return loss.reshape(query.shape[:-1]) if reduction == "none" else loss
+
+
+def _shared(problem: SharedProblem, across: Across) -> int:
+    """How many of its candidates a rank tells the others: its positives come first."""
+    if across.replicated_negatives:
+        return len(problem.query) if problem.in_batch else 0
+    return problem.num_candidates
+
+
+def _same(name: str, problem: SharedProblem, across: Across) -> dict[str, Any]:
+    """What all ranks must agree on, by the names of the arguments."""
+    candidates = problem.candidates
+    given = {
+        "ids": problem.candidate_ids,
+        "log-Q of the candidates": problem.candidate_log_q,
+        "log-Q of the positives": problem.positive_log_q,
+    }
+    return {
+        **same_of_rows(name, problem),
+        "the options of the dual scale": problem.dual,
+        "ring": across.ring,
+        "replicated_negatives": across.replicated_negatives,
+        "whether candidates require a gradient": candidates.requires_grad,
+        **{key: None if t is None else f"a tensor of {t.dtype}" for key, t in given.items()},
+    }
+
+
+def with_all_candidates(
+    problem: SharedProblem, shared: Sequence[int], across: Across
+) -> SharedProblem:
+    """The problem with the candidates of all ranks: its own, then those of the others in order."""
+    group, own = across.group, problem.num_candidates
+    told = told_of(problem, shared[group.rank])
+    padded = padded_positives(problem)
+    call = (problem.candidates, *told, padded, tuple(shared), group)
+    embeddings, *others = _OfAllRanks.apply(*call)
+    ids, log_q = (t if b is not None else None for t, b in zip(others, told[1:], strict=True))
+    own_ids, own_log_q = problem.candidate_ids, problem.candidate_log_q
+    if log_q is not None and own_log_q is None:
+        own_log_q = log_q.new_zeros(own)
+    return problem._replace(
+        candidates=embeddings,
+        candidate_ids=joined(own_ids, ids),
+        candidate_log_q=joined(own_log_q, log_q),
+    )
+
+
+class _OfAllRanks(torch.autograd.Function):
+    """The candidates of this rank and behind them those of the others, whose gradients go home."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        own: Tensor,  # [n, D]
+        told: Tensor,  # [m, D], what the others are told of them
+        ids: Tensor | None,  # [m]
+        log_q: Tensor | None,  # [m]
+        padded: Tensor | None,  # [n] bool, positives of padded rows: no gradient
+        shared: tuple[int, ...],
+        group: Group,
+    ) -> tuple[Tensor, ...]:
+        blocks = gathered_blocks([told, ids, log_q], shared, group)
+        del blocks[group.rank]
+        columns = list(zip(*blocks, strict=True))
+        empty = own.new_empty(0)
+        found = [torch.cat(column) if column[0] is not None else empty for column in columns]
+        ctx.call = own.shape[0], shared, group
+        ctx.save_for_backward(*() if padded is None else (padded[:, None],))
+        embeddings = torch.cat((own, found[0]))
+        ctx.mark_non_differentiable(*found[1:])
+        return embeddings, *found[1:]
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Any) -> tuple[Any, ...]:
+        grad = upstream[0]
+        own, shared, group = ctx.call
+        told, before = shared[group.rank], sum(shared[: group.rank])
+        others = grad[own:]
+        # In the order of the ranks, with what this rank adds to its own among them.
+        parts = torch.cat((others[:before], grad[:told], others[before:]))
+        received = summed(parts, shared, group).to(grad.dtype)
+        gradient = torch.cat((received, grad[told:own]))
+        if ctx.saved_tensors:
+            gradient.masked_fill_(ctx.saved_tensors[0], 0)
+        return once(gradient, grad), None, None, None, None, None, None

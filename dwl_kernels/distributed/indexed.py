@@ -1,0 +1,124 @@
+"""The sampled softmax over rows of a table that is spread over a process group.
+
+Every rank fetches the different rows that its ids name, once each, and solves its own rows with
+them as with a small table.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dwl_kernels.autograd import softmax_loss
+from dwl_kernels.core.build import (
+    leave_out_no_items,
+    per_row_problem,
+    sampled_problem,
+    table_ids,
+)
+from dwl_kernels.core.problem import NO_ITEM, Problem
+from dwl_kernels.core.rows import Prepared, prepare
+from dwl_kernels.core.values import checks_values
+from dwl_kernels.distributed.exchange import agree
+from dwl_kernels.distributed.group import Group
+from dwl_kernels.distributed.lookup import compact, fetched, routed
+from dwl_kernels.distributed.reduction import same_of_rows, whole_loss
+from dwl_kernels.gather import shared_rows
+
+
+class _Draws:
+    """The ids of this rank's rows as places among the different ones, and its problem."""
+
+    def __init__(
+        self,
+        query: Tensor,
+        shard: Tensor,
+        positive_ids: Tensor,
+        negative_ids: Tensor,
+        row_arguments: dict[str, Any],
+    ) -> None:
+        weights = row_arguments["example_weights"]
+        ids = table_ids(query, shard, positive_ids, negative_ids, weights, whole_table=False)
+        self.shared = ids[1].dim() == 1
+        positive, negative = ids
+        if self.shared:
+            log_q = row_arguments["positive_log_q"], row_arguments["negative_log_q"]
+            negative, row_arguments["negative_log_q"] = leave_out_no_items(negative, *log_q)
+        if weights is not None and weights.shape == positive.shape:
+            padded = weights == 0
+            positive = positive.masked_fill(padded, NO_ITEM)
+            if not self.shared:
+                negative = negative.masked_fill(padded[..., None], NO_ITEM)
+        self.query, self.shard, self.row_arguments = query, shard, row_arguments
+        self.wanted, (self.positive, self.negative) = compact(positive, negative)
+
+    def most(self) -> int:
+        """How many rows the table has at least, where values are looked at."""
+        if not self.wanted.numel() or not checks_values(self.wanted):
+            return 0
+        low, high = (int(extreme) for extreme in self.wanted.aminmax())
+        if low < 0:
+            raise IndexError(
+                f"positive_ids or negative_ids holds {low}: ids are rows of the whole table, or "
+                "-1, no item, among the negatives"
+            )
+        return high + 1
+
+    def problem(self, table: Tensor, sparse_grad: bool, backend: str) -> Problem:
+        """The problem of this rank's rows with the rows that were fetched."""
+        if not self.shared:
+            ids = self.positive, self.negative
+            return per_row_problem(self.query, table, *ids, **self.row_arguments)
+        positive, negative = shared_rows(table, self.positive, self.negative, False, backend)
+        named: dict[str, Any] = {"positive_ids": self.positive, "negative_ids": self.negative}
+        return sampled_problem(self.query, positive, negative, **named, **self.row_arguments)
+
+
+@torch.compiler.disable
+def indexed_loss(
+    query: Tensor,
+    shard: Tensor,  # [V_r, D]
+    positive_ids: Tensor,
+    negative_ids: Tensor,
+    group: Group,
+    *,
+    replicated_rows: bool,
+    sparse_grad: bool,
+    backend: str,
+    **row_arguments: Any,
+) -> Tensor:
+    """The loss of `indexed_sampled_softmax_loss` with the shard of this rank for a table."""
+
+    def local() -> tuple[tuple[_Draws, Problem, Prepared], dict[str, Any], list[int]]:
+        draws = _Draws(query, shard, positive_ids, negative_ids, row_arguments)
+        # The rows come later: with zeros in their place all that can be wrong here raises here.
+        nothing = shard.new_zeros(1, 1).expand(max(len(draws.wanted), 1), shard.shape[-1])
+        problem = draws.problem(nothing, False, backend)
+        same = same_of_rows("indexed_sampled_softmax_loss", problem)
+        same["negatives"] = "shared, [N]" if draws.shared else "per row, [B, K]"
+        same["whether table requires a gradient"] = shard.requires_grad
+        same["replicated_rows"], same["sparse_grad"] = replicated_rows, sparse_grad
+        sizes = [len(problem.query), len(shard), draws.most()]
+        return (draws, problem, prepare(problem, None)), same, sizes
+
+    (draws, problem, prepared), sizes = agree(group, query.device, local)
+    items = [one[1] for one in sizes]
+    for rank, (_, _, least) in enumerate(sizes):
+        if least > sum(items):
+            raise IndexError(
+                f"positive_ids or negative_ids holds {least - 1} on rank {rank} of the process "
+                f"group, but the shards of the table have {sum(items)} rows together"
+            )
+    table = fetched(shard, routed(draws.wanted, items, group), sparse_grad, backend)
+    if not len(table):
+        table = torch.cat((table, table.new_zeros(1, shard.shape[-1])))
+    reduction = problem.rows.reduction
+    problem = draws.problem(table, False, backend)
+    if reduction != "none" and not replicated_rows:
+        problem = problem._replace(rows=problem.rows._replace(reduction="sum"))
+    own = softmax_loss(problem, backend)
+    if not replicated_rows:
+        own = whole_loss(own, prepared.norm, reduction, group)
+    return own.reshape(query.shape[:-1]) if reduction == "none" else own
