@@ -13,16 +13,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dwl_kernels.autograd import loss_of
+from dwl_kernels.autograd import loss_of, softmax_loss
 from dwl_kernels.core.arguments import flag
 from dwl_kernels.core.build import joined
 from dwl_kernels.core.double_backward import once
-from dwl_kernels.core.problem import Reduction, SharedProblem
+from dwl_kernels.core.problem import Problem, Reduction, SharedProblem
 from dwl_kernels.core.rows import Prepared, prepare
 from dwl_kernels.distributed import dual, ring
 from dwl_kernels.distributed.exchange import agree, gathered_blocks, summed
 from dwl_kernels.distributed.group import Group
-from dwl_kernels.distributed.reduction import same_of_rows, whole_loss
+from dwl_kernels.distributed.reduction import kind_of, same_of_rows, whole_loss
 from dwl_kernels.distributed.told import padded_positives, told_of
 
 
@@ -37,18 +37,19 @@ class Across(NamedTuple):
 @torch.compiler.disable
 def loss_across(
     name: str,
-    build: Callable[[], SharedProblem],
+    build: Callable[[], Problem],
     query: Tensor,
     shared_how: tuple[Any, bool, bool],
     backend: str,
+    sparse_grad: bool = False,
 ) -> Tensor:
     """The loss of a problem over the candidates of all ranks; `name` is that of the loss."""
     group = shared_how[0] if isinstance(shared_how[0], Group) else Group(shared_how[0])
     across = Across(group, flag("ring", shared_how[1]), flag("replicated_negatives", shared_how[2]))
 
-    def local() -> tuple[tuple[SharedProblem, Prepared], dict[str, Any], list[int]]:
+    def local() -> tuple[tuple[Problem, Prepared], dict[str, Any], list[int]]:
         problem = build()
-        if across.ring and problem.dual is not None:
+        if across.ring and getattr(problem, "dual", None) is not None:
             raise ValueError(
                 "ring=True does not go with the dual scale, whose weights need all candidates of a "
                 "row at once; leave ring out"
@@ -59,46 +60,54 @@ def loss_across(
     (problem, prepared), sizes = agree(group, query.device, local)
     reduction: Reduction = problem.rows.reduction
     if group.size == 1:
-        return loss_of(problem, query, backend)
+        return loss_of(problem, query, backend, sparse_grad)
     rows, shared = ([one[i] for one in sizes] for i in range(2))
     if across.ring and any(shared):
+        assert isinstance(problem, SharedProblem)  # candidates per row are not shared
         own = ring.loss(problem, prepared, shared, group, backend)
     else:
-        whole = with_all_candidates(problem, shared, across) if any(shared) else problem
-        if problem.dual is not None and problem.dual.competition:
-            whole = dual.with_competition(
-                whole, dual.places(problem, rows, shared, group), rows, group
-            )
-        problem = whole
+        if isinstance(problem, SharedProblem):
+            problem = _with_others(problem, rows, shared, across)
         if reduction != "none":
             problem = problem._replace(rows=problem.rows._replace(reduction="sum"))
-        own = loss_of(problem, problem.query, backend)
+        own = softmax_loss(problem, backend, sparse_grad)
     loss = whole_loss(own, prepared.norm, reduction, group)
     return loss.reshape(query.shape[:-1]) if reduction == "none" else loss
 
 
-def _shared(problem: SharedProblem, across: Across) -> int:
+def _with_others(
+    problem: SharedProblem, rows: Sequence[int], shared: Sequence[int], across: Across
+) -> SharedProblem:
+    """The problem with all that the other ranks have a say in."""
+    whole = with_all_candidates(problem, shared, across) if any(shared) else problem
+    if problem.dual is not None and problem.dual.competition:
+        place = dual.places(problem, rows, shared, across.group)
+        whole = dual.with_competition(whole, place, rows, across.group)
+    return whole
+
+
+def _shared(problem: Problem, across: Across) -> int:
     """How many of its candidates a rank tells the others: its positives come first."""
+    if not isinstance(problem, SharedProblem):
+        return 0
     if across.replicated_negatives:
         return len(problem.query) if problem.in_batch else 0
     return problem.num_candidates
 
 
-def _same(name: str, problem: SharedProblem, across: Across) -> dict[str, Any]:
+def _same(name: str, problem: Problem, across: Across) -> dict[str, Any]:
     """What all ranks must agree on, by the names of the arguments."""
-    candidates = problem.candidates
-    given = {
-        "ids": problem.candidate_ids,
-        "log-Q of the candidates": problem.candidate_log_q,
-        "log-Q of the positives": problem.positive_log_q,
-    }
-    return {
-        **same_of_rows(name, problem),
+    same: dict[str, Any] = same_of_rows(name, problem)
+    same["log-Q of the positives"] = kind_of(problem.positive_log_q)
+    same["log-Q of the candidates"] = kind_of(problem.candidate_log_q)
+    if not isinstance(problem, SharedProblem):
+        return same
+    return same | {
+        "ids": kind_of(problem.candidate_ids),
         "the options of the dual scale": problem.dual,
         "ring": across.ring,
         "replicated_negatives": across.replicated_negatives,
-        "whether candidates require a gradient": candidates.requires_grad,
-        **{key: None if t is None else f"a tensor of {t.dtype}" for key, t in given.items()},
+        "whether candidates require a gradient": problem.candidates.requires_grad,
     }
 
 

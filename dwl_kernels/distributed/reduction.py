@@ -34,8 +34,12 @@ def same_of_rows(name: str, problem: Problem) -> dict[str, Any]:
         "temperature as a number": rows.tau,
         "num_domains": None if weights is None else len(weights),
         "torch.is_grad_enabled()": torch.is_grad_enabled(),
-        **{key: None if t is None else f"a tensor of {t.dtype}" for key, t in given.items()},
+        **{key: kind_of(tensor) for key, tensor in given.items()},
     }
+
+
+def kind_of(tensor: Tensor | None) -> str | None:
+    return None if tensor is None else f"a tensor of {tensor.dtype}"
 
 
 def weighted(losses: Tensor, weight: Tensor) -> Tensor:  # [B]

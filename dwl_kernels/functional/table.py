@@ -23,6 +23,8 @@ from dwl_kernels.gather import shared_rows
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+    from dwl_kernels.distributed.group import Group
+
 
 def full_softmax_loss(
     query: Tensor,
@@ -103,7 +105,8 @@ def full_softmax_loss(
     """
     whole_table = process_group is None and not is_distributed(table)
     if not whole_table:
-        table, group = _shard(table, process_group)
+        table, group = shard_of(table, process_group)
+        bias = None if bias is None else shard_of(bias, group)[0]
     build = functools.partial(
         full_problem,
         query,
@@ -211,7 +214,7 @@ def indexed_sampled_softmax_loss(
     if process_group is not None or is_distributed(table):
         from dwl_kernels.distributed.indexed import indexed_loss
 
-        shard, group = _shard(table, process_group)
+        shard, group = shard_of(table, process_group)
         arguments |= {"replicated_rows": flag("replicated_rows", replicated_rows)}
         arguments |= {"sparse_grad": sparse_grad, "backend": backend}
         return indexed_loss(query, shard, positive_ids, negative_ids, group, **arguments)
@@ -225,7 +228,7 @@ def indexed_sampled_softmax_loss(
     return loss_of(sampled_problem(query, positive, negative, **named, **arguments), query, backend)
 
 
-def _shard(table: Tensor, process_group: ProcessGroup | None) -> tuple[Tensor, Any]:
+def shard_of(table: Tensor, process_group: ProcessGroup | Group | None) -> tuple[Tensor, Any]:
     """The rows of the table that are here, and the group over which the others are."""
     from dwl_kernels.distributed.table import shard_of
 

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
 from dwl_kernels.backends import Backend
-from dwl_kernels.core.arguments import integer
+from dwl_kernels.core.arguments import flag, integer, is_distributed
 from dwl_kernels.core.build import checked_skip_threshold
 from dwl_kernels.core.problem import Reduction
 from dwl_kernels.domains import DomainWeights
 from dwl_kernels.functional import full_softmax_loss
+from dwl_kernels.functional.table import shard_of
 from dwl_kernels.modules.checks import check_rows, check_tensors, checked_ids, padding
 from dwl_kernels.modules.normalize import normalised
 from dwl_kernels.modules.weighted import WeightedLoss
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class CumulativeCrossEntropy(WeightedLoss):
@@ -59,6 +63,9 @@ class CumulativeCrossEntropy(WeightedLoss):
         skip_threshold: Leaves small probabilities out of the gradients, as for
             :func:`full_softmax_loss`; 0 leaves out none.
         backend: As for :func:`full_softmax_loss`.
+        process_group, replicated_rows: A table that is spread over ranks, as for
+            :func:`full_softmax_loss`. ``item_domains`` are of the whole table, and domains are
+            counted over all ranks, or with ``replicated_rows`` once for all.
 
     Raises:
         TypeError: if an argument is of another type than named above.
@@ -91,6 +98,8 @@ class CumulativeCrossEntropy(WeightedLoss):
         reduction: Reduction = "mean",
         skip_threshold: float = 0.0,
         backend: Backend = "auto",
+        process_group: ProcessGroup | None = None,
+        replicated_rows: bool = False,
     ) -> None:
         super().__init__(
             num_domains,
@@ -103,6 +112,7 @@ class CumulativeCrossEntropy(WeightedLoss):
             normalize=normalize,
             reduction=reduction,
             backend=backend,
+            process_group=process_group,
         )
         if calibration and self.item_domains is None:
             raise ValueError(
@@ -111,6 +121,7 @@ class CumulativeCrossEntropy(WeightedLoss):
             )
         self.ignore_index = integer("ignore_index", ignore_index)
         self.skip_threshold = checked_skip_threshold(skip_threshold)
+        self.replicated_rows = flag("replicated_rows", replicated_rows)
 
     def forward(
         self,
@@ -126,7 +137,8 @@ class CumulativeCrossEntropy(WeightedLoss):
 
         Args:
             query: ``[..., D]``, ``[batch, time, D]`` say, the states of the time steps.
-            table: ``[V, D]``, the embeddings of all items.
+            table: ``[V, D]``, the embeddings of all items; in a process group those of this rank's
+                shard, or a ``DTensor``.
             target: ``[...]`` integers, the row of the table that follows each step. Ids and domains
                 may be NumPy arrays or pandas columns.
             bias: ``[V]``, added to the logit of every item, with a gradient.
@@ -144,23 +156,36 @@ class CumulativeCrossEntropy(WeightedLoss):
                 not of the same length, or as :func:`full_softmax_loss`.
             IndexError: if a target or a domain is out of range, on a CPU.
         """
-        check_tensors(query=query, table=table, bias=bias, example_weights=example_weights)
-        checked = checked_ids(query, target=target, domain_ids=domain_ids)
-        target, domain_ids = cast("Tensor", checked[0]), checked[1]
-        self._check_items(table)
-        leading = query.shape[:-1]
-        check_rows("target", target, leading)
-        padded = target == self.ignore_index
-        weightless = padding(example_weights, leading)
-        padded = padded if weightless is None else padded | weightless
-        domain_ids, weights = self._weigh_domains(
-            ("domain_ids", domain_ids), ("target", target), query, padded
-        )
-        if weights is not None and self.calibration:
-            assert self.item_domains is not None  # the constructor has looked
-            tilt = self._tilt(self.item_domains, weights)
+
+        group = self.process_group
+        if group is not None or is_distributed(table):
+            table, group = shard_of(table, group)
+            bias = shard_of(bias, group)[0] if bias is not None else None
+
+        def check() -> tuple[Tensor, Tensor | None, Tensor]:
+            check_tensors(query=query, table=table, bias=bias, example_weights=example_weights)
+            checked = checked_ids(query, target=target, domain_ids=domain_ids)
+            targets, leading = cast("Tensor", checked[0]), query.shape[:-1]
+            if group is None:
+                self._check_items(table)
+            check_rows("target", targets, leading)
+            padded = targets == self.ignore_index
+            weightless = padding(example_weights, leading)
+            padded = padded if weightless is None else padded | weightless
+            items = "target", targets
+            domains = self._domains_of_rows(("domain_ids", checked[1]), items, query, padded)
             if bias is not None:
                 check_rows("bias", bias, table.shape[:1])
+            return targets, domains, padded
+
+        num_items = len(table) if isinstance(table, Tensor) and table.dim() else 0
+        (target, domain_ids, padded), items = self._on_all_ranks(group, query, check, num_items)
+        weights = self._weigh(domain_ids, query)
+        if weights is not None and self.calibration:
+            assert self.item_domains is not None  # the constructor has looked
+            self._check_items(table, sum(items))
+            first = 0 if group is None else sum(items[: group.rank])
+            tilt = self._tilt(self.item_domains[first : first + num_items], weights)
             bias = tilt if bias is None else bias + tilt
         if self.normalize:
             query, table = normalised(query, padded), normalised(table)
@@ -177,8 +202,14 @@ class CumulativeCrossEntropy(WeightedLoss):
             reduction=self.reduction,
             skip_threshold=self.skip_threshold,
             backend=self.backend,
+            process_group=group,
+            replicated_rows=self.replicated_rows,
         )
 
     def _choices(self) -> dict[str, Any]:
-        more = {"ignore_index": self.ignore_index, "skip_threshold": self.skip_threshold}
-        return {**super()._choices(), **more}
+        return {
+            **super()._choices(),
+            "ignore_index": self.ignore_index,
+            "skip_threshold": self.skip_threshold,
+            "replicated_rows": self.replicated_rows,
+        }

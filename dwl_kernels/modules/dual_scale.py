@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -11,8 +11,10 @@ from dwl_kernels.backends import Backend
 from dwl_kernels.core.build import effective_dual
 from dwl_kernels.core.problem import Correction, DualScale, Reduction
 from dwl_kernels.domains import DomainWeights
-from dwl_kernels.functional import dual_scale_softmax_loss
 from dwl_kernels.modules.sampled import DynamicWeightedSampledSoftmax
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class DualScaleSampledSoftmax(DynamicWeightedSampledSoftmax):
@@ -62,6 +64,7 @@ class DualScaleSampledSoftmax(DynamicWeightedSampledSoftmax):
         calibration, normalize, correction, reduction: These, and what stands above without a
             letter, as for :class:`DynamicWeightedSampledSoftmax`.
         remove_accidental_hits, in_batch, sparse_grad, backend: Likewise.
+        process_group, replicated_negatives: Likewise. Means are over the rows of all ranks.
 
     Raises:
         ValueError: if a strength is negative or not finite, if the slate is empty, or as
@@ -101,6 +104,8 @@ class DualScaleSampledSoftmax(DynamicWeightedSampledSoftmax):
         in_batch: bool | None = None,
         sparse_grad: bool = False,
         backend: Backend = "auto",
+        process_group: ProcessGroup | None = None,
+        replicated_negatives: bool = False,
     ) -> None:
         super().__init__(
             num_domains,
@@ -117,23 +122,12 @@ class DualScaleSampledSoftmax(DynamicWeightedSampledSoftmax):
             in_batch=in_batch,
             sparse_grad=sparse_grad,
             backend=backend,
+            process_group=process_group,
+            replicated_negatives=replicated_negatives,
         )
         self.scales = DualScale(hardness, similarity, slate_size, competition)
         effective_dual(self.scales)  # checks them
-
-    def _loss(
-        self,
-        query: Tensor,  # [..., D]
-        positive: Tensor,  # [..., D]
-        negative: Tensor | None,  # [N, D]
-        in_batch: bool,
-        draws: dict[str, Any],  # ids and log-Q
-        rows: dict[str, Any],
-    ) -> Tensor:
-        scales = self.scales._asdict()
-        return dual_scale_softmax_loss(
-            query, positive, negative, in_batch=in_batch, **scales, **draws, **rows
-        )
+        self._dual = self.scales
 
     def _choices(self) -> dict[str, Any]:
         return {**self.scales._asdict(), **super()._choices()}

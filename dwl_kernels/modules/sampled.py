@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
 from dwl_kernels.autograd import loss_of
 from dwl_kernels.backends import Backend
 from dwl_kernels.core.arguments import flag
-from dwl_kernels.core.build import in_batch_problem, leave_out_no_items, table_ids, takes_batch
+from dwl_kernels.core.build import (
+    in_batch_problem,
+    per_row_problem,
+    sampled_problem,
+    table_ids,
+    takes_batch,
+)
 from dwl_kernels.core.checks import Calibrated, both_or_none, check_choice
-from dwl_kernels.core.problem import Correction, Reduction
+from dwl_kernels.core.problem import Correction, DualScale, Problem, Reduction
 from dwl_kernels.domains import DomainWeights
-from dwl_kernels.functional import indexed_sampled_softmax_loss, sampled_softmax_loss
-from dwl_kernels.gather import shared_rows
+from dwl_kernels.modules.calls import Call, Given, rows_of_table
 from dwl_kernels.modules.checks import check_candidates, check_tensors, checked_ids, padding
 from dwl_kernels.modules.normalize import normalised
 from dwl_kernels.modules.weighted import WeightedLoss
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class DynamicWeightedSampledSoftmax(WeightedLoss):
@@ -84,6 +93,9 @@ class DynamicWeightedSampledSoftmax(WeightedLoss):
         sparse_grad: Whether the gradient of a ``table`` is sparse, as for
             :func:`indexed_sampled_softmax_loss`.
         backend: As for :func:`sampled_softmax_loss`.
+        process_group, ring, replicated_negatives: Candidates of all ranks, as for
+            :func:`in_batch_softmax_loss`; a ``table`` is then whole on every rank, and negatives
+            per row stay those of their row. Domains are counted over all ranks.
 
     Raises:
         TypeError: if an argument is of another type than named above.
@@ -109,6 +121,7 @@ class DynamicWeightedSampledSoftmax(WeightedLoss):
     """
 
     _takes_negatives_per_row = True
+    _dual: DualScale | None = None
 
     def __init__(
         self,
@@ -127,6 +140,9 @@ class DynamicWeightedSampledSoftmax(WeightedLoss):
         in_batch: bool | None = None,
         sparse_grad: bool = False,
         backend: Backend = "auto",
+        process_group: ProcessGroup | None = None,
+        ring: bool = False,
+        replicated_negatives: bool = False,
     ) -> None:
         super().__init__(
             num_domains,
@@ -139,6 +155,7 @@ class DynamicWeightedSampledSoftmax(WeightedLoss):
             normalize=normalize,
             reduction=reduction,
             backend=backend,
+            process_group=process_group,
         )
         check_choice("correction", correction, Correction)
         if calibration and correction == "refined":
@@ -150,6 +167,8 @@ class DynamicWeightedSampledSoftmax(WeightedLoss):
         self.remove_accidental_hits = flag("remove_accidental_hits", remove_accidental_hits)
         self.in_batch = None if in_batch is None else flag("in_batch", in_batch)
         self.sparse_grad = flag("sparse_grad", sparse_grad)
+        self.ring = flag("ring", ring)
+        self.replicated_negatives = flag("replicated_negatives", replicated_negatives)
 
     def forward(
         self,
@@ -202,27 +221,53 @@ class DynamicWeightedSampledSoftmax(WeightedLoss):
                 options do not go with negatives per row, or as :func:`sampled_softmax_loss`.
             IndexError: if an id is out of range, on a CPU.
         """
+        given = Given(
+            positive_ids=positive_ids,
+            negative_ids=negative_ids,
+            domain_ids=domain_ids,
+            negative_domain_ids=negative_domain_ids,
+            positive_log_q=positive_log_q,
+            negative_log_q=negative_log_q,
+            example_weights=example_weights,
+        )
+        embeddings = query, positive, negative, table
+        check = functools.partial(self._checked, embeddings, given)
+        call, _ = self._on_all_ranks(self.process_group, query, check)
+        weights = self._weigh(call.given.domain_ids, query)
+
+        def build() -> Problem:
+            return self._problem(embeddings, call, weights)
+
+        if self.process_group is None:
+            return loss_of(build(), query, self.backend, self.sparse_grad)
+        from dwl_kernels.distributed.candidates import loss_across
+
+        across = self.process_group, self.ring, self.replicated_negatives
+        name, options = type(self).__name__, (self.backend, self.sparse_grad)
+        return loss_across(name, build, query, across, *options)
+
+    def _checked(self, embeddings: tuple[Any, ...], given: Given) -> Call:
+        """What the arguments of `forward` ask for."""
+        query, positive, negative, table = embeddings
+        example_weights = given.example_weights
         check_tensors(
             query=query,
             positive=positive,
             negative=negative,
             table=table,
-            positive_log_q=positive_log_q,
-            negative_log_q=negative_log_q,
+            positive_log_q=given.positive_log_q,
+            negative_log_q=given.negative_log_q,
             example_weights=example_weights,
         )
-        domain_ids, negative_domain_ids, positive_ids, negative_ids = checked_ids(
-            query,
-            domain_ids=domain_ids,
-            negative_domain_ids=negative_domain_ids,
-            positive_ids=positive_ids,
-            negative_ids=negative_ids,
-        )
-        check_candidates(positive, negative, table, positive_ids, negative_ids, negative_log_q)
+        names = "positive_ids", "negative_ids", "domain_ids", "negative_domain_ids"
+        ids = checked_ids(query, **{name: getattr(given, name) for name in names})
+        given = given._replace(**dict(zip(names, ids, strict=True)))
+        positive_ids, negative_ids = given.positive_ids, given.negative_ids
+        log_q = given.positive_log_q, given.negative_log_q
+        check_candidates(positive, negative, table, positive_ids, negative_ids, log_q[1])
         if table is not None:
             self._check_items(table)
-        leading = query.shape[:-1]
-        padded = padding(example_weights, leading)
+        padded = padding(example_weights, query.shape[:-1])
         negatives = None if negative is None else negative.shape[:1]  # [N] or [B, K]
         if table is not None and negative_ids is not None:
             negatives = negative_ids.shape
@@ -231,108 +276,86 @@ class DynamicWeightedSampledSoftmax(WeightedLoss):
         if per_row:
             self._check_per_row()
         if negatives is not None:  # before calibration, which makes both
-            both_or_none("positive_log_q", positive_log_q, "negative_log_q", negative_log_q)
+            both_or_none("positive_log_q", log_q[0], "negative_log_q", log_q[1])
+        items = "positive_ids", positive_ids
+        domains = self._domains_of_rows(("domain_ids", given.domain_ids), items, query, padded)
+        return Call(given._replace(domain_ids=domains), padded, negatives, in_batch, per_row)
 
-        domain_ids, weights = self._weigh_domains(
-            ("domain_ids", domain_ids), ("positive_ids", positive_ids), query, padded
-        )
+    def _problem(
+        self,
+        embeddings: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None],
+        call: Call,
+        weights: Tensor | None,  # [num_domains]
+    ) -> Problem:
+        """The problem of the rows that were given."""
+        query, positive, negative, table = embeddings
+        given, padded = call.given, call.padded
         draws: dict[str, Any] = {
-            "positive_ids": positive_ids,
-            "negative_ids": negative_ids,
-            "positive_log_q": positive_log_q,
-            "negative_log_q": negative_log_q,
+            "positive_ids": given.positive_ids,
+            "negative_ids": given.negative_ids,
+            "positive_log_q": given.positive_log_q,
+            "negative_log_q": given.negative_log_q,
         }
-        if domain_ids is not None and weights is not None and self.calibration:
-            tilt = self._tilt(domain_ids, weights)
-            if not in_batch:  # a row of weight 0 is nobody's candidate, and needs no correction
+        if given.domain_ids is not None and weights is not None and self.calibration:
+            tilt = self._tilt(given.domain_ids, weights)
+            if not call.in_batch:
+                # A row of weight 0 is nobody's candidate, and needs no correction.
                 tilt = tilt.masked_fill(tilt == -math.inf, 0.0)
-            draws["positive_log_q"] = Calibrated(positive_log_q, tilt)
-            if negatives is not None:
+            draws["positive_log_q"] = Calibrated(given.positive_log_q, tilt)
+            if call.negatives is not None:
                 candidate_domains = self._domains_of(
-                    ("negative_domain_ids", negative_domain_ids),
-                    ("negative_ids", negative_ids),
-                    negatives,
-                    padded[..., None] if per_row and padded is not None else None,
+                    ("negative_domain_ids", given.negative_domain_ids),
+                    ("negative_ids", given.negative_ids),
+                    call.negatives,
+                    padded[..., None] if call.per_row and padded is not None else None,
                 )
                 tilt = self._tilt(candidate_domains, weights)
-                draws["negative_log_q"] = Calibrated(negative_log_q, tilt)
-
+                draws["negative_log_q"] = Calibrated(given.negative_log_q, tilt)
         rows: dict[str, Any] = {
-            "domain_ids": domain_ids,
+            "domain_ids": given.domain_ids,
             "domain_weights": weights,
-            "example_weights": example_weights,
+            "example_weights": given.example_weights,
             "temperature": self.temperature,
             "correction": self.correction,
             "reduction": self.reduction,
-            "backend": self.backend,
         }
-        if per_row:
+        if call.per_row:
             assert table is not None  # only ids of a table are per row
             if self.normalize:
                 query, table = normalised(query, padded), normalised(table, drawn=True)
-            return indexed_sampled_softmax_loss(
-                query, table, sparse_grad=self.sparse_grad, **draws, **rows
-            )
+            ids = draws.pop("positive_ids"), draws.pop("negative_ids")
+            positive_ids, negative_ids = table_ids(query, table, *ids, given.example_weights)
+            draws |= {"positive_ids": positive_ids, "negative_ids": negative_ids}
+            return per_row_problem(query, table, **draws, **rows)
         if table is not None:
-            assert positive_ids is not None  # _check_candidates has looked
-            positive, negative = self._read(query, table, example_weights, draws)
-            positive_ids, negative_ids = draws["positive_ids"], draws["negative_ids"]
-        assert positive is not None  # likewise
+            options = self.sparse_grad, self.backend
+            read = rows_of_table(query, table, given.example_weights, draws, *options)
+            positive, negative = read
+        assert positive is not None  # `check_candidates` has looked
         if self.normalize:
             query, positive = normalised(query, padded), normalised(positive, padded)
             negative = None if negative is None else normalised(negative)
         if not self.remove_accidental_hits:
             draws |= {"positive_ids": None, "negative_ids": None}
-        elif negative is not None and (positive_ids is None) != (negative_ids is None):
+        elif negative is not None and (given.positive_ids is None) != (given.negative_ids is None):
             raise ValueError(
                 "hits are found by the ids of both sides, and one of positive_ids and negative_ids "
                 "is missing; pass both, or remove_accidental_hits=False to the module"
             )
-        return self._loss(query, positive, negative, in_batch, draws, rows)
-
-    def _read(
-        self,
-        query: Tensor,  # [..., D]
-        table: Tensor,  # [V, D]
-        example_weights: Tensor | None,  # [...]
-        draws: dict[str, Any],  # ids and log-Q; negatives that are no items are left out of it
-    ) -> tuple[Tensor, Tensor | None]:  # [..., D], [N, D]
-        """The embeddings that the ids name."""
-        positive_ids, drawn = draws["positive_ids"], draws["negative_ids"]
-        if drawn is None:
-            drawn = positive_ids.new_empty(0)
-        ids = table_ids(query, table, positive_ids, drawn, example_weights)
-        if draws["negative_ids"] is not None:
-            log_q = draws["positive_log_q"], draws["negative_log_q"]
-            drawn, negative_log_q = leave_out_no_items(ids[1], *log_q)
-            draws |= {"negative_ids": drawn, "negative_log_q": negative_log_q}
-        positive, negative = shared_rows(table, ids[0], drawn, self.sparse_grad, self.backend)
-        return positive, None if draws["negative_ids"] is None else negative
-
-    def _loss(
-        self,
-        query: Tensor,  # [..., D]
-        positive: Tensor,  # [..., D]
-        negative: Tensor | None,  # [N, D]
-        in_batch: bool,
-        draws: dict[str, Any],  # ids and log-Q
-        rows: dict[str, Any],
-    ) -> Tensor:
-        """The loss of candidates that all rows share."""
-        if not in_batch:
-            return sampled_softmax_loss(query, positive, cast("Tensor", negative), **draws, **rows)
-        backend = rows.pop("backend")
-        problem = in_batch_problem(
+        if not call.in_batch:
+            candidates = cast("Tensor", negative)
+            return sampled_problem(query, positive, candidates, dual=self._dual, **draws, **rows)
+        return in_batch_problem(
             query,
             positive,
             log_q=draws.pop("positive_log_q"),
             ids=draws.pop("positive_ids"),
             negative=negative,
             prefix="positive_",
+            dual=self._dual,
             **draws,
             **rows,
         )
-        return loss_of(problem, query, backend)
 
     def _check_per_row(self) -> None:
         """ValueError where an option does not go with negatives of every row's own."""
@@ -365,4 +388,6 @@ class DynamicWeightedSampledSoftmax(WeightedLoss):
             "remove_accidental_hits": self.remove_accidental_hits,
             "in_batch": self.in_batch,
             "sparse_grad": self.sparse_grad,
+            "ring": self.ring,
+            "replicated_negatives": self.replicated_negatives,
         }

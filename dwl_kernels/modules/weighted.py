@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,13 @@ from dwl_kernels.domains import DomainWeights
 from dwl_kernels.domains.ids import check_range
 from dwl_kernels.modules.checks import check_rows
 from dwl_kernels.modules.repeats import Runs
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from dwl_kernels.distributed.group import Group
+
+Checked = TypeVar("Checked")
 
 # A learned temperature stays in here: below, float16 logits overflow; above, all scores are alike.
 TEMPERATURE_RANGE = (0.005, 50.0)
@@ -43,8 +50,14 @@ class WeightedLoss(Tables):
         normalize: bool,
         reduction: Reduction,
         backend: Backend,
+        process_group: ProcessGroup | None,
     ) -> None:
         super().__init__()
+        self.process_group: Group | None = None
+        if process_group is not None:
+            from dwl_kernels.distributed.group import group_of
+
+            self.process_group = group_of(process_group)
         learn_temperature = flag("learn_temperature", learn_temperature)
         normalize = flag("normalize", normalize)
         calibration = number("calibration", calibration, "a number in [0, 1]")
@@ -148,20 +161,50 @@ class WeightedLoss(Tables):
         if isinstance(saved, Tensor) and saved.dim() == 0:
             state_dict[name] = saved[None]
 
-    def _weigh_domains(
+    def _on_all_ranks(
+        self, group: Group | None, query: Tensor, check: Callable[[], Checked], size: int = 0
+    ) -> tuple[Checked, list[int]]:
+        """What `check` returns, and the sizes of all ranks.
+
+        In a process group it raises on all ranks what it raises on one, before anything is counted:
+        else the others would wait for a rank that has raised.
+        """
+        if group is None:
+            return check(), [size]
+        from dwl_kernels.distributed.exchange import agree
+
+        device = query.device if isinstance(query, Tensor) else torch.device("cpu")
+        checked, sizes = agree(group, device, lambda: (check(), {}, (size,)))
+        return checked, [size for size, *_ in sizes]
+
+    def _domains_of_rows(
         self,
         given: tuple[str, Tensor | None],  # [...] or [..., G]
         items: tuple[str, Tensor | None],  # [...]
         query: Tensor,  # [..., D]
         padded: Tensor | None,  # [...] bool
-    ) -> tuple[Tensor | None, Tensor | None]:  # [..., G], [num_domains]
-        """The domains of the rows and what domains weigh; rows that train are counted."""
+    ) -> Tensor | None:  # [..., G]
+        """The domains of the rows, by which they weigh and are counted."""
         if self.domain_weights is None:
-            return given[1], None
+            return given[1]
         domain_ids = self._domains_of(given, items, query.shape[:-1], padded)
+        if self.process_group is not None:  # `update` would find it, but on this rank alone
+            ids = self.domain_weights._checked_ids(_flat(domain_ids))
+            if checks_values(ids):
+                check_distinct(given[0], ids)
+        return domain_ids
+
+    def _weigh(
+        self,
+        domain_ids: Tensor | None,  # [..., G]
+        query: Tensor,  # [..., D]
+    ) -> Tensor | None:  # [num_domains]
+        """What domains weigh; rows that train are counted."""
+        if self.domain_weights is None or domain_ids is None:
+            return None
         if not self.training:
-            return domain_ids, self.domain_weights()
-        return domain_ids, self.runs.weigh(self.domain_weights, _flat(domain_ids), query)
+            return self.domain_weights()
+        return self.runs.weigh(self.domain_weights, _flat(domain_ids), query)
 
     def _domains_of(
         self,
@@ -206,11 +249,13 @@ class WeightedLoss(Tables):
     def _check_items(
         self,
         table: Tensor,  # [V, D]
+        rows: int | None = None,  # of the whole table, where only a shard is here
     ) -> None:
         """ValueError unless ``item_domains`` has an entry for every row of the table."""
-        if self.item_domains is not None and table.dim() and len(table) != len(self.item_domains):
+        rows = len(table) if rows is None and table.dim() else rows
+        if self.item_domains is not None and rows not in (None, len(self.item_domains)):
             raise ValueError(
-                f"table has {len(table)} rows but item_domains has {len(self.item_domains)}; both "
+                f"table has {rows} rows but item_domains has {len(self.item_domains)}; both "
                 "are to be of the same items: pass the domains of every row, -1 for a row that is "
                 "no item"
             )
@@ -236,6 +281,7 @@ class WeightedLoss(Tables):
             "item_domains": None if items is None else list(items.shape),
             "reduction": self.reduction,
             "backend": self.backend,
+            "process_group": self.process_group,
         }
 
     def extra_repr(self) -> str:
