@@ -75,15 +75,18 @@ class Inputs(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """Pointers to the results; None where not wanted, and what only they need is left out."""
+    """Pointers to the results, as `problem.Output` has them; None where not wanted.
+
+    What only they need is left out.
+    """
 
     loss: Any  # [] or [B]
     query: Any  # [B, D]
     positive: Any  # [B, D]
     candidates: Any  # [N, D]
+    candidate_log_q: Any  # [N]
     temperature: Any  # [] or [B]
     domain_weights: Any  # [num_domains]
-    candidate_log_q: Any  # [N]
 
 
 class Space(NamedTuple):
