@@ -328,7 +328,9 @@ def _form(
 def workspace_floats(problem: Problem, wanted: GradMask, tiles: Tiles, workers: int) -> int:
     """As `workspace` in the kernels cuts it up."""
     rows, d = problem.query.shape
-    floats = common().NUM_ROW_ARRAYS.value * -(-rows // 64) * 64 + 3 * workers + 64
+    kernels = common()
+    floats = kernels.NUM_ROW_ARRAYS.value * -(-rows // 64) * 64
+    floats += kernels.NUM_WORKER_ARRAYS.value * workers + 64
     if problem.rows.domain_weights is not None and wanted.domain_weights:
         floats += 2 * workers * problem.rows.domain_weights.shape[0]
     if problem.in_batch and problem.candidate_log_q is not None:
