@@ -469,7 +469,6 @@ def test_table_without_draws_has_gradient_zero(
     assert not table.grad.to_dense().any()
 
 
-@pytest.mark.parametrize("backend", ["eager", "chunked", "cpu"], indirect=True)
 @pytest.mark.parametrize("correction", ["standard", "refined"])
 def test_row_of_weight_zero_that_is_nan_reaches_its_own_domain_alone(
     backend: str, correction: str
@@ -492,7 +491,6 @@ def test_row_of_weight_zero_that_is_nan_reaches_its_own_domain_alone(
     )
 
 
-@pytest.mark.parametrize("backend", ["eager", "chunked", "cpu"], indirect=True)
 def test_row_that_weighs_nothing_for_its_infinite_logit_gives_no_gradient(backend: str) -> None:
     """The refined correction weighs it by a sigmoid that is 0."""
     query = torch.tensor([[torch.inf]], requires_grad=True)
