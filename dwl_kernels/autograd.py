@@ -12,6 +12,7 @@ Both go through the registered ops of `ops`, or straight to the backend where no
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import compress
 from typing import Any, NamedTuple
 
 import torch
@@ -49,12 +50,11 @@ def softmax_loss(problem: Problem, backend: str = "auto", sparse_grad: bool = Fa
         distinct = [t if t is None or t is kept else t.view_as(t) for t in problem.tensors()]
         problem = problem.with_tensors(distinct)
     loss: Tensor
-    tensors, sources = problem.tensors(), problem.sources()
+    tensors = problem.tensors()
+    sources: tuple[Any, ...] = problem.sources()
     if transforms_active():
         wanted = GradMask(*[t is not None and tracked(t) for t in sources])
-        dtypes = [
-            t.dtype for t, want in zip(sources, wanted, strict=True) if want and t is not None
-        ]
+        dtypes = [t.dtype for t in compress(sources, wanted)]
         call = _call(problem, wanted, dtypes, backend, sparse_grad, transformed=True)
         loss, *_ = _Transformed.apply(call, *tensors)
         return loss
@@ -66,7 +66,7 @@ def softmax_loss(problem: Problem, backend: str = "auto", sparse_grad: bool = Fa
     if torch.is_grad_enabled():
         wanted = GradMask(*[t is not None and t.requires_grad for t in sources])
         if True in wanted:
-            leaves = [t for t in sources if t is not None and t.requires_grad]
+            leaves = [*compress(sources, wanted)]
             dtypes = [t.dtype for t in leaves]
             call = _call(problem, wanted, dtypes, backend, sparse_grad)
             apply = _SoftmaxLoss.apply if watched else _apply
@@ -202,8 +202,7 @@ class _Transformed(ReverseOnly):
         # positives have none of their own.
         wanted = call.wanted._replace(positive=False) if call.table else call.wanted
         mask = problem.with_tensors(range(num)).sources()
-        places = [place for place, want in zip(mask, wanted, strict=True) if want]
-        given = dict(zip(places, found, strict=True))
+        given = dict(zip(compress(mask, wanted), found, strict=True))
         return None, *[given.get(place) for place in range(num)]
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import case_changes
 import torch
 from torch import Tensor
 
@@ -201,137 +202,6 @@ def each_once(domain_ids: Tensor) -> Tensor:  # [M] or [M, G]
     return domain_ids.masked_fill(again, -1)
 
 
-def _set(**values: Any) -> Callable[[Inputs], None]:
-    return lambda inputs: inputs.update(values)
-
-
-def _all_hits(inputs: Inputs) -> None:
-    inputs["positive_ids"].fill_(3)
-    inputs["negative_ids"].fill_(3)
-
-
-def _some_hits_only(inputs: Inputs) -> None:
-    inputs["positive_ids"][::2] = 3
-    inputs["negative_ids"].fill_(3)
-
-
-def _large_ids(offset: int) -> Callable[[Inputs], None]:
-    # Neighbours that float32 (past 2^24) or 32 bits (past 2^31) cannot tell apart.
-    def change(inputs: Inputs) -> None:
-        for name in ("positive_ids", "negative_ids"):
-            inputs[name] = inputs[name] + offset
-
-    return change
-
-
-def _int32_ids(inputs: Inputs) -> None:
-    for name in ("positive_ids", "negative_ids", "domain_ids"):
-        inputs[name] = inputs[name].int()
-
-
-def _log_q(value: float) -> Callable[[Inputs], None]:
-    def change(inputs: Inputs) -> None:
-        inputs["negative_log_q"][5] = value
-
-    return change
-
-
-def _positive_log_q(value: float) -> Callable[[Inputs], None]:
-    def change(inputs: Inputs) -> None:
-        inputs["positive_log_q"][2] = value
-
-    return change
-
-
-def _remove(inputs: Inputs) -> None:
-    """Negatives that their log-Q takes out; some are hits as well. In a batch, positives too."""
-    if "negative_log_q" in inputs:
-        inputs["negative_log_q"][2::5] = torch.inf
-    if "log_q" in inputs:
-        inputs["log_q"][[2, 5, 6]] = -torch.inf
-        inputs["ids"][5] = -1
-
-
-def _large_logits(inputs: Inputs) -> None:
-    inputs["query"] *= 1e4 / 20
-
-
-def _duplicates(inputs: Inputs) -> None:
-    inputs["negative"][10:20] = inputs["negative"][:10]
-    inputs["negative_ids"][10:20] = inputs["negative_ids"][:10]
-
-
-def _weights(value: float) -> Callable[[Inputs], None]:
-    return lambda inputs: inputs["example_weights"].fill_(value)
-
-
-def _zero_domain(inputs: Inputs) -> None:
-    inputs["domain_weights"][:2] = 0.0
-
-
-def _ignore_all(inputs: Inputs) -> None:
-    inputs["target"].fill_(-100)
-
-
-def _one_target(inputs: Inputs) -> None:
-    inputs["target"].fill_(5)
-
-
-def _own_ids(inputs: Inputs) -> None:
-    """Every negative of every second row is its positive."""
-    inputs["negative_ids"][::2] = inputs["positive_ids"][::2, None]
-
-
-def _one_id(inputs: Inputs) -> None:
-    inputs["negative_ids"].fill_(40)
-
-
-def _int32_rows(inputs: Inputs) -> None:
-    for name in ("positive_ids", "negative_ids"):
-        inputs[name] = inputs[name].int()
-
-
-def _candidate_log_q_per_row(inputs: Inputs) -> None:
-    inputs["negative_log_q"][3, 5] = torch.inf
-    inputs["negative_log_q"][4] = torch.inf
-
-
-def _ids_of_padding_are_anything(inputs: Inputs) -> None:
-    _padding_holds_nan(inputs)
-    padded = inputs["example_weights"] == 0
-    inputs["positive_ids"][padded] = 1 << 40
-    if inputs["negative_ids"].dim() == 2:
-        inputs["negative_ids"][padded] = -5
-        inputs["negative_log_q"][padded] = torch.nan
-
-
-def _no_domain(inputs: Inputs) -> None:
-    inputs["domain_ids"].fill_(-1)
-
-
-def _all_domains(inputs: Inputs) -> None:
-    """Every row names as many as there is room for."""
-    rows, slots = inputs["domain_ids"].shape
-    inputs["domain_ids"] = (torch.arange(rows)[:, None] + torch.arange(slots)) % 5
-
-
-def _without_negatives(inputs: Inputs) -> None:
-    for name in [name for name in inputs if name.startswith("negative")]:
-        del inputs[name]
-
-
-def _padding_holds_nan(inputs: Inputs) -> None:
-    padded = inputs["example_weights"] == 0
-    padded[0] = True
-    inputs["example_weights"][0] = 0.0
-    if "target" in inputs:
-        inputs["target"][0] = -100
-        padded |= inputs["target"] == -100
-    for name in ("query", "positive", "log_q", "positive_log_q"):
-        if name in inputs:
-            inputs[name][padded] = torch.nan
-
-
 _FULL: dict[str, Any] = {"log_q": True, "ids": True, "domains": 2, "examples": True}
 _FULL_ROWS: dict[str, Any] = {**_FULL, "temperature": "rows"}
 
@@ -347,8 +217,8 @@ CASES = [
     Case("log-Q and hits", log_q=True, ids=True),
     Case("domains", domains=1),
     Case("several domains, some missing", domains=3),
-    Case("several domains, none missing", domains=3, change=_all_domains),
-    Case("no domain at all", domains=2, change=_no_domain),
+    Case("several domains, none missing", domains=3, change=case_changes.all_domains),
+    Case("no domain at all", domains=2, change=case_changes.no_domain),
     Case("example weights", examples=True),
     Case("scalar temperature", temperature="scalar"),
     Case("temperature per row", temperature="rows"),
@@ -367,45 +237,50 @@ CASES = [
     Case(
         "refined, negatives taken out",
         log_q=True,
-        change=_remove,
+        change=case_changes.remove,
         options={"correction": "refined"},
     ),
     Case(
         "refined, negatives taken out, some are hits",
         **_FULL_ROWS,
-        change=_remove,
+        change=case_changes.remove,
         options={"correction": "refined"},
     ),
     Case("no candidates", candidates=0, **_FULL),
     Case("refined, no candidates", candidates=0, **_FULL, options={"correction": "refined"}),
     Case("no rows", rows=0, **_FULL),
     Case("no rows, none", rows=0, **_FULL, options={"reduction": "none"}),
-    Case("duplicates", **_FULL, change=_duplicates),
-    Case("every candidate a hit", **_FULL, change=_all_hits),
-    Case("all or nothing a hit", ids=True, change=_some_hits_only),
+    Case("duplicates", **_FULL, change=case_changes.duplicates),
+    Case("every candidate a hit", **_FULL, change=case_changes.all_hits),
+    Case("all or nothing a hit", ids=True, change=case_changes.some_hits_only),
     Case(
         "refined, every candidate a hit of some",
         ids=True,
-        change=_some_hits_only,
+        change=case_changes.some_hits_only,
         options={"correction": "refined"},
     ),
-    Case("ids past 2^24", ids=True, change=_large_ids(1 << 24)),
-    Case("ids past 2^31", ids=True, change=_large_ids(1 << 31)),
-    Case("ids past 2^40", ids=True, change=_large_ids(1 << 40)),
-    Case("negative ids", ids=True, change=_large_ids(-6)),
-    Case("int32 ids", ids=True, domains=2, change=_int32_ids),
-    Case("a candidate of log-Q +inf", log_q=True, change=_log_q(torch.inf)),
-    Case("a candidate of log-Q -inf", log_q=True, change=_log_q(-torch.inf)),
-    Case("a positive of log-Q +inf", log_q=True, change=_positive_log_q(torch.inf)),
-    Case("large logits", log_q=True, ids=True, change=_large_logits),
-    Case("huge weights", **_FULL, change=_weights(1e30)),
-    Case("tiny weights", **_FULL, change=_weights(1e-30)),
+    Case("ids past 2^24", ids=True, change=case_changes.large_ids(1 << 24)),
+    Case("ids past 2^31", ids=True, change=case_changes.large_ids(1 << 31)),
+    Case("ids past 2^40", ids=True, change=case_changes.large_ids(1 << 40)),
+    Case("negative ids", ids=True, change=case_changes.large_ids(-6)),
+    Case("int32 ids", ids=True, domains=2, change=case_changes.int32_ids),
+    Case("a candidate of log-Q +inf", log_q=True, change=case_changes.log_q(torch.inf)),
+    Case("a candidate of log-Q -inf", log_q=True, change=case_changes.log_q(-torch.inf)),
+    Case("a positive of log-Q +inf", log_q=True, change=case_changes.positive_log_q(torch.inf)),
+    Case("large logits", log_q=True, ids=True, change=case_changes.large_logits),
+    Case("huge weights", **_FULL, change=case_changes.weights(1e30)),
+    Case("tiny weights", **_FULL, change=case_changes.weights(1e-30)),
     *(
-        Case(f"all weights zero, {r}", **_FULL, change=_weights(0.0), options={"reduction": r})
+        Case(
+            f"all weights zero, {r}",
+            **_FULL,
+            change=case_changes.weights(0.0),
+            options={"reduction": r},
+        )
         for r in ("mean", "weighted_mean", "sum", "none")
     ),
-    Case("domains of weight zero", domains=2, change=_zero_domain),
-    Case("NaN in the padding", **_FULL_ROWS, change=_padding_holds_nan),
+    Case("domains of weight zero", domains=2, change=case_changes.zero_domain),
+    Case("NaN in the padding", **_FULL_ROWS, change=case_changes.padding_holds_nan),
     Case("in-batch", kind="in_batch"),
     Case("in-batch, one row", rows=1, kind="in_batch", log_q=True),
     Case("in-batch past the tile", rows=129, dim=96, kind="in_batch", **_FULL_ROWS),
@@ -423,11 +298,16 @@ CASES = [
         "in-batch, refined, candidates taken out",
         kind="mixed",
         **_FULL_ROWS,
-        change=_remove,
+        change=case_changes.remove,
         options={"correction": "refined"},
     ),
     Case("in-batch, none", kind="mixed", **_FULL_ROWS, options={"reduction": "none"}),
-    Case("in-batch, NaN in the padding", kind="mixed", **_FULL_ROWS, change=_padding_holds_nan),
+    Case(
+        "in-batch, NaN in the padding",
+        kind="mixed",
+        **_FULL_ROWS,
+        change=case_changes.padding_holds_nan,
+    ),
     Case("in-batch, no rows", rows=0, kind="mixed", **_FULL),
     Case("full softmax", kind="full"),
     Case("full softmax, bias", kind="full", log_q=True, temperature="scalar"),
@@ -439,9 +319,14 @@ CASES = [
     ),
     Case("full softmax, one item", candidates=1, kind="full"),
     Case("full softmax, no rows", rows=0, kind="full", **_FULL),
-    Case("full softmax, all rows ignored", kind="full", **_FULL, change=_ignore_all),
-    Case("full softmax, one target for all", kind="full", **_FULL, change=_one_target),
-    Case("full softmax, NaN in the padding", kind="full", **_FULL_ROWS, change=_padding_holds_nan),
+    Case("full softmax, all rows ignored", kind="full", **_FULL, change=case_changes.ignore_all),
+    Case("full softmax, one target for all", kind="full", **_FULL, change=case_changes.one_target),
+    Case(
+        "full softmax, NaN in the padding",
+        kind="full",
+        **_FULL_ROWS,
+        change=case_changes.padding_holds_nan,
+    ),
     Case("dual scale", kind="dual", options={"slate_size": 4}),
     Case("dual scale, everything", kind="dual", **_FULL_ROWS),
     Case("dual scale, past the tile", rows=129, candidates=127, kind="dual", **_FULL_ROWS),
@@ -459,29 +344,44 @@ CASES = [
         "dual scale, negatives taken out",
         kind="dual",
         log_q=True,
-        change=_remove,
+        change=case_changes.remove,
         options={"slate_size": 4},
     ),
     Case(
         "dual scale, mixed, refined, negatives taken out",
         kind="dual",
         **_FULL,
-        change=_remove,
+        change=case_changes.remove,
         options={"in_batch": True, "correction": "refined"},
     ),
-    Case("dual scale, every candidate a hit", kind="dual", **_FULL, change=_all_hits),
-    Case("dual scale, some have no candidate", kind="dual", ids=True, change=_some_hits_only),
+    Case("dual scale, every candidate a hit", kind="dual", **_FULL, change=case_changes.all_hits),
+    Case(
+        "dual scale, some have no candidate",
+        kind="dual",
+        ids=True,
+        change=case_changes.some_hits_only,
+    ),
     Case("dual scale, no candidates", kind="dual", candidates=0, **_FULL),
-    Case("dual scale, NaN in the padding", kind="dual", **_FULL_ROWS, change=_padding_holds_nan),
-    Case("dual scale, in-batch", kind="dual", change=_without_negatives),
-    Case("dual scale, in-batch, everything", kind="dual", **_FULL_ROWS, change=_without_negatives),
+    Case(
+        "dual scale, NaN in the padding",
+        kind="dual",
+        **_FULL_ROWS,
+        change=case_changes.padding_holds_nan,
+    ),
+    Case("dual scale, in-batch", kind="dual", change=case_changes.without_negatives),
+    Case(
+        "dual scale, in-batch, everything",
+        kind="dual",
+        **_FULL_ROWS,
+        change=case_changes.without_negatives,
+    ),
     Case("dual scale, mixed", kind="dual", log_q=True, options={"in_batch": True}),
     Case(
         "dual scale, mixed, NaN in the padding",
         kind="dual",
         **_FULL_ROWS,
         options={"in_batch": True, "slate_size": 5},
-        change=_padding_holds_nan,
+        change=case_changes.padding_holds_nan,
     ),
     Case("indexed", kind="indexed"),
     Case("indexed, everything", rows=65, candidates=70, kind="indexed", **_FULL_ROWS),
@@ -492,7 +392,7 @@ CASES = [
         "indexed, NaN in the padding",
         kind="indexed",
         **_FULL_ROWS,
-        change=_ids_of_padding_are_anything,
+        change=case_changes.ids_of_padding_are_anything,
     ),
     Case("by row", kind="indexed_rows"),
     Case("by row, one of everything", rows=1, candidates=1, dim=1, kind="indexed_rows"),
@@ -504,38 +404,42 @@ CASES = [
         for r in ("weighted_mean", "sum", "none")
     ),
     Case("by row, scalar temperature", kind="indexed_rows", temperature="scalar"),
-    Case("by row, int32 ids", kind="indexed_rows", change=_int32_rows),
+    Case("by row, int32 ids", kind="indexed_rows", change=case_changes.int32_rows),
     Case("by row, refined", kind="indexed_rows", **_FULL_ROWS, options={"correction": "refined"}),
-    Case("by row, every candidate a hit", kind="indexed_rows", **_FULL, change=_own_ids),
+    Case(
+        "by row, every candidate a hit", kind="indexed_rows", **_FULL, change=case_changes.own_ids
+    ),
     Case(
         "by row, refined, every candidate a hit",
         kind="indexed_rows",
-        change=_own_ids,
+        change=case_changes.own_ids,
         options={"correction": "refined"},
     ),
-    Case("by row, one id for all", kind="indexed_rows", **_FULL, change=_one_id),
+    Case("by row, one id for all", kind="indexed_rows", **_FULL, change=case_changes.one_id),
     Case(
         "by row, candidates of log-Q +inf",
         kind="indexed_rows",
         log_q=True,
-        change=_candidate_log_q_per_row,
+        change=case_changes.candidate_log_q_per_row,
     ),
     Case(
         "by row, refined, candidates of log-Q +inf",
         kind="indexed_rows",
         log_q=True,
-        change=_candidate_log_q_per_row,
+        change=case_changes.candidate_log_q_per_row,
         options={"correction": "refined"},
     ),
-    Case("by row, large logits", kind="indexed_rows", log_q=True, change=_large_logits),
-    Case("by row, huge weights", kind="indexed_rows", **_FULL, change=_weights(1e30)),
-    Case("by row, all weights zero", kind="indexed_rows", **_FULL, change=_weights(0.0)),
+    Case("by row, large logits", kind="indexed_rows", log_q=True, change=case_changes.large_logits),
+    Case("by row, huge weights", kind="indexed_rows", **_FULL, change=case_changes.weights(1e30)),
+    Case(
+        "by row, all weights zero", kind="indexed_rows", **_FULL, change=case_changes.weights(0.0)
+    ),
     Case("by row, no candidates", candidates=0, kind="indexed_rows", **_FULL),
     Case("by row, no rows", rows=0, kind="indexed_rows", **_FULL),
     Case(
         "by row, NaN in the padding",
         kind="indexed_rows",
         **_FULL_ROWS,
-        change=_ids_of_padding_are_anything,
+        change=case_changes.ids_of_padding_are_anything,
     ),
 ]

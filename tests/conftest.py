@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 # Read once, when torch is imported: threads that spin while they wait slow a busy machine down.
@@ -46,10 +47,12 @@ ABOUT_OTHERS = {
 }
 # Files whose tests compare what kernels write.
 FRESH_MEMORY = {
-    *("test_backends.py", "test_edges.py", "test_indexed.py"),
+    *("test_backends.py", "test_edges.py", "test_edges_padding.py", "test_rows_apart.py"),
+    *("test_indexed.py", "test_table_gradient.py"),
     *("test_native.py", "test_native_ops.py", "test_skip_threshold.py"),
     "test_triton_wide.py",
 }
+INDEXED = {"test_indexed.py", "test_table_gradient.py"}
 NOT_TAKEN = ("cpu", torch.float16)
 BY_NAME = {case.name: case for case in CASES}
 
@@ -59,7 +62,7 @@ def _interpreted(item: pytest.Item, values: dict[str, Any]) -> bool:
         if item.path.name == "test_skip_threshold.py":  # that kernel leaves nothing out
             return False
         # What is about nothing but losses that this kernel does not take.
-        if item.path.name == "test_indexed.py" or item.originalname in ABOUT_OTHERS:
+        if item.path.name in INDEXED or item.originalname in ABOUT_OTHERS:
             return False
         case = values.get("case") or BY_NAME.get(values.get("name"))
         if values.get("kind", case and case.kind) in NOT_IN_CUDA:
@@ -129,3 +132,11 @@ def three_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
 def ranks(request: pytest.FixtureRequest) -> Ranks:
     """Two processes, then three."""
     return request.getfixturevalue("two_ranks" if request.param == 2 else "three_ranks")
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of compiled kernels, of this test alone and not made yet."""
+    folder = tmp_path / "the cache"
+    monkeypatch.setenv("DWL_KERNELS_CACHE", str(folder))
+    return folder

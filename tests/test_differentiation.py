@@ -7,75 +7,34 @@ ordinary gradients in an unusual way has to work: transforms, batches of upstrea
 
 from __future__ import annotations
 
-import copy
-
 import module_inputs
 import pytest
 import torch
 from cases import Case
+from differentiated import (
+    IDS,
+    KINDS,
+    OPTIONS,
+    SIZES,
+    assert_all_close,
+    gradients,
+    leaves_of,
+    loss_and_values,
+)
 from torch.autograd import forward_ad
-from torch.func import functional_call
-from torch.utils.flop_counter import FlopCounterMode
 
 import dwl_kernels
 from dwl_kernels import backends
 
-SIZES = {"rows": 5, "candidates": 6, "dim": 4}
-OPTIONS = {"log_q": True, "ids": True, "domains": 2, "examples": True, "temperature": "rows"}
-KINDS = ("sampled", "in_batch", "mixed", "full", "indexed", "indexed_rows", "dual")
 FUNCTIONS = [f"{kind}, {reduction}" for kind in KINDS for reduction in ("mean", "none")]
 MODULES = [f"module, {kind}" for kind in module_inputs.KINDS]
 ALL = FUNCTIONS + MODULES
 REFUSAL = "differentiable once"
-IDS = module_inputs.draws()
-
-
-def loss_and_values(name, backend="eager", **options):
-    """The sum of a loss as a function of its differentiable inputs, and these. In float64."""
-    kind, which = name.split(", ")
-    if kind == "module":
-        loss_fn = module_inputs.KINDS[which](
-            weights=[0.5, 1.0, 3.0],
-            item_domains=module_inputs.item_domains(),
-            normalize=True,
-            backend=backend,
-            **options,
-        ).eval()  # counting changes buffers, which is no business of a transform
-        query, table = module_inputs.embeddings()[0], module_inputs.table_of()
-
-        def of_module(query, table):
-            return module_inputs.call(which, loss_fn, query, table, IDS)
-
-        return of_module, [query.detach(), table.detach()]
-    case = Case(name, **SIZES, kind=kind, **OPTIONS)
-    dtype = torch.float32 if backend == "triton" else torch.float64
-    inputs = {**case.inputs(dtype), "reduction": which, **options}
-    leaves = [k for k, v in inputs.items() if isinstance(v, torch.Tensor) and v.requires_grad]
-    values = [inputs[k].detach() for k in leaves]
-
-    def of_function(*values):
-        return case.loss({**inputs, **dict(zip(leaves, values, strict=True))}, backend).sum()
-
-    return of_function, values
-
-
-def leaves_of(values):
-    return [value.clone().requires_grad_() for value in values]
-
-
-def gradients(loss, values):
-    leaves = leaves_of(values)
-    return torch.autograd.grad(loss(*leaves), leaves)
 
 
 def of_one(loss, values, place):
     """`loss` as a function of one of its inputs."""
     return lambda value: loss(*values[:place], value, *values[place + 1 :])
-
-
-def assert_all_close(got, wanted):
-    for one, other in zip(got, wanted, strict=True):
-        torch.testing.assert_close(one, other)
 
 
 # ---------------------------------------------------------------- what must raise
@@ -336,146 +295,3 @@ def test_kernels_behind_a_transform(backend, kind):
     )
     with pytest.raises(RuntimeError, match=REFUSAL):
         dual_number(of_one(loss, values, 0), values[0])
-
-
-# ---------------------------------------------------------------- modules in a model
-
-
-class Model(torch.nn.Module):
-    def __init__(self, kind, **options):
-        super().__init__()
-        self.kind, self.tower = kind, torch.nn.Linear(4, 4).double()
-        self.loss_fn = module_inputs.KINDS[kind](
-            item_domains=module_inputs.item_domains(),
-            learn_temperature=True,
-            backend="eager",
-            **options,
-        )
-
-    def forward(self, query, table):
-        return module_inputs.call(self.kind, self.loss_fn, self.tower(query), table, IDS)
-
-
-def copies_of_state(model):
-    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
-    return [{k: v.detach().clone() for k, v in s.items()} for s in (parameters, buffers)]
-
-
-@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-@pytest.mark.parametrize("normalize", [False, True], ids=["", "normalize"])
-@pytest.mark.parametrize("kind", module_inputs.KINDS)
-def test_functional_call_gives_gradients_and_counts(kind, normalize, training):
-    model = Model(kind, normalize=normalize).train(training)
-    before = copies_of_state(model)[1]
-    query, table = module_inputs.embeddings()[0].detach(), module_inputs.table_of().detach()
-    parameters, buffers = copies_of_state(model)
-    got = torch.func.grad(lambda p, b: functional_call(model, (p, b), (query, table)))(
-        parameters, buffers
-    )
-    assert all(torch.equal(value, before[key]) for key, value in model.named_buffers())
-    wanted = torch.autograd.grad(model(query, table), list(model.parameters()))
-    assert_all_close(got.values(), wanted)
-    assert all(torch.equal(value, buffers[key]) for key, value in model.named_buffers())
-
-
-@pytest.mark.parametrize("kind", module_inputs.KINDS)
-def test_ensemble_of_models(kind):
-    models = [Model(kind, normalize=True).eval() for _ in range(2)]
-    skeleton = copy.deepcopy(models[0]).to("meta")
-    query, table = module_inputs.embeddings()[0].detach(), module_inputs.table_of().detach()
-    state = torch.func.stack_module_state(models)
-    got = torch.func.vmap(lambda *s: functional_call(skeleton, s, (query, table)))(*state)
-    torch.testing.assert_close(got, torch.stack([model(query, table) for model in models]))
-
-
-BATCHES_OF_IDS = {
-    "domain_ids": torch.tensor([[0, 1, 2, 0, 1, 2], [0, 0, 0, 0, 0, 1]]),
-    "ids": torch.tensor([[3, 8, 3], [3, 9, 7]]),
-}
-
-
-@pytest.mark.parametrize("of", ["vmap", "vmap of grad", "vmap in vmap"])
-@pytest.mark.parametrize("weights", [None, [1.0, 2.0, 3.0]], ids=["measured", "constant"])
-def test_vmap_counts_no_domains_of_its_slices(weights, of):
-    counted = None if weights else 3
-    loss_fn = dwl_kernels.DynamicWeightedSampledSoftmax(counted, weights=weights, backend="eager")
-    query, positive, negative = (x.detach() for x in module_inputs.embeddings())
-    batch = BATCHES_OF_IDS["domain_ids"]
-
-    def loss(query, ids):
-        return loss_fn(query, positive, negative, domain_ids=ids)
-
-    function = {
-        "vmap": torch.func.vmap(loss, (None, 0)),
-        "vmap of grad": torch.func.vmap(torch.func.grad(loss), (None, 0)),
-        "vmap in vmap": lambda query, batch: torch.func.vmap(
-            torch.func.vmap(loss, (0, None)), (None, 0)
-        )(query[None], batch),
-    }[of]
-    before = copy.deepcopy(loss_fn.state_dict())
-    with pytest.raises(RuntimeError, match=r"vmap cannot count .* loss_fn\.eval\(\) and, outside"):
-        function(query, batch)
-    assert all(torch.equal(value, before[key]) for key, value in loss_fn.state_dict().items())
-    loss_fn.eval()
-    loss_fn.domain_weights.update(batch.flatten())
-    assert function(query, batch).isfinite().all()
-    assert loss_fn.domain_weights.interactions.tolist() == [7, 3, 2]
-
-
-@pytest.mark.parametrize("kind", [dwl_kernels.StreamingFrequency, dwl_kernels.CountMinSketch])
-def test_vmap_counts_no_ids_of_its_slices(kind):
-    stream, batch = kind(64), BATCHES_OF_IDS["ids"]
-    before = copy.deepcopy(stream.state_dict())
-    with pytest.raises(RuntimeError, match=r"vmap cannot count .* call update outside of vmap"):
-        torch.func.vmap(stream.update)(batch)
-    assert all(torch.equal(value, before[key]) for key, value in stream.state_dict().items())
-    stream.update(batch)
-    wanted = torch.stack([stream.log_q(ids) for ids in batch])
-    torch.testing.assert_close(torch.func.vmap(stream.log_q)(batch), wanted, rtol=0, atol=0)
-
-
-def test_ensemble_counts_each_its_own():
-    """A vmap whose slices have counts of their own."""
-    query, positive, negative = (x.detach() for x in module_inputs.embeddings())
-    models = [dwl_kernels.DynamicWeightedSampledSoftmax(3, backend="eager") for _ in range(2)]
-    state, batch = torch.func.stack_module_state(models), BATCHES_OF_IDS["domain_ids"]
-
-    def loss(parameters, buffers, ids):
-        call = (query, positive, negative), {"domain_ids": ids}
-        return functional_call(models[0], (parameters, buffers), *call)
-
-    got = torch.func.vmap(loss)(*state, batch)
-    assert state[1]["domain_weights.interactions"].tolist() == [[2, 2, 2], [5, 1, 0]]
-    each = zip(models, batch, strict=True)
-    wanted = [model(query, positive, negative, domain_ids=ids) for model, ids in each]
-    torch.testing.assert_close(got, torch.stack(wanted))
-
-
-# ---------------------------------------------------------------- counters of operations
-
-# Products of B x N x D multiplications and additions in a whole step, of which some for the loss.
-B, N, D = SIZES["rows"], SIZES["candidates"], SIZES["dim"]
-PRODUCT, BATCH = 2 * B * N * D, 2 * B * B * D
-TABLE = 2 * B * (N + 1) * D  # a product for each place in the table
-STEPS = {
-    "sampled": 3 * PRODUCT,
-    "in_batch": 3 * BATCH,
-    "mixed": 3 * (BATCH + PRODUCT),
-    "full": 3 * PRODUCT,
-    "indexed": 3 * PRODUCT,
-    "indexed_rows": 2 * PRODUCT + TABLE,
-    "dual": 4 * PRODUCT,
-}
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_counter_of_operations_sees_every_product(kind):
-    alone = {"in_batch": BATCH, "mixed": BATCH + PRODUCT, "dual": 2 * PRODUCT}.get(kind, PRODUCT)
-    for reduction, again in (("mean", 0), ("none", alone)):
-        loss, values = loss_and_values(f"{kind}, {reduction}")
-        with FlopCounterMode(display=False) as counter:
-            loss(*values)
-        assert counter.get_total_flops() == alone
-        with FlopCounterMode(display=False) as counter:
-            gradients(loss, values)
-        assert counter.get_total_flops() == STEPS[kind] + again

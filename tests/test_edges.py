@@ -5,98 +5,21 @@ Expected values come from `row_losses`, the formulas written out row by row.
 
 from __future__ import annotations
 
-from typing import Any
-
-import cases
 import pytest
 import torch
-from torch import Tensor
+from edge_problems import (
+    INF,
+    KINDS,
+    NAN,
+    ROWS,
+    assert_same,
+    gradients,
+    name_of,
+    problem,
+    row_losses,
+)
 
 import dwl_kernels
-
-KINDS = ("sampled", "in_batch", "mixed", "dual", "indexed", "indexed_rows")
-ROWS, CANDIDATES = 6, 9
-INF, NAN = torch.inf, torch.nan
-
-
-def problem(kind: str, **options: Any) -> tuple[cases.Case, cases.Inputs]:
-    case = cases.Case(
-        f"edges of {kind}",
-        rows=ROWS,
-        candidates=CANDIDATES,
-        dim=5,
-        kind=kind,
-        log_q=True,
-        ids=not kind.startswith("indexed"),
-        temperature="rows",
-        options={"reduction": "none", **options},
-    )
-    inputs = case.inputs(torch.float64)
-    if "positive_ids" in inputs and "table" in inputs:  # no accidental hits, each row by itself
-        inputs["positive_ids"] = torch.arange(ROWS)
-        inputs["negative_ids"] = inputs["negative_ids"].clamp(min=ROWS)
-    elif kind not in ("indexed", "indexed_rows", "full"):
-        inputs[name_of(inputs, "ids")] = torch.arange(ROWS)
-        if "negative_ids" in inputs:
-            inputs["negative_ids"] = torch.arange(CANDIDATES) + 4  # two hits
-    return case, inputs
-
-
-def name_of(inputs: cases.Inputs, what: str) -> str:
-    """How the call names `ids` or `log_q` of the positives."""
-    return what if what in inputs else "positive_" + what
-
-
-def embeddings(inputs: cases.Inputs) -> tuple[Tensor, Tensor]:
-    """The positives and the candidates that are given, ``[N, D]`` or ``[B, K, D]``."""
-    if "table" in inputs:
-        return inputs["table"][inputs["positive_ids"]], inputs["table"][inputs["negative_ids"]]
-    nothing = inputs["query"].new_empty(0, inputs["query"].shape[1])
-    return inputs["positive"], inputs.get("negative", nothing)
-
-
-def row_losses(kind: str, inputs: cases.Inputs, rows: list[int] | None = None) -> Tensor:
-    """Losses of the standard correction, of all rows or some."""
-    assert kind != "dual"
-    positive, negative = embeddings(inputs)
-    query, tau = inputs["query"], inputs["temperature"]
-    log_q = inputs[name_of(inputs, "log_q")]
-    ids = inputs.get(name_of(inputs, "ids"))
-    losses = []
-    for i in range(len(query)) if rows is None else rows:
-        z_positive = query[i] @ positive[i] / tau[i] - log_q[i]
-        terms = [z_positive]
-        if kind in ("in_batch", "mixed"):
-            for k in range(len(query)):
-                if k == i or (ids[k] == ids[i] != -1) or log_q[k].isinf():
-                    continue
-                terms.append(query[i] @ positive[k] / tau[i] - log_q[k])
-        if "negative_ids" in inputs:
-            per_row = inputs["negative_ids"].dim() == 2
-            own = negative[i] if per_row else negative
-            own_ids = inputs["negative_ids"][i] if per_row else inputs["negative_ids"]
-            own_log_q = inputs["negative_log_q"][i] if per_row else inputs["negative_log_q"]
-            for c, id, q in zip(own, own_ids, own_log_q, strict=True):
-                if not (id == ids[i] != -1):
-                    terms.append(query[i] @ c / tau[i] - q)
-        losses.append(torch.stack(terms).logsumexp(0) - z_positive)
-    return torch.stack(losses)
-
-
-def gradients(loss: Tensor, inputs: cases.Inputs) -> dict[str, Tensor]:
-    leaves = {k: v for k, v in inputs.items() if isinstance(v, Tensor) and v.requires_grad}
-    grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-    return {
-        k: torch.zeros_like(leaves[k]) if g is None else g
-        for k, g in zip(leaves, grads, strict=True)
-    }
-
-
-def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    for name, value in expected.items():
-        torch.testing.assert_close(
-            got[name], value, rtol=1e-10, atol=1e-12, msg=f"{name}: {{}}".format
-        )
 
 
 @pytest.mark.parametrize("kind", [k for k in KINDS if k != "dual"])
@@ -281,127 +204,6 @@ def test_refined_row_whose_negatives_are_all_taken_out(backend: str, kind: str) 
         assert not any(g.any() for g in gradients(loss.sum(), inputs).values())
 
 
-GARBAGE = (0.0, NAN, -1.0, INF)
-
-
-@pytest.mark.parametrize("reduction", ["mean", "weighted_mean", "sum", "none"])
-@pytest.mark.parametrize("kind", [*KINDS, "full"])
-def test_padded_rows_are_as_if_they_were_not_there(backend: str, kind: str, reduction: str) -> None:
-    case, inputs = problem(kind, reduction=reduction)
-    inputs["domain_ids"] = torch.tensor([[0, 1], [1, -1], [2, -1], [0, -1], [-1, -1], [3, 0]])
-    inputs["domain_weights"] = torch.tensor(
-        [0.5, 1.0, 2.0, 3.0, 1.0], dtype=torch.float64, requires_grad=True
-    )
-    kept = torch.tensor([True, False, True, False, False, True])
-    weights = torch.tensor([1.0, 0.0, 2.0, 0.0, 0.0, 0.5], dtype=torch.float64)
-    if kind == "full":
-        inputs["target"] = torch.tensor([0, -100, 3, -100, 3, 8])
-        weights = torch.tensor([1.0, 1.0, 2.0, 1.0, 0.0, 0.5], dtype=torch.float64)
-    inputs["example_weights"] = weights
-
-    dropped = {}
-    per_row = ("query", "positive", "log_q", "ids", "positive_log_q", "positive_ids", "target")
-    per_row += ("temperature", "domain_ids", "example_weights")
-    for name, value in inputs.items():
-        row = name in per_row or (kind == "indexed_rows" and name.startswith("negative"))
-        if isinstance(value, Tensor):
-            value = value.detach()[kept] if row else value.detach()
-            value = value.clone().requires_grad_(inputs[name].requires_grad)
-        dropped[name] = value
-    expected = case.loss(dropped, "eager")
-    expected_gradients = gradients(expected.sum(), dropped)
-
-    with torch.no_grad():
-        for k, row in enumerate((~kept).nonzero()[:, 0].tolist()):
-            for name in ("query", "positive"):
-                if name in inputs:
-                    inputs[name][row] = NAN if k != 1 else INF
-            inputs["temperature"][row] = GARBAGE[k]
-            inputs["domain_ids"][row] = 99
-            for name in ("log_q", "positive_log_q"):
-                if name in inputs:
-                    inputs[name][row] = (NAN, -INF, INF)[k]
-            ids = name_of(inputs, "ids")
-            if ids in inputs:
-                inputs[ids][row] = (-1, 1 << 40, -7)[k]
-            if kind == "indexed_rows":
-                inputs["negative_ids"][row] = 1 << 40
-                inputs["negative_log_q"][row] = NAN
-    got = case.loss(inputs, backend)
-    if reduction == "none":
-        assert not got[~kept].any()
-        torch.testing.assert_close(got[kept], expected, rtol=1e-10, atol=1e-12)
-    else:
-        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
-    got_gradients = gradients(got.sum(), inputs)
-    for name, gradient in got_gradients.items():
-        if name in per_row:
-            assert not gradient[~kept].any(), name
-            gradient = gradient[kept]
-        torch.testing.assert_close(
-            gradient, expected_gradients[name], rtol=1e-10, atol=1e-12, msg=f"{name}: {{}}".format
-        )
-
-
-@pytest.mark.parametrize("kind", ["in_batch", "mixed", "dual", "full"])
-@pytest.mark.parametrize("reduction", ["mean", "weighted_mean", "sum", "none"])
-def test_batch_of_padding_gives_zeros(backend: str, kind: str, reduction: str) -> None:
-    case, inputs = problem(kind, reduction=reduction)
-    inputs["example_weights"] = torch.zeros(ROWS, dtype=torch.float64)
-    loss = case.loss(inputs, backend)
-    assert not loss.any()
-    assert not any(g.any() for g in gradients(loss.sum(), inputs).values())
-
-
-@pytest.mark.parametrize("correction", ["standard", "refined"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_nan_reaches_its_row_and_no_other(backend: str, kind: str, correction: str) -> None:
-    case, inputs = problem(kind, correction=correction)
-    others = [0, 1, 2, 4, 5]
-    expected = case.loss(inputs, "eager").detach()
-    if kind == "dual":  # whose means leave a row out that is NaN, as they leave out padding
-        weights = torch.ones(ROWS, dtype=torch.float64)
-        weights[3] = 0
-        expected = case.loss({**inputs, "example_weights": weights}, "eager").detach()
-    with torch.no_grad():
-        inputs["query"][3, 1] = NAN
-    loss = case.loss(inputs, backend)
-    assert loss[3].isnan()
-    torch.testing.assert_close(loss[others], expected[others], rtol=1e-10, atol=1e-12)
-    loss.sum().backward()
-    assert inputs["query"].grad[others].isfinite().all()
-    assert inputs["query"].grad[3].isnan().any()
-
-
-def test_nan_positive_of_the_batch_leaves_padded_rows_zero(backend: str) -> None:
-    for kind in ("in_batch", "mixed"):
-        case, inputs = problem(kind)
-        inputs["example_weights"] = torch.tensor([1.0, 1, 0, 1, 0, 1], dtype=torch.float64)
-        with torch.no_grad():
-            inputs["positive"][3] = NAN
-        loss = case.loss(inputs, backend)
-        assert loss[[0, 1, 3, 5]].isnan().all()
-        got = gradients(loss.sum(), inputs)
-        for name in ("query", "positive", "temperature"):
-            assert not got[name][[2, 4]].any(), name
-
-
-@pytest.mark.parametrize("correction", ["standard", "refined"])
-def test_row_of_weight_zero_gives_zeros_whatever_it_holds(backend: str, correction: str) -> None:
-    """Its domain weighs nothing; unlike padding it counts in the mean."""
-    case, inputs = problem("sampled", reduction="mean", correction=correction)
-    inputs["domain_ids"] = torch.tensor([0, 0, 1, 0, 0, 0])
-    inputs["domain_weights"] = torch.tensor([1.0, 0.0], dtype=torch.float64)
-    expected = case.loss(inputs, "eager")
-    with torch.no_grad():
-        inputs["positive"][2] = NAN
-    loss = case.loss(inputs, backend)
-    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-12)
-    got = gradients(loss, inputs)
-    assert not got["query"][2].any()
-    assert got["negative"].isfinite().all()
-
-
 @pytest.mark.parametrize("kind", ["sampled", "in_batch", "full", "indexed_rows"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_logits_up_to_the_largest_numbers_give_a_finite_loss(
@@ -467,51 +269,3 @@ def test_table_without_draws_has_gradient_zero(
     assert loss == 0
     assert not query.grad.any()
     assert not table.grad.to_dense().any()
-
-
-@pytest.mark.parametrize("backend", ["eager", "chunked", "cpu"], indirect=True)
-@pytest.mark.parametrize("correction", ["standard", "refined"])
-def test_row_of_weight_zero_that_is_nan_reaches_its_own_domain_alone(
-    backend: str, correction: str
-) -> None:
-    """Its weight has the gradient of its loss, the temperature nothing of it."""
-    case, inputs = problem("sampled", reduction="mean", correction=correction)
-    inputs["domain_ids"] = torch.tensor([0, 0, 1, 0, 0, 0])
-    inputs["domain_weights"] = torch.tensor([1.0, 0.0], dtype=torch.float64, requires_grad=True)
-    inputs["temperature"] = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
-    expected = gradients(case.loss(inputs, "chunked"), inputs)
-    with torch.no_grad():
-        inputs["query"][2] = NAN
-    got = gradients(case.loss(inputs, backend), inputs)
-    assert not got["query"][2].any()
-    assert got["domain_weights"][1].isnan()
-    for name in ("temperature", "negative"):
-        torch.testing.assert_close(got[name], expected[name], rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(
-        got["domain_weights"][0], expected["domain_weights"][0], rtol=1e-10, atol=1e-12
-    )
-
-
-@pytest.mark.parametrize("backend", ["eager", "chunked", "cpu"], indirect=True)
-def test_row_that_weighs_nothing_for_its_infinite_logit_gives_no_gradient(backend: str) -> None:
-    """The refined correction weighs it by a sigmoid that is 0."""
-    query = torch.tensor([[torch.inf]], requires_grad=True)
-    positive, negative = torch.ones(1, 1, requires_grad=True), -torch.ones(1, 1)
-    loss = dwl_kernels.sampled_softmax_loss(
-        query, positive, negative, correction="refined", backend=backend
-    )
-    loss.backward()
-    assert loss == 0
-    assert positive.grad == 0
-    assert query.grad == 0
-
-
-def test_row_of_weight_zero_is_no_anomaly() -> None:
-    query = torch.tensor([[NAN], [1.0]], requires_grad=True)
-    weights = {"domain_ids": torch.tensor([0, 1]), "domain_weights": torch.tensor([0.0, 1.0])}
-    with torch.autograd.detect_anomaly():
-        loss = dwl_kernels.sampled_softmax_loss(
-            query, torch.ones(2, 1), torch.ones(1, 1), **weights, backend="eager"
-        )
-        loss.backward()
-    assert loss.isfinite()

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from good_arguments import B, D, N, good, ids
 
 import dwl_kernels
 from dwl_kernels import (
@@ -16,23 +17,6 @@ from dwl_kernels import (
     indexed_sampled_softmax_loss,
     sampled_softmax_loss,
 )
-
-B, N, D = 4, 6, 3
-
-
-def good(**changes: Any) -> dict[str, Any]:
-    g = torch.Generator().manual_seed(0)
-    inputs = {
-        "query": torch.randn(B, D, generator=g),
-        "positive": torch.randn(B, D, generator=g),
-        "negative": torch.randn(N, D, generator=g),
-    }
-    return {**inputs, **changes}
-
-
-def ids(n: int) -> torch.Tensor:
-    return torch.arange(n)
-
 
 WRONG_TYPE = [
     ({"query": [[1.0]]}, r"query is a list; wanted a torch\.Tensor"),
@@ -283,157 +267,6 @@ def test_wrong_choices_of_the_dual_scale_are_named(
 ) -> None:
     with pytest.raises(error, match=message):
         dual_scale_softmax_loss(**good(**change))
-
-
-@pytest.mark.parametrize("bad", [5, -2, 1 << 40])
-def test_domain_id_out_of_range_is_an_index_error(backend: str, bad: int) -> None:
-    domain_ids = torch.tensor([0, bad, 1, -1])
-    with pytest.raises(IndexError, match=rf"domain_ids holds {bad}, .*\[0, 5\), or -1"):
-        sampled_softmax_loss(
-            **good(domain_ids=domain_ids, domain_weights=torch.ones(5), backend=backend)
-        )
-
-
-def test_domain_ids_of_padding_are_not_looked_at(backend: str) -> None:
-    domain_ids = torch.tensor([0, 77, 1, -1])
-    loss = sampled_softmax_loss(
-        **good(
-            domain_ids=domain_ids,
-            domain_weights=torch.ones(5),
-            example_weights=torch.tensor([1, 0, 1, 1]),
-            backend=backend,
-        )
-    )
-    assert loss.isfinite()
-
-
-TWICE = r"domain_ids names domain 1 twice in row 2, which looks multi-hot; .*domains_from_multi_hot"
-
-
-def test_domain_named_twice_in_a_row_is_refused(backend: str) -> None:
-    for domain_ids in ([[0, 1], [0, -1], [1, 1], [0, 0]], [[0, 1, 2]] * 2 + [[1, -1, 1]] * 2):
-        inputs = good(domain_ids=torch.tensor(domain_ids), domain_weights=torch.ones(5))
-        with pytest.raises(ValueError, match=TWICE):
-            sampled_softmax_loss(**inputs, backend=backend)
-        with pytest.raises(ValueError, match=TWICE):
-            full_softmax_loss(
-                **{k: v for k, v in inputs.items() if k not in ("positive", "negative")},
-                **{"table": inputs["negative"], "target": ids(B), "backend": backend},
-            )
-
-
-def test_padded_rows_and_missing_domains_may_repeat(backend: str) -> None:
-    domain_ids = torch.tensor([[0, 1, 2], [-1, -1, -1], [1, 1, 0], [-1, 3, -1]])
-    weights = {"domain_weights": torch.ones(5), "example_weights": torch.tensor([1, 1, 0, 1])}
-    got = sampled_softmax_loss(**good(domain_ids=domain_ids, **weights, backend=backend))
-    domain_ids[2] = -1
-    assert torch.equal(
-        got, sampled_softmax_loss(**good(domain_ids=domain_ids, **weights, backend=backend))
-    )
-
-
-def test_flags_of_more_domains_than_two_are_never_taken_for_ids() -> None:
-    flags = torch.eye(B, dtype=torch.int64)
-    inputs = good(domain_ids=flags[:, :3], domain_weights=torch.ones(3))
-    with pytest.raises(ValueError, match="looks multi-hot"):
-        sampled_softmax_loss(**inputs)
-    inputs["domain_ids"] = dwl_kernels.domains_from_multi_hot(flags[:, :3])
-    assert sampled_softmax_loss(**inputs).isfinite()
-
-
-@pytest.mark.parametrize("rows", [1, 4])
-def test_temperature_of_one_element_is_that_of_all_rows(backend: str, rows: int) -> None:
-    inputs = {k: v[:rows] for k, v in good(backend=backend).items() if k != "backend"}
-    results = []
-    for shape in ((), (1,)):
-        temperature = torch.full(shape, 0.5, requires_grad=True)
-        loss = sampled_softmax_loss(**inputs, temperature=temperature, backend=backend)
-        (gradient,) = torch.autograd.grad(loss, temperature)
-        assert gradient.shape == shape
-        results.append((loss, gradient.view(())))
-    for one, other in zip(*results, strict=True):
-        assert torch.equal(one, other)
-
-
-def test_temperature_of_another_number_of_rows_says_what_fits() -> None:
-    with pytest.raises(ValueError, match=r"temperature has shape \[2\]; wanted \[4\].*\[1\]"):
-        sampled_softmax_loss(**good(temperature=torch.ones(2)))
-
-
-def placed(*placements: str | int) -> Any:
-    """What a DTensor says of itself: each mesh dimension shards this one, replicates or sums."""
-
-    class Placement:
-        def __init__(self, way: str | int) -> None:
-            self.way = self.dim = way
-
-        def is_replicate(self) -> bool:
-            return self.way == "replicate"
-
-        def is_shard(self) -> bool:
-            return isinstance(self.way, int)
-
-    class DTensor(torch.Tensor):
-        pass
-
-    def of(value: torch.Tensor) -> torch.Tensor:
-        tensor = value.as_subclass(DTensor)
-        tensor.placements = [Placement(way) for way in placements]
-        tensor.device_mesh = torch.empty((1,) * len(placements))
-        return tensor
-
-    return of
-
-
-PARTIAL = r'full_tensor\(grad_placements=\[Partial\("avg"\)\]'
-
-
-@pytest.mark.parametrize(
-    ("change", "mend"),
-    [
-        ({"query": placed(0)(torch.ones(B, D))}, r"query\.to_local\(\)$"),
-        ({"query": placed("replicate")(torch.ones(B, D))}, r"query\.to_local\(\)$"),
-        ({"query": placed(1)(torch.ones(B, D))}, r"all of it, query\.full_tensor\(\)$"),
-        ({"positive": placed("sum")(torch.ones(B, D))}, r"positive\.full_tensor\(\)$"),
-        ({"negative": placed(0)(torch.ones(N, D))}, rf"all of it, negative\.{PARTIAL}\)"),
-        ({"negative": placed("replicate", 0)(torch.ones(N, D))}, rf"negative\.{PARTIAL} \* 2\)"),
-        ({"temperature": placed(0)(torch.ones(1))}, rf"temperature\.{PARTIAL}\)"),
-        ({"temperature": placed(0)(torch.ones(B))}, r"temperature\.to_local\(\)$"),
-        (
-            {"positive_ids": placed(0)(ids(B)), "negative_ids": ids(N)},
-            r"positive_ids\.to_local\(\)$",
-        ),
-        (
-            {"positive_ids": ids(B), "negative_ids": placed(0)(ids(N))},
-            r"all of it, negative_ids\.full_tensor\(\)$",
-        ),
-        ({"example_weights": placed(0)(torch.ones(B))}, r"example_weights\.to_local\(\)$"),
-    ],
-    ids=lambda x: str(x)[-40:],
-)
-def test_dtensor_is_refused_with_the_mend_that_is_right_for_it(change: dict, mend: str) -> None:
-    with pytest.raises(TypeError, match=rf"is a DTensor; pass .*{mend}"):
-        sampled_softmax_loss(**good(**change))
-    loss_fn = dwl_kernels.DynamicWeightedSampledSoftmax()
-    if "temperature" not in change:
-        with pytest.raises(TypeError, match=rf"is a DTensor; pass .*{mend}"):
-            loss_fn(**good(**change))
-
-
-def test_subclass_of_a_tensor_passes() -> None:
-    class Named(torch.Tensor):
-        pass
-
-    inputs = good()
-    got = sampled_softmax_loss(**{k: v.as_subclass(Named) for k, v in inputs.items()})
-    assert torch.equal(got.as_subclass(torch.Tensor), sampled_softmax_loss(**inputs))
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_quantised_tensor_is_refused_with_the_mend() -> None:
-    quantised = torch.quantize_per_tensor(torch.ones(N, D), 0.1, 0, torch.qint8)
-    with pytest.raises(TypeError, match=r"negative is quantised; call \.dequantize\(\)"):
-        sampled_softmax_loss(**good(negative=quantised))
 
 
 def test_backend_that_does_not_take_the_dtype_says_so() -> None:

@@ -201,8 +201,8 @@ def test_workspace_of_the_largest_problem_has_its_parts_in_order() -> None:
     workspace_kernel[(1,)](found, *sizes, True)
     rows, candidates, domains, workers = sizes
     sums = 11 * rows
-    log_q = sums + 3 * workers + 2 * workers * domains
-    numbers = [sums + 3 * workers, log_q, log_q + candidates]
+    log_q = sums + 5 * workers + 2 * workers * domains
+    numbers = [sums + 5 * workers, log_q, log_q + candidates]
     assert [offset // found.element_size() for offset in found.tolist()] == numbers
 
 

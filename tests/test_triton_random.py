@@ -13,6 +13,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+import case_changes
 import cases
 import pytest
 import torch
@@ -31,14 +32,14 @@ KINDS = ("sampled", "in_batch", "mixed", "full", "dual", "indexed", "indexed_row
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # What may be done to the inputs of a case that has these.
 CHANGES: tuple[tuple[tuple[str, ...], Callable[[cases.Inputs], None]], ...] = (
-    (("positive_ids", "negative_ids", "positive"), cases._all_hits),
-    (("positive_ids", "negative_ids", "positive"), cases._some_hits_only),
-    (("positive_ids", "negative_ids", "positive"), cases._large_ids(1 << 40)),
-    (("example_weights",), cases._weights(0.0)),
-    (("example_weights",), cases._weights(1e30)),
-    (("example_weights", "positive"), cases._padding_holds_nan),
-    (("target",), cases._ignore_all),
-    (("domain_weights",), cases._zero_domain),
+    (("positive_ids", "negative_ids", "positive"), case_changes.all_hits),
+    (("positive_ids", "negative_ids", "positive"), case_changes.some_hits_only),
+    (("positive_ids", "negative_ids", "positive"), case_changes.large_ids(1 << 40)),
+    (("example_weights",), case_changes.weights(0.0)),
+    (("example_weights",), case_changes.weights(1e30)),
+    (("example_weights", "positive"), case_changes.padding_holds_nan),
+    (("target",), case_changes.ignore_all),
+    (("domain_weights",), case_changes.zero_domain),
 )
 
 
@@ -87,7 +88,7 @@ def drawn(number: int) -> tuple[cases.Case, torch.dtype, host.Interpreter]:
     inputs = case.inputs(torch.float32)
     changes = [change for names, change in CHANGES if inputs.keys() >= set(names)]
     if kind == "indexed_rows":
-        changes += [cases._own_ids, cases._one_id]
+        changes += [case_changes.own_ids, case_changes.one_id]
     if changes and chance(0.4):
         case = dataclasses.replace(case, change=r.choice(changes))
     tiles = [r.choice((16, 16, 32, 64)) for _ in range(4)]

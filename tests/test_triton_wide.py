@@ -23,6 +23,7 @@ from test_backends import (  # noqa: F401
     test_unwanted_gradients_are_none,
 )
 from test_edges import *  # noqa: F403
+from test_edges_padding import *  # noqa: F403
 from test_triton_launch import Binder
 from test_triton_races import Recorder, recorder  # noqa: F401
 

@@ -270,6 +270,24 @@ struct Program {
     }
   }
 
+  // Waits for the block of rows that has been copied, and takes zeros for those that weigh nothing:
+  // what they hold may be NaN, which times 0 is not 0.
+  __device__ void sync_and_clear_weightless(int buffer) const {
+    constexpr Number INF = INFINITY;
+    const auto& rows = shared.rows[buffer];
+    const auto weightless = [&](int n) {
+      return rows[n].coefficient == 0 && rows[n].statistic == INF;
+    };
+    bool any = false;
+    for (int n = opaque(thread_index()); n < S::BN; n += S::THREADS) any |= weightless(n);
+    if (!any_in_block(any)) return;
+    for (int k = opaque(thread_index()); k < S::BN * S::BLOCK_D; k += S::THREADS) {
+      const int n = k / S::BLOCK_D;
+      if (weightless(n)) shared.streamed[buffer][n * S::STRIDE + k % S::BLOCK_D] = Element();
+    }
+    sync_block();
+  }
+
   __device__ void own_tile(const Side& side, int count, int tile) const {
     copy_embeddings<S::BM>(shared.owned, side, count, tile * S::BM);
   }

@@ -125,14 +125,15 @@ __device__ __forceinline__ void finish_rows(const Program<S>& given, int tile, i
         q[c] = there ? Number(widen(query[d + c])) : Number(0);
         const Number other = there ? Number(widen(positive[d + c])) : Number(0);
         dq[c] = nothing ? 0 : mean * sum[c] + d_positive * other;
-        product += q[c] * dq[c];
+        product += nothing ? 0 : q[c] * dq[c];
       }
       if (!inside) continue;
       if (call.query_gradient != nullptr) {
         store_pair(p, call.query_gradient, row, d, dq[0], dq[1]);
       }
       if (call.positive_gradient != nullptr) {
-        store_pair(p, call.positive_gradient, row, d, d_positive * q[0], d_positive * q[1]);
+        store_pair(p, call.positive_gradient, row, d, nothing ? 0 : d_positive * q[0],
+                   nothing ? 0 : d_positive * q[1]);
       }
     }
     if (call.tau_gradient != nullptr) {

@@ -231,7 +231,12 @@ __device__ __forceinline__ void stream(const Program<S>& given, const Unit& part
         p.template round_embeddings<S::BN>(p.shared.streamed[block.buffer]);
       }
     }
-    sync_block();  // the block of this step is here, and nobody reads the other buffer any more
+    // The block of this step is here, and nobody reads the other buffer any more.
+    if (MODE == Mode::kCandidates && step >= part.first) {
+      p.sync_and_clear_weightless(block.buffer);
+    } else {
+      sync_block();
+    }
     if (step + 1 < part.stop) {
       p.template prefetch<PAST_ROWS>(block.first + S::BN, block.buffer ^ 1);
     }

@@ -172,7 +172,8 @@ def _loss(
     s_positive, s = _products(*living, candidates)
     if watch_products and not s.requires_grad:
         s, s_positive = s.requires_grad_(), s_positive.requires_grad_()
-    z_positive, z = logits(s_positive, s)
+    # Candidates may be NaN too, and their products are multiplied by the temperature's gradient.
+    z_positive, z = logits(s_positive.masked_fill(dead, 0), s.masked_fill(none, 0))
     alive = row_losses(z_positive.masked_fill(dead, 0), z.masked_fill(none, 0), r)
     row_loss = torch.where(dead, value, alive)
 

@@ -27,10 +27,14 @@ from dwl_kernels.core.values import autocasting, checks_values
 def check_embeddings(query: Tensor, **others: Tensor) -> list[Tensor]:
     """Query and what it is compared with, cast to the autocast dtype if there is one."""
     refuse_jit()  # before PyTorch finds a reason of its own
-    check_embedding("query", query)
-    for name, value in others.items():
-        check_embedding(name, value)
-    shape = query.shape
+    given = {"query": query, **others}
+    for name, value in given.items():
+        check_dense(name, value)
+        if value.dtype not in FLOATS:
+            raise TypeError(
+                f"{name} has dtype {value.dtype}; wanted {', '.join(_NAMES[:-1])} or {_NAMES[-1]}"
+            )
+    shape, device = query.shape, query.device
     if len(shape) < 2:
         raise ValueError(
             f"query has shape {list(shape)}; wanted [B, D], or [..., D] with leading "
@@ -39,7 +43,8 @@ def check_embeddings(query: Tensor, **others: Tensor) -> list[Tensor]:
     if shape[-1] == 0:
         raise ValueError("query has embeddings of size 0; wanted at least 1")
     for name, value in others.items():
-        check_device(name, value, query)
+        if value.device != device:
+            raise _other_device(name, value, query)
         letter = _LETTERS.get(name)
         if letter is None:
             fits = value.shape == shape
@@ -53,22 +58,14 @@ def check_embeddings(query: Tensor, **others: Tensor) -> list[Tensor]:
             )
     dtype = autocast_dtype(query)
     if dtype is not None:
-        return [value.to(dtype) for value in (query, *others.values())]
+        return [value.to(dtype) for value in given.values()]
     for name, value in others.items():
         if value.dtype != query.dtype:
             raise TypeError(
                 f"{name} has dtype {value.dtype} but query has {query.dtype}; cast one of them, or "
                 "run under torch.autocast"
             )
-    return [query, *others.values()]
-
-
-def check_embedding(name: str, value: Tensor) -> None:
-    check_dense(name, value)
-    if value.dtype not in FLOATS:
-        raise TypeError(
-            f"{name} has dtype {value.dtype}; wanted {', '.join(_NAMES[:-1])} or {_NAMES[-1]}"
-        )
+    return [*given.values()]
 
 
 _NAMES = [str(dtype).removeprefix("torch.") for dtype in FLOATS]
@@ -76,13 +73,18 @@ _LETTERS = {"negative": "N", "table": "V"}  # embeddings whose number is free
 
 
 def autocast_dtype(query: Tensor) -> torch.dtype | None:
-    if query.dtype == torch.float64 or not autocasting(query.device.type):
+    device_type = query.device.type
+    if not autocasting(device_type) or query.dtype == torch.float64:
         return None
-    return torch.get_autocast_dtype(query.device.type)
+    return torch.get_autocast_dtype(device_type)
 
 
 def check_shape(name: str, value: Tensor, shape: tuple[int, ...], query: Tensor) -> None:
     check_dense(name, value)
+    _check_fits(name, value, shape, query)
+
+
+def _check_fits(name: str, value: Tensor, shape: tuple[int, ...], query: Tensor) -> None:
     if value.shape != shape:
         raise ValueError(
             f"{name} has shape {list(value.shape)}; wanted {list(shape)} for query "
@@ -93,9 +95,13 @@ def check_shape(name: str, value: Tensor, shape: tuple[int, ...], query: Tensor)
 
 def check_device(name: str, value: Tensor, query: Tensor) -> None:
     if value.device != query.device:
-        raise ValueError(
-            f"{name} is on {value.device} but query is on {query.device}; move one of them"
-        )
+        raise _other_device(name, value, query)
+
+
+def _other_device(name: str, value: Tensor, query: Tensor) -> ValueError:
+    return ValueError(
+        f"{name} is on {value.device} but query is on {query.device}; move one of them"
+    )
 
 
 def either(name: str, value: Any, other_name: str, other: Any) -> Any:
@@ -118,7 +124,7 @@ def flat_ids(query: Tensor, **named: tuple[Tensor | None, tuple[int, ...]]) -> l
     for name, (value, shape) in named.items():
         if value is not None:
             value = integers(name, value, query.device)
-            check_shape(name, value, shape, query)
+            _check_fits(name, value, shape, query)
             value = flat(value)
             if value.dtype != torch.int32:
                 dtype = torch.int64

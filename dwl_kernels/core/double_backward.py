@@ -55,7 +55,7 @@ def refuse_tangents(tensors: Sequence[Tensor | None]) -> None:
 
 def refuse_jit() -> None:
     """RuntimeError under ``torch.jit.trace``, whose graphs hold no gradients that are computed."""
-    if not torch.compiler.is_compiling() and torch.jit.is_tracing():  # type: ignore[attr-defined]
+    if torch.jit.is_tracing() and not torch.compiler.is_compiling():  # type: ignore[attr-defined]
         raise RuntimeError(
             "torch.jit.trace (and TensorBoard's add_graph) cannot record the losses of "
             "dwl_kernels; trace the model without its loss, or use torch.export or torch.compile"

@@ -187,8 +187,10 @@ def finish(
             assert query is not None
             assert gradients.query is not None
             tau = temperatures(problem, prepared.active)
-            d_temperature = -(query * gradients.query).sum(1) / tau
-        d_temperature = torch.where(prepared.weight == 0, 0.0, d_temperature)
+            # A row without a gradient may hold NaN.
+            products = (query * gradients.query).masked_fill_(gradients.query == 0, 0)
+            d_temperature = -products.sum(1) / tau
+        d_temperature = torch.where(prepared.coefficient == 0, 0.0, d_temperature)
         assert problem.rows.temperature is not None
         if problem.rows.temperature.dim() == 0:
             d_temperature = d_temperature.sum()

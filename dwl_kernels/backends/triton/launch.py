@@ -27,7 +27,7 @@ def specialised(numbers: Sequence[int]) -> tuple[tuple[bool, bool, bool], ...]:
     return tuple([(n == 1, n % ALIGNMENT == 0, n >= 2**31) for n in numbers])
 
 
-def entry_of(kernel: Any, key: Hashable, tensors: Sequence[Tensor | None]) -> Hashable:
+def entry_of(kernel: Any, key: Hashable, tensors: Sequence[Any]) -> Hashable:
     """What one compiled kernel serves.
 
     Args:
@@ -35,10 +35,10 @@ def entry_of(kernel: Any, key: Hashable, tensors: Sequence[Tensor | None]) -> Ha
             Integers must be marked ``do_not_specialize``, and where they can pass 2^31, which
             changes their type, the key says whether they do; or they are part of the key. Of
             integers inside a tuple the key holds :func:`specialised`.
-        tensors: all tensors among the arguments.
+        tensors: all tensors among the arguments, the first of them not None.
     """
-    device = next(t.device for t in tensors if t is not None)
-    return (kernel.fn, key, device, *[None if t is None else t.dtype for t in tensors])
+    dtypes = [None if t is None else t.dtype for t in tensors]
+    return (kernel.fn, key, tensors[0].device, *dtypes)
 
 
 def launch(

@@ -89,17 +89,16 @@ def unavailable_reason(device_type: str) -> str | None:
 
 def unsupported_reason(problem: Problem) -> str | None:
     """Why the kernel does not take this problem; None where it does."""
-    if problem.query.dtype == torch.float64 and not interpreting():
+    dtype, (rows, d), candidates = problem.query.dtype, problem.query.shape, problem.num_candidates
+    if dtype == torch.float64 and not interpreting():
         return "it takes float64 in the interpreter only; backend='chunked' takes it"
-    if problem.query.dtype not in DTYPES:
-        return f"it does not take {problem.query.dtype}; backend='chunked' does"
-    is_wide = problem.query.shape[1] > MAX_D
-    if is_wide and (part := wide.unsupported_part(problem)) is not None:
+    if dtype not in DTYPES:
+        return f"it does not take {dtype}; backend='chunked' does"
+    if d > MAX_D and (part := wide.unsupported_part(problem)) is not None:
         return (
-            f"with {part} it takes embeddings of at most {MAX_D} elements, and these have "
-            f"{problem.query.shape[1]}; backend='chunked' takes them"
+            f"with {part} it takes embeddings of at most {MAX_D} elements, and these have {d}; "
+            "backend='chunked' takes them"
         )
-    rows, candidates = problem.query.shape[0], problem.num_candidates
     if rows > MAX_ROWS or candidates > MAX_CANDIDATES:
         return (
             f"it takes at most {MAX_ROWS} rows and {MAX_CANDIDATES} candidates, and these are "
@@ -143,7 +142,7 @@ class Plan(NamedTuple):
     grid: int
     options: dict[str, Any]
     form: Any
-    entry: Hashable  # of `launch`
+    entry: int  # of `launch`: what `_entries` has of it
     results: Results
     groups: tuple[int, int]  # where outputs, then the workspace begin among the tensors
     sizes: tuple[int, ...]  # as the kernel takes them, then `tau`, then these:
@@ -166,11 +165,11 @@ def _launch(
     outputs = outputs_of(plan.results, inputs)
     once = interpreting() or polls() > 0  # a barrier at which somebody gave up serves no other call
     space = workspace(problem.query.device, plan.results.sums, plan.floats, plan.integers, once)
-    kernels = common()
 
     def arguments(t: Sequence[Any]) -> tuple[Any, ...]:
         if t is tensors:  # names are for the compiler, the launcher takes addresses
-            call = kernels.Call(inputs, outputs, plan.form)
+            kernels = common()
+            call = kernels.Call(inputs, kernels.Outputs(*outputs), plan.form)
         else:
             call = t[:results], t[results:others], plan.form
         return call, *t[others:], *plan.sizes, problem.rows.tau, *plan.constants
@@ -180,29 +179,22 @@ def _launch(
     if warm_up:
         return plan.kernel.warmup(*arguments(tensors), grid=(1,), **plan.options)
     launch(plan.kernel, plan.grid, plan.entry, tensors, arguments, plan.options, space.stream)
-    return Output(
-        loss=outputs.loss,
-        query=outputs.query,
-        positive=outputs.positive,
-        candidates=outputs.candidates,
-        candidate_log_q=outputs.candidate_log_q,
-        temperature=outputs.temperature,
-        domain_weights=outputs.domain_weights,
-    )
+    return outputs
 
 
 _plans: dict[Hashable, Plan] = {}
 _MOST_PLANS = 1024  # shapes that are new with every call do not fill the memory
 _tuned: dict[Hashable, Tiles] = {}
 _room: dict[Hashable, int] = {}
+_entries: dict[Hashable, int] = {}  # numbers for tuples that take a microsecond to hash and compare
 
 
 def _plan(problem: Problem, wanted: GradMask, row_grad: Tensor | None) -> Plan:
     p, temperature, domain_ids = problem, problem.rows.temperature, problem.rows.domain_ids
     exact = torch.get_float32_matmul_precision() == "highest"
     kind = (
-        *(p.query.device, p.query.shape[1], exact, wanted, row_grad is None, type(p), p.choices()),
-        *[None if t is None else t.dtype for t in p.tensors()],
+        *(p.query.device, p.query.shape[1], exact, wanted, row_grad is None, p.choices()),
+        *[t if t is None else t.dtype for t in p.tensors()],
         temperature is not None and temperature.dim(),
         INTERPRETER if interpreting() else None,
     )
@@ -245,16 +237,17 @@ def plan_of(
     inputs = inputs_of(problem, row_grad)
     form = form_of(problem, inputs, tiles)
     sizes = (*_sizes(problem), workers)
+    # `_form` makes one form of the same values, so that its address stands for them. Sizes past
+    # 2^31, of a table, are of another type.
+    entry = (problem.per_row, id(form), tiles, kind, *(n >= 2**31 for n in sizes))
     return Plan(
         kernel=kernel_of(problem),
         grid=1 if interpreting() else workers,
         options=launch_options(tiles),
         form=form,
-        # `_form` makes one form of the same values, so that its address stands for them. Sizes past
-        # 2^31, of a table, are of another type.
-        entry=(problem.per_row, id(form), tiles, kind, *(n >= 2**31 for n in sizes)),
+        entry=_entries.setdefault(entry, len(_entries)),
         results=results_of(problem, wanted, inputs),
-        groups=(len(inputs), len(inputs) + len(common().Outputs._fields)),
+        groups=(len(inputs), len(inputs) + len(Output._fields)),
         sizes=sizes,
         constants=constants_of(problem),
         floats=workspace_floats(problem, wanted, tiles, workers),
@@ -354,10 +347,10 @@ def scaled(
     in_place: bool = False,
 ) -> list[Tensor]:
     """All gradients times the upstream gradient of the loss, in one launch."""
-    arguments = gradients, upstream, dtypes, in_place
+    run = _scale().scaled
     if not gradients or interpreting():
-        return _scale().scaled(*arguments)
-    return on(upstream.device, _scale().scaled, *arguments)
+        return run(gradients, upstream, dtypes, in_place)
+    return on(upstream.device, run, gradients, upstream, dtypes, in_place)
 
 
 @functools.cache

@@ -17,6 +17,7 @@ from dwl_kernels.core.problem import (
     ROW_TENSORS,
     DualScale,
     GradMask,
+    Output,
     Problem,
     SharedProblem,
     accumulate_dtype,
@@ -122,7 +123,7 @@ class Results(NamedTuple):
 
     loss: tuple[int, ...]  # its shape
     sums: torch.dtype  # of the loss and of all that is summed
-    # Of the fields of `common.Outputs` but the loss, the place of the input that has the shape of
+    # Of the fields of `Output` but the loss, the place of the input that has the shape of
     # the gradient, and its dtype; None where it is not wanted.
     gradients: tuple[tuple[int, torch.dtype] | None, ...]
 
@@ -147,18 +148,18 @@ def results_of(problem: Problem, wanted: GradMask, inputs: Any) -> Results:
             (inputs._fields.index(sources[name][0]), sources[name][1])
             if getattr(wanted, name) and getattr(inputs, sources[name][0]) is not None
             else None
-            for name in common().Outputs._fields[1:]
+            for name in Output._fields[1:]
         ),
     )
 
 
-def outputs_of(results: Results, inputs: Any) -> Any:
-    """New memory for the results, as `common.Outputs`."""
+def outputs_of(results: Results, inputs: Any) -> Output:
+    """New memory for the results."""
     loss = inputs.query.new_empty(results.loss, dtype=results.sums)
     gradients = [
         like and torch.empty_like(inputs[like[0]], dtype=like[1]) for like in results.gradients
     ]
-    outputs = common().Outputs(loss, *gradients)
+    outputs = Output(loss, *gradients)
     if polls():
         for output in outputs:
             if output is not None:
@@ -327,7 +328,9 @@ def _form(
 def workspace_floats(problem: Problem, wanted: GradMask, tiles: Tiles, workers: int) -> int:
     """As `workspace` in the kernels cuts it up."""
     rows, d = problem.query.shape
-    floats = common().NUM_ROW_ARRAYS.value * -(-rows // 64) * 64 + 3 * workers + 64
+    kernels = common()
+    floats = kernels.NUM_ROW_ARRAYS.value * -(-rows // 64) * 64
+    floats += kernels.NUM_WORKER_ARRAYS.value * workers + 64
     if problem.rows.domain_weights is not None and wanted.domain_weights:
         floats += 2 * workers * problem.rows.domain_weights.shape[0]
     if problem.in_batch and problem.candidate_log_q is not None:

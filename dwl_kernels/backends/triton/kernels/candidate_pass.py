@@ -61,8 +61,11 @@ def half_shift(ctx):
 
 
 @triton.jit
-def candidate_tile(tile, first, stop, part, shift, ctx):
-    """``dc`` of BLOCK_N2 candidates from rows of the blocks ``first : stop``, and ``d log-Q``."""
+def candidate_tile(tile, first, stop, part, shift, APART: tl.constexpr, ctx):
+    """``dc`` of BLOCK_N2 candidates from rows of the blocks ``first : stop``, and ``d log-Q``.
+
+    APART takes zeros for rows that weigh nothing, of which some `is_lost`.
+    """
     sizes = ctx.sizes
     dtype: tl.constexpr = ctx.form.DTYPE
     at = tile * ctx.form.BLOCK_N2 + tl.arange(0, ctx.form.BLOCK_N2)
@@ -97,9 +100,13 @@ def candidate_tile(tile, first, stop, part, shift, ctx):
             row = place
         arrays = ctx.space.rows + place
         statistic = tl.load(arrays + STATISTIC * sizes.stride)
+        if APART:
+            q = tl.where((statistic == float("inf"))[:, None], 0.0, q)
         z = tl.zeros([ctx.form.BLOCK_N2, ctx.form.BLOCK_M2], dtype)
         if ctx.form.SIMILARITY:
             positive = positives(row, ctx)
+            if APART:
+                positive = tl.where((statistic == float("inf"))[:, None], 0.0, positive)
             ratio = tl.load(arrays + RATIO * sizes.stride)
             z = product(c, tl.trans(positive), z, ctx) * ratio[None, :]
         z = product(c, tl.trans(q), z, ctx)
@@ -207,6 +214,7 @@ def finish_candidates(at, gradient, d_log_q, ctx):
         row = tl.where(own, row, 0)  # without an active row nothing stands in the order
         q = embeddings(ctx.inputs.query, row, ctx).to(gradient.dtype)
         d_positive = tl.load(ctx.space.rows + POSITIVE * sizes.stride + at, mask=own, other=0.0)
+        own = own & (d_positive != 0)  # else the row may hold anything
         gradient += tl.where(own[:, None], d_positive[:, None] * q, 0.0)
         if ctx.outputs.candidate_log_q is not None:
             tau = tl.load(ctx.space.rows + TAU * sizes.stride + at, mask=own, other=0.0)

@@ -45,7 +45,9 @@ BELOW = tl.constexpr(8)  # the logit under which a pair may be left out of the g
 WEIGHT_SUM = tl.constexpr(0)
 LOSS_SUM = tl.constexpr(1)
 TAU_SUM = tl.constexpr(2)
-NUM_WORKER_ARRAYS = tl.constexpr(3)
+LOST = tl.constexpr(3)  # how many of its rows `is_lost`, and of those that it merged
+LOST_MERGED = tl.constexpr(4)
+NUM_WORKER_ARRAYS = tl.constexpr(5)
 ALIGN = tl.constexpr(64)
 
 # Integers of the rows, in packed order, and ROOM places more, so that the last block of a phase
@@ -76,15 +78,18 @@ class Inputs(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """Pointers to the results; None where not wanted, and what only they need is left out."""
+    """Pointers to the results, as `problem.Output` has them; None where not wanted.
+
+    What only they need is left out.
+    """
 
     loss: Any  # [] or [B]
     query: Any  # [B, D]
     positive: Any  # [B, D]
     candidates: Any  # [N, D]
+    candidate_log_q: Any  # [N]
     temperature: Any  # [] or [B]
     domain_weights: Any  # [num_domains]
-    candidate_log_q: Any  # [N]
 
 
 class Space(NamedTuple):

@@ -206,7 +206,7 @@ def indexed_softmax_loss_kernel(
     )
     # What phase 0 clears of a padded row; the products of the row have other shapes.
     o = call.outputs
-    common = Outputs(o.loss, o.query, None, None, o.temperature, o.domain_weights, None)
+    common = Outputs(o.loss, o.query, None, None, None, o.temperature, o.domain_weights)
     # A context is passed on and has no name here: one that is assigned loses its constants.
     sizes, until = weigh_rows(
         program, programs, Context(call.inputs, common, call.form, sizes, space, None)

@@ -67,7 +67,11 @@ class Rows(NamedTuple):
 
 @triton.jit
 def row_tile(tile, first, stop, part, ctx):
-    """Phase 1 of BLOCK_M1 rows with the candidates of the blocks ``first : stop``."""
+    """Phase 1 of BLOCK_M1 rows with the candidates of the blocks ``first : stop``.
+
+    Returns how many rows phase 2 must hold apart, as far as all their candidates have passed.
+    """
+    lost = 0
     place = tile * ctx.form.BLOCK_M1 + tl.arange(0, ctx.form.BLOCK_M1)
     row = row_at(tl.minimum(place, ctx.sizes.count - 1), ctx)
     rows = load_rows(place, row, ctx)
@@ -92,7 +96,12 @@ def row_tile(tile, first, stop, part, ctx):
         # float32 products keep more digits than logits 64 below their reference have.
         most: tl.constexpr = 0.0 if rows.q.dtype == tl.float32 else RAISE
         lift = tl.where(attempt > 0, 0.0, most)
-        reference = reference_of(z_positive, largest, lift, ctx)
+        moved = reference_of(z_positive, largest, lift, ctx)
+        if ctx.form.DRAWN or (not ctx.form.MAXIMA):
+            # A row whose total was in range keeps its bits, whatever the others of the tile hold.
+            reference = tl.where((attempt == 0) | (total > LIMIT), moved, reference)
+        else:
+            reference = moved
         total, compete, weighted = stream_candidates(
             rows, log_q, z_positive, reference, first, stop, ctx
         )
@@ -108,7 +117,7 @@ def row_tile(tile, first, stop, part, ctx):
         compete += count_staying(first, stop, ctx)
     if part < 0:
         sums = Sums(z_positive, reference, total, compete)
-        finish_rows(place, sums, weighted, ctx)
+        lost = finish_rows(place, sums, weighted, ctx)
     else:
         base = part_of(part, ctx)
         r = tl.arange(0, ctx.form.BLOCK_M1)
@@ -120,6 +129,7 @@ def row_tile(tile, first, stop, part, ctx):
             tl.store(
                 base + 3 * ctx.form.BLOCK_M1 + r[:, None] * ctx.form.BLOCK_D + d[None, :], weighted
             )
+    return lost
 
 
 @triton.jit
@@ -293,7 +303,7 @@ def stream_candidates(rows, log_q, z_positive, reference, first, stop, ctx):
 
 @triton.jit
 def merge_rows(chunk, dealt, steps, ctx):
-    """Join the parts of `CHUNK` rows of a split tile."""
+    """Join the parts of `CHUNK` rows of a split tile, and return what `row_tile` does."""
     chunk = tl.cast(chunk, tl.int32)  # a plain number in the interpreter
     of_tile = chunk // (ctx.form.BLOCK_M1 // CHUNK)
     r = (chunk % (ctx.form.BLOCK_M1 // CHUNK)) * CHUNK + tl.arange(0, CHUNK)
@@ -322,7 +332,7 @@ def merge_rows(chunk, dealt, steps, ctx):
     q = embeddings(ctx.inputs.query, row, ctx).to(dtype)
     z_positive = positive_logits(q, place, row, ctx)
     sums = Sums(z_positive, reference, total, compete)
-    finish_rows(place, sums, weighted, ctx)
+    return finish_rows(place, sums, weighted, ctx)
 
 
 @triton.jit

@@ -114,8 +114,12 @@ def row_results(row, sums, ctx):
 
 @triton.jit
 def finish_rows(place, sums, weighted, ctx):
-    """From the sums over all candidates to the losses, gradients and statistics of some rows."""
+    """From the sums over all candidates to the losses, gradients and statistics of some rows.
+
+    Returns how many of them phase 2 must hold apart.
+    """
     sizes = ctx.sizes
+    lost = 0
     dtype: tl.constexpr = ctx.form.DTYPE
     inside = place < sizes.count
     row = row_at(tl.minimum(place, sizes.count - 1), ctx)
@@ -155,13 +159,13 @@ def finish_rows(place, sums, weighted, ctx):
             below = results.statistic + logarithm(skippable_below(row, ctx), ctx)
             tl.store(arrays + BELOW * sizes.stride, below, mask=inside)
         if ctx.form.ROW_SCALE:
-            scale = row_scale(place, row, ctx)
+            scale = tl.where(nothing, 1.0, row_scale(place, row, ctx))
             tl.store(arrays + SCALE * sizes.stride, scale, mask=inside)
         if ctx.form.SIMILARITY:
-            ratio = dual_ratio(place, ctx)
+            ratio = tl.where(nothing, 0.0, dual_ratio(place, ctx))
             tl.store(arrays + RATIO * sizes.stride, ratio, mask=inside)
         if ctx.outputs.candidate_log_q is not None:
-            tau = results.tau * dual_factor(place, ctx)
+            tau = tl.where(nothing, 1.0, results.tau * dual_factor(place, ctx))
             tl.store(arrays + TAU * sizes.stride, tau, mask=inside)
         if ctx.inputs.positive is None:
             tl.store(arrays + POSITIVE * sizes.stride, results.d_positive, mask=inside)
@@ -171,13 +175,32 @@ def finish_rows(place, sums, weighted, ctx):
         if ctx.inputs.target is not None:
             own = own_candidate(row, ctx)
             tl.store(row_integers(OWN_CANDIDATE, ctx) + place, own, mask=inside)
+        lost = tl.sum((inside & is_lost(sums, results, ctx)).to(tl.int32), 0)
     if (ctx.outputs.query is not None) or (ctx.outputs.temperature is not None):
         p = positives(row, ctx)
         store_query(place, row, inside, p, weighted, results, ctx)
     if ctx.outputs.positive is not None:
         q = embeddings(ctx.inputs.query, row, ctx).to(dtype)
-        d_positive = results.d_positive[:, None] * q
+        d_positive = apart(results.d_positive[:, None] * q, results)
         store_embeddings(ctx.outputs.positive, row, d_positive, inside, ctx)
+    return lost
+
+
+@triton.jit
+def is_lost(sums, results, ctx):
+    """Which rows weigh nothing and have logits that are infinite or NaN.
+
+    Their probabilities are no numbers, and 0 times such a number would reach the candidates.
+    """
+    inf = float("inf")
+    numbers = (tl.abs(sums.z_positive) < inf) & (tl.abs(results.statistic) < inf)
+    return (results.coefficient == 0) & ~numbers
+
+
+@triton.jit
+def apart(gradient, results):
+    """`gradient` of some rows, zeros for those that weigh nothing, whatever they hold."""
+    return tl.where((results.coefficient == 0)[:, None], 0.0, gradient)
 
 
 @triton.jit
@@ -189,8 +212,8 @@ def colder(results, factor, ctx):
         results.term,
         results.all_terms,
         results.statistic,
-        results.coefficient / factor,
-        results.d_positive / factor,
+        tl.where(results.coefficient == 0, 0.0, results.coefficient / factor),
+        tl.where(results.coefficient == 0, 0.0, results.d_positive / factor),
     )
 
 
@@ -211,12 +234,12 @@ def store_query(place, row, inside, p, weighted, results, ctx):
     """Write ``dq`` and ``dL/dtau``; `p` are the positives, `weighted` is ``sum_j e_ij c_j``."""
     mean = weighted * (1 / results.all_terms)[:, None]  # sum_j p_ij c_j
     d_query = results.coefficient[:, None] * mean + results.d_positive[:, None] * p.to(mean.dtype)
-    d_query = tl.where((results.coefficient == 0)[:, None], 0.0, d_query)
+    d_query = apart(d_query, results)
     if ctx.outputs.query is not None:
         store_embeddings(ctx.outputs.query, row, d_query, inside, ctx)
     if ctx.outputs.temperature is not None:
         q = embeddings(ctx.inputs.query, row, ctx).to(d_query.dtype)
-        d_tau = -tl.sum(q * d_query, 1) / results.tau
+        d_tau = -tl.sum(apart(q * d_query, results), 1) / results.tau
         if ctx.form.TEMPERATURE == "row":
             tl.store(ctx.outputs.temperature + row, d_tau, mask=inside)
         else:

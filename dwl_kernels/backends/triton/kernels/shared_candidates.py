@@ -62,13 +62,15 @@ from dwl_kernels.backends.triton.kernels.candidate_pass import (
 from dwl_kernels.backends.triton.kernels.common import (
     ALIGN,
     CHUNK,
+    LOST,
+    LOST_MERGED,
     Context,
     Dual,
     Sizes,
     grid_barrier,
 )
 from dwl_kernels.backends.triton.kernels.dual_scale import competing_tile, dual_with_means
-from dwl_kernels.backends.triton.kernels.epilogue import finish_sums, sum_rows
+from dwl_kernels.backends.triton.kernels.epilogue import finish_sums, sum_rows, worker_sum
 from dwl_kernels.backends.triton.kernels.prologue import weigh_rows, workspace
 from dwl_kernels.backends.triton.kernels.row_pass import merge_rows, row_tile
 from dwl_kernels.backends.triton.kernels.schedule import anew, shares, unit, units_of
@@ -156,20 +158,32 @@ def row_and_candidate_phases(program, programs, until, ctx):
     tiles = tl.cdiv(count, ctx.form.BLOCK_M1)
     steps = tl.cdiv(places, ctx.form.BLOCK_N1)
     dealt = shares(tiles, steps, workers)
-    for worker in range(program, until, programs):
-        for turn in range(0, units_of(worker, dealt, workers)):
-            mine = shares(anew(tiles, ctx), steps, workers)
-            tile, first, stop, part = unit(turn, worker, mine, steps, workers)
-            row_tile(tile, first, stop, part, ctx)
-    if dealt.split > 0:
-        until = grid_barrier(until, ctx)
-        for worker in range(program, until, programs):
-            for chunk in range(worker, dealt.split * (ctx.form.BLOCK_M1 // CHUNK), workers):
-                merge_rows(chunk, dealt, steps, ctx)
-
     by_candidate: tl.constexpr = (ctx.outputs.candidates is not None) or (
         ctx.outputs.candidate_log_q is not None
     )
+    # Rows that weigh nothing and are no padding; without these there are none.
+    APART: tl.constexpr = by_candidate and (
+        (ctx.inputs.domain_weights is not None)
+        or (ctx.inputs.row_grad is not None)
+        or ctx.form.REFINED
+    )
+    for worker in range(program, until, programs):
+        lost = 0
+        for turn in range(0, units_of(worker, dealt, workers)):
+            mine = shares(anew(tiles, ctx), steps, workers)
+            tile, first, stop, part = unit(turn, worker, mine, steps, workers)
+            lost += row_tile(tile, first, stop, part, ctx)
+        if APART:
+            tl.store(ctx.space.sums + LOST * workers + worker, lost)
+    if dealt.split > 0:
+        until = grid_barrier(until, ctx)
+        for worker in range(program, until, programs):
+            lost = 0
+            for chunk in range(worker, dealt.split * (ctx.form.BLOCK_M1 // CHUNK), workers):
+                lost += merge_rows(chunk, dealt, steps, ctx)
+            if APART:
+                tl.store(ctx.space.sums + LOST_MERGED * workers + worker, lost)
+
     sum_needed: tl.constexpr = (
         (ctx.form.REDUCTION != "none")
         or (ctx.outputs.domain_weights is not None)
@@ -183,6 +197,10 @@ def row_and_candidate_phases(program, programs, until, ctx):
 
     split = False
     if by_candidate:
+        if APART:
+            lost = worker_sum(LOST, ctx)
+            if dealt.split > 0:
+                lost += worker_sum(LOST_MERGED, ctx)
         tiles = tl.cdiv(places, ctx.form.BLOCK_N2)
         steps = tl.cdiv(count, ctx.form.BLOCK_M2)
         dealt = shares(tiles, steps, workers)
@@ -190,11 +208,13 @@ def row_and_candidate_phases(program, programs, until, ctx):
         shift = 0.0
         if ctx.form.HALF:
             shift = half_shift(ctx)
-        for worker in range(program, until, programs):
-            for turn in range(0, units_of(worker, dealt, workers)):
-                mine = shares(anew(tiles, ctx), steps, workers)
-                tile, first, stop, part = unit(turn, worker, mine, steps, workers)
-                candidate_tile(tile, first, stop, part, shift, ctx)
+        if APART:
+            if lost > 0:
+                candidate_tiles(program, programs, until, tiles, steps, shift, True, ctx)
+            else:
+                candidate_tiles(program, programs, until, tiles, steps, shift, False, ctx)
+        else:
+            candidate_tiles(program, programs, until, tiles, steps, shift, False, ctx)
     if sum_needed or split:
         until = grid_barrier(until, ctx)
     if by_candidate and split:
@@ -204,3 +224,15 @@ def row_and_candidate_phases(program, programs, until, ctx):
     if sum_needed:
         for worker in range(program, until, programs):
             finish_sums(worker, ctx)
+
+
+@triton.jit
+def candidate_tiles(program, programs, until, tiles, steps, shift, APART: tl.constexpr, ctx):
+    """Phase 2 of the workers that the program plays."""
+    workers = ctx.sizes.workers
+    dealt = shares(tiles, steps, workers)
+    for worker in range(program, until, programs):
+        for turn in range(0, units_of(worker, dealt, workers)):
+            mine = shares(anew(tiles, ctx), steps, workers)
+            tile, first, stop, part = unit(turn, worker, mine, steps, workers)
+            candidate_tile(tile, first, stop, part, shift, APART, ctx)
