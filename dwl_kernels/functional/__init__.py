@@ -1,4 +1,4 @@
-"""The losses as functions.
+"""The losses as functions, and what they know of their rows.
 
 ``query`` and ``positive`` are ``[B, D]``, or carry leading dimensions ``[..., D]``; arguments per
 row then carry the same leading dimensions, and ``reduction="none"`` returns them.
@@ -31,6 +31,7 @@ derivatives        reverse mode, once; forward mode and second derivatives raise
 =================  ==========================================================================
 """
 
+from dwl_kernels.functional.ranking import rank_targets, softmax_statistics
 from dwl_kernels.functional.sampled import (
     dual_scale_softmax_loss,
     in_batch_softmax_loss,
@@ -43,5 +44,7 @@ __all__ = [
     "full_softmax_loss",
     "in_batch_softmax_loss",
     "indexed_sampled_softmax_loss",
+    "rank_targets",
     "sampled_softmax_loss",
+    "softmax_statistics",
 ]

@@ -16,7 +16,7 @@ from dwl_kernels.core.build import (
     sampled_problem,
     table_ids,
 )
-from dwl_kernels.core.problem import Correction, Reduction
+from dwl_kernels.core.problem import Correction, Problem, Reduction
 from dwl_kernels.gather import shared_rows
 
 
@@ -180,22 +180,44 @@ def indexed_sampled_softmax_loss(
         tensor([0.5514, 0.3133])
     """
     check_name(backend)
-    arguments: dict[str, Any] = {
-        "positive_log_q": positive_log_q,
-        "negative_log_q": negative_log_q,
-        "domain_ids": domain_ids,
-        "domain_weights": domain_weights,
-        "example_weights": example_weights,
-        "temperature": temperature,
-        "correction": correction,
-        "reduction": reduction,
-    }
     sparse_grad = flag("sparse_grad", sparse_grad)
-    ids = table_ids(query, table, positive_ids, negative_ids, example_weights)
+    problem = indexed_problem(
+        query,
+        table,
+        positive_ids,
+        negative_ids,
+        sparse_grad=sparse_grad,
+        backend=backend,
+        positive_log_q=positive_log_q,
+        negative_log_q=negative_log_q,
+        domain_ids=domain_ids,
+        domain_weights=domain_weights,
+        example_weights=example_weights,
+        temperature=temperature,
+        correction=correction,
+        reduction=reduction,
+    )
+    return loss_of(problem, query, backend, sparse_grad)
+
+
+def indexed_problem(
+    query: Tensor,
+    table: Tensor,
+    positive_ids: Tensor,
+    negative_ids: Tensor,
+    *,
+    sparse_grad: bool,
+    backend: str,
+    negative_log_q: Tensor | None,
+    **others: Any,
+) -> Problem:
+    """The problem of ``indexed_sampled_softmax_loss``; negatives that all rows share are read."""
+    ids = table_ids(query, table, positive_ids, negative_ids, others["example_weights"])
     if ids[1].dim() != 1:
-        problem = per_row_problem(query, table, *ids, **arguments)
-        return loss_of(problem, query, backend, sparse_grad)
-    drawn, arguments["negative_log_q"] = leave_out_no_items(ids[1], positive_log_q, negative_log_q)
+        return per_row_problem(query, table, *ids, negative_log_q=negative_log_q, **others)
+    drawn, negative_log_q = leave_out_no_items(ids[1], others["positive_log_q"], negative_log_q)
     positive, negative = shared_rows(table, ids[0], drawn, sparse_grad, backend)
     named: dict[str, Any] = {"positive_ids": ids[0], "negative_ids": drawn}
-    return loss_of(sampled_problem(query, positive, negative, **named, **arguments), query, backend)
+    return sampled_problem(
+        query, positive, negative, negative_log_q=negative_log_q, **named, **others
+    )
