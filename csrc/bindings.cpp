@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "per_row_softmax.h"
+#include "rank_targets.h"
 #include "sampled_softmax.h"
 
 namespace {
@@ -276,6 +277,56 @@ std::tuple<Tensor, Tensor> table_gradient(const Tensor& source, at::TensorList i
   return {values, distinct};
 }
 
+Tensor rank_targets(const Tensor& query, const Tensor& table, const Tensor& target,
+                    const Tensor& padded, const Tensor& nowhere, const optional<Tensor>& bias,
+                    const optional<Tensor>& offsets, const optional<Tensor>& seen) {
+  TORCH_CHECK(query.dim() == 2 && table.dim() == 2, "query and table must be matrices");
+  const int64_t rows = query.size(0), dim = query.size(1), items = table.size(0);
+  TORCH_CHECK(dim > 0 && items > 0, "query and table have no embeddings");
+  constexpr int64_t kMost = std::numeric_limits<int>::max() - 1;  // of the BLAS interface
+  TORCH_CHECK(dim < kMost, "more than 2^31 - 2 dimensions");
+  const auto dtype = query.scalar_type();
+  check(query, "query", {rows, dim}, dtype);
+  check(table, "table", {items, dim}, table.scalar_type());
+  check(target, "target", {rows}, at::kLong);
+  check(padded, "padded", {rows}, at::kBool);
+  check(nowhere, "nowhere", {rows}, at::kBool);
+  check(bias, "bias", {items}, dtype);
+  TORCH_CHECK(offsets.has_value() == seen.has_value(), "wanted offsets and seen, or none of them");
+  for (int64_t i = 0; i < rows; ++i) {
+    const bool counts = !data<bool>(padded)[i] && !data<bool>(nowhere)[i];
+    const bool outside = uint64_t(data<int64_t>(target)[i]) >= uint64_t(items);
+    TORCH_CHECK_INDEX(!counts || !outside, "target out of range in row ", i);
+  }
+  if (offsets.has_value()) {
+    check(offsets, "offsets", {rows + 1}, at::kLong);
+    check(seen, "seen", {seen->numel()}, at::kLong);
+    const int64_t* offset = data<int64_t>(offsets);
+    bool fits = offset[0] == 0 && offset[rows] == seen->numel();
+    for (int64_t i = 0; i < rows; ++i) fits &= offset[i] <= offset[i + 1];
+    TORCH_CHECK_VALUE(fits, "offsets must begin at 0, never fall, and end at the number of ids");
+  }
+  const Tensor rank = target.new_empty({rows});
+  dispatch(dtype, table.scalar_type(), [&](auto computes, auto stores) {
+    using T = decltype(computes);
+    using S = decltype(stores);
+    dwl::RankProblem<T, S> problem{};
+    problem.rows = rows;
+    problem.items = items;
+    problem.dim = dim;
+    problem.query = data<T>(query);
+    problem.table = data<S>(table);
+    problem.target = data<int64_t>(target);
+    problem.bias = data<T>(bias);
+    problem.offsets = data<int64_t>(offsets);
+    problem.seen = data<int64_t>(seen);
+    problem.padded = data<bool>(padded);
+    problem.nowhere = data<bool>(nowhere);
+    dwl::rank_targets_cpu<T, S>(problem, output<int64_t>(rank, true), at::get_num_threads());
+  });
+  return rank;
+}
+
 }  // namespace
 
 TORCH_LIBRARY(dwl_kernels_native, library) {
@@ -296,10 +347,15 @@ TORCH_LIBRARY(dwl_kernels_native, library) {
       "table_gradient(Tensor source, Tensor[] ids, Tensor[] coefficients, int table_rows, "
       "ScalarType dtype, bool compact) -> (Tensor, Tensor)",
       {at::Tag::pt2_compliant_tag});
+  library.def(
+      "rank_targets(Tensor query, Tensor table, Tensor target, Tensor padded, Tensor nowhere, "
+      "Tensor? bias, Tensor? offsets, Tensor? seen) -> Tensor",
+      {at::Tag::pt2_compliant_tag});
 }
 
 TORCH_LIBRARY_IMPL(dwl_kernels_native, CPU, library) {
   library.impl("sampled_softmax", sampled_softmax);
   library.impl("indexed_softmax", indexed_softmax);
   library.impl("table_gradient", table_gradient);
+  library.impl("rank_targets", rank_targets);
 }

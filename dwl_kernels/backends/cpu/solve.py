@@ -19,9 +19,11 @@ from dwl_kernels.core.problem import (
     Output,
     PerRowProblem,
     Problem,
+    RankProblem,
     SharedProblem,
     accumulate_dtype,
 )
+from dwl_kernels.core.ranking import own_items
 from dwl_kernels.core.rows import Gradients, Prepared, embeddings, finish, prepare, skippable_below
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
@@ -136,6 +138,29 @@ def _embeddings(problem: SharedProblem, active: Tensor | None) -> tuple[Tensor, 
     return query, query, candidates
 
 
+def unsupported_ranks(problem: RankProblem) -> str | None:
+    """Why the kernel does not rank in such a dtype; None where it does."""
+    if problem.query.dtype in DTYPES:
+        return None
+    return f"it does not take {problem.query.dtype}; backend='chunked' does"
+
+
+def rank_targets(problem: RankProblem) -> Tensor:  # [B] int64
+    """As `ranks.rank_targets`."""
+    target, padded, outside = own_items(problem)
+    found: Tensor = torch.ops.dwl_kernels_native.rank_targets(
+        query=problem.query.to(accumulate_dtype(problem.query.dtype)).contiguous(),
+        table=problem.item_table.contiguous(),
+        target=target,
+        padded=padded,
+        nowhere=outside,
+        bias=_contiguous(problem.bias),
+        offsets=_contiguous(problem.seen_offsets),
+        seen=_contiguous(problem.seen_ids),
+    )
+    return found
+
+
 def takes_table(source: Tensor, dtype: torch.dtype) -> bool:
     """Whether `table_gradient` sums such rows for a table of such a dtype."""
     return dtype in DTYPES
@@ -186,6 +211,10 @@ def _register_fake() -> None:
             query.new_empty(query.shape[0] if want_table else 0),
             query.new_empty(candidate_ids.shape if want_table else 0),
         )
+
+    @torch.library.register_fake("dwl_kernels_native::rank_targets")
+    def fake_ranks(query, table, target, *rest):  # type: ignore[no-untyped-def]
+        return target.new_empty(target.shape)
 
     @torch.library.register_fake("dwl_kernels_native::table_gradient")
     def fake_gradient(source, ids, coefficients, table_rows, dtype, compact):  # type: ignore[no-untyped-def]
