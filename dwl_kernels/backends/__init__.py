@@ -21,6 +21,7 @@ from dwl_kernels.backends import chunked, ranks, reference
 from dwl_kernels.backends.cache import BuildError
 from dwl_kernels.backends.cpu import solve as cpu_backend
 from dwl_kernels.backends.cuda import solve as cuda_backend
+from dwl_kernels.backends.triton import ranks as triton_ranks
 from dwl_kernels.backends.triton import solve as triton_backend
 from dwl_kernels.core.problem import GradMask, Output, Problem, RankProblem, SoftmaxStatistics
 
@@ -94,7 +95,7 @@ BACKENDS = {
     "eager": Entry(reference, ranks=reference, statistics=reference),
     "chunked": Entry(chunked),
     "cpu": Entry(cpu_backend, table=cpu_backend, ranks=cpu_backend, statistics=cpu_backend),
-    "triton": Entry(triton_backend, table=triton_backend, ranks=triton_backend),
+    "triton": Entry(triton_backend, table=triton_backend, ranks=triton_ranks),
     "cuda": Entry(cuda_backend),
 }
 _AUTO = {"cpu": ("cpu", "chunked"), "cuda": ("triton", "cuda", "chunked")}

@@ -21,7 +21,13 @@ from dwl_kernels.core.candidates import (
     log_q_of_positives,
     row_blocks,
 )
-from dwl_kernels.core.problem import Problem, RankProblem, SoftmaxStatistics, accumulate_dtype
+from dwl_kernels.core.problem import (
+    NO_ITEM,
+    Problem,
+    RankProblem,
+    SoftmaxStatistics,
+    accumulate_dtype,
+)
 from dwl_kernels.core.ranking import own_items, seen_pairs
 from dwl_kernels.core.rows import prepare
 
@@ -39,17 +45,17 @@ def rank_targets(problem: RankProblem) -> Tensor:  # [B] int64
     num_rows, num_items = len(own), len(problem.item_table)
     elements = BLOCK_ELEMENTS.get(own.device.type, 1 << 22)
     height = min(max(num_rows, 1), math.isqrt(elements))
-    width = elements // height
+    width = min(elements // height, 1 << 20)
     seen = None if problem.seen_ids is None else seen_pairs(problem)
     for start in range(0, num_rows, height):
         rows = slice(start, min(start + height, num_rows))
-        left_out = [(torch.arange(rows.stop - start, device=own.device), own[rows])]
-        left_out[0][1].masked_fill_(nowhere[rows], -1)
+        mine = own[rows].masked_fill(nowhere[rows], NO_ITEM)
+        left_out = [(torch.arange(len(mine), device=own.device), mine)]
         if seen is not None:
             here = (seen[0] >= start) & (seen[0] < rows.stop)
             left_out.append((seen[0][here] - start, seen[1][here]))
         pairs = tuple(torch.cat(part) for part in zip(*left_out, strict=True))
-        block = _Block(problem, rows, own[rows].clamp(min=0), nowhere[rows])
+        block = _Block(problem, rows, own[rows], nowhere[rows])
         for first in range(0, num_items, width):
             rank[rows] += block.ahead(first, min(first + width, num_items), pairs)
     return rank.masked_fill_(padded, 0)
@@ -66,7 +72,8 @@ class _Block:
         score = (self.wide * self.target).sum(1)
         if self.target_bias is not None:
             score += self.target_bias
-        self.score = score.masked_fill_(nowhere, torch.nan)  # behind everything
+        self.score = score.masked_fill_(nowhere, torch.nan)
+        self.lost = is_lost(self.score)
         self.length = finite_length(self.query)
 
     def ahead(self, first: int, last: int, left_out: tuple[Tensor, ...]) -> Tensor:  # [b]
@@ -78,12 +85,15 @@ class _Block:
             scores += self.bias[first:last]
             most = most + largest_finite(self.bias[first:last])
         bounds = bounds_of(self.score, most, self.query.dtype, self.query.shape[1])
-        ahead = ~(scores < bounds.low[:, None])
         rows, ids = left_out
         here = (ids >= first) & (ids < last)
-        ahead[rows[here], ids[here] - first] = False
-        count = ahead.sum(1)
-        row, item = (ahead & (scores <= bounds.high[:, None])).nonzero(as_tuple=True)
+        rows, places = rows[here], ids[here] - first
+        scores[rows, places] = -torch.inf
+        count, row, item = compared(scores, bounds)
+        if bool(self.lost.any()):
+            gone = torch.zeros_like(scores, dtype=torch.bool)
+            gone[rows, places] = True
+            count = torch.where(self.lost, (~gone).sum(1), count)
         for some, those in pieces(row, item, items.shape[1]):
             lead = (self.wide[some] * (items[those].double() - self.target[some])).sum(1)
             if self.bias is not None and self.target_bias is not None:
@@ -157,11 +167,9 @@ def _ahead(
     if positive_log_q is not None and problem.rows.correction == "standard":
         exact -= positive_log_q[block].double()
     bounds = bounds_of(exact.masked_fill(z_positive.isnan(), torch.nan), most, z.dtype, c.shape[-1])
-    ahead = ~(z < bounds.low[:, None])
-    if excluded is not None:
-        ahead &= ~excluded
-    count = ahead.sum(1)
-    row, place = (ahead & (z <= bounds.high[:, None])).nonzero(as_tuple=True)
+    count, row, place = compared(z, bounds)
+    valid = z.shape[1] if excluded is None else (~excluded).sum(1)
+    count = torch.where(is_lost(z_positive), valid, count)
     for some, those in pieces(row, place, c.shape[-1]):
         own = c[some, those] if c.dim() == 3 else c[those]
         lead = (score[some] * (own.double() - positive[some])).sum(1)
@@ -171,6 +179,28 @@ def _ahead(
             lead -= (log_q[some, those] if problem.per_row else log_q[those]).double()
         count.index_add_(0, some, (lead < 0).to(count.dtype), alpha=-1)
     return count
+
+
+def is_lost(score: Tensor) -> Tensor:
+    """Which targets everything is ahead of. What is left out, -inf, is not below their scores."""
+    return ~(score > -torch.inf)
+
+
+def compared(scores: Tensor, bounds: Bounds) -> tuple[Tensor, Tensor, Tensor]:
+    """How many scores of each row are not below its bounds, and the row and place of those between.
+
+    What is left out is -inf, so that the rows of `is_lost` have to be counted otherwise.
+    """
+    low, high = bounds.low[:, None], bounds.high[:, None]
+    # A comparison that is written as floats and summed takes a third of the time of one of bools.
+    kept = torch.empty_like(scores)
+    exact = torch.float64 if scores.shape[1] > 1 << 24 else scores.dtype  # whole numbers
+    below = torch.lt(scores, low, out=kept).sum(1, dtype=exact)
+    not_above = torch.le(scores, high, out=kept).sum(1, dtype=exact)
+    unclear = (not_above != below).nonzero()[:, 0]
+    some = scores[unclear]
+    row, place = ((some >= low[unclear]) & (some <= high[unclear])).nonzero(as_tuple=True)
+    return scores.shape[1] - below.long(), unclear[row], place
 
 
 class Bounds(NamedTuple):
@@ -191,7 +221,8 @@ def bounds_of(score: Tensor, most: Tensor, dtype: torch.dtype, dim: int) -> Boun
     factors = 0.0 if dtype == torch.float64 else _ROUNDING[torch.get_float32_matmul_precision()]
     slack = ((2 * dim + 16) * unit + 3 * factors) * (most + score.abs().nan_to_num(0, 0, 0))
     slack = slack + 4 * dim * torch.finfo(dtype).tiny  # products that underflow
-    return Bounds((score - slack).to(dtype), (score + slack).to(dtype))
+    low = (score - slack).to(dtype).clamp(min=torch.finfo(dtype).min)  # above what is left out
+    return Bounds(low, (score + slack).to(dtype))
 
 
 # Of a factor of a float32 product: tf32 keeps 11 digits of it, bfloat16 8.
