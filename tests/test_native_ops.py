@@ -39,6 +39,7 @@ def sampled_softmax(**changed: Any) -> tuple[Tensor, ...]:
         "active": None,
         "refined": False,
         **dict.fromkeys(("want_query", "want_positive", "want_candidates", "want_log_q"), True),
+        "want_statistics": True,
     }
     return torch.ops.dwl_kernels_native.sampled_softmax(**{**arguments, **changed})  # type: ignore[no-any-return]
 
@@ -58,6 +59,7 @@ def indexed_softmax(**changed: Any) -> tuple[Tensor, ...]:
         "refined": False,
         "want_query": True,
         "want_table": True,
+        "want_statistics": True,
     }
     return torch.ops.dwl_kernels_native.indexed_softmax(**{**arguments, **changed})  # type: ignore[no-any-return]
 
@@ -174,13 +176,15 @@ def test_op_looks_at_no_id_or_temperature_of_padding() -> None:
 def test_op_writes_the_gradients_of_empty_problems() -> None:
     none, no_rows = torch.ones(0, 4), {"tau": torch.ones(0), "coefficient": torch.ones(0)}
     alone = sampled_softmax(candidates=none, candidate_log_q=torch.ones(0))
-    assert not any(value.any() for value in alone)
+    assert not any(value.any() for value in alone[:5])
+    assert alone[7].tolist() == [1, 1, 1]
     nobody = sampled_softmax(query=none, positive=none, **no_rows)
     assert nobody[3].shape == (5, 4)
     assert not any(value.any() for value in nobody)
     no_draws = indexed_softmax(candidate_ids=torch.zeros(3, 0, dtype=torch.int64))
     assert no_draws[2].shape == (3,)
-    assert not any(value.any() for value in no_draws)
+    assert not any(value.any() for value in no_draws[:4])
+    assert no_draws[6].tolist() == [1, 1, 1]
     places = [torch.zeros(3, 0, dtype=torch.int64)]
     for compact in (False, True):
         values, ids = table_gradient(ids=places, coefficients=[], compact=compact)

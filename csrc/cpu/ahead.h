@@ -43,8 +43,20 @@ Bounds<T> bounds_of(double score, double most, int64_t dim) {
   const double unit = std::numeric_limits<T>::epsilon() / 2;
   if (std::isfinite(score)) most += std::abs(score);
   const double slack = (dim + 16) * unit * most + 4 * dim * double(std::numeric_limits<T>::min());
-  return {static_cast<T>(score - slack), static_cast<T>(score + slack)};
+  // Above -inf, as which scores are left out.
+  return {std::max(static_cast<T>(score - slack), std::numeric_limits<T>::lowest()),
+          static_cast<T>(score + slack)};
 }
+
+// What the scores of a row are compared with.
+template <typename T>
+struct Mark {
+  double score;
+  Bounds<T> bounds;
+
+  // Whether everything is ahead of it; what is left out, as -inf, is then not below it.
+  bool is_lost() const { return !(score > -std::numeric_limits<double>::infinity()); }
+};
 
 // Calls lower(j) for scores of unclear order: whether the exact one is below the target's.
 template <typename T, typename Lower>

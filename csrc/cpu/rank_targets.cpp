@@ -143,8 +143,6 @@ class Ranks {
 
   // How many items of a tile are ahead of a target whose score is above -inf.
   int64_t known(int64_t i, int64_t j0, int64_t width, T* s, Bounds<T> bounds, const T* items) {
-    // A slack without bound would take what is left out for a tie.
-    bounds.low = std::max(bounds.low, std::numeric_limits<T>::lowest());
     visit(i, j0, width, [&](int64_t j) { s[j] = -kInfinity<T>; });
     const T* query = p_.query + i * p_.dim;
     return count_ahead(s, width, bounds, [&](int64_t j) {
