@@ -178,8 +178,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sampl
   } else {
     solve(double{});
   }
-  return {row_loss, d_query,           d_positive,            d_candidates,
-          d_log_q,  known.log_sum_exp, known.log_probability, known.rank};
+  return {row_loss,
+          d_query,
+          d_positive,
+          d_candidates,
+          d_log_q,
+          known.log_sum_exp,
+          known.log_probability,
+          known.rank};
 }
 
 // Calls solve(T{}, S{}) for the dtype that computes and the one that stores the table.
@@ -255,8 +261,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> indexed_softm
     known.put<T>(gradients);
     dwl::per_row_softmax_cpu<T, S>(problem, gradients, at::get_num_threads());
   });
-  return {row_loss,          d_query,               d_positive, d_candidates,
-          known.log_sum_exp, known.log_probability, known.rank};
+  return {row_loss,  d_query, d_positive, d_candidates, known.log_sum_exp, known.log_probability,
+          known.rank};
 }
 
 // (values, ids): the whole gradient and no ids, or, compact, its rows that have a place.

@@ -111,8 +111,8 @@ def _mean(
     ids = integers("domain_ids", domain_ids, rank.device)
     if ids.shape != rank.shape and ids.shape[:-1] != rank.shape:
         raise ValueError(
-            f"domain_ids has shape {list(ids.shape)}; wanted {list(rank.shape)}, a domain per rank, "
-            f"or {[*rank.shape, 'G']}, several"
+            f"domain_ids has shape {list(ids.shape)}; wanted {list(rank.shape)}, a domain per "
+            f"rank, or {[*rank.shape, 'G']}, several"
         )
     ids = ids.reshape(rank.numel(), ids.numel() // max(rank.numel(), 1))
     largest = int(ids.max()) if ids.numel() and (num_domains is None or checks_values(ids)) else -1

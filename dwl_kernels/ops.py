@@ -1,5 +1,5 @@
-"""The registered ops: of the losses, ``softmax_loss`` and ``scale``, of what is known of their rows,
-``softmax_statistics``, and of ``rank_targets``.
+"""The registered ops: of the losses ``softmax_loss`` and ``scale``, of what they know of their rows
+``softmax_statistics``, and ``rank_targets``.
 
 `softmax_loss` solves a problem on any backend: it returns the loss and, in the same call, the
 gradients that are wanted. Its schema and its fake are made from the fields of `SharedProblem`,

@@ -1,4 +1,4 @@
-"""The Triton kernels that rank targets, compiled: registers, shared memory, and the loop that counts."""
+"""The Triton kernels that rank targets, compiled: what they need, and the loop that counts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ def launch_of(row: Row) -> Launch:
     """The launch by `rank_targets`."""
     name, capability, d, dtype, bias = row
     query, table = torch.zeros(16, d, dtype=dtype), torch.zeros(16, d, dtype=dtype)
-    form = ranks._form(d, dtype, torch.get_float32_matmul_precision() == "highest", capability // 10)
+    form = ranks._form(
+        d, dtype, torch.get_float32_matmul_precision() == "highest", capability // 10
+    )
     ctx = ranks.Context(query, table, torch.zeros(16) if bias else None, form)
     scores, ids = torch.zeros(16), torch.zeros(16, dtype=torch.int64)
     if name == "pair":

@@ -201,7 +201,7 @@ RowResult<T> finish_row(const Row<T>& row, T m, double sum) {
     log_sum_exp = std::isinf(top) ? top : top + std::log(total);
     log_probability = -loss;
   }
-  RowResult<T> result{static_cast<T>(loss), static_cast<T>(total), 0, 0,
+  RowResult<T> result{static_cast<T>(loss),        static_cast<T>(total),          0, 0,
                       static_cast<T>(log_sum_exp), static_cast<T>(log_probability)};
   if (a != 0) {
     if (top != -kInfinity<double>) result.scale = static_cast<T>(a / (row.tau * total));

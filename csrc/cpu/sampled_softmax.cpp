@@ -211,7 +211,8 @@ void Kernel<T>::exponentials(Part& w, int64_t round) {
     logits(w, j0, j1, e);
     for (int64_t r = 0; r < rows; ++r) {
       T* own = e + r * w.stride;
-      if (out_.rank != nullptr) report.ahead[r] += rank_.ahead(w.row[r], w.marks[r], j0, own, width);
+      if (out_.rank != nullptr)
+        report.ahead[r] += rank_.ahead(w.row[r], w.marks[r], j0, own, width);
       m[r] = larger(report.m[r], row_max(own, width));
       report.sum[r] *= between(report.m[r], m[r]);
       report.sum[r] += row_exp(own, m[r], width);

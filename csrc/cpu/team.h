@@ -104,10 +104,10 @@ std::vector<int64_t> active_rows(const Problem& p) {
 // What a worker tells the others of its group about a block of rows.
 template <typename T>
 struct Report {
-  std::vector<T> m;         // [b] largest logits of its candidates, and of the positive
-  std::vector<double> sum;  // [b] of e over its candidates, with the reference m
+  std::vector<T> m;            // [b] largest logits of its candidates, and of the positive
+  std::vector<double> sum;     // [b] of e over its candidates, with the reference m
   std::vector<int64_t> ahead;  // [b] how many of its candidates are not below the positive
-  Buffer<T> dq;             // [b, D] e c over its candidates, with the reference m
+  Buffer<T> dq;                // [b, D] e c over its candidates, with the reference m
 };
 
 template <typename T>

@@ -17,7 +17,8 @@ from typing import Literal, NamedTuple, Protocol, get_args
 import torch
 from torch import Tensor
 
-from dwl_kernels.backends import chunked, ranks, reference
+from dwl_kernels.backends import chunked, reference
+from dwl_kernels.backends import ranks as over_blocks
 from dwl_kernels.backends.cache import BuildError
 from dwl_kernels.backends.cpu import solve as cpu_backend
 from dwl_kernels.backends.cuda import solve as cuda_backend
@@ -87,8 +88,8 @@ class Entry(NamedTuple):
 
     kernel: Kernel
     table: TableKernel = chunked
-    ranks: RankKernel = ranks
-    statistics: StatisticsKernel = ranks
+    ranks: RankKernel = over_blocks
+    statistics: StatisticsKernel = over_blocks
 
 
 BACKENDS = {
@@ -250,7 +251,7 @@ def rank_targets(name: str, problem: RankProblem) -> Tensor:  # [B] int64
             if not _is_of_compiler(error):
                 raise
             _breaks(candidate, error)
-    return ranks.rank_targets(problem)
+    return over_blocks.rank_targets(problem)
 
 
 def statistics(name: str, problem: Problem) -> SoftmaxStatistics:

@@ -1,4 +1,4 @@
-"""Ranks and statistics in PyTorch over blocks, for `chunked` and for backends without kernels of it.
+"""Ranks and statistics in PyTorch over blocks, for `chunked` and backends without such kernels.
 
 A block of scores is compared with two numbers of its row: what lies above `high` is ahead of the
 target, what lies below `low` is not, and float64 decides about the few pairs in between, for the

@@ -244,7 +244,9 @@ def statistics(problem: Problem) -> SoftmaxStatistics:
         per_row = rows.candidates if own else [rows.candidates] * len(query)
         s = [(c * q).sum(1) for c, q in zip(per_row, query, strict=True)]
         s_positive = (query * rows.positive[:, None]).sum(2)[:, 0]
-        z_positive, z = rows.logits(s_positive, torch.stack(s) if s else query.new_empty(0, 0))
+        z_positive, z = rows.logits(
+            s_positive, torch.stack(s) if s else query.new_empty(rows.excluded.shape)
+        )
         z_positive = z_positive.masked_fill(rows.weights.isnan(), torch.nan)  # no such item
         lse = _log_sum_exp(z) + rows.rest
         log_probability = z_positive - lse

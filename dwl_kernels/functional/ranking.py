@@ -93,9 +93,7 @@ def rank_targets(
         tensor([2, 1])
     """
     check_name(backend)
-    problem = rank_problem(
-        query, table, target, seen=seen, bias=bias, ignore_index=ignore_index
-    )
+    problem = rank_problem(query, table, target, seen=seen, bias=bias, ignore_index=ignore_index)
     return ops.rank_targets(problem, backend).reshape(query.shape[:-1])
 
 

@@ -1,11 +1,11 @@
 """Ranks of targets among all rows of a table, on the device and from the host.
 
-A program of `count_kernel` owns BLOCK_M rows and streams a part of the items past them, BLOCK_N at a
-time: one product, one comparison with the target's score, and a count. The target's own score is
+A program of `count_kernel` owns BLOCK_M rows and streams a part of the items past them, BLOCK_N at
+a time: one product, one comparison with the target's score, and a count. The target's own score is
 made by `pair_kernel`, of the same product of two tiles, whose diagonal it keeps: an entry of a
-product does not depend on its place in the tile, so that items with the embedding of the target have
-its score to the last bit, and the target counts itself, the 1 of its rank. What the rows have seen
-goes through `pair_kernel` as well and is taken off on the host.
+product does not depend on its place in the tile, so that items with the embedding of the target
+have its score to the last bit, and the target counts itself, the 1 of its rank. What the rows have
+seen goes through `pair_kernel` as well and is taken off on the host.
 """
 
 from __future__ import annotations
