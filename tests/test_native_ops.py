@@ -77,9 +77,42 @@ def table_gradient(**changed: Any) -> tuple[Tensor, ...]:
     return torch.ops.dwl_kernels_native.table_gradient(**{**arguments, **changed})  # type: ignore[no-any-return]
 
 
+def rank_targets(**changed: Any) -> Tensor:
+    """The op on 3 rows and a table of 5, of which the last row has seen two."""
+    arguments = {
+        "query": torch.ones(3, 4),
+        "table": torch.ones(5, 4),
+        "target": torch.tensor([0, 4, 1]),
+        "padded": torch.tensor([False, True, False]),
+        "nowhere": torch.tensor([False, False, True]),
+        "bias": torch.zeros(5),
+        "offsets": torch.tensor([0, 0, 0, 3]),
+        "seen": torch.tensor([1, 4, 4]),
+    }
+    return torch.ops.dwl_kernels_native.rank_targets(**{**arguments, **changed})  # type: ignore[no-any-return]
+
+
 IN_BATCH = {"positive": None, "want_positive": False}
 NOTHING = {"query": torch.ones(3, 0)}
 WRONG: dict[Callable[..., Any], list[tuple[dict[str, Any], str]]] = {
+    rank_targets: [
+        ({"query": torch.ones(4)}, "must be matrices"),
+        ({"query": torch.ones(3, 0), "table": torch.ones(5, 0)}, "have no embeddings"),
+        ({"table": torch.ones(0, 4)}, "have no embeddings"),
+        ({"table": torch.ones(5, 3)}, "table: wanted"),
+        ({"table": torch.ones(5, 4).double()}, "got Double in Float"),
+        ({"target": torch.tensor([5, 0, 0])}, "target out of range in row 0"),
+        ({"target": torch.tensor([0, 0])}, "target: wanted"),
+        ({"padded": torch.zeros(3)}, "padded: wanted"),
+        ({"nowhere": torch.zeros(2, dtype=torch.bool)}, "nowhere: wanted"),
+        ({"bias": torch.zeros(3)}, "bias: wanted"),
+        ({"offsets": None}, "wanted offsets and seen"),
+        ({"offsets": torch.tensor([0, 0, 3])}, "offsets: wanted"),
+        ({"offsets": torch.tensor([0, 2, 1, 3])}, "never fall"),
+        ({"offsets": torch.tensor([1, 1, 1, 3])}, "must begin at 0"),
+        ({"offsets": torch.tensor([0, 0, 0, 4])}, "end at the number of ids"),
+        ({"seen": torch.zeros(3).int()}, "seen: wanted"),
+    ],
     sampled_softmax: [
         (
             {**NOTHING, "positive": torch.ones(3, 0), "candidates": torch.ones(5, 0)},
@@ -157,6 +190,12 @@ def test_op_names_what_it_does_not_take(
 ) -> None:
     with pytest.raises((RuntimeError, IndexError, ValueError), match=re.escape(message)):
         op(**changed)
+
+
+def test_ids_that_are_no_items_were_not_seen() -> None:
+    assert rank_targets().tolist() == [5, 0, 4]
+    assert rank_targets(target=torch.tensor([0, 1 << 40, -7])).tolist() == [5, 0, 4]
+    assert rank_targets(seen=torch.tensor([-1, 1 << 40, 4])).tolist() == [5, 0, 5]
 
 
 def test_op_looks_at_no_id_or_temperature_of_padding() -> None:

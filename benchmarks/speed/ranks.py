@@ -16,16 +16,17 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from benchmarks.progress import Progress
 from benchmarks.record import ROOT, busy, record, write_json
-from benchmarks.speed.measure import Rounds, Timing, in_turn
+from benchmarks.speed.measure import Round, Rounds, Timing, in_turn
 from benchmarks.speed.memory import resident
 from dwl_kernels import full_softmax_loss, rank_targets, softmax_statistics
+from dwl_kernels.backends import Backend
 
 VERSIONS = ("scores", "chunked", "cpu")
 
@@ -69,7 +70,7 @@ class Inputs:
 
 
 def run_of(version: str, shape: Ranking, inputs: Inputs) -> Callable[[], Any]:
-    x = inputs
+    x, backend = inputs, cast("Backend", version)
     seen = (x.offsets, x.ids) if shape.seen else None
     if version == "scores" and shape.statistics:
         return lambda: statistics_of_scores(x)
@@ -78,9 +79,9 @@ def run_of(version: str, shape: Ranking, inputs: Inputs) -> Callable[[], Any]:
     if shape.statistics:
         # Logits are of N(0, 1) embeddings divided by 4, as in the suite.
         return lambda: softmax_statistics(
-            full_softmax_loss, x.query, x.table, x.target, temperature=4.0, backend=version
+            full_softmax_loss, x.query, x.table, x.target, temperature=4.0, backend=backend
         )
-    return lambda: rank_targets(x.query, x.table, x.target, seen=seen, backend=version)
+    return lambda: rank_targets(x.query, x.table, x.target, seen=seen, backend=backend)
 
 
 def ranks_of_scores(x: Inputs) -> Tensor:
@@ -108,11 +109,11 @@ def measured(shape: Ranking, rounds: Rounds, device: str) -> dict[str, Any]:
     different = {n: int((found != ranks["chunked"]).sum()) for n, found in ranks.items()}
     if max(different.values()) > 0.01 * shape.rows:
         raise RuntimeError(f"versions differ in the ranks of so many rows: {different}")
-    out = inputs.query.new_empty(shape.rows, shape.items)
-    steps = {"product": lambda _: torch.mm(inputs.query, inputs.table.T, out=out)}
-    steps |= {name: lambda _, run=run: run() for name, run in runs.items()}  # type: ignore[misc]
+    steps: dict[str, Round] = {"product": product(inputs)}
+    for name, run in runs.items():
+        steps[name] = lambda _, run=run: run()  # type: ignore[misc]
     timings = in_turn(steps, rounds, reference="product", device=device)
-    del out, steps, runs
+    del steps  # and the output of the product
     gc.collect()
     peaks = {} if device == "cuda" else {name: peak(name, shape) for name in names}
     return {
@@ -124,6 +125,11 @@ def measured(shape: Ranking, rounds: Rounds, device: str) -> dict[str, Any]:
         "peak_bytes": peaks,
         **against_scores(timings, peaks),
     }
+
+
+def product(x: Inputs) -> Round:
+    out = x.query.new_empty(len(x.query), len(x.table))
+    return lambda _: torch.mm(x.query, x.table.T, out=out)
 
 
 def against_scores(timings: Sequence[Timing], peaks: dict[str, float]) -> dict[str, Any]:

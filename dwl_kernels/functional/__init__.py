@@ -27,6 +27,10 @@ memory             beyond inputs and gradients: ``eager`` several times ``B N``;
 does not take      ``cpu``: float16; ``triton``: float64, and with D above 256 candidates per row;
                    ``cuda``: the dual scale, candidates per row, D above 256;
                    ``auto`` then takes ``chunked``
+ranks              ``rank_targets`` and ``softmax_statistics``: of exact scores, in ``chunked`` and
+                   ``cpu`` (per row and in ``triton`` of rounded ones, where equal embeddings tie);
+                   ``triton`` and ``cuda`` make statistics, ``cuda`` ranks too, as ``chunked``
+                   does; ``[B]`` and a block in memory, and in ``triton`` a list of what was seen
 derivatives        reverse mode, once; forward mode and second derivatives raise
 =================  ==========================================================================
 """

@@ -98,7 +98,7 @@ def rank_targets(
 
 
 def softmax_statistics(
-    loss: Callable[..., Tensor], *arguments: Any, **options: Any
+    loss: Callable[..., Any], *arguments: Any, **options: Any
 ) -> SoftmaxStatistics:
     r"""What a loss knows of every row: log-sum-exp, log-probability and rank of the positive.
 
