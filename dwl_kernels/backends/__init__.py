@@ -243,7 +243,10 @@ def rank_targets(name: str, problem: RankProblem) -> Tensor:  # [B] int64
         return kernel.rank_targets(problem)
     for candidate in order(device):
         kernel = BACKENDS[candidate].ranks
-        if kernel.unsupported_ranks(problem) or unavailable_reason(candidate, device):
+        if kernel.unsupported_ranks(problem) is not None:
+            continue
+        if (reason := unavailable_reason(candidate, device)) is not None:
+            _warn(candidate, reason)
             continue
         try:
             return kernel.rank_targets(problem)
@@ -256,18 +259,17 @@ def rank_targets(name: str, problem: RankProblem) -> Tensor:  # [B] int64
 
 def statistics(name: str, problem: Problem) -> SoftmaxStatistics:
     """What the loss knows of every row, on the backend on which it would be solved."""
-    name = chosen(name)
-    if name == "auto":
-        device = problem.query.device.type
-        able = (
-            candidate
-            for candidate in order(device)
-            if unsupported_reason(candidate, problem) is None
-            and unavailable_reason(candidate, device) is None
-        )
-        name = next(able, "chunked")
-    else:
+    name, device = chosen(name), problem.query.device.type
+    if name != "auto":
         pick(name, problem)  # which raises
+    for candidate in order(device) if name == "auto" else ():
+        if unsupported_reason(candidate, problem) is not None:
+            continue
+        if (reason := unavailable_reason(candidate, device)) is None:
+            name = candidate
+            break
+        _warn(candidate, reason)
+    name = "chunked" if name == "auto" else name
     if not problem.query.shape[0] or not problem.num_candidates:
         name = name if name == "eager" else "chunked"
     return BACKENDS[name].statistics.statistics(problem)
