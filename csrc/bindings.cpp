@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "per_row_softmax.h"
+#include "rank_targets.h"
 #include "sampled_softmax.h"
 
 namespace {
@@ -71,14 +72,34 @@ void check_ids(const Tensor& ids, const char* name, const optional<Tensor>& acti
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sampled_softmax(
+// What the rows know: log-sum-exp, log-probability and rank; nothing where that is not wanted.
+struct Known {
+  Known(const Tensor& query, bool want)
+      : wanted(want),
+        log_sum_exp(query.new_zeros({want ? query.size(0) : 0})),
+        log_probability(query.new_zeros({want ? query.size(0) : 0})),
+        rank(query.new_zeros({want ? query.size(0) : 0}, at::kLong)) {}
+
+  template <typename T, typename Gradients>
+  void put(Gradients& gradients) const {
+    gradients.log_sum_exp = output<T>(log_sum_exp, wanted);
+    gradients.log_probability = output<T>(log_probability, wanted);
+    gradients.rank = output<int64_t>(rank, wanted);
+  }
+
+  bool wanted;
+  Tensor log_sum_exp, log_probability, rank;
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sampled_softmax(
     const Tensor& query, const optional<Tensor>& positive, const Tensor& candidates,
     const optional<Tensor>& target, const Tensor& tau, const Tensor& coefficient,
     const optional<Tensor>& positive_log_q, const optional<Tensor>& candidate_log_q,
     const optional<Tensor>& score, const optional<Tensor>& shift,
     const optional<Tensor>& positive_ids, const optional<Tensor>& candidate_ids,
     const optional<Tensor>& skip_below, const optional<Tensor>& active, bool refined,
-    bool want_query, bool want_positive, bool want_candidates, bool want_log_q) {
+    bool want_query, bool want_positive, bool want_candidates, bool want_log_q,
+    bool want_statistics) {
   TORCH_CHECK(query.dim() == 2 && candidates.dim() == 2, "query and candidates must be matrices");
   const int64_t rows = query.size(0), n = candidates.size(0), dim = query.size(1);
   constexpr int64_t kMost = std::numeric_limits<int>::max() - 1;  // of the BLAS interface
@@ -119,6 +140,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sampled_softmax(
   const Tensor d_query = gradient(want_query, rows), d_positive = gradient(want_positive, rows);
   const Tensor d_candidates = gradient(want_candidates, n);
   const Tensor d_log_q = query.new_empty({want_log_q ? n : 0});
+  const Known known(query, want_statistics);
 
   const auto solve = [&](auto zero) {
     using T = decltype(zero);
@@ -148,6 +170,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sampled_softmax(
     gradients.positive = output<T>(d_positive, want_positive);
     gradients.candidate = output<T>(d_candidates, want_candidates);
     gradients.candidate_log_q = output<T>(d_log_q, want_log_q);
+    known.put<T>(gradients);
     dwl::sampled_softmax_cpu<T>(problem, gradients, at::get_num_threads());
   };
   if (dtype == at::kFloat) {
@@ -155,7 +178,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sampled_softmax(
   } else {
     solve(double{});
   }
-  return {row_loss, d_query, d_positive, d_candidates, d_log_q};
+  return {row_loss,
+          d_query,
+          d_positive,
+          d_candidates,
+          d_log_q,
+          known.log_sum_exp,
+          known.log_probability,
+          known.rank};
 }
 
 // Calls solve(T{}, S{}) for the dtype that computes and the one that stores the table.
@@ -172,11 +202,12 @@ void dispatch(at::ScalarType computes, at::ScalarType stores, const Solve& solve
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> indexed_softmax(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> indexed_softmax(
     const Tensor& query, const Tensor& table, const Tensor& positive_ids,
     const Tensor& candidate_ids, const Tensor& tau, const Tensor& coefficient,
     const optional<Tensor>& positive_log_q, const optional<Tensor>& candidate_log_q,
-    const optional<Tensor>& active, bool refined, bool want_query, bool want_table) {
+    const optional<Tensor>& active, bool refined, bool want_query, bool want_table,
+    bool want_statistics) {
   TORCH_CHECK(query.dim() == 2 && table.dim() == 2 && candidate_ids.dim() == 2,
               "query, table and candidate_ids must be matrices");
   const int64_t rows = query.size(0), dim = query.size(1), n = candidate_ids.size(1);
@@ -203,6 +234,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> indexed_softmax(
   const Tensor d_query = gradient(want_query, {rows, dim});
   const Tensor d_positive = gradient(want_table, {rows});
   const Tensor d_candidates = gradient(want_table, {rows, n});
+  const Known known(query, want_statistics);
   dispatch(dtype, table.scalar_type(), [&](auto computes, auto stores) {
     using T = decltype(computes);
     using S = decltype(stores);
@@ -226,9 +258,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> indexed_softmax(
     gradients.query = output<T>(d_query, want_query);
     gradients.positive = output<T>(d_positive, want_table);
     gradients.candidate = output<T>(d_candidates, want_table);
+    known.put<T>(gradients);
     dwl::per_row_softmax_cpu<T, S>(problem, gradients, at::get_num_threads());
   });
-  return {row_loss, d_query, d_positive, d_candidates};
+  return {row_loss,  d_query, d_positive, d_candidates, known.log_sum_exp, known.log_probability,
+          known.rank};
 }
 
 // (values, ids): the whole gradient and no ids, or, compact, its rows that have a place.
@@ -276,6 +310,56 @@ std::tuple<Tensor, Tensor> table_gradient(const Tensor& source, at::TensorList i
   return {values, distinct};
 }
 
+Tensor rank_targets(const Tensor& query, const Tensor& table, const Tensor& target,
+                    const Tensor& padded, const Tensor& nowhere, const optional<Tensor>& bias,
+                    const optional<Tensor>& offsets, const optional<Tensor>& seen) {
+  TORCH_CHECK(query.dim() == 2 && table.dim() == 2, "query and table must be matrices");
+  const int64_t rows = query.size(0), dim = query.size(1), items = table.size(0);
+  TORCH_CHECK(dim > 0 && items > 0, "query and table have no embeddings");
+  constexpr int64_t kMost = std::numeric_limits<int>::max() - 1;  // of the BLAS interface
+  TORCH_CHECK(dim < kMost, "more than 2^31 - 2 dimensions");
+  const auto dtype = query.scalar_type();
+  check(query, "query", {rows, dim}, dtype);
+  check(table, "table", {items, dim}, table.scalar_type());
+  check(target, "target", {rows}, at::kLong);
+  check(padded, "padded", {rows}, at::kBool);
+  check(nowhere, "nowhere", {rows}, at::kBool);
+  check(bias, "bias", {items}, dtype);
+  TORCH_CHECK(offsets.has_value() == seen.has_value(), "wanted offsets and seen, or none of them");
+  for (int64_t i = 0; i < rows; ++i) {
+    const bool counts = !data<bool>(padded)[i] && !data<bool>(nowhere)[i];
+    const bool outside = uint64_t(data<int64_t>(target)[i]) >= uint64_t(items);
+    TORCH_CHECK_INDEX(!counts || !outside, "target out of range in row ", i);
+  }
+  if (offsets.has_value()) {
+    check(offsets, "offsets", {rows + 1}, at::kLong);
+    check(seen, "seen", {seen->numel()}, at::kLong);
+    const int64_t* offset = data<int64_t>(offsets);
+    bool fits = offset[0] == 0 && offset[rows] == seen->numel();
+    for (int64_t i = 0; i < rows; ++i) fits &= offset[i] <= offset[i + 1];
+    TORCH_CHECK_VALUE(fits, "offsets must begin at 0, never fall, and end at the number of ids");
+  }
+  const Tensor rank = target.new_empty({rows});
+  dispatch(dtype, table.scalar_type(), [&](auto computes, auto stores) {
+    using T = decltype(computes);
+    using S = decltype(stores);
+    dwl::RankProblem<T, S> problem{};
+    problem.rows = rows;
+    problem.items = items;
+    problem.dim = dim;
+    problem.query = data<T>(query);
+    problem.table = data<S>(table);
+    problem.target = data<int64_t>(target);
+    problem.bias = data<T>(bias);
+    problem.offsets = data<int64_t>(offsets);
+    problem.seen = data<int64_t>(seen);
+    problem.padded = data<bool>(padded);
+    problem.nowhere = data<bool>(nowhere);
+    dwl::rank_targets_cpu<T, S>(problem, output<int64_t>(rank, true), at::get_num_threads());
+  });
+  return rank;
+}
+
 }  // namespace
 
 TORCH_LIBRARY(dwl_kernels_native, library) {
@@ -284,17 +368,22 @@ TORCH_LIBRARY(dwl_kernels_native, library) {
       "Tensor tau, Tensor coefficient, Tensor? positive_log_q, Tensor? candidate_log_q, "
       "Tensor? score, Tensor? shift, Tensor? positive_ids, Tensor? candidate_ids, "
       "Tensor? skip_below, Tensor? active, bool refined, bool want_query, bool want_positive, "
-      "bool want_candidates, bool want_log_q) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+      "bool want_candidates, bool want_log_q, bool want_statistics) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
       {at::Tag::pt2_compliant_tag});
   library.def(
       "indexed_softmax(Tensor query, Tensor table, Tensor positive_ids, Tensor candidate_ids, "
       "Tensor tau, Tensor coefficient, Tensor? positive_log_q, Tensor? candidate_log_q, "
-      "Tensor? active, bool refined, bool want_query, bool want_table) "
-      "-> (Tensor, Tensor, Tensor, Tensor)",
+      "Tensor? active, bool refined, bool want_query, bool want_table, bool want_statistics) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
       {at::Tag::pt2_compliant_tag});
   library.def(
       "table_gradient(Tensor source, Tensor[] ids, Tensor[] coefficients, int table_rows, "
       "ScalarType dtype, bool compact) -> (Tensor, Tensor)",
+      {at::Tag::pt2_compliant_tag});
+  library.def(
+      "rank_targets(Tensor query, Tensor table, Tensor target, Tensor padded, Tensor nowhere, "
+      "Tensor? bias, Tensor? offsets, Tensor? seen) -> Tensor",
       {at::Tag::pt2_compliant_tag});
 }
 
@@ -302,4 +391,5 @@ TORCH_LIBRARY_IMPL(dwl_kernels_native, CPU, library) {
   library.impl("sampled_softmax", sampled_softmax);
   library.impl("indexed_softmax", indexed_softmax);
   library.impl("table_gradient", table_gradient);
+  library.impl("rank_targets", rank_targets);
 }

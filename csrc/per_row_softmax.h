@@ -35,6 +35,8 @@ struct PerRowProblem {
   const T* candidate_log_q;      // [B, K], nats, or null
   const bool* active;            // [B], or null: false marks padding, never read or written
   bool refined;                  // correction of arXiv 2507.09331 instead of the standard one
+
+  bool is_active(int64_t i) const { return active == nullptr || active[i]; }
 };
 
 // What is not wanted is null; positive and candidate are wanted together or not at all.
@@ -44,6 +46,10 @@ struct PerRowGradients {
   T* query;      // [B, D], or null
   T* positive;   // [B] dL/d<q_i, p_i>, or null
   T* candidate;  // [B, K] dL/d<q_i, c_ij>, or null
+  // What the rows know, all three or null; 0 for padding:
+  T* log_sum_exp;      // [B] lse_i
+  T* log_probability;  // [B] z_i+ - lse_i
+  int64_t* rank;       // [B] 1 + how many candidates are not below the positive
 };
 
 // Solves the problem on `threads` threads of a CPU; the result does not depend on `threads`.

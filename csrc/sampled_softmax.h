@@ -30,6 +30,7 @@ struct Problem {
   const bool* active;            // [B], or null: false marks padding, see below
   bool refined;                  // correction of arXiv 2507.09331 instead of the standard one
 
+  bool is_active(int64_t i) const { return active == nullptr || active[i]; }
   bool in_batch() const { return positive == nullptr && target == nullptr; }
   int64_t own(int64_t i) const { return target != nullptr ? target[i] : i; }
   const T* positive_of(int64_t i) const {
@@ -45,6 +46,10 @@ struct Gradients {
   T* positive;         // [B, D], or null; that of a candidate goes to `candidate`
   T* candidate;        // [N, D], or null
   T* candidate_log_q;  // [N], or null
+  // What the rows know, all three or null; 0 for padding:
+  T* log_sum_exp;      // [B] lse_i
+  T* log_probability;  // [B] z_i+ - lse_i
+  int64_t* rank;       // [B] 1 + how many candidates are not below the positive
 };
 
 // Solves the problem on `threads` threads of a CPU. The result depends on `threads` only by

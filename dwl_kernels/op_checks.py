@@ -23,6 +23,7 @@ from dwl_kernels.core.problem import (
     Correction,
     DualScale,
     GradMask,
+    RankProblem,
     Reduction,
     accumulate_dtype,
 )
@@ -160,6 +161,24 @@ def check_table(
         _is(f"ids[{place}]", one, (rows, "J"), (torch.int64,), source)
     for place, one in enumerate(coefficients):
         _is(f"coefficients[{place}]", one, tuple(ids[place].shape), FLOATS, source)
+
+
+def check_ranks(problem: RankProblem, backend: str) -> None:
+    """ValueError, TypeError, IndexError for a call that ranks nothing."""
+    p = problem
+    check_name(backend)
+    _is("query", p.query, ("B", "D"), FLOATS, p.query)
+    rows, dim = p.query.shape
+    _is("item_table", p.item_table, ("V", dim), (p.query.dtype,), p.query)
+    items = p.item_table.shape[0]
+    if dim == 0 or items == 0:
+        raise ValueError(f"item_table has shape {[items, dim]}; wanted at least 1 of each")
+    _is("target", p.target, (rows,), (torch.int64,), p.query)
+    _is("bias", p.bias, (items,), (accumulate_dtype(p.query.dtype),), p.query)
+    _is("seen_offsets", p.seen_offsets, (rows + 1,), (torch.int64,), p.query)
+    _is("seen_ids", p.seen_ids, ("nnz",), (torch.int64,), p.query)
+    if (p.seen_offsets is None) != (p.seen_ids is None):
+        raise ValueError("one of seen_offsets and seen_ids is given without the other")
 
 
 def check_scale(

@@ -1,9 +1,11 @@
-"""The registered ops of the losses, ``dwl_kernels::softmax_loss`` and ``dwl_kernels::scale``.
+"""The registered ops: of the losses ``softmax_loss`` and ``scale``, of what they know of their rows
+``softmax_statistics``, and ``rank_targets``.
 
 `softmax_loss` solves a problem on any backend: it returns the loss and, in the same call, the
 gradients that are wanted. Its schema and its fake are made from the fields of `SharedProblem`,
 `PerRowProblem` and `RowOptions`, whose union are its arguments. `scale` multiplies gradients by the
-upstream gradient. `autograd` calls both, or what they consist of where nobody watches.
+upstream gradient. `autograd` calls both, or what they consist of where nobody watches. The others
+have no gradients.
 """
 
 from __future__ import annotations
@@ -24,12 +26,15 @@ from dwl_kernels.core.problem import (
     Output,
     PerRowProblem,
     Problem,
+    RankProblem,
     Reduction,
     RowOptions,
     SharedProblem,
+    SoftmaxStatistics,
+    accumulate_dtype,
 )
 from dwl_kernels.core.values import autocasting, no_autocast
-from dwl_kernels.op_checks import check_problem, check_scale
+from dwl_kernels.op_checks import check_problem, check_ranks, check_scale
 
 # What two fields of `PerRowProblem` are called in the op, where `SharedProblem` has them as well.
 _SHARED_NAMES = {"item_table": "candidates", "positive_rows": "target"}
@@ -82,6 +87,15 @@ _library.define(
     "scale(Tensor[] gradients, Tensor upstream, int[] dtypes) -> Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+_library.define(
+    f"softmax_statistics({_SCHEMA}, str backend) -> "
+    f"({', '.join('Tensor' for _ in SoftmaxStatistics._fields)})",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_RANKS = ", ".join(f"{_TYPES[hint]} {name}" for name, hint in get_type_hints(RankProblem).items())
+_library.define(
+    f"rank_targets({_RANKS}, str backend) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
+)
 # Dtypes travel as places in this list: PyTorch 2.11 hands an op the numbers of a ScalarType[] list,
 # which `Tensor.to` then takes for a CUDA device. Exported graphs hold the places: a new dtype comes
 # last.
@@ -113,6 +127,18 @@ def scale(gradients: Sequence[Tensor], upstream: Tensor, dtypes: list[torch.dtyp
     return torch.ops.dwl_kernels.scale(gradients, upstream, places)
 
 
+def softmax_statistics(problem: Problem, backend: str) -> SoftmaxStatistics:
+    """The output of the registered op."""
+    call = torch.ops.dwl_kernels.softmax_statistics
+    return SoftmaxStatistics(*call(*arguments_of(problem), backend))
+
+
+def rank_targets(problem: RankProblem, backend: str) -> Tensor:
+    """The output of the registered op."""
+    found: Tensor = torch.ops.dwl_kernels.rank_targets(*problem, backend)
+    return found
+
+
 def solve(problem: Problem, row_grad: Tensor | None, wanted: GradMask, backend: str) -> Output:
     """What `softmax_loss` consists of."""
     run = backends.pick(backend, problem)
@@ -138,8 +164,11 @@ def problem_of(fields: dict[str, Any]) -> Problem:
 
 def _arguments(args: Sequence[Any]) -> tuple[dict[str, Any], Tensor | None, list[bool], str]:
     *values, row_grad, wanted, backend = args
-    names = [argument.name for argument in ARGUMENTS]
-    return dict(zip(names, values, strict=True)), row_grad, wanted, backend
+    return _fields(values), row_grad, wanted, backend
+
+
+def _fields(values: Sequence[Any]) -> dict[str, Any]:
+    return {argument.name: value for argument, value in zip(ARGUMENTS, values, strict=True)}
 
 
 def _softmax_loss(*args: Any) -> tuple[Tensor, ...]:
@@ -191,9 +220,40 @@ def _fake_scale(gradients: list[Tensor], upstream: Tensor, places: list[int]) ->
     ]
 
 
+def _softmax_statistics(*args: Any) -> tuple[Tensor, ...]:
+    fields, backend = _fields(args[:-1]), args[-1]
+    check_problem(fields, None, [False] * len(GradMask._fields), backend)
+    problem = problem_of(fields)
+    with no_autocast(problem.query.device.type):
+        return backends.statistics(backend, problem)
+
+
+def _fake_softmax_statistics(*args: Any) -> tuple[Tensor, ...]:
+    query = _fields(args[:-1])["query"]
+    rows = query.new_empty(query.shape[:1], dtype=accumulate_dtype(query.dtype))
+    return rows, rows.clone(), query.new_empty(query.shape[:1], dtype=torch.int64)
+
+
+def _rank_targets(*args: Any) -> Tensor:
+    problem, backend = RankProblem(*args[:-1]), args[-1]
+    check_ranks(problem, backend)
+    with no_autocast(problem.query.device.type):
+        found = backends.rank_targets(backend, problem)
+    return found.clone() if found is problem.target else found
+
+
+def _fake_rank_targets(*args: Any) -> Tensor:
+    target = RankProblem(*args[:-1]).target
+    return target.new_empty(target.shape)
+
+
 _library.impl("softmax_loss", _softmax_loss, "CompositeExplicitAutograd")
 torch.library.register_fake("dwl_kernels::softmax_loss", _fake_softmax_loss)
 _library.impl("scale", _scale, "CompositeExplicitAutograd")
 torch.library.register_fake("dwl_kernels::scale", _fake_scale)
-for _name in ("softmax_loss", "scale"):
+_library.impl("softmax_statistics", _softmax_statistics, "CompositeExplicitAutograd")
+torch.library.register_fake("dwl_kernels::softmax_statistics", _fake_softmax_statistics)
+_library.impl("rank_targets", _rank_targets, "CompositeExplicitAutograd")
+torch.library.register_fake("dwl_kernels::rank_targets", _fake_rank_targets)
+for _name in ("softmax_loss", "scale", "softmax_statistics", "rank_targets"):
     register_by_slices(_library, _name)

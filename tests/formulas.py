@@ -26,13 +26,8 @@ class Row(NamedTuple):
 def loss(kind: str, inputs: dict[str, Any]) -> Tensor:
     """The loss of keyword arguments of the public function of this kind."""
     query = inputs["query"]
-    rows = range(len(query))
-    example = inputs.get("example_weights")
-    padded = [example is not None and bool(example[i] == 0) for i in rows]
-    if kind == "full":
-        padded = [padded[i] or int(inputs["target"][i]) == -100 for i in rows]
-    alive = [i for i in rows if not padded[i]]
-    found = {i: row_of(kind, inputs, i, padded) for i in alive}
+    found = rows_of(kind, inputs)
+    alive = list(found)
     tau = torch.as_tensor(inputs["temperature"], dtype=query.dtype).expand(len(query))
     factor = dict.fromkeys(alive, 1.0)
     if kind == "dual":
@@ -51,6 +46,42 @@ def loss(kind: str, inputs: dict[str, Any]) -> Tensor:
         return losses
     norm = {"mean": len(alive), "weighted_mean": weights.sum(), "sum": 1}[reduction]
     return losses.sum() / norm if norm != 0 else losses.sum() * 0
+
+
+def rows_of(kind: str, inputs: dict[str, Any]) -> dict[int, Row]:
+    """Those that are no padding, by their number."""
+    rows, example = range(len(inputs["query"])), inputs.get("example_weights")
+    padded = [example is not None and bool(example[i] == 0) for i in rows]
+    if kind == "full":
+        padded = [padded[i] or int(inputs["target"][i]) == -100 for i in rows]
+    return {i: row_of(kind, inputs, i, padded) for i in rows if not padded[i]}
+
+
+def statistics(kind: str, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-sum-exp, log-probability and rank of every row; zeros for padding."""
+    query, refined = inputs["query"], inputs.get("correction") == "refined"
+    found = rows_of(kind, inputs)
+    tau = torch.as_tensor(inputs["temperature"], dtype=query.dtype).expand(len(query))
+    factor = dict.fromkeys(found, 1.0)
+    if kind == "dual":
+        factor = temperature_factors(found, tau, inputs)
+    lse, log_p = query.new_zeros(len(query)), query.new_zeros(len(query))
+    rank = torch.zeros(len(query), dtype=torch.int64)
+    for i, row in found.items():
+        bias = log_kappa(row, tau[i], inputs) if kind == "dual" else 0.0
+        scale = tau[i] * factor[i]
+        # One sum for each product, so that equal embeddings tie.
+        z = (row.candidates * row.query).sum(1) / scale - row.candidate_log_q + bias
+        z_positive = (row.positive[None] * row.query).sum(1)[0] / scale
+        if refined:
+            rest = 1.0 if row.log_q is None else 1 - row.log_q.exp()
+            lse[i] = (z.exp().sum() * rest).log()
+        else:
+            z_positive = z_positive if row.log_q is None else z_positive - row.log_q
+            lse[i] = torch.cat((z_positive[None], z)).logsumexp(0)
+        log_p[i] = 0.0 if z_positive == lse[i] else z_positive - lse[i]
+        rank[i] = 1 + (~(z < z_positive)).sum()
+    return lse, log_p, rank
 
 
 def row_of(kind: str, inputs: dict[str, Any], i: int, padded: list[bool]) -> Row:

@@ -45,7 +45,7 @@ class Ranks:
         self._starts = 0
 
     def __call__(self, function: Callable[..., Any], *args: Any, seconds: float = 0.0) -> list[Any]:
-        """`function(*args)` on each rank; RankError if one raises or takes longer than `seconds`."""
+        """`function(*args)` on each rank; RankError if one raises or takes longer."""
         if not self._running:
             self._start()
             self._answers(self.seconds)

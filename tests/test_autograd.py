@@ -111,7 +111,7 @@ def test_native_op_passes_opcheck() -> None:
     rows = (torch.rand(9) + 0.1, torch.rand(9))
     optional = (*log_q, *dual, *ids, torch.rand(9), torch.arange(9) > 2)
     for wanted in ((True,) * 4, (False,) * 4):
-        arguments = (query, positive, candidates, None, *rows, *optional, False, *wanted)
+        arguments = (query, positive, candidates, None, *rows, *optional, False, *wanted, wanted[0])
         torch.library.opcheck(torch.ops.dwl_kernels_native.sampled_softmax.default, arguments)
 
 
@@ -124,7 +124,7 @@ def test_native_op_of_candidates_per_row_passes_opcheck() -> None:
     rows = (torch.rand(9) + 0.1, torch.rand(9), torch.randn(9), torch.randn(9, 5))
     for wanted in (True, False):
         arguments = (torch.randn(9, 4), torch.randn(7, 4), *ids, *rows, torch.arange(9) > 2)
-        arguments = (*arguments, False, wanted, wanted)
+        arguments = (*arguments, False, wanted, wanted, wanted)
         torch.library.opcheck(torch.ops.dwl_kernels_native.indexed_softmax.default, arguments)
 
 

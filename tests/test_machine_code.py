@@ -22,7 +22,7 @@ SHARED_OF_9_0 = (233472, 232448)  # bytes of a multiprocessor, and of a program
 COMPILE = """
 import json, re, sys, torch
 from concurrent.futures import ProcessPoolExecutor
-from benchmarks.machine_code import triton_per_row, triton_shared
+from benchmarks.machine_code import triton_per_row, triton_ranks, triton_shared
 from benchmarks.machine_code.sass import machine_code
 from dwl_kernels.backends.triton import specialize as host
 
@@ -50,6 +50,11 @@ def exchanges(polls):
     found = triton_shared.compiled_for(90, triton_shared.softmax_loss_kernel, launch)
     return found.asm["ptx"].count(".exch.b32")
 
+RANKS = [
+    *[("count", 90, d, bf16, True) for d in (64, 128, 768)],
+    ("count", 90, 64, f32, False), ("pair", 90, 128, bf16, True),
+]
+
 PER_ROW = [("loss, everything, none", 90, 128, f32), (triton_per_row.SUM, 90, 64, bf16)]
 
 if __name__ == "__main__":
@@ -58,7 +63,8 @@ if __name__ == "__main__":
         per_row = list(pool.map(triton_per_row.count, PER_ROW))
         fenced = list(pool.map(fences, (False, True)))
         waiting = list(pool.map(exchanges, (0, 9)))
-    json.dump([shared, per_row, fenced, waiting], open(sys.argv[1], "w"))
+        ranks = list(pool.map(triton_ranks.count, RANKS))
+    json.dump([shared, per_row, fenced, waiting, ranks], open(sys.argv[1], "w"))
 """
 
 
@@ -118,6 +124,17 @@ def test_candidates_by_row_are_gathered_16_bytes_at_a_time(
     for row in per_row:
         assert all(loop["spills"] == 0 for loop in row["loops"])
         assert max(loop["loads_128"] for loop in row["loops"]) >= 4
+
+
+def test_ranks_multiply_on_tensor_cores_and_keep_their_counts_in_registers(
+    compiled: list[list[dict[str, Any]]],
+) -> None:
+    _, one = SHARED_OF_9_0
+    for row in compiled[4]:
+        assert row["spills"] == row["stack"] == 0, row
+        assert row["shared"] <= one
+        assert row["registers"] * 8 * 32 <= 65536
+        assert (row["wgmma"] > 0) == (row["dtype"] == "bfloat16")
 
 
 def test_an_old_triton_gets_a_fence_before_every_product(

@@ -39,6 +39,7 @@ def sampled_softmax(**changed: Any) -> tuple[Tensor, ...]:
         "active": None,
         "refined": False,
         **dict.fromkeys(("want_query", "want_positive", "want_candidates", "want_log_q"), True),
+        "want_statistics": True,
     }
     return torch.ops.dwl_kernels_native.sampled_softmax(**{**arguments, **changed})  # type: ignore[no-any-return]
 
@@ -58,6 +59,7 @@ def indexed_softmax(**changed: Any) -> tuple[Tensor, ...]:
         "refined": False,
         "want_query": True,
         "want_table": True,
+        "want_statistics": True,
     }
     return torch.ops.dwl_kernels_native.indexed_softmax(**{**arguments, **changed})  # type: ignore[no-any-return]
 
@@ -75,9 +77,42 @@ def table_gradient(**changed: Any) -> tuple[Tensor, ...]:
     return torch.ops.dwl_kernels_native.table_gradient(**{**arguments, **changed})  # type: ignore[no-any-return]
 
 
+def rank_targets(**changed: Any) -> Tensor:
+    """The op on 3 rows and a table of 5, of which the last row has seen two."""
+    arguments = {
+        "query": torch.ones(3, 4),
+        "table": torch.ones(5, 4),
+        "target": torch.tensor([0, 4, 1]),
+        "padded": torch.tensor([False, True, False]),
+        "nowhere": torch.tensor([False, False, True]),
+        "bias": torch.zeros(5),
+        "offsets": torch.tensor([0, 0, 0, 3]),
+        "seen": torch.tensor([1, 4, 4]),
+    }
+    return torch.ops.dwl_kernels_native.rank_targets(**{**arguments, **changed})  # type: ignore[no-any-return]
+
+
 IN_BATCH = {"positive": None, "want_positive": False}
 NOTHING = {"query": torch.ones(3, 0)}
 WRONG: dict[Callable[..., Any], list[tuple[dict[str, Any], str]]] = {
+    rank_targets: [
+        ({"query": torch.ones(4)}, "must be matrices"),
+        ({"query": torch.ones(3, 0), "table": torch.ones(5, 0)}, "have no embeddings"),
+        ({"table": torch.ones(0, 4)}, "have no embeddings"),
+        ({"table": torch.ones(5, 3)}, "table: wanted"),
+        ({"table": torch.ones(5, 4).double()}, "got Double in Float"),
+        ({"target": torch.tensor([5, 0, 0])}, "target out of range in row 0"),
+        ({"target": torch.tensor([0, 0])}, "target: wanted"),
+        ({"padded": torch.zeros(3)}, "padded: wanted"),
+        ({"nowhere": torch.zeros(2, dtype=torch.bool)}, "nowhere: wanted"),
+        ({"bias": torch.zeros(3)}, "bias: wanted"),
+        ({"offsets": None}, "wanted offsets and seen"),
+        ({"offsets": torch.tensor([0, 0, 3])}, "offsets: wanted"),
+        ({"offsets": torch.tensor([0, 2, 1, 3])}, "never fall"),
+        ({"offsets": torch.tensor([1, 1, 1, 3])}, "must begin at 0"),
+        ({"offsets": torch.tensor([0, 0, 0, 4])}, "end at the number of ids"),
+        ({"seen": torch.zeros(3).int()}, "seen: wanted"),
+    ],
     sampled_softmax: [
         (
             {**NOTHING, "positive": torch.ones(3, 0), "candidates": torch.ones(5, 0)},
@@ -157,6 +192,12 @@ def test_op_names_what_it_does_not_take(
         op(**changed)
 
 
+def test_ids_that_are_no_items_were_not_seen() -> None:
+    assert rank_targets().tolist() == [5, 0, 4]
+    assert rank_targets(target=torch.tensor([0, 1 << 40, -7])).tolist() == [5, 0, 4]
+    assert rank_targets(seen=torch.tensor([-1, 1 << 40, 4])).tolist() == [5, 0, 5]
+
+
 def test_op_looks_at_no_id_or_temperature_of_padding() -> None:
     padded: dict[str, Any] = {"active": torch.tensor([True, True, False])}
     tau = torch.tensor([1.0, 1.0, 0.0])
@@ -174,13 +215,15 @@ def test_op_looks_at_no_id_or_temperature_of_padding() -> None:
 def test_op_writes_the_gradients_of_empty_problems() -> None:
     none, no_rows = torch.ones(0, 4), {"tau": torch.ones(0), "coefficient": torch.ones(0)}
     alone = sampled_softmax(candidates=none, candidate_log_q=torch.ones(0))
-    assert not any(value.any() for value in alone)
+    assert not any(value.any() for value in alone[:5])
+    assert alone[7].tolist() == [1, 1, 1]
     nobody = sampled_softmax(query=none, positive=none, **no_rows)
     assert nobody[3].shape == (5, 4)
     assert not any(value.any() for value in nobody)
     no_draws = indexed_softmax(candidate_ids=torch.zeros(3, 0, dtype=torch.int64))
     assert no_draws[2].shape == (3,)
-    assert not any(value.any() for value in no_draws)
+    assert not any(value.any() for value in no_draws[:4])
+    assert no_draws[6].tolist() == [1, 1, 1]
     places = [torch.zeros(3, 0, dtype=torch.int64)]
     for compact in (False, True):
         values, ids = table_gradient(ids=places, coefficients=[], compact=compact)

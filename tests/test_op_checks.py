@@ -90,7 +90,36 @@ def table_gradient(**changed):
     return torch.ops.dwl_kernels.table_gradient(*{**arguments, **changed}.values())
 
 
+def rank_targets(**changed):
+    """The op on 3 rows and a table of 7, of which the last row has seen two."""
+    arguments = {
+        "query": torch.ones(B, D),
+        "item_table": torch.ones(V, D),
+        "target": torch.tensor([0, 6, -100]),
+        "bias": torch.zeros(V),
+        "seen_offsets": torch.tensor([0, 0, 0, 2]),
+        "seen_ids": torch.tensor([1, 5]),
+        "ignore_index": -100,
+        "backend": "eager",
+    }
+    return torch.ops.dwl_kernels.rank_targets(*{**arguments, **changed}.values())
+
+
 WRONG = {
+    rank_targets: [
+        ({"query": torch.ones(D)}, ValueError, "query has shape [4]; wanted [B, D]"),
+        ({"query": torch.ones(B, D, dtype=INT)}, TypeError, "query has dtype torch.int64"),
+        ({"item_table": torch.ones(V, D + 1)}, ValueError, "item_table has shape [7, 5]"),
+        ({"item_table": torch.ones(V, D).double()}, TypeError, "item_table has dtype"),
+        ({"item_table": torch.ones(0, D)}, ValueError, "item_table has shape [0, 4]"),
+        ({"target": torch.zeros(N, dtype=INT)}, ValueError, "target has shape [5]"),
+        ({"target": torch.zeros(B).int()}, TypeError, "target has dtype torch.int32"),
+        ({"bias": torch.zeros(B)}, ValueError, "bias has shape [3]; wanted [7]"),
+        ({"seen_offsets": torch.zeros(B, dtype=INT)}, ValueError, "seen_offsets has shape [3]"),
+        ({"seen_offsets": None}, ValueError, "one of seen_offsets and seen_ids"),
+        ({"seen_ids": torch.zeros(2, 2, dtype=INT)}, ValueError, "seen_ids has shape [2, 2]"),
+        ({"backend": "none"}, ValueError, "backend is 'none'"),
+    ],
     softmax_loss: [
         ({"query": torch.ones(D)}, ValueError, "query has shape [4]; wanted [B, D]"),
         ({"query": torch.ones(B, 0)}, ValueError, "query has embeddings of size 0"),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.quality.metrics import LeaveOneOut, ndcg, rank_targets, ranks_of, recall
+from benchmarks.quality.metrics import LeaveOneOut, ndcg, rank_targets, recall
 from benchmarks.quality.model import SequenceModel
 from dwl_kernels.examples.data import Interactions
 from dwl_kernels.examples.synthetic import synthetic
@@ -37,25 +37,12 @@ def test_metrics_follow_their_formulas() -> None:
     assert ndcg(ranks) == pytest.approx([1, 1 / math.log2(3), 1 / math.log2(11), 0])
 
 
-def test_rank_counts_the_unseen_items_that_are_ahead() -> None:
-    scores = torch.tensor([[5.0, 4.0, 3.0, 2.0], [5.0, 4.0, 3.0, 2.0]])
-    nobody = torch.tensor([], dtype=torch.int64)
-    assert ranks_of(scores, torch.tensor([2, 0]), nobody, nobody).tolist() == [2, 0]
-    # The first user has seen item 0, which then is no rival.
-    seen = torch.tensor([0]), torch.tensor([0])
-    assert ranks_of(scores, torch.tensor([2, 0]), *seen).tolist() == [1, 0]
-
-
-def test_target_that_was_seen_before_is_still_ranked() -> None:
-    seen = torch.tensor([0, 0]), torch.tensor([0, 1])
-    assert ranks_of(torch.tensor([[3.0, 1.0, 2.0]]), torch.tensor([1]), *seen).tolist() == [1]
-
-
-def test_ties_and_nan_do_not_flatter_the_model() -> None:
-    nobody = torch.tensor([], dtype=torch.int64)
-    for value in (0.0, math.nan):
-        scores = torch.full((1, 4), value)
-        assert ranks_of(scores, torch.tensor([0]), nobody, nobody).tolist() == [3]
+@pytest.mark.parametrize("value", [0.0, math.nan])
+def test_ties_and_nan_do_not_flatter_the_model(value: float) -> None:
+    split = LeaveOneOut(make([[3, 1, 4, 2], [6, 5, 8]]))
+    model = SequenceModel(10, max_length=4, dim=8)
+    torch.nn.init.constant_(model.items.weight, value)
+    assert rank_targets(model, split, "test").tolist() == [6, 7]  # the last of the unseen
 
 
 @pytest.mark.parametrize("part", ["validation", "test"])

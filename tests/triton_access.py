@@ -249,6 +249,8 @@ def install() -> Checker:
         list_kernel=Written(("keys", "weights")),
         chunk_kernel=Written((), ("parts",)),
         sum_kernel=Written(("values",)),
+        pair_kernel=Written(("scores",)),
+        count_kernel=Written(("counts",)),
         exponentials_kernel=Written((), kept=("block",)),
         gradients_kernel=Written((), kept=("block", "call.outputs")),
         columns_kernel=Written((), kept=("call.outputs",)),

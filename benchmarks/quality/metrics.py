@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+import dwl_kernels
 from dwl_kernels.examples.data import Interactions
 
 from .model import SequenceModel
@@ -74,26 +75,11 @@ def rank_targets(
         recent = [history[-max_length:] for history in histories]
         last = torch.tensor([len(history) - 1 for history in recent])
         query = model(pad_sequence(recent, batch_first=True))[torch.arange(len(batch)), last]
-        scores = model.scores(query)  # [b, V]
-        if bonus is not None:
-            scores += bonus
-        rows = torch.arange(len(batch)).repeat_interleave(torch.tensor([*map(len, histories)]))
-        ranks[batch] = ranks_of(scores, targets[batch], rows, torch.cat(histories))
+        offsets = torch.tensor([0, *map(len, histories)]).cumsum(0)
+        seen = offsets, torch.cat(histories)
+        asked = query, model.items.weight, targets[batch]
+        ranks[batch] = dwl_kernels.rank_targets(*asked, seen=seen, bias=bonus) - 1
     return ranks.numpy()
-
-
-def ranks_of(
-    scores: Tensor,  # [b, V]
-    target: Tensor,  # [b]
-    seen_rows: Tensor,  # [s]
-    seen_items: Tensor,  # [s]
-) -> Tensor:  # [b]
-    """Count the unseen items, other than the target, whose score is not below the target's."""
-    target_score = scores.gather(1, target[:, None])
-    ahead = ~(scores < target_score)
-    ahead[seen_rows, seen_items] = False
-    ahead.scatter_(1, target[:, None], False)
-    return ahead.sum(1)
 
 
 def recall(ranks: np.ndarray, k: int = K) -> np.ndarray:

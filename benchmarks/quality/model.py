@@ -69,6 +69,3 @@ class SequenceModel(nn.Module):
         x = self.items(items) + self.positions[: items.shape[1]]
         x = x * x.shape[-1] ** 0.5
         return self.norm(self.blocks(self.dropout(x)))
-
-    def scores(self, query: Tensor) -> Tensor:  # [..., D] -> [..., V]
-        return query @ self.items.weight.T

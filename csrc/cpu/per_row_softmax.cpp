@@ -17,12 +17,14 @@
 #include <vector>
 
 #include "row.h"
+#include "team.h"
 
 namespace dwl {
 namespace {
 
+// Not inlined: candidates with the embedding of the positive get its product to the last bit.
 template <typename T, typename S>
-T dot_stored(const T* q, const S* c, int64_t n) {
+__attribute__((noinline)) T dot_stored(const T* q, const S* c, int64_t n) {
   T sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t k = 0; k < n; ++k) sum += q[k] * static_cast<T>(c[k]);
@@ -66,11 +68,7 @@ void fetch(const S* row, int64_t dim) {
 template <typename T, typename S>
 void per_row_softmax_cpu(const PerRowProblem<T, S>& p, const PerRowGradients<T>& out, int threads) {
   const int64_t n = p.candidates, dim = p.dim;
-  std::vector<int64_t> rows;  // the active ones
-  rows.reserve(p.rows);
-  for (int64_t i = 0; i < p.rows; ++i) {
-    if (p.active == nullptr || p.active[i]) rows.push_back(i);
-  }
+  const std::vector<int64_t> rows = active_rows(p);
   const int64_t num_rows = static_cast<int64_t>(rows.size());
   const int team = static_cast<int>(std::clamp<int64_t>(num_rows / 16, 1, threads));
   std::unique_ptr<T[]> scratch;  // [team, K], where the gradient has no place for a row's logits
@@ -107,11 +105,23 @@ void per_row_softmax_cpu(const PerRowProblem<T, S>& p, const PerRowGradients<T>&
       row.positive_log_q = p.positive_log_q + i;
       if (!p.refined) row.z_positive -= p.positive_log_q[i];
     }
+    if (out.rank != nullptr) {
+      int64_t ahead = 0;
+      for (int64_t j = 0; j < n; ++j) {
+        const bool removed = log_q != nullptr && log_q[j] == kInfinity<T>;
+        ahead += !(s[j] < row.z_positive) && ids[j] != p.positive_ids[i] && !removed;
+      }
+      out.rank[i] = 1 + ahead;
+    }
     T m = row_max(s, n);
     if (!p.refined) m = larger(m, row.z_positive);
     const T sum = row_exp(s, m, n);
     const RowResult<T> result = finish_row(row, m, sum);
     out.row_loss[i] = result.loss;
+    if (out.rank != nullptr) {
+      out.log_sum_exp[i] = result.log_sum_exp;
+      out.log_probability[i] = result.log_probability;
+    }
     if (out.query != nullptr) {
       T* d_query = out.query + i * dim;
       std::fill_n(d_query, dim, T(0));

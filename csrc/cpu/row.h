@@ -164,6 +164,8 @@ struct RowResult {
   T total;     // sum_i of e, with that of the positive where it competes
   T scale;     // a_i / (tau_i sum_i): times e_ij it is dL/ds_ij
   T positive;  // dL/dz_i+ / tau_i
+  T log_sum_exp;
+  T log_probability;
 };
 
 // The result of a row with e_j = exp(z_j - m) of its candidates, and their sum. No candidate's
@@ -173,19 +175,21 @@ template <typename T>
 RowResult<T> finish_row(const Row<T>& row, T m, double sum) {
   const double z_positive = row.z_positive, top = m;
   double a = row.coefficient;
-  double loss, total, d_positive;
+  double loss, total, d_positive, log_sum_exp, log_probability;
   if (row.refined) {
     double lse = std::isinf(m) ? top : top + std::log(sum);
     if (row.positive_log_q != nullptr) lse += std::log1p(-std::exp(double(*row.positive_log_q)));
     double r = 1 / (1 + std::exp(z_positive - (lse - std::log(double(row.count)))));
     if (lse == -kInfinity<double>) r = 0;
     loss = r == 0 ? 0 : r * (lse - z_positive);
+    log_sum_exp = lse, log_probability = z_positive - lse;
     if (a != 0) a *= r;  // r may be NaN
     d_positive = -a;
     total = std::isinf(m) ? 1 : sum;
   } else if (top == kInfinity<double> && z_positive < top) {
     // An infinite candidate; its e, inf - inf, is NaN.
-    loss = kInfinity<double>;
+    loss = log_sum_exp = kInfinity<double>;
+    log_probability = -loss;
     d_positive = -a;
     total = 1;
   } else {
@@ -194,8 +198,11 @@ RowResult<T> finish_row(const Row<T>& row, T m, double sum) {
     total = sum + (z_positive == top ? 1 : std::exp(z_positive - top));
     loss = z_positive == top ? std::log1p(sum) : std::log(total) + (top - z_positive);
     d_positive = -a * (sum / total);
+    log_sum_exp = std::isinf(top) ? top : top + std::log(total);
+    log_probability = -loss;
   }
-  RowResult<T> result{static_cast<T>(loss), static_cast<T>(total), 0, 0};
+  RowResult<T> result{static_cast<T>(loss),        static_cast<T>(total),          0, 0,
+                      static_cast<T>(log_sum_exp), static_cast<T>(log_probability)};
   if (a != 0) {
     if (top != -kInfinity<double>) result.scale = static_cast<T>(a / (row.tau * total));
     result.positive = static_cast<T>(d_positive / row.tau);

@@ -25,20 +25,12 @@
 #include <vector>
 
 #include "blas.h"
+#include "positive_rank.h"
 #include "row.h"
 #include "team.h"
 
 namespace dwl {
 namespace {
-
-template <typename T>
-std::vector<int64_t> active_rows(const Problem<T>& p) {
-  std::vector<int64_t> rows;
-  for (int64_t i = 0; i < p.rows; ++i) {
-    if (p.active == nullptr || p.active[i]) rows.push_back(i);
-  }
-  return rows;
-}
 
 template <typename T>
 class Kernel {
@@ -47,6 +39,7 @@ class Kernel {
       : p_(p),
         out_(out),
         index_(p.candidate_ids, p.candidates),
+        rank_(p, out.rank != nullptr),
         candidate_gradient_(out.candidate != nullptr || out.candidate_log_q != nullptr),
         late_(p.skip_below != nullptr),
         team_(active_rows(p), p.candidates, p.dim, threads,
@@ -103,6 +96,7 @@ class Kernel {
   const Problem<T>& p_;
   const Gradients<T>& out_;
   const IdIndex index_;
+  const PositiveRank<T> rank_;
   const bool candidate_gradient_;
   const bool late_;  // product 2 waits for the totals too, so that some can be left out
   Team<T> team_;
@@ -166,7 +160,8 @@ void Kernel<T>::begin(Part& w, int64_t round) {
     const T bias = corrected ? -p_.positive_log_q[i] : T(0);
     row.z_positive = dot(p_.query + i * d, p_.positive_of(i), d);
     row_logits(&row.z_positive, row.inverse, &bias, T(0), 1);
-    if (!p_.refined) continue;
+    if (out_.rank != nullptr) w.marks[r] = rank_.mark(i);
+    if (!p_.refined && out_.rank == nullptr) continue;
     row.count = p_.candidates - padded_ - removed_;
     row.count -= p_.positive == nullptr && !removed(p_.own(i));
     if (p_.positive_ids == nullptr) continue;
@@ -207,6 +202,7 @@ void Kernel<T>::exponentials(Part& w, int64_t round) {
   for (int64_t r = 0; r < rows; ++r) {
     report.m[r] = p_.refined ? -kInfinity<T> : w.rows[r].z_positive;
     report.sum[r] = 0;
+    report.ahead[r] = 0;
   }
   if (out_.query != nullptr) std::fill_n(report.dq.get(), rows * p_.dim, T(0));
   team_.for_tiles(w, [&](int64_t j0, int64_t j1, int64_t tile, T* e) {
@@ -215,6 +211,8 @@ void Kernel<T>::exponentials(Part& w, int64_t round) {
     logits(w, j0, j1, e);
     for (int64_t r = 0; r < rows; ++r) {
       T* own = e + r * w.stride;
+      if (out_.rank != nullptr)
+        report.ahead[r] += rank_.ahead(w.row[r], w.marks[r], j0, own, width);
       m[r] = larger(report.m[r], row_max(own, width));
       report.sum[r] *= between(report.m[r], m[r]);
       report.sum[r] += row_exp(own, m[r], width);
@@ -342,6 +340,13 @@ void Kernel<T>::write_rows(Part& w, int64_t round) {
     const int64_t i = w.row[r];
     const RowResult<T>& result = w.results[r];
     out_.row_loss[i] = result.loss;
+    if (out_.rank != nullptr) {
+      out_.log_sum_exp[i] = result.log_sum_exp;
+      out_.log_probability[i] = result.log_probability;
+      out_.rank[i] = 1;
+      for (int k = 0; k < parts; ++k) out_.rank[i] += team_.mate(w, k).report(round).ahead[r];
+      if (w.marks[r].is_lost()) out_.rank[i] = 1 + w.rows[r].count;
+    }
     const T *query = p_.query + i * d, *positive = p_.positive_of(i);
     if (out_.query != nullptr) {
       T* d_query = out_.query + i * d;

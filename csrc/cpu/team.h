@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "ahead.h"
 #include "row.h"
 
 namespace dwl {
@@ -90,12 +91,23 @@ class IdIndex {
   std::vector<Entry> entries_;
 };
 
+// The rows of a problem that are no padding.
+template <typename Problem>
+std::vector<int64_t> active_rows(const Problem& p) {
+  std::vector<int64_t> rows;
+  for (int64_t i = 0; i < p.rows; ++i) {
+    if (p.is_active(i)) rows.push_back(i);
+  }
+  return rows;
+}
+
 // What a worker tells the others of its group about a block of rows.
 template <typename T>
 struct Report {
-  std::vector<T> m;         // [b] largest logits of its candidates, and of the positive
-  std::vector<double> sum;  // [b] of e over its candidates, with the reference m
-  Buffer<T> dq;             // [b, D] e c over its candidates, with the reference m
+  std::vector<T> m;            // [b] largest logits of its candidates, and of the positive
+  std::vector<double> sum;     // [b] of e over its candidates, with the reference m
+  std::vector<int64_t> ahead;  // [b] how many of its candidates are not below the positive
+  Buffer<T> dq;                // [b, D] e c over its candidates, with the reference m
 };
 
 template <typename T>
@@ -106,6 +118,7 @@ struct Worker {
   int64_t stride;                     // numbers between the rows of a tile
   std::vector<int64_t> row;           // [b] the rows of the block
   std::vector<Row<T>> rows;           // [b]
+  std::vector<Mark<T>> marks;         // [b] of their positives, where ranks are wanted
   std::vector<T> m;                   // [b] largest logits of all
   std::vector<T> factor;              // [b] from the references of a tile to m
   std::vector<IdIndex::Hits> hits;    // [b] those to come
@@ -163,6 +176,7 @@ class Team {
       w.scaled = buffer<T>(block_ * dim);
       w.row.reserve(block_);
       w.rows.resize(block_);
+      w.marks.resize(block_);
       w.m.resize(block_);
       w.factor.resize(block_);
       w.hits.resize(block_);
@@ -170,6 +184,7 @@ class Team {
       for (Report<T>& report : w.reports) {
         report.m.resize(block_);
         report.sum.resize(block_);
+        report.ahead.resize(block_);
         if (needs.dq) report.dq = buffer<T>(block_ * dim);
       }
     }

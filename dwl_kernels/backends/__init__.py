@@ -18,11 +18,13 @@ import torch
 from torch import Tensor
 
 from dwl_kernels.backends import chunked, reference
+from dwl_kernels.backends import ranks as over_blocks
 from dwl_kernels.backends.cache import BuildError
 from dwl_kernels.backends.cpu import solve as cpu_backend
 from dwl_kernels.backends.cuda import solve as cuda_backend
+from dwl_kernels.backends.triton import ranks as triton_ranks
 from dwl_kernels.backends.triton import solve as triton_backend
-from dwl_kernels.core.problem import GradMask, Output, Problem
+from dwl_kernels.core.problem import GradMask, Output, Problem, RankProblem, SoftmaxStatistics
 
 Backend = Literal["auto", "eager", "chunked", "cpu", "triton", "cuda"]
 NAMES = tuple(name for name in get_args(Backend) if name != "auto")
@@ -61,16 +63,40 @@ class TableKernel(Kernel, Protocol):
         """Whether it sums rows of such a source, ``[R, D]``, for a table of such a dtype."""
 
 
+class RankKernel(Protocol):
+    """What ranks targets among all items."""
+
+    @property
+    def rank_targets(self) -> Callable[[RankProblem], Tensor]:
+        """As `ranks.rank_targets`."""
+
+    @property
+    def unsupported_ranks(self) -> Callable[[RankProblem], str | None]:
+        """Why it does not take a problem where its backend can run; None where it does."""
+
+
+class StatisticsKernel(Protocol):
+    """What says of every row what the loss knows of it."""
+
+    @property
+    def statistics(self) -> Callable[[Problem], SoftmaxStatistics]:
+        """As `ranks.statistics`."""
+
+
 class Entry(NamedTuple):
+    """A backend, and what does for it what it has no kernel of its own for."""
+
     kernel: Kernel
     table: TableKernel = chunked
+    ranks: RankKernel = over_blocks
+    statistics: StatisticsKernel = over_blocks
 
 
 BACKENDS = {
-    "eager": Entry(reference),
+    "eager": Entry(reference, ranks=reference, statistics=reference),
     "chunked": Entry(chunked),
-    "cpu": Entry(cpu_backend, table=cpu_backend),
-    "triton": Entry(triton_backend, table=triton_backend),
+    "cpu": Entry(cpu_backend, table=cpu_backend, ranks=cpu_backend, statistics=cpu_backend),
+    "triton": Entry(triton_backend, table=triton_backend, ranks=triton_ranks),
     "cuda": Entry(cuda_backend),
 }
 _AUTO = {"cpu": ("cpu", "chunked"), "cuda": ("triton", "cuda", "chunked")}
@@ -150,9 +176,13 @@ def _solve_or_next(
     except Exception as error:
         if not _is_of_compiler(error):
             raise
-        _broken[name] = f"its kernel does not compile: {type(error).__name__}: {error}"
-        _warn(name, _broken[name])
+        _breaks(name, error)
     return pick("auto", problem)(problem, wanted, row_grad)
+
+
+def _breaks(name: str, error: Exception) -> None:
+    _broken[name] = f"its kernel does not compile: {type(error).__name__}: {error}"
+    _warn(name, _broken[name])
 
 
 def _is_of_compiler(error: Exception) -> bool:
@@ -194,6 +224,55 @@ def pick_table_gradient(name: str, source: Tensor, dtype: torch.dtype) -> TableG
         if table.takes_table(source, dtype) and table.unavailable_reason(device) is None:
             return table.table_gradient
     return chunked.table_gradient
+
+
+def rank_targets(name: str, problem: RankProblem) -> Tensor:  # [B] int64
+    """The rank of every target, on the backend that a call runs on.
+
+    Raises:
+        RuntimeError: the backend asked for by name cannot run; the message says why and the mend.
+    """
+    name, device = chosen(name), problem.query.device.type
+    if not len(problem.query):
+        return problem.target
+    if name != "auto":
+        kernel = BACKENDS[name].ranks
+        reason = unavailable_reason(name, device) or kernel.unsupported_ranks(problem)
+        if reason is not None:
+            raise RuntimeError(f"backend {name!r} cannot run: {reason}")
+        return kernel.rank_targets(problem)
+    for candidate in order(device):
+        kernel = BACKENDS[candidate].ranks
+        if kernel.unsupported_ranks(problem) is not None:
+            continue
+        if (reason := unavailable_reason(candidate, device)) is not None:
+            _warn(candidate, reason)
+            continue
+        try:
+            return kernel.rank_targets(problem)
+        except Exception as error:
+            if not _is_of_compiler(error):
+                raise
+            _breaks(candidate, error)
+    return over_blocks.rank_targets(problem)
+
+
+def statistics(name: str, problem: Problem) -> SoftmaxStatistics:
+    """What the loss knows of every row, on the backend on which it would be solved."""
+    name, device = chosen(name), problem.query.device.type
+    if name != "auto":
+        pick(name, problem)  # which raises
+    for candidate in order(device) if name == "auto" else ():
+        if unsupported_reason(candidate, problem) is not None:
+            continue
+        if (reason := unavailable_reason(candidate, device)) is None:
+            name = candidate
+            break
+        _warn(candidate, reason)
+    name = "chunked" if name == "auto" else name
+    if not problem.query.shape[0] or not problem.num_candidates:
+        name = name if name == "eager" else "chunked"
+    return BACKENDS[name].statistics.statistics(problem)
 
 
 def scaled(

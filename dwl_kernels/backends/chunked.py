@@ -10,6 +10,7 @@ twice, and the products are the three that any implementation must do, through t
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from dwl_kernels.core.candidates import (
     row_candidates,
 )
 from dwl_kernels.core.problem import GradMask, Output, Problem, SharedProblem, accumulate_dtype
-from dwl_kernels.core.rows import Gradients, clear_padding, embeddings, finish, prepare
+from dwl_kernels.core.rows import Gradients, Prepared, clear_padding, embeddings, finish, prepare
 
 
 def unavailable_reason(device_type: str) -> str | None:
@@ -44,25 +45,18 @@ def solve(
 ) -> Output:
     """The loss and the wanted gradients, with a block of the logits in memory at a time."""
     prepared = prepare(problem, row_grad)
-    active, tau = prepared.active, prepared.tau[:, None]  # [B, 1]
-    query, positive, candidates = embeddings(problem, active)
-    score, shift = query, None  # z_ij = <score_i, c_j> / tau_i + shift_i - log Q_j
-    own = None  # the candidate that is the positive of each row
-    masks = per_row = problem.per_row
-    if isinstance(problem, SharedProblem):
-        masks = problem.positive is None or problem.positive_ids is not None
-        own = problem.own_columns() if problem.positive is None else None
-        if problem.dual is not None:
-            scaled = dual_scale(problem, problem.dual, prepared, query, positive, candidates)
-            score, shift, tau = scaled.score, scaled.shift[:, None], scaled.tau[:, None]
+    active = prepared.active
+    parts = parts_of(problem, prepared)
+    query, positive, candidates, tau = parts.query, parts.positive, parts.candidates, parts.tau
+    per_row, own = problem.per_row, None  # the candidate that is the positive of each row
+    if isinstance(problem, SharedProblem) and problem.positive is None:
+        own = problem.own_columns()
     coefficients = prepared.coefficient[:, None]  # [B, 1]
     refined = problem.rows.correction == "refined"
-    masks |= refined and problem.candidate_log_q is not None  # +inf takes a candidate out
 
     want_query = wanted.query or wanted.temperature
     want_positive = wanted.positive or (wanted.candidates and own is not None)
     positive_log_q = log_q_of_positives(problem)
-    candidate_log_q = log_q_of_candidates(problem)
     row_loss = query.new_empty(len(query))
     d_query = torch.empty_like(query) if want_query else None
     d_positive = torch.empty_like(row_loss if per_row else positive) if want_positive else None
@@ -73,19 +67,11 @@ def solve(
     d_log_q = query.new_zeros(len(candidates)) if wanted.candidate_log_q else None
 
     for block in row_blocks(problem):
-        c = row_candidates(problem, active, candidates, block)
-        z = scores(score[block], c).div_(tau[block])
-        if shift is not None:
-            z += shift[block]
-        if candidate_log_q is not None:
-            z -= candidate_log_q[block] if per_row else candidate_log_q
+        z, c, excluded = logits(problem, active, parts, block, counted=refined)
         count = torch.full_like(tau[block, 0], z.shape[1])
-        if masks:
-            excluded = excluded_candidates(problem, active, block)
-            z.masked_fill_(excluded, -torch.inf)
-            if refined:
-                count -= excluded.sum(1)
-            del excluded
+        if refined and excluded is not None:
+            count -= excluded.sum(1)
+        del excluded
         z_positive = (query[block] * positive[block]).sum(1) / tau[block, 0]
         e, total, lse_candidates = exponentials(z)
         a = coefficients[block]
@@ -129,6 +115,49 @@ def solve(
         clear_padding(problem, active, d_candidates)
     gradients = Gradients(d_query, d_positive, d_candidates, d_log_q)
     return finish(problem, wanted, prepared, row_grad, row_loss, gradients, query)
+
+
+class Parts(NamedTuple):
+    """What the logits are made of: ``z_ij = <score_i, c_j> / tau_i + shift_i - log Q_j``."""
+
+    query: Tensor  # [B, D]
+    positive: Tensor  # [B, D]
+    candidates: Tensor  # [N, D], or the table
+    score: Tensor  # [B, D]
+    shift: Tensor | None  # [B, 1]
+    tau: Tensor  # [B, 1]
+
+
+def parts_of(problem: Problem, prepared: Prepared) -> Parts:
+    query, positive, candidates = embeddings(problem, prepared.active)
+    score, shift, tau = query, None, prepared.tau[:, None]
+    if isinstance(problem, SharedProblem) and problem.dual is not None:
+        scaled = dual_scale(problem, problem.dual, prepared, query, positive, candidates)
+        score, shift, tau = scaled.score, scaled.shift[:, None], scaled.tau[:, None]
+    return Parts(query, positive, candidates, score, shift, tau)
+
+
+def logits(
+    problem: Problem, active: Tensor | None, parts: Parts, block: slice, counted: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The logits of a block of rows, -inf where excluded; their candidates; which are excluded.
+
+    A log-Q of +inf makes -inf by itself, and is looked at only where candidates are `counted`.
+    """
+    c = row_candidates(problem, active, parts.candidates, block)
+    z = scores(parts.score[block], c).div_(parts.tau[block])
+    if parts.shift is not None:
+        z += parts.shift[block]
+    log_q = log_q_of_candidates(problem)
+    if log_q is not None:
+        z -= log_q[block] if problem.per_row else log_q
+    excludes = problem.per_row or (counted and log_q is not None)
+    if isinstance(problem, SharedProblem):
+        excludes |= problem.positive is None or problem.positive_ids is not None
+    if not excludes:
+        return z, c, None
+    excluded = excluded_candidates(problem, active, block)
+    return z.masked_fill_(excluded, -torch.inf), c, excluded
 
 
 def scores(query: Tensor, candidates: Tensor) -> Tensor:  # [B, N]

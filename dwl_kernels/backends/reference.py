@@ -33,12 +33,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dwl_kernels.core.problem import NO_ITEM, GradMask, Output, Problem, SharedProblem
+from dwl_kernels.core.problem import (
+    NO_ITEM,
+    GradMask,
+    Output,
+    Problem,
+    RankProblem,
+    SharedProblem,
+    SoftmaxStatistics,
+)
 from dwl_kernels.core.values import not_negative, wrong_domains, wrong_rows
 
 INF = torch.inf
@@ -50,6 +58,11 @@ def unavailable_reason(device_type: str) -> str | None:
 
 
 def unsupported_reason(problem: Problem) -> str | None:
+    """None: it takes every problem."""
+    return None
+
+
+def unsupported_ranks(problem: RankProblem) -> str | None:
     """None: it takes every problem."""
     return None
 
@@ -114,53 +127,26 @@ def _loss(
     Of the second, whose value is not ``L``, the gradient of the weights is ``(l_i - L) / norm``.
     """
     options, dtype = p.rows, p.dtypes.accumulate
-    weights, active = _weights(p, leaves.get("domain_weights", options.domain_weights))
-    weight, padded = weights.detach(), ~active[:, None]
-    query = leaves.get("query", p.query.to(dtype)).masked_fill(padded, 0)
-    positive, candidates = _positive_and_candidates(p, leaves, padded)
-    tau = leaves.get("temperature", options.temperature)
-    tau = query.new_ones(()) if tau is None else tau
-    tau = torch.where(active, tau * options.tau, 1.0)
-    positive_log_q, log_q = _log_q(p, leaves)
-    excluded = _excluded(p, active, log_q)
-    count = (~excluded).sum(1, keepdim=True).to(dtype)
     refined = options.correction == "refined"
-    rest = torch.zeros_like(tau)
-    if refined and p.positive_log_q is not None:
-        rest = torch.log1p(-p.positive_log_q.exp())
+    parts = _rows(p, leaves)
+    weights, active, rest = parts.weights, parts.active, parts.rest
+    weight, logits = weights.detach(), parts.logits
+    query, positive, candidates = parts.query, parts.positive, parts.candidates
+    count = (~parts.excluded).sum(1).to(dtype)
     held = _products(*(x.detach() for x in (query, positive, candidates)))
-    log_kappa = query.new_zeros(())
-    if isinstance(p, SharedProblem) and p.dual is not None:
-        with torch.no_grad():
-            x = p.dual.hardness * query + p.dual.similarity * positive
-            x = (x @ candidates.T / tau[:, None]).masked_fill(excluded, -INF)
-            log_kappa = x.log_softmax(1) + count.log()
-            z = (held[1] / tau[:, None] - log_q).masked_fill(excluded, -INF)
-            g = _competition(z, held[0] / tau - positive_log_q, p.dual.slate_size)
-            factor = _temperature_factor(p.dual.competition, g, active & ~g.isnan())
-            if options.competition_factor is not None:
-                factor = options.competition_factor
-        tau = tau * factor
-
-    def logits(s_positive: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:  # [B], [B, N]
-        z_positive = s_positive / tau - (0.0 if refined else positive_log_q)
-        return z_positive, (s / tau[:, None] - log_q + log_kappa).masked_fill(excluded, -INF)
 
     def row_losses(z_positive: Tensor, z: Tensor, r: Tensor) -> Tensor:  # r_i l_i
         lse = _log_sum_exp(z) + rest
         if refined:
             return torch.where(r == 0, 0.0, r * (lse - z_positive))
-        # log(1 + odds) keeps the digits of a small loss
-        nobody = (lse == -INF) & (z_positive == -INF)
-        odds = torch.where(nobody, -INF, lse - z_positive)
-        return torch.logaddexp(odds, torch.zeros_like(odds))
+        return _standard_loss(lse, z_positive)
 
     with torch.no_grad():
         z_positive, z = logits(*held)
         r = torch.ones_like(z_positive)
         if refined:
             lse = _log_sum_exp(z) + rest
-            r = torch.sigmoid(lse - count[:, 0].log() - z_positive)
+            r = torch.sigmoid(lse - count.log() - z_positive)
             r = torch.where(lse == -INF, 0.0, r)
         value = row_losses(z_positive, z, r)
     # Rows of weight zero give no gradient, not even zero times NaN: only their value is taken.
@@ -189,6 +175,113 @@ def _loss(
     moved = loss.detach() if options.reduction == "weighted_mean" else 0.0  # the norm, too
     share = torch.where(norm == 0, 0.0, (value - moved) / norm)
     return loss, (weights * share).sum(), s_positive, s
+
+
+def _standard_loss(lse: Tensor, z_positive: Tensor) -> Tensor:  # [B], lse over the candidates
+    """``l_i = log(1 + exp(lse_i - z_i+))``, which keeps the digits of a small loss."""
+    nobody = (lse == -INF) & (z_positive == -INF)
+    odds = torch.where(nobody, -INF, lse - z_positive)
+    return torch.logaddexp(odds, torch.zeros_like(odds))
+
+
+class Rows(NamedTuple):
+    """What the rows are made of, and who competes in each."""
+
+    weights: Tensor  # [B] w_i
+    active: Tensor  # [B] bool, what is no padding
+    query: Tensor  # [B, D], padded rows zero
+    positive: Tensor  # [B, D], likewise
+    candidates: Tensor  # [N, D] or [B, K, D]
+    tau: Tensor  # [B] or []
+    positive_log_q: Tensor  # [B], 0 where the positive is not corrected
+    log_q: Tensor  # [N] or [B, K]
+    log_kappa: Tensor  # [B, N] or []
+    excluded: Tensor  # [B, N] or [B, K] bool
+    rest: Tensor  # [B], what the refined correction adds to the log-sum-exp
+
+    def logits(self, s_positive: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:  # [B], [B, N]
+        z = s / self.tau[:, None] - self.log_q + self.log_kappa
+        return s_positive / self.tau - self.positive_log_q, z.masked_fill(self.excluded, -INF)
+
+
+def _rows(p: Problem, leaves: dict[str, Tensor]) -> Rows:
+    options, dtype = p.rows, p.dtypes.accumulate
+    weights, active = _weights(p, leaves.get("domain_weights", options.domain_weights))
+    padded = ~active[:, None]
+    query = leaves.get("query", p.query.to(dtype)).masked_fill(padded, 0)
+    positive, candidates = _positive_and_candidates(p, leaves, padded)
+    tau = leaves.get("temperature", options.temperature)
+    tau = query.new_ones(()) if tau is None else tau
+    tau = torch.where(active, tau * options.tau, 1.0)
+    positive_log_q, log_q = _log_q(p, leaves)
+    excluded = _excluded(p, active, log_q)
+    log_kappa, rest = query.new_zeros(()), torch.zeros_like(tau)
+    if isinstance(p, SharedProblem) and p.dual is not None:
+        with torch.no_grad():
+            x = p.dual.hardness * query + p.dual.similarity * positive
+            x = (x @ candidates.T / tau[:, None]).masked_fill(excluded, -INF)
+            log_kappa = x.log_softmax(1) + (~excluded).sum(1, keepdim=True).to(dtype).log()
+            s_positive, s = _products(query, positive, candidates)
+            z = (s / tau[:, None] - log_q).masked_fill(excluded, -INF)
+            g = _competition(z, s_positive / tau - positive_log_q, p.dual.slate_size)
+            factor = _temperature_factor(p.dual.competition, g, active & ~g.isnan())
+            if options.competition_factor is not None:
+                factor = options.competition_factor
+        tau = tau * factor
+    if options.correction == "refined":
+        positive_log_q = torch.zeros_like(positive_log_q)
+        if p.positive_log_q is not None:
+            rest = torch.log1p(-p.positive_log_q.exp())
+    parts = (query, positive, candidates, tau, positive_log_q, log_q, log_kappa, excluded, rest)
+    return Rows(weights, active, *parts)
+
+
+def statistics(problem: Problem) -> SoftmaxStatistics:
+    """``lse_i``, ``z_i+ - lse_i``, and 1 + the candidates ``j`` without ``z_ij < z_i+``.
+
+    Products are sums of their own, so that candidates with the embedding of the positive tie.
+    """
+    with torch.no_grad():
+        rows = _rows(problem, {})
+        query, own = rows.query[:, None], rows.candidates.dim() == 3
+        per_row = rows.candidates if own else [rows.candidates] * len(query)
+        s = [(c * q).sum(1) for c, q in zip(per_row, query, strict=True)]
+        s_positive = (query * rows.positive[:, None]).sum(2)[:, 0]
+        z_positive, z = rows.logits(
+            s_positive, torch.stack(s) if s else query.new_empty(rows.excluded.shape)
+        )
+        z_positive = z_positive.masked_fill(rows.weights.isnan(), torch.nan)  # no such item
+        lse = _log_sum_exp(z) + rows.rest
+        log_probability = z_positive - lse
+        if problem.rows.correction == "standard":
+            log_probability = -_standard_loss(lse, z_positive)
+            lse = torch.logaddexp(lse, z_positive)
+        rank = 1 + (~(z < z_positive[:, None]) & ~rows.excluded).sum(1)
+        dead = ~rows.active
+        return SoftmaxStatistics(*(x.masked_fill(dead, 0) for x in (lse, log_probability, rank)))
+
+
+def rank_targets(problem: RankProblem) -> Tensor:  # [B] int64
+    """``1 + #{v unseen, v != y : not <q, c_v> + b_v < <q, c_y> + b_y}`` in float64, 0 for padding.
+
+    A target outside the table ranks as one whose score is NaN.
+    """
+    p, ranks = problem, []
+    bias = 0.0 if p.bias is None else p.bias.double()
+    for row, (query, target) in enumerate(zip(p.query, p.target, strict=True)):
+        if target == p.ignore_index:
+            ranks.append(0)
+            continue
+        scores = (p.item_table.double() * query.double()).sum(1) + bias
+        inside = bool(0 <= target < len(scores))
+        ahead = ~(scores < (scores[target] if inside else INF * 0))
+        if p.seen_offsets is not None and p.seen_ids is not None:
+            seen = p.seen_ids[p.seen_offsets[row] : p.seen_offsets[row + 1]]
+            ahead[seen[seen != NO_ITEM]] = False
+        if inside:
+            ahead[target] = False
+        ranks.append(1 + int(ahead.sum()))
+    return p.target.new_tensor(ranks)
 
 
 def _weights(p: Problem, domain_weights: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -141,6 +141,30 @@ def in_batch_problem(
     )
 
 
+def dual_problem(
+    query: Tensor,
+    positive: Tensor,
+    negative: Tensor | None,
+    *,
+    hardness: float,
+    similarity: float,
+    slate_size: int,
+    competition: float,
+    in_batch: bool | None,
+    positive_log_q: Tensor | None,
+    positive_ids: Tensor | None,
+    **others: Any,
+) -> SharedProblem:
+    """The problem of ``dual_scale_softmax_loss``."""
+    others["dual"] = DualScale(hardness, similarity, slate_size, competition)
+    if takes_batch(in_batch, negative is not None):
+        of_batch: dict[str, Any] = {"log_q": positive_log_q, "ids": positive_ids}
+        named = {**of_batch, **others, "prefix": "positive_"}
+        return in_batch_problem(query, positive, negative=negative, **named)
+    named = {"positive_log_q": positive_log_q, "positive_ids": positive_ids, **others}
+    return sampled_problem(query, positive, cast("Tensor", negative), **named)
+
+
 def takes_batch(in_batch: bool | None, negatives: bool) -> bool:
     """Whether the positives of the other rows are candidates; None leaves it to the negatives."""
     if in_batch is not None:
@@ -216,7 +240,7 @@ def per_row_problem(
 
     The ids have been through :func:`table_ids`.
     """
-    query, table = _query_and_table(query, table)
+    query, table = query_and_table(query, table)
     leading, width = query.shape[:-1], negative_ids.shape[-1]
     rows = row_arguments(query, **row_options)
     weights = rows.example_weights
@@ -251,7 +275,7 @@ def table_ids(
         IndexError: shared negatives, or their positives, outside the table, where values are looked
             at. Those of negatives per row are left to `rows.prepare`.
     """
-    _query_and_table(query, table)
+    query_and_table(query, table)
     if whole_table and table.shape[0] == 0:
         raise ValueError("table has no rows; wanted at least one item to draw")
     leading = query.shape[:-1]
@@ -309,7 +333,7 @@ def leave_out_no_items(
     return negative_ids[kept], negative_log_q
 
 
-def _query_and_table(query: Tensor, table: Tensor) -> list[Tensor]:
+def query_and_table(query: Tensor, table: Tensor) -> list[Tensor]:
     """Both, checked. Autocast leaves a table as it is: a cast would read and write all of it."""
     for name, value in (("query", query), ("table", table)):
         check_dense(name, value)

@@ -235,3 +235,30 @@ class Output(NamedTuple):
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64, float32 for everything else: what is no embedding, a loss refuses."""
     return DTYPES[dtype].accumulate if dtype in DTYPES else torch.float32
+
+
+class RankProblem(NamedTuple):
+    """Targets to be ranked among the items of a table, with what each row has seen left out."""
+
+    query: Tensor  # [B, D]
+    item_table: Tensor  # [V, D], of the dtype and device of the query
+    target: Tensor  # [B] int64, `ignore_index` marks a padded row
+    bias: Tensor | None = None  # [V] in `Dtypes.accumulate`, added to the score of every item
+    seen_offsets: Tensor | None = None  # [B + 1] int64, both or none of the two
+    seen_ids: Tensor | None = None  # [nnz] int64, row i has seen those from offset i on; -1 = none
+    ignore_index: int = -100
+
+
+class SoftmaxStatistics(NamedTuple):
+    """What a loss knows of its rows, as :func:`softmax_statistics` returns it.
+
+    Args:
+        log_sum_exp: ``[B]``, ``lse_i``, the logarithm of the denominator of each row.
+        log_probability: ``[B]``, ``z_i+ - lse_i``, minus the loss of the row before its weight.
+        rank: ``[B]`` int64, the place of the positive among its candidates, 1 the best; 0 where the
+            row is padding.
+    """
+
+    log_sum_exp: Tensor
+    log_probability: Tensor
+    rank: Tensor

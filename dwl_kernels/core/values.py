@@ -83,7 +83,7 @@ def ids_outside(
     if checks:
         if bool(outside.any()):
             otherwise = ", or ignore_index" if name == "target" else ""
-            otherwise = ", or -1, no item" if name == "negative_ids" else otherwise
+            otherwise = ", or -1, no item" if name in ("negative_ids", "seen[1]") else otherwise
             raise IndexError(
                 f"{name} holds {int(ids[outside][0])}, but table has {table_rows} rows: ids must "
                 f"be in [0, {table_rows}){otherwise}"

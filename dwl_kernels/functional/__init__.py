@@ -1,4 +1,4 @@
-"""The losses as functions.
+"""The losses as functions, and what they know of their rows.
 
 ``query`` and ``positive`` are ``[B, D]``, or carry leading dimensions ``[..., D]``; arguments per
 row then carry the same leading dimensions, and ``reduction="none"`` returns them.
@@ -27,10 +27,15 @@ memory             beyond inputs and gradients: ``eager`` several times ``B N``;
 does not take      ``cpu``: float16; ``triton``: float64, and with D above 256 candidates per row;
                    ``cuda``: the dual scale, candidates per row, D above 256;
                    ``auto`` then takes ``chunked``
+ranks              ``rank_targets`` and ``softmax_statistics``: of exact scores, in ``chunked`` and
+                   ``cpu`` (per row and in ``triton`` of rounded ones, where equal embeddings tie);
+                   ``triton`` and ``cuda`` make statistics, ``cuda`` ranks too, as ``chunked``
+                   does; ``[B]`` and a block in memory, and in ``triton`` a list of what was seen
 derivatives        reverse mode, once; forward mode and second derivatives raise
 =================  ==========================================================================
 """
 
+from dwl_kernels.functional.ranking import rank_targets, softmax_statistics
 from dwl_kernels.functional.sampled import (
     dual_scale_softmax_loss,
     in_batch_softmax_loss,
@@ -43,5 +48,7 @@ __all__ = [
     "full_softmax_loss",
     "in_batch_softmax_loss",
     "indexed_sampled_softmax_loss",
+    "rank_targets",
     "sampled_softmax_loss",
+    "softmax_statistics",
 ]

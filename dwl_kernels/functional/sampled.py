@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from dwl_kernels.autograd import loss_of
 from dwl_kernels.backends import Backend
-from dwl_kernels.core.build import in_batch_problem, sampled_problem, takes_batch
+from dwl_kernels.core.build import dual_problem, in_batch_problem, sampled_problem
 from dwl_kernels.core.checks import either
-from dwl_kernels.core.problem import Correction, DualScale, Reduction, SharedProblem
+from dwl_kernels.core.problem import Correction, Reduction, SharedProblem
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -307,39 +307,27 @@ def dual_scale_softmax_loss(
         >>> dual_scale_softmax_loss(query, query, negative, slate_size=1, reduction="none")
         tensor([1.0504, 0.4981])
     """
-    arguments: dict[str, Any] = {
-        "negative_log_q": negative_log_q,
-        "negative_ids": negative_ids,
-        "domain_ids": domain_ids,
-        "domain_weights": domain_weights,
-        "example_weights": example_weights,
-        "temperature": temperature,
-        "correction": correction,
-        "reduction": reduction,
-        "dual": DualScale(hardness, similarity, slate_size, competition),
-    }
-    build: functools.partial[SharedProblem]
-    if takes_batch(in_batch, negative is not None):
-        build = functools.partial(
-            in_batch_problem,
-            query,
-            positive,
-            log_q=positive_log_q,
-            ids=positive_ids,
-            negative=negative,
-            prefix="positive_",
-            **arguments,
-        )
-    else:
-        build = functools.partial(
-            sampled_problem,
-            query,
-            positive,
-            cast("Tensor", negative),
-            positive_log_q=positive_log_q,
-            positive_ids=positive_ids,
-            **arguments,
-        )
+    build = functools.partial(
+        dual_problem,
+        query,
+        positive,
+        negative,
+        hardness=hardness,
+        similarity=similarity,
+        slate_size=slate_size,
+        competition=competition,
+        in_batch=in_batch,
+        positive_log_q=positive_log_q,
+        negative_log_q=negative_log_q,
+        positive_ids=positive_ids,
+        negative_ids=negative_ids,
+        domain_ids=domain_ids,
+        domain_weights=domain_weights,
+        example_weights=example_weights,
+        temperature=temperature,
+        correction=correction,
+        reduction=reduction,
+    )
     if process_group is None:
         return loss_of(build(), query, backend)
     across = process_group, False, replicated_negatives

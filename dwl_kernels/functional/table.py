@@ -17,7 +17,7 @@ from dwl_kernels.core.build import (
     sampled_problem,
     table_ids,
 )
-from dwl_kernels.core.problem import Correction, Reduction
+from dwl_kernels.core.problem import Correction, Problem, Reduction
 from dwl_kernels.gather import shared_rows
 
 if TYPE_CHECKING:
@@ -200,6 +200,7 @@ def indexed_sampled_softmax_loss(
         tensor([0.5514, 0.3133])
     """
     check_name(backend)
+    sparse_grad = flag("sparse_grad", sparse_grad)
     arguments: dict[str, Any] = {
         "positive_log_q": positive_log_q,
         "negative_log_q": negative_log_q,
@@ -209,23 +210,41 @@ def indexed_sampled_softmax_loss(
         "temperature": temperature,
         "correction": correction,
         "reduction": reduction,
+        "sparse_grad": sparse_grad,
+        "backend": backend,
     }
-    sparse_grad = flag("sparse_grad", sparse_grad)
-    if process_group is not None or is_distributed(table):
-        from dwl_kernels.distributed.indexed import indexed_loss
-
-        shard, group = shard_of(table, process_group)
-        arguments |= {"replicated_rows": flag("replicated_rows", replicated_rows)}
-        arguments |= {"sparse_grad": sparse_grad, "backend": backend}
-        return indexed_loss(query, shard, positive_ids, negative_ids, group, **arguments)
-    ids = table_ids(query, table, positive_ids, negative_ids, example_weights)
-    if ids[1].dim() != 1:
-        problem = per_row_problem(query, table, *ids, **arguments)
+    ids = positive_ids, negative_ids
+    if process_group is None and not is_distributed(table):
+        problem = indexed_problem(query, table, *ids, **arguments)
         return loss_of(problem, query, backend, sparse_grad)
-    drawn, arguments["negative_log_q"] = leave_out_no_items(ids[1], positive_log_q, negative_log_q)
+    from dwl_kernels.distributed.indexed import indexed_loss
+
+    shard, group = shard_of(table, process_group)
+    replicated_rows = flag("replicated_rows", replicated_rows)
+    return indexed_loss(query, shard, *ids, group, replicated_rows=replicated_rows, **arguments)
+
+
+def indexed_problem(
+    query: Tensor,
+    table: Tensor,
+    positive_ids: Tensor,
+    negative_ids: Tensor,
+    *,
+    sparse_grad: bool,
+    backend: str,
+    negative_log_q: Tensor | None,
+    **others: Any,
+) -> Problem:
+    """The problem of ``indexed_sampled_softmax_loss``; negatives that all rows share are read."""
+    ids = table_ids(query, table, positive_ids, negative_ids, others["example_weights"])
+    if ids[1].dim() != 1:
+        return per_row_problem(query, table, *ids, negative_log_q=negative_log_q, **others)
+    drawn, negative_log_q = leave_out_no_items(ids[1], others["positive_log_q"], negative_log_q)
     positive, negative = shared_rows(table, ids[0], drawn, sparse_grad, backend)
     named: dict[str, Any] = {"positive_ids": ids[0], "negative_ids": drawn}
-    return loss_of(sampled_problem(query, positive, negative, **named, **arguments), query, backend)
+    return sampled_problem(
+        query, positive, negative, negative_log_q=negative_log_q, **named, **others
+    )
 
 
 def shard_of(table: Tensor, process_group: ProcessGroup | Group | None) -> tuple[Tensor, Any]:

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "per_row_softmax.h"
+#include "rank_targets.h"
 #include "sampled_softmax.h"
 
 namespace {
@@ -108,6 +109,14 @@ void expect_written(const Array<T>& values, int64_t rows, const bool* active) {
   }
 }
 
+// Ranks of rows that count lie among their candidates; null: none was wanted.
+void expect_ranks(const Array<int64_t>& rank, int64_t candidates, const bool* active, bool all) {
+  for (int64_t i = 0; active != nullptr && i < rank.size(); ++i) {
+    const bool counts = all || active[i];
+    expect(counts ? rank[i] >= 1 && rank[i] <= 1 + candidates : rank[i] == -1, "the ranks");
+  }
+}
+
 template <typename T>
 double largest() {
   return std::sqrt(std::numeric_limits<T>::max()) / 8;
@@ -172,7 +181,15 @@ void shared_candidates() {
   if (kind == 0 && chance(0.7)) out.positive = d_positive.get();
   if (chance(0.7)) out.candidate = d_candidate.get();
   if (p.candidate_log_q != nullptr && chance(0.7)) out.candidate_log_q = d_log_q.get();
+  Array<T> log_sum_exp(b), log_probability(b);
+  Array<int64_t> rank(b);
+  if (chance(0.5)) {
+    out.log_sum_exp = log_sum_exp.get(), out.log_probability = log_probability.get();
+    out.rank = rank.get();
+    fill_ids(rank, -1, -1);
+  }
   dwl::sampled_softmax_cpu(p, out, kThreads);
+  expect_ranks(rank, n, out.rank == nullptr ? nullptr : active.get(), !pads);
 
   expect_written(row_loss, b, p.active);
   if (out.query != nullptr) expect_written(d_query, b, p.active);
@@ -221,7 +238,15 @@ void candidates_per_row() {
   out.row_loss = row_loss.get();
   if (chance(0.7)) out.query = d_query.get();
   if (chance(0.7)) out.positive = d_positive.get(), out.candidate = d_candidate.get();
+  Array<T> log_sum_exp(b), log_probability(b);
+  Array<int64_t> rank(b);
+  if (chance(0.5)) {
+    out.log_sum_exp = log_sum_exp.get(), out.log_probability = log_probability.get();
+    out.rank = rank.get();
+    fill_ids(rank, -1, -1);
+  }
   dwl::per_row_softmax_cpu(p, out, kThreads);
+  expect_ranks(rank, k, out.rank == nullptr ? nullptr : active.get(), !pads);
   expect_written(row_loss, b, p.active);
   if (out.query != nullptr) expect_written(d_query, b, p.active);
   if (out.positive == nullptr) return;
@@ -264,6 +289,42 @@ void gradient_of_a_table() {
   }
 }
 
+template <typename T, typename S>
+void ranks() {
+  const int64_t b = chance(0.1) ? 300 : integer(0, 20), d = integer(1, 20);
+  const int64_t v = chance(0.1) ? 1500 : integer(1, 40);
+  const bool odd = chance(0.2);
+  const double size = scale<T>();
+  Array<T> query(b * d), values(v * d), bias(v);
+  Array<S> table(v * d);
+  Array<int64_t> target(b), offsets(b + 1), rank(b);
+  Array<bool> padded(b), nowhere(b);
+  fill(query, size, odd);
+  fill(values, size, odd);
+  fill(bias, size, odd);
+  for (int64_t i = 0; i < v * d; ++i) table[i] = static_cast<S>(values[i]);
+  fill_ids(target, 0, v - 1);
+  fill_ids(rank, -1, -1);
+  offsets[0] = 0;
+  for (int64_t i = 0; i < b; ++i) {
+    offsets[i + 1] = offsets[i] + integer(0, 9);
+    padded[i] = chance(0.2), nowhere[i] = !padded[i] && chance(0.2);
+    if (padded[i] || nowhere[i]) target[i] = int64_t(1) << 40;
+  }
+  Array<int64_t> seen(offsets[b]);
+  fill_ids(seen, -2, v);
+  dwl::RankProblem<T, S> p{};
+  p.rows = b, p.items = v, p.dim = d;
+  p.query = query.get(), p.table = table.get(), p.target = target.get();
+  p.padded = padded.get(), p.nowhere = nowhere.get();
+  if (chance(0.5)) p.bias = bias.get();
+  if (chance(0.5)) p.offsets = offsets.get(), p.seen = seen.get();
+  dwl::rank_targets_cpu(p, rank.get(), kThreads);
+  for (int64_t i = 0; i < b; ++i) {
+    expect(padded[i] ? rank[i] == 0 : rank[i] >= 1 && rank[i] <= v + nowhere[i], "the ranks");
+  }
+}
+
 }  // namespace
 
 int main(int, char** arguments) {
@@ -274,6 +335,9 @@ int main(int, char** arguments) {
     candidates_per_row<float, float>();
     candidates_per_row<float, dwl::BFloat16>();
     candidates_per_row<double, double>();
+    ranks<float, float>();
+    ranks<float, dwl::BFloat16>();
+    ranks<double, double>();
     gradient_of_a_table<float, float>();
     gradient_of_a_table<float, dwl::BFloat16>();
     gradient_of_a_table<double, double>();

@@ -7,6 +7,7 @@ weights before it and the reduction after it, `rows` does.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,9 +20,12 @@ from dwl_kernels.core.problem import (
     Output,
     PerRowProblem,
     Problem,
+    RankProblem,
     SharedProblem,
+    SoftmaxStatistics,
     accumulate_dtype,
 )
+from dwl_kernels.core.ranking import own_items
 from dwl_kernels.core.rows import Gradients, Prepared, embeddings, finish, prepare, skippable_below
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
@@ -59,16 +63,32 @@ def solve(
 ) -> Output:
     """The loss and the wanted gradients, with the logits of a block of rows in memory."""
     prepared = prepare(problem, row_grad)
-    if isinstance(problem, SharedProblem):
-        query, row_loss, gradients = _solve_shared(problem, wanted, prepared)
-    else:
-        query, row_loss, gradients = _solve_per_row(problem, wanted, prepared)
-    return finish(problem, wanted, prepared, row_grad, row_loss, gradients, query)
+    query, found = _run(problem, wanted, prepared)
+    row_loss, *gradients = found[:-_KNOWN]
+    return finish(problem, wanted, prepared, row_grad, row_loss, Gradients(*gradients), query)
 
 
-def _solve_shared(
-    problem: SharedProblem, wanted: GradMask, prepared: Prepared
-) -> tuple[Tensor, Tensor, Gradients]:
+def statistics(problem: Problem) -> SoftmaxStatistics:
+    """As `ranks.statistics`, without the gradients."""
+    nothing = GradMask(*(False,) * len(GradMask._fields))
+    _, found = _run(problem, nothing, prepare(problem, None), want_statistics=True)
+    return SoftmaxStatistics(*found[-_KNOWN:])
+
+
+_KNOWN = len(SoftmaxStatistics._fields)  # the last outputs of the kernels
+
+
+def _run(
+    problem: Problem, wanted: GradMask, prepared: Prepared, want_statistics: bool = False
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    run: Any = _run_shared if isinstance(problem, SharedProblem) else _run_per_row
+    found: tuple[Tensor, tuple[Tensor, ...]] = run(problem, wanted, prepared, want_statistics)
+    return found
+
+
+def _run_shared(
+    problem: SharedProblem, wanted: GradMask, prepared: Prepared, want_statistics: bool
+) -> tuple[Tensor, tuple[Tensor, ...]]:
     query, positive, candidates = (t.contiguous() for t in _embeddings(problem, prepared.active))
     tau, score, shift = prepared.tau, None, None
     if problem.dual is not None:
@@ -76,7 +96,7 @@ def _solve_shared(
         tau, score, shift = scaled.tau, scaled.score, scaled.shift
     refined = problem.rows.correction == "refined"
     positive_log_q = problem.positive_log_q if refined else log_q_of_positives(problem)
-    row_loss, *gradients = torch.ops.dwl_kernels_native.sampled_softmax(
+    return query, torch.ops.dwl_kernels_native.sampled_softmax(
         query=query,
         positive=None if problem.positive is None else positive,
         candidates=candidates,
@@ -96,18 +116,18 @@ def _solve_shared(
         want_positive=wanted.positive,
         want_candidates=wanted.candidates,
         want_log_q=wanted.candidate_log_q,
+        want_statistics=want_statistics,
     )
-    return query, row_loss, Gradients(*gradients)
 
 
-def _solve_per_row(
-    problem: PerRowProblem, wanted: GradMask, prepared: Prepared
-) -> tuple[Tensor, Tensor, Gradients]:
+def _run_per_row(
+    problem: PerRowProblem, wanted: GradMask, prepared: Prepared, want_statistics: bool
+) -> tuple[Tensor, tuple[Tensor, ...]]:
     query = problem.query.to(problem.dtypes.accumulate)
     if prepared.active is not None:
         query = query.masked_fill(~prepared.active[:, None], 0)
     query = query.contiguous()
-    row_loss, *gradients = torch.ops.dwl_kernels_native.indexed_softmax(
+    return query, torch.ops.dwl_kernels_native.indexed_softmax(
         query=query,
         table=problem.item_table.contiguous(),
         positive_ids=problem.positive_rows.contiguous(),
@@ -120,8 +140,8 @@ def _solve_per_row(
         refined=problem.rows.correction == "refined",
         want_query=wanted.query or wanted.temperature,
         want_table=wanted.candidates,
+        want_statistics=want_statistics,
     )
-    return query, row_loss, Gradients(*gradients)
 
 
 def _embeddings(problem: SharedProblem, active: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -134,6 +154,29 @@ def _embeddings(problem: SharedProblem, active: Tensor | None) -> tuple[Tensor, 
     if active is not None:
         query = query.masked_fill(~active[:, None], 0)
     return query, query, candidates
+
+
+def unsupported_ranks(problem: RankProblem) -> str | None:
+    """Why the kernel does not rank in such a dtype; None where it does."""
+    if problem.query.dtype in DTYPES:
+        return None
+    return f"it does not take {problem.query.dtype}; backend='chunked' does"
+
+
+def rank_targets(problem: RankProblem) -> Tensor:  # [B] int64
+    """As `ranks.rank_targets`."""
+    target, padded, outside = own_items(problem)
+    found: Tensor = torch.ops.dwl_kernels_native.rank_targets(
+        query=problem.query.to(accumulate_dtype(problem.query.dtype)).contiguous(),
+        table=problem.item_table.contiguous(),
+        target=target,
+        padded=padded,
+        nowhere=outside,
+        bias=_contiguous(problem.bias),
+        offsets=_contiguous(problem.seen_offsets),
+        seen=_contiguous(problem.seen_ids),
+    )
+    return found
 
 
 def takes_table(source: Tensor, dtype: torch.dtype) -> bool:
@@ -166,26 +209,37 @@ def _contiguous(tensor: Tensor | None, dtype: torch.dtype | None = None) -> Tens
 
 
 def _register_fake() -> None:
+    def known(query, wanted):  # type: ignore[no-untyped-def]
+        rows = query.shape[0] if wanted else 0
+        dtypes = (query.dtype, query.dtype, torch.int64)
+        return [query.new_empty(rows, dtype=dtype) for dtype in dtypes]
+
     @torch.library.register_fake("dwl_kernels_native::sampled_softmax")
     def fake(query, positive, candidates, *rest):  # type: ignore[no-untyped-def]
-        *_, want_query, want_positive, want_candidates, want_log_q = rest
+        *_, want_query, want_positive, want_candidates, want_log_q, want_statistics = rest
         return (
             query.new_empty(query.shape[0]),
             query.new_empty(query.shape if want_query else 0),
             query.new_empty(query.shape if want_positive else 0),
             query.new_empty(candidates.shape if want_candidates else 0),
             query.new_empty(candidates.shape[0] if want_log_q else 0),
+            *known(query, want_statistics),
         )
 
     @torch.library.register_fake("dwl_kernels_native::indexed_softmax")
     def fake_indexed(query, table, positive_ids, candidate_ids, *rest):  # type: ignore[no-untyped-def]
-        *_, want_query, want_table = rest
+        *_, want_query, want_table, want_statistics = rest
         return (
             query.new_empty(query.shape[0]),
             query.new_empty(query.shape if want_query else 0),
             query.new_empty(query.shape[0] if want_table else 0),
             query.new_empty(candidate_ids.shape if want_table else 0),
+            *known(query, want_statistics),
         )
+
+    @torch.library.register_fake("dwl_kernels_native::rank_targets")
+    def fake_ranks(query, table, target, *rest):  # type: ignore[no-untyped-def]
+        return target.new_empty(target.shape)
 
     @torch.library.register_fake("dwl_kernels_native::table_gradient")
     def fake_gradient(source, ids, coefficients, table_rows, dtype, compact):  # type: ignore[no-untyped-def]

@@ -58,7 +58,7 @@ class Interpreter(NamedTuple):
     workers: int
 
 
-_one_at_a_time = threading.Lock()  # the interpreter patches `triton.language` while it runs
+one_at_a_time = threading.Lock()  # the interpreter patches `triton.language` while it runs
 INTERPRETER = Interpreter(Tiles(16, 16, 16, 16, 1, 1, 4, 1), workers=5)
 
 
@@ -124,7 +124,7 @@ def solve(
         prepare(problem, None)  # which raises
     run = wide.solve if _is_wide(problem) else _launch
     if interpreting():
-        with _one_at_a_time:
+        with one_at_a_time:
             return run(problem, wanted, row_grad)
     return on(device, run, problem, wanted, row_grad)
 
@@ -378,6 +378,6 @@ def table_gradient(
 
     arguments = (source, ids, coefficients, table_rows, dtype, compact)
     if interpreting():
-        with _one_at_a_time:
+        with one_at_a_time:
             return triton_table.table_gradient(*arguments)
     return on(source.device, triton_table.table_gradient, *arguments)
