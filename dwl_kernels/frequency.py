@@ -1,6 +1,6 @@
 """Log-Q of ids seen in a stream, for in-batch candidates.
 
-Both estimates are modules whose state lives in buffers; updating and looking up never wait for the
+Both estimates are modules that keep their counts; updating and looking up never wait for the
 device. What was counted with some hash functions means nothing to others, so a `state_dict` names
 them, and loading it into a module of another `seed` raises.
 """
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dwl_kernels.core.arguments import ids_on, integer, number
-from dwl_kernels.core.batching import refuse_to_count
+from dwl_kernels.core.batching import counting
 from dwl_kernels.core.buffers import Tables, difference, on_host
 
 _MEND = "call update outside of vmap, with the ids of all slices or of one after the other"
@@ -39,9 +39,9 @@ class StreamingFrequency(Tables):
     An id that is in nearly every batch has no gaps to measure, so its Q is underestimated there;
     ``CountMinSketch`` counts duplicates and has no such limit.
 
-    An average of models must not hold an average of steps, rounded down at every update.
-    ``AveragedModel(model)`` copies them. With ``use_buffers=True`` it averages them and cannot be
-    told otherwise, so copy the state after every update,
+    An average of models holds no average of steps: they are not among ``model.buffers()``, so
+    ``AveragedModel`` keeps those of the moment when it copied the model, with ``use_buffers=True``
+    too. For those of today, copy the state,
     ``averaged.module.frequency.load_state_dict(model.frequency.state_dict())``.
 
     Args:
@@ -103,11 +103,11 @@ class StreamingFrequency(Tables):
         self.seed = integer("seed", seed)
         with on_host():
             # The rows of all H hashes lie end to end: one flat index reads and writes them at once.
-            self.register_buffer("step", torch.zeros((), dtype=torch.int64))  # t, batches so far
-            self.register_buffer("last_step", torch.zeros(size, dtype=torch.int64))  # A, 0 = never
+            self._register_count("step", torch.zeros((), dtype=torch.int64))  # t, batches so far
+            self._register_count("last_step", torch.zeros(size, dtype=torch.int64))  # A, 0 = never
             gap = torch.full((size,), initial_gap or 1, dtype=torch.float32)
-            self.register_buffer("gap", gap)  # B, in batches
-            self.register_buffer("sightings", torch.zeros(size, dtype=torch.int32))
+            self._register_count("gap", gap)  # B, in batches
+            self._register_count("sightings", torch.zeros(size, dtype=torch.int32))
             self._register_constant("seeds", _hash_seeds(num_hashes, seed), saved=True)
         self._settle()
 
@@ -124,8 +124,16 @@ class StreamingFrequency(Tables):
             RuntimeError: if ``torch.func.vmap`` made a batch of the ids, but not of the counts.
         """
         bucket = self._buckets(ids).flatten()  # [H n]
-        refuse_to_count(bucket, self.gap, _MEND)
-        self.step += 1
+        bucket, where = counting(bucket, self.gap, _MEND)
+        with where:
+            self._update(bucket)
+
+    def _update(
+        self,
+        bucket: Tensor,  # [H n]
+    ) -> None:
+        # From `bucket`: what depends on no input would run while `torch.export` traces, and count.
+        self.step.add_(bucket.new_ones(()))
         gap = self.gap[bucket]
         sightings = self.sightings[bucket] + 1
         rate: float | Tensor = self.learning_rate
@@ -191,9 +199,9 @@ class CountMinSketch(Tables):
     smallest of them. Other ids only ever add to these counters, so a count is never too low. It is
     too high by more than ``e / width`` of all ids seen with probability at most ``exp(-depth)``.
 
-    An average of models must not hold an average of counts, rounded down at every update.
-    ``AveragedModel(model)`` copies them. With ``use_buffers=True`` it averages them and cannot be
-    told otherwise, so copy the state after every update,
+    An average of models holds no average of counts: they are not among ``model.buffers()``, so
+    ``AveragedModel`` keeps those of the moment when it copied the model, with ``use_buffers=True``
+    too. For those of today, copy the state,
     ``averaged.module.sketch.load_state_dict(model.sketch.state_dict())``.
 
     Args:
@@ -226,8 +234,8 @@ class CountMinSketch(Tables):
         size = self.width * depth
         self.seed = integer("seed", seed)
         with on_host():
-            self.register_buffer("counts", torch.zeros(size, dtype=torch.int64))  # rows end to end
-            self.register_buffer("total", torch.zeros((), dtype=torch.int64))  # ids seen
+            self._register_count("counts", torch.zeros(size, dtype=torch.int64))  # rows end to end
+            self._register_count("total", torch.zeros((), dtype=torch.int64))  # ids seen
             self._register_constant("seeds", _hash_seeds(depth, seed), saved=True)
         self._settle()
 
@@ -243,8 +251,15 @@ class CountMinSketch(Tables):
             RuntimeError: if ``torch.func.vmap`` made a batch of the ids, but not of the counts.
         """
         bucket = self._buckets(ids)  # [depth, ...]
-        refuse_to_count(bucket, self.counts, _MEND)
-        self.total += bucket[0].numel()
+        bucket, where = counting(bucket, self.counts, _MEND)
+        with where:
+            self._update(bucket)
+
+    def _update(
+        self,
+        bucket: Tensor,  # [depth, ...]
+    ) -> None:
+        self.total.add_(bucket.new_full((), bucket[0].numel()))  # from `bucket`, as above
         bucket = bucket.flatten()
         self.counts.index_add_(0, bucket, torch.ones_like(bucket))
 

@@ -41,9 +41,9 @@ def constant(*weights):
 
 
 def saved_by_earlier(module):
-    """Every buffer, constants among them, and no arguments."""
-    state = {**module.state_dict(), **dict(module.named_buffers()), **module._constants}
-    return {k: v.clone() for k, v in state.items() if k not in ("device_marker", "arguments")}
+    """Everything that was counted, constants too, and no arguments."""
+    state = {**module.state_dict(), **module._constants}
+    return {k: v.clone() for k, v in state.items() if k != "arguments"}
 
 
 # ---------------------------------------------------------------- agreement
@@ -77,9 +77,9 @@ def test_checkpoint_of_the_same_arguments_is_loaded(name, version, assign, stric
     found = parts[0].load_state_dict(parts[1], assign=assign, strict=strict)
     assert not found.missing_keys
     assert not found.unexpected_keys
-    for key, value in loaded.named_buffers():
-        assert torch.equal(value, source.get_buffer(key)), key
-        assert value.dtype == source.get_buffer(key).dtype
+    for key, value in loaded.state_dict().items():
+        assert torch.equal(value, source.state_dict()[key]), key
+        assert value.dtype == source.state_dict()[key].dtype
     assert {key: value.tolist() for key, value in state.items()} == {
         key: value.tolist() for key, value in before.items()
     }
@@ -102,11 +102,12 @@ def test_module_made_on_meta_has_its_state_from_a_checkpoint(version, assign):
 
 
 @pytest.mark.parametrize("name", AGREE)
-def test_copies_and_pickles_hold_all_buffers(name):
+def test_copies_and_pickles_hold_all_state(name):
     source = AGREE[name]()
     for twin in (copy.deepcopy(source), pickle.loads(pickle.dumps(source))):
-        for key, value in twin.named_buffers():
-            assert torch.equal(value, source.get_buffer(key)), key
+        for key, value in twin.state_dict().items():
+            assert torch.equal(value, source.state_dict()[key]), key
+            assert value.data_ptr() != source.state_dict()[key].data_ptr()
         assert twin.state_dict().keys() == source.state_dict().keys()
         twin.load_state_dict(source.state_dict())
 
@@ -142,8 +143,8 @@ def test_half_precision_checkpoint_assigned_is_float32_again():
     state = {k: v.bfloat16() if v.is_floating_point() else v for k, v in state.items()}
     loaded = DomainWeights(DOMAINS, measures=(1.0, 1.0, 1.0), weight_range=(0.7, 3.3))
     loaded.load_state_dict(state, assign=True)
-    for key, value in loaded.named_buffers():
-        assert value.dtype == source.get_buffer(key).dtype, key
+    for key, value in loaded.state_dict().items():
+        assert value.dtype == source.state_dict()[key].dtype, key
     torch.testing.assert_close(loaded(), source(), rtol=0.01, atol=0)
 
 
@@ -248,14 +249,14 @@ DISAGREE = {
 def test_checkpoint_that_disagrees_raises_and_names_both(name, assign, strict):
     source, save, target, message = DISAGREE[name]
     module = torch.nn.ModuleDict({"part": target()})
-    before = {key: value.clone() for key, value in module.named_buffers()}
+    before = {key: value.clone() for key, value in module.state_dict().items()}
     state = {f"part.{key}": value for key, value in save(source()).items()}
     with pytest.raises(RuntimeError, match=message) as raised:
         module.load_state_dict(state, assign=assign, strict=strict)
     assert "Unexpected key" not in str(raised.value)
     if "size mismatch" not in message:
         assert "part: " in str(raised.value)
-        for key, value in module.named_buffers():
+        for key, value in module.state_dict().items():
             assert torch.equal(value, before[key]), key
 
 

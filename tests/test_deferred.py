@@ -15,7 +15,12 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import (
+    AveragedModel,
+    get_ema_avg_fn,
+    get_ema_multi_avg_fn,
+    get_swa_multi_avg_fn,
+)
 
 import dwl_kernels
 from dwl_kernels import DomainWeights
@@ -52,6 +57,14 @@ MODULES = {
     ),
 }
 EVERY = pytest.mark.parametrize("name", MODULES)
+
+
+def counts_of(module):
+    return {
+        f"{path}.{name}".removeprefix("."): getattr(part, name)
+        for path, part in module.named_modules()
+        for name in getattr(part, "_counts", ())
+    }
 
 
 def step(module):
@@ -101,7 +114,7 @@ def assert_alike(module, twin):
 
 def load_into_memory(module, state):
     module.to_empty(device="cpu")
-    for value in (*module.parameters(), *module.buffers()):
+    for value in (*module.parameters(), *counts_of(module).values()):
         value.data.fill_(0)  # whatever the memory held
     module.load_state_dict(state)
 
@@ -117,8 +130,8 @@ def assign_one_by_one(module, state):
         owner = module.get_submodule(owner)
         if name in owner._parameters:
             value = nn.Parameter(value)
-        elif name not in owner._buffers:
-            continue  # a constant that the checkpoint holds to be compared
+        elif name in owner._constants:
+            continue  # the checkpoint holds it to be compared
         setattr(owner, name, value)
     for key, value in list(module.named_buffers()):
         if value.is_meta:
@@ -220,50 +233,67 @@ def test_module_is_built_and_called_with_fake_tensors(name):
 
 
 AVERAGES = pytest.mark.parametrize(
-    "average", [{}, {"multi_avg_fn": get_ema_multi_avg_fn(0.9)}], ids=["", "ema"]
+    "average",
+    [
+        {},
+        {"avg_fn": get_ema_avg_fn(0.9)},
+        {"multi_avg_fn": get_ema_multi_avg_fn(0.9)},
+        {"multi_avg_fn": get_swa_multi_avg_fn()},
+        {"avg_fn": lambda own, other, count: torch.lerp(own.double(), other.double(), 0.5)},
+    ],
+    ids=["", "ema", "ema of lists", "swa of lists", "lerp"],
 )
 
 
 @AVERAGES
+@pytest.mark.parametrize("use_buffers", [False, True])
 @EVERY
-def test_average_of_models_leaves_their_constants_alone(name, average):
-    """Of what hashes and draws, an average is nonsense."""
-    model, alone = nn.Sequential(MODULES[name]()), MODULES[name]()
-    averaged = AveragedModel(model, use_buffers=True, **average)
-    for _ in range(3):
+def test_average_of_models_leaves_counts_and_constants_alone(name, use_buffers, average):
+    """Of what hashes, draws or counts, an average is nonsense: the counts are a real count."""
+    model, alone = nn.Sequential(MODULES[name](), nn.Linear(1, 1)), MODULES[name]()
+    step(model[0])
+    step(alone)
+    averaged = AveragedModel(model, use_buffers=use_buffers, **average)
+    at_the_copy = copy.deepcopy(counts_of(model))
+    for _ in range(4):
         step(model[0])
         step(alone)
+        for parameter in (*model.parameters(), *alone.parameters()):
+            parameter.data += 0.25
         averaged.update_parameters(model)
+        for key, value in counts_of(averaged.module).items():
+            assert torch.equal(at_the_copy[key], value), key
+            assert at_the_copy[key].dtype == value.dtype
+    for parameter, own in zip(averaged.module.parameters(), model.parameters(), strict=True):
+        assert not torch.equal(parameter, own)  # that is an average
     for part, copied in zip(model.modules(), averaged.module.modules(), strict=True):
         for key, value in getattr(part, "_constants", {}).items():
             assert torch.equal(getattr(copied, key), value), key
-    assert_alike(model[0], alone)
     assert step(averaged.module[0]).isfinite().all()
+    assert_alike(model[0], alone)
 
 
-@pytest.mark.parametrize("use_buffers", [False, True])
-@AVERAGES
 @EVERY
-def test_average_of_models_has_the_counts_of_the_last_update(name, average, use_buffers):
-    """With `use_buffers`, where their state is copied, as the docstrings say."""
-    model = nn.Sequential(MODULES[name](), nn.Linear(1, 1))
-    averaged = AveragedModel(model, use_buffers=use_buffers, **average)
-    for update in range(5):
-        step(model[0])
-        for parameter in model.parameters():
-            parameter.data += 0.25
-        averaged.update_parameters(model)
-        if use_buffers:
-            for part, copied in zip(model.modules(), averaged.module.modules(), strict=True):
-                if isinstance(part, (DomainWeights, *STREAMS)):
-                    copied.load_state_dict(part.state_dict())
-        counts = dict(averaged.module.named_buffers())
-        for key, value in model.named_buffers():
-            assert torch.equal(counts[key], value), (update, key)
-    for parameter, own in zip(averaged.module.parameters(), model.parameters(), strict=True):
-        assert not torch.equal(parameter, own)  # that is an average
-    if not list(model[0].parameters()):
-        assert_alike(averaged.module[0], model[0])
+def test_counts_are_in_no_list_of_buffers(name):
+    """Where whole models are averaged or broadcast; module by module they are found."""
+    model = nn.Sequential(MODULES[name]())
+    assert all(value.numel() == 0 for value in model.buffers())
+    found = {}
+    for path, part in model.named_modules():
+        found |= part.named_buffers(prefix=path, recurse=False)
+    assert all(found[key] is value for key, value in counts_of(model).items())
+
+
+@EVERY
+def test_averaged_model_takes_the_counts_of_its_source_when_told(name):
+    model = nn.Sequential(MODULES[name]())
+    averaged = AveragedModel(model)
+    step(model[0])
+    for part, copied in zip(model.modules(), averaged.module.modules(), strict=True):
+        if isinstance(part, (DomainWeights, *STREAMS)):
+            copied.load_state_dict(part.state_dict())
+    for key, value in counts_of(model).items():
+        assert torch.equal(counts_of(averaged.module)[key], value), key
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if "," in name])

@@ -31,25 +31,44 @@ class Model(torch.nn.Module):
 
 
 def copies_of_state(model):
-    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
-    return [{k: v.detach().clone() for k, v in s.items()} for s in (parameters, buffers)]
+    """Parameters, and what is counted: all that ``state_dict`` has besides."""
+    state = {key: value.detach().clone() for key, value in model.state_dict().items()}
+    parameters = {key: state.pop(key) for key, _ in model.named_parameters()}
+    return parameters, state
 
 
+@pytest.mark.parametrize("given", [False, True], ids=["", "counts given"])
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("normalize", [False, True], ids=["", "normalize"])
 @pytest.mark.parametrize("kind", module_inputs.KINDS)
-def test_functional_call_gives_gradients_and_counts(kind, normalize, training):
+def test_functional_call_gives_gradients_and_counts(kind, normalize, training, given):
     model = Model(kind, normalize=normalize).train(training)
+    twin = copy.deepcopy(model)
     before = copies_of_state(model)[1]
     query, table = module_inputs.embeddings()[0].detach(), module_inputs.table_of().detach()
-    parameters, buffers = copies_of_state(model)
-    got = torch.func.grad(lambda p, b: functional_call(model, (p, b), (query, table)))(
-        parameters, buffers
-    )
-    assert all(torch.equal(value, before[key]) for key, value in model.named_buffers())
-    wanted = torch.autograd.grad(model(query, table), list(model.parameters()))
+    parameters, counts = copies_of_state(model)
+    if given:
+        got = torch.func.grad(lambda p, b: functional_call(model, (p, b), (query, table)))(
+            parameters, counts
+        )
+        assert all(
+            torch.equal(value, before[key]) for key, value in copies_of_state(model)[1].items()
+        )
+    else:
+        got = torch.func.grad(lambda p: functional_call(model, p, (query, table)))(parameters)
+        counts = copies_of_state(model)[1]
+    wanted = torch.autograd.grad(twin(query, table), list(twin.parameters()))
     assert_all_close(got.values(), wanted)
-    assert all(torch.equal(value, buffers[key]) for key, value in model.named_buffers())
+    assert all(torch.equal(value, counts[key]) for key, value in copies_of_state(twin)[1].items())
+    assert training == any(not torch.equal(counts[key], before[key]) for key in counts)
+
+
+def stacked_state(models):
+    """As ``torch.func.stack_module_state``, with what the models count."""
+    parameters, buffers = torch.func.stack_module_state(models)
+    counts = [copies_of_state(model)[1] for model in models]
+    stacked = {key: torch.stack([one[key] for one in counts]) for key in counts[0]}
+    return parameters, buffers | stacked
 
 
 @pytest.mark.parametrize("kind", module_inputs.KINDS)
@@ -57,7 +76,7 @@ def test_ensemble_of_models(kind):
     models = [Model(kind, normalize=True).eval() for _ in range(2)]
     skeleton = copy.deepcopy(models[0]).to("meta")
     query, table = module_inputs.embeddings()[0].detach(), module_inputs.table_of().detach()
-    state = torch.func.stack_module_state(models)
+    state = stacked_state(models)
     got = torch.func.vmap(lambda *s: functional_call(skeleton, s, (query, table)))(*state)
     torch.testing.assert_close(got, torch.stack([model(query, table) for model in models]))
 
@@ -112,7 +131,7 @@ def test_ensemble_counts_each_its_own():
     """A vmap whose slices have counts of their own."""
     query, positive, negative = (x.detach() for x in module_inputs.embeddings())
     models = [dwl_kernels.DynamicWeightedSampledSoftmax(3, backend="eager") for _ in range(2)]
-    state, batch = torch.func.stack_module_state(models), BATCHES_OF_IDS["domain_ids"]
+    state, batch = stacked_state(models), BATCHES_OF_IDS["domain_ids"]
 
     def loss(parameters, buffers, ids):
         call = (query, positive, negative), {"domain_ids": ids}

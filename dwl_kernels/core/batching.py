@@ -6,10 +6,12 @@ For every `autograd.Function` and registered op of the package.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils._pytree import tree_leaves
 
 
@@ -82,13 +84,29 @@ def backward_by_slices(
     )
 
 
-def refuse_to_count(ids: Tensor, state: Tensor, mend: str) -> None:
-    """RuntimeError where a batch of `ids` would be written to a `state` that is none."""
-    if not torch.compiler.is_compiling() and _levels(ids) - _levels(state):
+def counting(ids: Tensor, state: Tensor, mend: str) -> tuple[Tensor, AbstractContextManager[Any]]:
+    """`ids` and a context, to write to a `state` that may be no argument of a transform.
+
+    A transform such as ``torch.func.grad`` refuses to write to what it was not given, and counts
+    are in no ``model.named_buffers()`` that ``functional_call`` could be given. They have no
+    gradient to lose, so where they are not given they are counted outside of it.
+
+    Raises:
+        RuntimeError: a batch of ``vmap`` would be written to a state that is none; with the `mend`.
+    """
+    functorch = torch._C._functorch
+    if torch.compiler.is_compiling() or functorch.peek_interpreter_stack() is None:
+        return ids, nullcontext()
+    if _levels(ids) - _levels(state):
         raise RuntimeError(
             "a vmap cannot count the ids of its slices, because the counts they would go to are "
             f"one state and no batch of them; {mend}"
         )
+    if functorch.is_functorch_wrapped_tensor(state):
+        return ids, nullcontext()
+    while functorch.is_functorch_wrapped_tensor(ids):
+        ids = functorch.get_unwrapped(ids)
+    return ids, temporarily_clear_interpreter_stack()
 
 
 def _levels(tensor: Tensor) -> set[int]:

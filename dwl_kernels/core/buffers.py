@@ -1,4 +1,4 @@
-"""How samplers, frequencies, domain weights and loss modules keep and load their buffers."""
+"""How samplers, frequencies, domain weights and loss modules keep and load their tensors."""
 
 from __future__ import annotations
 
@@ -27,9 +27,11 @@ class Tables(nn.Module):
     buffer. So no checkpoint replaces it, nothing that averages models averages it, and it is there
     again when a module built on `meta` gets memory, in whatever way.
 
-    What is counted is a buffer, which ``DistributedDataParallel`` broadcasts and ``torch.compile``
-    and ``torch.export`` may write to. ``AveragedModel(use_buffers=True)`` finds it the same way and
-    asks no module before it averages, hence the advice in the docstrings of what counts.
+    What is counted is an attribute that is saved and loaded as a persistent buffer is, under its
+    name, but is in no ``model.buffers()``: whatever lists them would average it, as
+    ``AveragedModel(use_buffers=True)`` does, or replace it by that of rank 0, as
+    ``DistributedDataParallel`` does, and neither asks the module first. What goes through a model
+    module by module (``buffers(recurse=False)``: FSDP, distributed checkpoints) finds it.
 
     A constructor builds its tensors :func:`on_host` and then calls :meth:`_settle`. When a module
     goes to `meta`, the values of its tensors are kept here until there is memory for them.
@@ -40,6 +42,7 @@ class Tables(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self._constants: dict[str, Tensor] = {}
+        self._counts: list[str] = []  # attributes that are counted
         self._saved: set[str] = set()  # constants that a checkpoint holds, to be compared
         self._left: dict[str, Tensor] = {}  # values of tensors that are on `meta`
         self.register_buffer("device_marker", torch.empty(0), persistent=False)
@@ -48,6 +51,34 @@ class Tables(nn.Module):
         self._constants[name] = value
         if saved:
             self._saved.add(name)
+
+    def _register_count(self, name: str, value: Tensor) -> None:
+        self._counts.append(name)
+        setattr(self, name, value)
+
+    def _forget_counts(self, *names: str) -> None:
+        self._counts = [name for name in self._counts if name not in names]
+        for name in names:
+            delattr(self, name)
+
+    @contextmanager
+    def _counts_as_buffers(self) -> Iterator[None]:
+        """For what `nn.Module` does with buffers, its messages included."""
+        self._buffers.update({name: getattr(self, name) for name in self._counts})
+        try:
+            yield
+        finally:
+            for name in self._counts:
+                self.__dict__[name] = self._buffers.pop(name)
+
+    def named_buffers(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, Tensor]]:
+        """The buffers; of this module alone (``recurse=False``), also what is counted."""
+        yield from super().named_buffers(prefix, recurse, remove_duplicate)
+        if not recurse:
+            for name in (*self._counts, *self._saved):
+                yield f"{prefix}.{name}" if prefix else name, getattr(self, name)
 
     def __getattr__(self, name: str) -> Any:
         # Only for what is no ordinary attribute.
@@ -88,7 +119,8 @@ class Tables(nn.Module):
                 child._apply(fn)
         with on_host():
             before = {name: tensor.detach() for name, tensor in self._tensors()}
-        super()._apply(keep_dtype, recurse=False)
+        with self._counts_as_buffers():
+            super()._apply(keep_dtype, recurse=False)
         for name, now in self._tensors():
             if has_values(before[name]):
                 self._left.pop(name, None)  # a checkpoint has put others in its place since
@@ -101,15 +133,17 @@ class Tables(nn.Module):
         return self
 
     def _tensors(self) -> list[tuple[str, Tensor]]:
-        named = (*self._parameters.items(), *self._buffers.items())
-        return [(name, tensor) for name, tensor in named if tensor is not None]
+        counts = {name: getattr(self, name) for name in self._counts}
+        named = {**self._parameters, **self._buffers, **counts}
+        return [(name, tensor) for name, tensor in named.items() if tensor is not None]
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name in self._saved:
-            destination[prefix + name] = getattr(self, name)
+        for name in (*self._counts, *self._saved):
+            value = getattr(self, name)
+            destination[prefix + name] = value if keep_vars else value.detach()
 
     def _contradiction(self, saved: dict[str, Tensor]) -> str | None:
         """How a checkpoint contradicts the constructor's arguments, and the mend; None if not."""
@@ -133,7 +167,8 @@ class Tables(nn.Module):
         for name, own in self._tensors():
             if prefix + name in state_dict and name in saved:  # it replaces them with assign=True
                 state_dict[prefix + name] = state_dict[prefix + name].to(own.dtype)
-        super()._load_from_state_dict(state_dict, prefix, *more)
+        with self._counts_as_buffers():
+            super()._load_from_state_dict(state_dict, prefix, *more)
         assigns: bool = more[0].get("assign_to_params_buffers", False)
         if assigns and not has_values(self.device_marker):
             self._leave_meta([v.device for v in named.values() if isinstance(v, Tensor)])

@@ -19,7 +19,7 @@ WHOLE = 720_720
 
 
 class DomainState(Tables):
-    """Buffers, all on the device of the module; `DomainWeights` has the public face."""
+    """What is counted, on the device of the module; `DomainWeights` has the public face."""
 
     weights: Tensor  # [num_domains] float32, what goes to the loss
     average: Tensor  # [num_domains] float32, moving average before normalisation
@@ -43,15 +43,15 @@ class DomainState(Tables):
     def _register(self) -> None:
         """Nothing seen yet: every domain is as sparse as can be, and all weigh the same."""
         with on_host():
-            self.register_buffer("weights", torch.ones(self.num_domains, dtype=torch.float32))
+            self._register_count("weights", torch.ones(self.num_domains, dtype=torch.float32))
             average = torch.full((self.num_domains,), self.weight_range[1], dtype=torch.float32)
-            self.register_buffer("average", average)
+            self._register_count("average", average)
             for name in ("interactions", "shares", "users"):
-                self.register_buffer(name, torch.zeros(self.num_domains, dtype=torch.int64))
-            self.register_buffer("entropy", torch.zeros(self.num_domains, dtype=torch.float32))
+                self._register_count(name, torch.zeros(self.num_domains, dtype=torch.int64))
+            self._register_count("entropy", torch.zeros(self.num_domains, dtype=torch.float32))
             for name in ("num_users", "num_items", "steps"):
-                self.register_buffer(name, torch.zeros((), dtype=torch.int64))
-            self.register_buffer("arguments", self._arguments())
+                self._register_count(name, torch.zeros((), dtype=torch.int64))
+            self._register_count("arguments", self._arguments())
         self._settle()
 
     def sparsity(self) -> Tensor:

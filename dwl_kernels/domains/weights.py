@@ -15,7 +15,7 @@ from dwl_kernels.core.arguments import (
     number,
     several_numbers,
 )
-from dwl_kernels.core.batching import refuse_to_count
+from dwl_kernels.core.batching import counting
 from dwl_kernels.core.buffers import on_host
 from dwl_kernels.core.rows import mean_domain_weight
 from dwl_kernels.core.values import check_distinct, checks_values, has_values
@@ -39,19 +39,16 @@ class DomainWeights(DomainState):
     All domains start at weight 1. :meth:`from_interactions` measures all three parts of the
     sparsity at once; :meth:`update` streams domain ids during training and refreshes the counts
     and with them ``idf`` alone (users and entropy stay as measured offline, and have no say where
-    they never were). The state lives in buffers, so ``state_dict`` carries it: float buffers stay
-    float32 under ``.half()``, counts are int64. Constant weights follow from their argument and are
+    they never were). ``state_dict`` carries the state: averages stay float32 under ``.half()``,
+    counts are int64. Constant weights follow from their argument and are
     not in it. A checkpoint of another ``weight_range``, of other ``measures`` or of the other kind
     of weights raises.
 
-    An average of models must not hold an average of counts, rounded down at every update.
-    ``AveragedModel(model)`` copies them. With ``use_buffers=True`` it averages them and cannot be
-    told otherwise, so copy the state after every update::
-
-        averaged.update_parameters(model)
-        averaged.module.loss_fn.domain_weights.load_state_dict(
-            model.loss_fn.domain_weights.state_dict()
-        )
+    An average of models holds no average of counts: they are not among ``model.buffers()``, so
+    ``AveragedModel`` keeps those of the moment when it copied the model, with ``use_buffers=True``
+    too, and ``DistributedDataParallel`` broadcasts none. For those of today, copy the state,
+    ``averaged.module.loss_fn.domain_weights.load_state_dict(model.loss_fn.domain_weights.state_dict())``.
+    ``torch.func.functional_call`` takes them from ``state_dict()``, else the module's own count.
 
     ``average`` is the moving average, exactly within ``weight_range``. ``weights`` is ``average``
     divided by its mean over all interactions seen, so that the average example weighs 1 and the
@@ -264,7 +261,7 @@ class DomainWeights(DomainState):
         if isinstance(weights, Tensor) and has_values(values) and has_values(built.weights):
             built.to(values.device)
         built.fixed = True
-        del built.weights, built.average, built.arguments
+        built._forget_counts("weights", "average", "arguments")
         with on_host():
             for name in ("weights", "average"):
                 built._register_constant(name, values.clone())
@@ -289,11 +286,19 @@ class DomainWeights(DomainState):
         """
         ids = self._checked_ids(domain_ids)  # [B, G]
         mend = "call loss_fn.eval() and, outside of vmap, loss_fn.domain_weights.update(ids)"
-        refuse_to_count(ids, self.interactions, mend)
+        ids, where = counting(ids, self.interactions, mend)
+        with where:
+            self._update(ids)
+
+    def _update(
+        self,
+        ids: Tensor,  # [B, G] int64
+    ) -> None:
         if checks_values(ids):
             check_distinct("domain_ids", ids)
         rows = self._count(ids, (ids >= 0) & (ids < self.num_domains))
-        self.steps.add_(1)
+        # From `rows`: what depends on no input would run while `torch.export` traces, and count.
+        self.steps.add_(torch.ones_like(rows))
         if self.fixed:
             return
         if self.momentum:
