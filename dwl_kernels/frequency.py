@@ -8,18 +8,23 @@ them, and loading it into a module of another `seed` raises.
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from dwl_kernels.core.arguments import ids_on, integer, number
 from dwl_kernels.core.batching import counting
-from dwl_kernels.core.buffers import Tables, difference, on_host
+from dwl_kernels.core.buffers import difference, on_host
+from dwl_kernels.counts import Counts
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _MEND = "call update outside of vmap, with the ids of all slices or of one after the other"
 
 
-class StreamingFrequency(Tables):
+class StreamingFrequency(Counts):
     """Estimates how often an id occurs from the gaps between the batches that hold it.
 
     For every hash function, array A holds the step at which a bucket was last seen and array B
@@ -54,6 +59,10 @@ class StreamingFrequency(Tables):
             far.
         batch_size: ids in a batch, to get log-Q of one draw; if None, that of a batch.
         seed: chooses the hash functions.
+        process_group, sync_every: ranks whose batches of one step are one batch, exchanged at every
+            ``sync_every``-th update, ``sync_every`` bytes for each bucket of each hash, without a
+            wait for the device. All ranks must update equally often, if with no ids. Until an
+            exchange the estimates are those of the one before; see :meth:`sync`.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or outside its range.
@@ -85,8 +94,10 @@ class StreamingFrequency(Tables):
         initial_gap: float | None = None,
         batch_size: int | None = None,
         seed: int = 0,
+        process_group: ProcessGroup | None = None,
+        sync_every: int = 1,
     ) -> None:
-        super().__init__()
+        super().__init__(process_group, sync_every)
         self.num_buckets = integer("num_buckets", num_buckets, least=1)
         num_hashes = integer("num_hashes", num_hashes, least=1)
         size = self.num_buckets * num_hashes
@@ -132,8 +143,33 @@ class StreamingFrequency(Tables):
         self,
         bucket: Tensor,  # [H n]
     ) -> None:
+        if not self._alone():
+            self._see(bucket)
+            return
         # From `bucket`: what depends on no input would run while `torch.export` traces, and count.
         self.step.add_(bucket.new_ones(()))
+        self._step(bucket)
+
+    def _nothing_pending(self) -> Tensor:
+        return torch.zeros(self.sync_every, self.gap.numel(), dtype=torch.uint8)
+
+    def _keep(self, *seen: Tensor) -> None:
+        self._pending()[self.since_sync, seen[0]] = 1
+
+    def _apply_pending(self, pending: Tensor, updates: int) -> None:
+        before = self.gap, self.sightings, self.last_step
+        every = torch.arange(self.gap.numel(), device=pending.device)
+        for seen in pending[:updates].bool():
+            self.step += 1
+            kept = [tensor.clone() for tensor in before]
+            self._step(every)
+            for tensor, old in zip(before, kept, strict=True):
+                tensor.copy_(torch.where(seen, tensor, old))
+
+    def _step(
+        self,
+        bucket: Tensor,  # [n], those that were seen in this step
+    ) -> None:
         gap = self.gap[bucket]
         sightings = self.sightings[bucket] + 1
         rate: float | Tensor = self.learning_rate
@@ -192,7 +228,7 @@ class StreamingFrequency(Tables):
         return _flat_buckets(ids_on(self.seeds.device, ids), self.seeds, self.num_buckets)
 
 
-class CountMinSketch(Tables):
+class CountMinSketch(Counts):
     """Counts the ids of a stream in bounded memory.
 
     Every id adds one to a counter in each of ``depth`` rows, and its count is read from the
@@ -208,6 +244,10 @@ class CountMinSketch(Tables):
         width: counters per row.
         depth: rows, each with a hash function of its own.
         seed: chooses the hash functions.
+        process_group, sync_every: ranks whose counts are summed, exchanged at every
+            ``sync_every``-th update, ``8 (width depth + 1)`` bytes, without a wait for the device.
+            All ranks must update equally often, if with no ids. Until an exchange the counts are
+            those of the one before; see :meth:`sync`.
 
     Raises:
         TypeError, ValueError: ``width`` or ``depth`` is no positive integer, ``seed`` no integer.
@@ -227,8 +267,16 @@ class CountMinSketch(Tables):
     total: Tensor
     seeds: Tensor
 
-    def __init__(self, width: int, depth: int = 4, *, seed: int = 0) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        width: int,
+        depth: int = 4,
+        *,
+        seed: int = 0,
+        process_group: ProcessGroup | None = None,
+        sync_every: int = 1,
+    ) -> None:
+        super().__init__(process_group, sync_every)
         self.width = integer("width", width, least=1)
         depth = integer("depth", depth, least=1)
         size = self.width * depth
@@ -259,9 +307,25 @@ class CountMinSketch(Tables):
         self,
         bucket: Tensor,  # [depth, ...]
     ) -> None:
+        if not self._alone():
+            self._see(bucket)
+            return
         self.total.add_(bucket.new_full((), bucket[0].numel()))  # from `bucket`, as above
         bucket = bucket.flatten()
         self.counts.index_add_(0, bucket, torch.ones_like(bucket))
+
+    def _nothing_pending(self) -> Tensor:
+        return torch.zeros(self.counts.numel() + 1, dtype=torch.int64)
+
+    def _keep(self, *seen: Tensor) -> None:
+        (bucket,), pending = seen, self._pending()
+        pending[-1] += bucket[0].numel()
+        bucket = bucket.flatten()
+        pending.index_add_(0, bucket, torch.ones_like(bucket))
+
+    def _apply_pending(self, pending: Tensor, updates: int) -> None:
+        self.counts += pending[:-1]
+        self.total += pending[-1]
 
     def count(self, ids: Tensor) -> Tensor:
         """Estimated occurrences of each id, never too low.

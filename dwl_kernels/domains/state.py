@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -10,7 +11,9 @@ from torch import Tensor
 from dwl_kernels.core.arguments import (
     integers,
 )
-from dwl_kernels.core.buffers import Tables, difference, on_host
+from dwl_kernels.core.buffers import difference, on_host
+from dwl_kernels.core.values import check_distinct, checks_values
+from dwl_kernels.counts import Counts
 from dwl_kernels.domains.ids import check_range, dense, slots_of
 
 # An interaction with an item of G domains counts 1/G for each of them. Kept as integers in units
@@ -18,7 +21,10 @@ from dwl_kernels.domains.ids import check_range, dense, slots_of
 WHOLE = 720_720
 
 
-class DomainState(Tables):
+MOMENTUM_ROWS = 1024  # rows after which `momentum` of the old average is left
+
+
+class DomainState(Counts):
     """What is counted, on the device of the module; `DomainWeights` has the public face."""
 
     weights: Tensor  # [num_domains] float32, what goes to the loss
@@ -92,6 +98,8 @@ class DomainState(Tables):
         self,
         ids: Tensor,  # [B, G] int64
         counted: Tensor,  # [B, G] bool, within [0, num_domains)
+        interactions: Tensor,  # [num_domains] to be added to, like the next
+        shares: Tensor,  # [num_domains]
     ) -> Tensor:  # [] rows with a domain
         # One bin more takes what is not counted: no shape depends on the data, hence no sync.
         bins = torch.where(counted, ids, self.num_domains).flatten()
@@ -99,8 +107,8 @@ class DomainState(Tables):
             WHOLE, counted.sum(1, keepdim=True).clamp(min=1), rounding_mode="floor"
         )
         for total, amount in (
-            (self.interactions, torch.ones_like(ids)),
-            (self.shares, per_slot.expand_as(ids)),
+            (interactions, torch.ones_like(ids)),
+            (shares, per_slot.expand_as(ids)),
         ):
             new = total.new_zeros(self.num_domains + 1)
             total.add_(new.index_add_(0, bins, amount.flatten())[:-1])
@@ -140,6 +148,46 @@ class DomainState(Tables):
                 f"momentum={self.momentum}"
             )
         return f"{text}, start={self.start}, full={self.full}" if self.full else text
+
+    def _update(
+        self,
+        ids: Tensor,  # [B, G] int64
+    ) -> None:
+        if checks_values(ids):
+            check_distinct("domain_ids", ids)
+        counted = (ids >= 0) & (ids < self.num_domains)
+        if not self._alone():
+            self._see(ids, counted)
+            return
+        rows = self._count(ids, counted, self.interactions, self.shares)
+        # From `rows`: what depends on no input would run while `torch.export` traces, and count.
+        self.steps.add_(torch.ones_like(rows))
+        self._follow(rows)
+
+    def _nothing_pending(self) -> Tensor:
+        return torch.zeros(2 * self.num_domains + 1, dtype=torch.int64)
+
+    def _keep(self, *seen: Tensor) -> None:
+        ids, counted = seen
+        *totals, rows = self._pending().split((self.num_domains, self.num_domains, 1))
+        rows += self._count(ids, counted, *totals)
+
+    def _apply_pending(self, pending: Tensor, updates: int) -> None:
+        interactions, shares, rows = pending.split((self.num_domains, self.num_domains, 1))
+        self.interactions += interactions
+        self.shares += shares
+        self.steps += updates
+        self._follow(rows[0])
+
+    def _follow(self, rows: Tensor) -> None:
+        """Moves the average by so many rows, ``[]``, that were counted."""
+        if self.fixed:
+            return
+        if self.momentum:
+            # 1 - m^(rows / 1024); a few rows change so little that float32 needs expm1 for it.
+            self._move(-torch.expm1(rows.float() * (math.log(self.momentum) / MOMENTUM_ROWS)))
+        else:
+            self._move((rows > 0).float())
 
     def _move(self, share: float | Tensor) -> None:
         """The average goes this share of its way."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,7 +23,8 @@ from dwl_kernels.domains.ids import check_range, constant_weights, names_of, slo
 from dwl_kernels.domains.state import DomainState
 from dwl_kernels.domains.table import table_of
 
-MOMENTUM_ROWS = 1024  # rows after which `momentum` of the old average is left
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class DomainWeights(DomainState):
@@ -80,6 +81,11 @@ class DomainWeights(DomainState):
             weights go from one to the other in equal steps; ``full`` is ``start`` by default.
             ``(0, 0)`` weighs from the beginning, ``(0, n)`` ramps up, ``(n, n)`` is deferred: what
             is sparse is learned from all data first.
+        process_group, sync_every: Ranks whose counts are summed, in one exchange of
+            ``16 num_domains + 8`` bytes at every ``sync_every``-th update, without a wait for the
+            device. All ranks must update equally often, if with no rows. Until an exchange the
+            counts and weights are those of the one before, so they are the same on all ranks; see
+            :meth:`sync`. The module of a loss with a process group passes its own on.
 
     Raises:
         TypeError: if a size is no integer, a number none, or ``names`` no list.
@@ -108,8 +114,10 @@ class DomainWeights(DomainState):
         momentum: float = 0.99,
         start: int = 0,
         full: int | None = None,
+        process_group: ProcessGroup | None = None,
+        sync_every: int = 1,
     ) -> None:
-        super().__init__()
+        super().__init__(process_group, sync_every)
         num_domains = integer("num_domains", num_domains, least=1)
         wanted = (
             "three finite numbers (idf, users, entropy), none negative and at least one positive"
@@ -152,6 +160,8 @@ class DomainWeights(DomainState):
         momentum: float = 0.99,
         start: int = 0,
         full: int | None = None,
+        process_group: ProcessGroup | None = None,
+        sync_every: int = 1,
     ) -> DomainWeights:
         """Measure interactions, users and item entropy of every domain, and set the weights.
 
@@ -167,6 +177,7 @@ class DomainWeights(DomainState):
                 makes them of flags.
             num_domains: Number of domains; by default ``len(names)``, else the largest id plus 1.
             names, measures, weight_range, momentum, start, full: As for the class.
+            process_group, sync_every: Likewise; all ranks pass the same interactions.
 
         Returns:
             The weights, ``[num_domains]`` when called, on the device of the first tensor given.
@@ -187,6 +198,7 @@ class DomainWeights(DomainState):
         device = next((v.device for v in given.values() if isinstance(v, Tensor)), None)
         options: dict[str, Any] = {"measures": measures, "weight_range": weight_range}
         options |= {"momentum": momentum, "start": start, "full": full}
+        options |= {"process_group": process_group, "sync_every": sync_every}
         with on_host():
             measured = cls._measured(given, device, num_domains, names, options)
         if device is None or not has_values(torch.empty(0)):
@@ -221,7 +233,7 @@ class DomainWeights(DomainState):
         check_range("domains", slots, num_domains, "domains", always=True)
         labelled = (slots >= 0).any(1)
         slots = slots[labelled]
-        measured._count(slots, slots >= 0)
+        measured._count(slots, slots >= 0, measured.interactions, measured.shares)
         measured._measure(slots, *(columns[name][labelled] for name in ("users", "items")))
         measured._move(1.0)
         return measured
@@ -234,13 +246,15 @@ class DomainWeights(DomainState):
         names: Sequence[str] | None = None,
         start: int = 0,
         full: int | None = None,
+        process_group: ProcessGroup | None = None,
+        sync_every: int = 1,
     ) -> DomainWeights:
         """Weights that are given and not measured; :meth:`update` then only counts.
 
         Args:
             weights: ``[num_domains]`` numbers, finite and not negative, used as they are.
             names: Names for the printed table, one per domain.
-            start, full: As for the class.
+            start, full, process_group, sync_every: As for the class.
 
         Returns:
             The weights, ``[num_domains]`` when called.
@@ -257,7 +271,8 @@ class DomainWeights(DomainState):
             tensor([1., 2.])
         """
         values = constant_weights(weights)
-        built = cls(values.shape[0], names=names, start=start, full=full)
+        groups: dict[str, Any] = {"process_group": process_group, "sync_every": sync_every}
+        built = cls(values.shape[0], names=names, start=start, full=full, **groups)
         if isinstance(weights, Tensor) and has_values(values) and has_values(built.weights):
             built.to(values.device)
         built.fixed = True
@@ -289,23 +304,6 @@ class DomainWeights(DomainState):
         ids, where = counting(ids, self.interactions, mend)
         with where:
             self._update(ids)
-
-    def _update(
-        self,
-        ids: Tensor,  # [B, G] int64
-    ) -> None:
-        if checks_values(ids):
-            check_distinct("domain_ids", ids)
-        rows = self._count(ids, (ids >= 0) & (ids < self.num_domains))
-        # From `rows`: what depends on no input would run while `torch.export` traces, and count.
-        self.steps.add_(torch.ones_like(rows))
-        if self.fixed:
-            return
-        if self.momentum:
-            # 1 - m^(rows / 1024); a few rows change so little that float32 needs expm1 for it.
-            self._move(-torch.expm1(rows.float() * (math.log(self.momentum) / MOMENTUM_ROWS)))
-        else:
-            self._move((rows > 0).float())
 
     def forward(self) -> Tensor:
         """The weights of this step.

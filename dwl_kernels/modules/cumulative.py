@@ -122,6 +122,8 @@ class CumulativeCrossEntropy(WeightedLoss):
         self.ignore_index = integer("ignore_index", ignore_index)
         self.skip_threshold = checked_skip_threshold(skip_threshold)
         self.replicated_rows = flag("replicated_rows", replicated_rows)
+        if self.replicated_rows and self.domain_weights is not None:
+            self.domain_weights.process_group = None  # all ranks count the same rows
 
     def forward(
         self,

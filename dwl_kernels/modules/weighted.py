@@ -67,6 +67,8 @@ class WeightedLoss(Tables):
                 num_domains = _num_domains(table)
         weights = either("weights", weights, "domain_weights", domain_weights)
         self.domain_weights = _domain_weights(num_domains, weights)
+        if self.domain_weights is not None and self.domain_weights.process_group is None:
+            self.domain_weights.process_group = self.process_group
         if table is None:
             self.item_domains = None
         else:
