@@ -5,12 +5,11 @@
 On a machine with a GPU it is the time until the calls return, of a few steps at a time so that the
 queue of launches stays short.
 
-Without one it is no GPU figure. Backend "triton" then runs with a driver that only takes notes
-(`recorder`): validation, autograd, allocation and Triton's launcher run, the launch itself does
-not. Eager runs on the CPU at a size whose arithmetic takes nothing. What a launch costs in the
-driver is missing on both sides, once or twice in ours and for each of a dozen operations or more in
-eager, so that the ratio of ours to eager is an upper bound of that on a GPU's host, as far as the
-two hosts are alike.
+Without a GPU it is not a figure of one. Backend "triton" then runs with a driver that launches
+nothing (`recorder`): validation, autograd, allocation and Triton's launcher still run. Eager runs
+on the CPU, with so few numbers that its arithmetic takes no time. Launches in the driver are
+missing on both sides: one or two in ours, a dozen or more in eager. So the ratio of ours to eager
+can only be lower on the host of a GPU, as far as the two hosts are alike.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from benchmarks.speed.measure import quartiles
 from benchmarks.speed.shapes import LEVELS, Inputs, Kind, Level, Shape, random_inputs
 
 KINDS: tuple[Kind, ...] = ("in-batch", "shared")
-STEPS = 5  # of every round: they queue up few launches
+STEPS = 5  # of every round; more would fill the queue of launches
 ROUNDS = 400
 
 
@@ -62,9 +61,9 @@ def function_calls(run: Callable[[], object]) -> int:
 
 
 def measure(kind: Kind, level: Level, device: str, rounds: int = ROUNDS) -> dict[str, Any]:
-    """The steps in turn, in microseconds of one step until its calls return.
+    """Microseconds until the calls of one step return, of all versions in turn.
 
-    On a CPU in time of the thread, which does all of it: other processes disturb it less.
+    On a CPU it is processor time of the thread, which other processes disturb less.
     """
     x = inputs_of(kind, level, device)
     names = kernels("cuda") if device == "cuda" else ["triton"]
@@ -94,9 +93,9 @@ def measure(kind: Kind, level: Level, device: str, rounds: int = ROUNDS) -> dict
 
 
 def measure_public_ways(rounds: int = ROUNDS) -> dict[str, Any]:
-    """What a step takes where it goes PyTorch's and Triton's public ways, over one that does not.
+    """The time of a step that calls PyTorch or Triton the public way, over that of the direct way.
 
-    With the driver that takes notes; the steps in turn, as in `measure`.
+    With the driver that launches nothing, and the steps in turn as in `measure`.
     """
     from dwl_kernels import autograd
     from dwl_kernels.backends.triton import solve

@@ -75,7 +75,7 @@ def in_processes(
     Each process calls `before` first. Spawned ones find no functions of a package's `__main__`.
     """
     pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), before)
-    # Ctrl-C goes to all processes of a terminal. These inherit that they have none of it.
+    # Ctrl-C reaches all processes of a terminal; these inherit that they ignore it.
     usual = signal.signal(signal.SIGINT, signal.SIG_IGN)
     waiting = {pool.submit(function, *call): key for key, call in calls.items()}
     signal.signal(signal.SIGINT, usual)

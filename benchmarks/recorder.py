@@ -1,4 +1,4 @@
-"""A CUDA driver that only takes notes, so that Triton's launcher runs on a machine without a GPU.
+"""A CUDA driver that launches nothing, so that Triton's launcher runs on a machine without a GPU.
 
 Everything up to the driver's own launch happens: the kernels are compiled for compute capability
 9.0, the launcher unpacks its arguments and calls the driver. Tensors lie on the CPU.

@@ -59,7 +59,7 @@ def one(name: str, tiles: Tiles, fence: bool | None, lock: str, level: Level = "
             run(inputs)
         torch.cuda.synchronize()
     with open(lock) as turn:
-        fcntl.flock(turn, fcntl.LOCK_EX)  # the system gives it up where a process dies
+        fcntl.flock(turn, fcntl.LOCK_EX)  # the system releases the lock when a process dies
         if device == "cuda":
             from triton.testing import do_bench
 

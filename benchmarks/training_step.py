@@ -1,4 +1,4 @@
-"""What the loss is of a whole training step, with plain PyTorch and with this package.
+"""The share of the loss in a whole training step, with plain PyTorch and with this package.
 
 ``python -m benchmarks.training_step`` trains models of the sizes of MovieLens 1M on random ids: a
 step is the model, the loss, both backwards and Adam. The loss alone is timed on embeddings of the

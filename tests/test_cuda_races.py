@@ -71,7 +71,11 @@ ROW_LOSS = "static_cast<Number*>(call.row_loss)[row] = row_loss;"
     ("right", "wrong", "reported"),
     [
         # Barriers of the block, of the warp, of the grid; a copy that nobody waits for.
-        ("sync_block();\n    if (step + 1", "if (step + 1", "a race with .* of shared memory"),
+        (
+            "sync_block();\n    }\n    if (step + 1",
+            "}\n    if (step + 1",
+            "a race with .* of shared memory",
+        ),
         ("sync_block();\n}\n", "}\n", "a race with .* of shared memory"),
         ("wait_copies();", "", "a race with a copy in the background .* of shared memory"),
         ("  p.sync_team();\n}", "}", "a race with a write .* of shared memory"),

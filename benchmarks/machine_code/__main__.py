@@ -1,4 +1,4 @@
-"""Writes the tables of machine code; see the package. A change to a kernel is read off them."""
+"""Writes the tables of machine code; `git diff` of them shows what a change to a kernel costs."""
 
 from __future__ import annotations
 
@@ -27,8 +27,10 @@ Count = Callable[[Any], dict[str, Any]]
 def counted(
     precision: str, count: Count, rows: Sequence[Any], progress: Progress
 ) -> list[dict[str, Any]]:
-    """`count` of all rows, float32 products having that precision, in processes: Triton compiles
-    in one at a time."""
+    """`count` of all rows, with that precision of float32 products.
+
+    A process for each, since within one Triton compiles one kernel after the other.
+    """
     progress(f"Triton, 0 of {len(rows)}")
     calls = {number: (row,) for number, row in enumerate(rows)}
     before = partial(torch.set_float32_matmul_precision, precision)
@@ -40,7 +42,7 @@ def counted(
 
 
 def counted_cuda(rows: Sequence[cuda.Row], progress: Progress) -> list[dict[str, Any]]:
-    """The same of the CUDA kernel, whose compilers are processes of their own."""
+    """The same for the CUDA kernel. `nvcc` is a process anyway, so threads are enough."""
     progress(f"CUDA, 0 of {len(rows)}")
     done = []
 

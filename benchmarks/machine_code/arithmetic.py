@@ -1,9 +1,9 @@
 """What the machine code of a kernel promises on an H200: arithmetic, not a measurement.
 
-For every resource of a multiprocessor, the clocks that one element of the logits takes of it in all
-phases; the kernel cannot be faster than the largest. Programs side by side overlap the resources
-imperfectly: the prediction is the largest plus a quarter of the others, a guess that a measurement
-will correct.
+One element of the logits takes some clocks of each resource of a multiprocessor, in all phases
+together. The kernel cannot be faster than the largest of these numbers. Programs that run side by
+side use several resources at once, but not perfectly: the prediction is the largest number plus a
+quarter of the others. That quarter is a guess, to be replaced by a measurement.
 """
 
 from __future__ import annotations

@@ -15,8 +15,8 @@ from dwl_kernels.backends import compilers
 from dwl_kernels.backends.cuda import build as cuda_build
 from dwl_kernels.backends.cuda.variants import MATH, TF32, Math, Tiles, Variant, tiles
 
-# What multiplies, and how many such instructions a lane's logit takes for each column of D. Of
-# float32 one in eight multiplications is no FFMA.
+# The instruction that multiplies, and how many of them a logit of a lane takes per column of D. In
+# float32 one multiplication of eight is another instruction than FFMA.
 PRODUCT = {
     "BrainFloat": ("HMMA", 1 / 64),
     "Half": ("HMMA", 1 / 64),

@@ -14,7 +14,7 @@ import triton
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TENSOR = frozenset(("HMMA", "HGMMA", "UTCHMMA", "DMMA"))  # mma.sync, wgmma, tcgen05
-# An if around so many multiplications is a product, where no tensor core multiplies.
+# Without tensor cores: a branch around so many multiplications is a product.
 PRODUCT = 64
 
 
@@ -102,10 +102,13 @@ def innermost(loops: list[Span]) -> list[Span]:
 
 
 def main_loops(sass: str) -> list[dict[str, Any]]:
-    """Innermost loops with tensor instructions: what one turn executes, and its loads and stores
-    of spilled registers. `shortest` leaves out every block that a branch can skip."""
+    """What one turn of each innermost loop with tensor instructions executes.
+
+    And how many of these load or store spilled registers. `shortest` leaves out the blocks that a
+    branch can skip.
+    """
     code = Code(sass)
-    # Past the end lie waits for barriers, which branch back to where they came from: no loops.
+    # Waits for barriers stand behind the end and branch back to where they came from: no loops.
     end = max(at for at, name in enumerate(code.names) if name == "EXIT")
     found = []
     for loop in innermost([one for one in code.loops if one.last < end and code.multiplies(one)]):

@@ -24,7 +24,7 @@ from dwl_kernels.backends.triton.tiles import per_row
 from dwl_kernels.core.problem import GradMask, PerRowProblem, RowOptions
 
 B, K, V = 1024, 128, 4096
-WIDE = 8  # a gather of fewer loads, not 4 of 128 bits either, is that of the positives
+WIDE = 8  # a loop with fewer loads than this, of 128 bits too, gathers the positives
 
 
 def problem(d: int, dtype: torch.dtype, options: bool, reduction: str) -> PerRowProblem:
@@ -75,7 +75,7 @@ def sum_launch(d: int, dtype: torch.dtype) -> Launch:
 
 
 def gathers(sass: str) -> list[dict[str, Any]]:
-    """The innermost loops with loads of 128 bits, or without any those with most loads."""
+    """The innermost loops with loads of 128 bits; if there are none, those with most loads."""
     labels: dict[str, int] = {}
     code: list[str] = []
     for line in sass.splitlines():

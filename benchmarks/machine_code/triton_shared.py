@@ -67,7 +67,7 @@ def example(
 
 
 class Launch(NamedTuple):
-    """``kernel[grid](*arguments, **options)``: with the sources, what decides the machine code."""
+    """``kernel[grid](*arguments, **options)``. With the sources it decides the machine code."""
 
     arguments: tuple[Any, ...]
     options: dict[str, Any]
@@ -162,7 +162,7 @@ def count(row: Row) -> dict[str, Any]:
 
 
 def rows() -> list[Row]:
-    """On 9.0 every form at the usual widths; on others the plain one and the one with most on."""
+    """All forms at the usual widths on 9.0; elsewhere the plainest and the fullest one."""
     widths = (64, 128, 256)
     bf16, f16, f32 = torch.bfloat16, torch.float16, torch.float32
     found: list[Row] = [("sampled", d, bf16, False, 90, "mean") for d in (16, 32, *widths)]

@@ -1,7 +1,7 @@
 """The kernels of the wide form of the Triton backend, compiled: what an element of logits costs.
 
-Counts registers, stack and shared memory, and of every loop instructions, spills, and how wide it
-loads.
+Counts registers, stack and shared memory, and for every loop its instructions, its spills and the
+width of its loads.
 """
 
 from __future__ import annotations

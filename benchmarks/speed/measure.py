@@ -24,7 +24,7 @@ from dwl_kernels.backends.triton.launch import release
 WARM_UP = 2
 # Clocks that a GPU is kept busy for while a step is queued, 1 ms and more, and at most 0.1 s.
 HOLD, MOST_HOLD = 1 << 21, 1 << 27
-BATCHES = 3  # different inputs that take turns: the next round finds none of its own in a cache
+BATCHES = 3  # different inputs take turns, so that a round finds none of its own in a cache
 
 Round = Callable[[int], object]  # takes the number of the round
 
@@ -224,7 +224,7 @@ def work_on_gpu(run: Callable[[], object]) -> list[Any]:
     """The profiler's events of the kernels, copies and fills of a call."""
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        time.sleep(0.05)  # by the clock of the GPU, what comes at once may lie before the beginning
+        time.sleep(0.05)  # by the clock of the GPU, the first event may lie before the beginning
         run()
         torch.cuda.synchronize()
     return [event for event in profile.events() or () if is_work(event)]
