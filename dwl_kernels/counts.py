@@ -37,6 +37,7 @@ class Counts(Tables):
             self.process_group = group_of(process_group)
         self.sync_every = integer("sync_every", sync_every, least=1)
         self.since_sync = 0  # updates
+        self._agreed = False  # whether the ranks are known to count the same
 
     def sync(self) -> None:
         """Exchange now what the ranks have seen since the last exchange. All ranks must call it.
@@ -66,6 +67,12 @@ class Counts(Tables):
 
         assert self.process_group is not None
         pending = self._pending()
+        if not self._agreed:
+            from dwl_kernels.distributed.exchange import agree
+
+            same = {"counts": repr(self), "sync_every": self.sync_every, "size": pending.numel()}
+            agree(self.process_group, pending, lambda: (True, same, ()))
+            self._agreed = True
         op = dist.ReduceOp.SUM if pending.dtype == torch.int64 else dist.ReduceOp.MAX
         dist.all_reduce(pending, op=op, group=self.process_group.process_group)
         self._apply_pending(pending, self.since_sync)

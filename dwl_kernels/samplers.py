@@ -7,15 +7,17 @@ a `state_dict` holds nothing of them. Drawing and looking up never wait for the 
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from dwl_kernels.core.arguments import (
     check_order,
+    flag,
     ids_on,
     integer,
     number,
@@ -24,6 +26,9 @@ from dwl_kernels.core.arguments import (
 )
 from dwl_kernels.core.buffers import Tables, difference, on_host
 from dwl_kernels.core.values import checks_values, has_values
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 # Beyond this, float64 no longer tells the log-uniform borders of neighbouring ids apart, and the
 # remainder of a 62-bit random number is no longer uniform to 2^-14.
@@ -67,6 +72,44 @@ class _Sampler(Tables):
             )
         ids = self._draw(_shape(n), device, generator)
         return ids, self._log_probability(ids)
+
+    def generator(
+        self,
+        seed: int,
+        *,
+        process_group: ProcessGroup | None = None,
+        same_on_all_ranks: bool = False,
+    ) -> torch.Generator:
+        """A source of randomness for :meth:`sample`, on the sampler's device.
+
+        Args:
+            seed: any integer, the same on all ranks.
+            process_group: ranks that draw, each from a stream of its own.
+            same_on_all_ranks: whether all ranks draw the same instead, as the losses take it with
+                ``replicated_negatives=True``.
+
+        Returns:
+            A new generator; its ``get_state()`` goes into a checkpoint of its rank.
+
+        Raises:
+            TypeError: an argument of another type than named above.
+
+        Example:
+            >>> from dwl_kernels import UniformSampler
+            >>> sampler = UniformSampler(1000)
+            >>> generator = sampler.generator(seed=0)
+            >>> ids, log_q = sampler.sample(8, generator=generator)
+        """
+        seed, rank = integer("seed", seed), 0
+        if process_group is not None:
+            from dwl_kernels.distributed.group import Group
+
+            group = process_group if isinstance(process_group, Group) else Group(process_group)
+            rank = 0 if flag("same_on_all_ranks", same_on_all_ranks) else group.rank
+        # Hashed, because generators of neighbouring seeds and ranks must have nothing in common.
+        digest = hashlib.blake2b(f"{seed} {rank}".encode(), digest_size=8).digest()
+        source = torch.Generator(self.device_marker.device)
+        return source.manual_seed(int.from_bytes(digest, "little") >> 1)
 
     def log_q(self, ids: Tensor) -> Tensor:
         """Log-probability of one draw of each id.

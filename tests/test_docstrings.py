@@ -31,6 +31,7 @@ def methods(public: type) -> list[str]:
     """What the package, and not PyTorch, defines for users of a class."""
     own = [base for base in public.__mro__ if base.__module__.startswith("dwl_kernels")]
     names = {name for base in own for name in vars(base) if not name.startswith("_")}
+    names -= {"named_buffers"}  # PyTorch's, with what is counted
     return sorted(name for name in names if callable(getattr(public, name, None)))
 
 

@@ -74,7 +74,14 @@ class Tables(nn.Module):
     def named_buffers(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, Tensor]]:
-        """The buffers; of this module alone (``recurse=False``), also what is counted."""
+        """The buffers; of this module alone (``recurse=False``), also what is counted.
+
+        Args:
+            prefix, recurse, remove_duplicate: As for ``torch.nn.Module.named_buffers``.
+
+        Returns:
+            Pairs of a name and a tensor.
+        """
         yield from super().named_buffers(prefix, recurse, remove_duplicate)
         if not recurse:
             for name in (*self._counts, *self._saved):

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dwl_kernels import backends
 from dwl_kernels.autograd import loss_of, softmax_loss
 from dwl_kernels.core.arguments import flag
 from dwl_kernels.core.build import joined
@@ -45,10 +46,14 @@ def loss_across(
 ) -> Tensor:
     """The loss of a problem over the candidates of all ranks; `name` is that of the loss."""
     group = shared_how[0] if isinstance(shared_how[0], Group) else Group(shared_how[0])
-    across = Across(group, flag("ring", shared_how[1]), flag("replicated_negatives", shared_how[2]))
+    across = Across(group, *shared_how[1:])
 
     def local() -> tuple[tuple[Problem, Prepared], dict[str, Any], list[int]]:
+        flag("ring", across.ring)
+        flag("replicated_negatives", across.replicated_negatives)
         problem = build()
+        backends.check_name(backend)
+        backends.pick(backend, problem)  # raises if it cannot run
         if across.ring and getattr(problem, "dual", None) is not None:
             raise ValueError(
                 "ring=True does not go with the dual scale, whose weights need all candidates of a "
@@ -57,7 +62,7 @@ def loss_across(
         sizes = [len(problem.query), _shared(problem, across)]
         return (problem, prepare(problem, None)), _same(name, problem, across), sizes
 
-    (problem, prepared), sizes = agree(group, query.device, local)
+    (problem, prepared), sizes = agree(group, query, local)
     reduction: Reduction = problem.rows.reduction
     if group.size == 1:
         return loss_of(problem, query, backend, sparse_grad)
@@ -107,7 +112,6 @@ def _same(name: str, problem: Problem, across: Across) -> dict[str, Any]:
         "the options of the dual scale": problem.dual,
         "ring": across.ring,
         "replicated_negatives": across.replicated_negatives,
-        "whether candidates require a gradient": problem.candidates.requires_grad,
     }
 
 

@@ -28,14 +28,14 @@ Built = TypeVar("Built")
 
 def agree(
     group: Group,
-    device: torch.device,
+    query: Any,
     build: Callable[[], tuple[Built, Mapping[str, Any], Sequence[int]]],
 ) -> tuple[Built, list[list[int]]]:
     """What `build` makes of this rank's arguments, and the sizes of every rank, ``[ranks][3]``.
 
     `build` returns it with what must be the same on all ranks, by the names of the arguments, and
-    with up to three sizes. One exchange of 40 bytes a rank, which comes before all others, so that
-    no rank waits for one that has raised.
+    with up to three sizes; `query` says which device it is about. One exchange of 40 bytes a rank,
+    which comes before all others, so that no rank waits for one that has raised.
 
     Raises:
         ValueError: on all ranks, where something is not the same, naming the argument and the rank.
@@ -50,6 +50,7 @@ def agree(
         built, same, sizes = build()
     except Exception as caught:
         error = caught
+    device = query.device if isinstance(query, Tensor) else torch.device("cpu")
     digest = hashlib.blake2b(repr(sorted(same.items())).encode(), digest_size=8).digest()
     header = [int(error is not None), int.from_bytes(digest, "little", signed=True), *sizes]
     header += [0] * (2 + _SIZES - len(header))

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dwl_kernels import backends
 from dwl_kernels.autograd import softmax_loss
+from dwl_kernels.core.arguments import flag
 from dwl_kernels.core.build import (
     leave_out_no_items,
     per_row_problem,
@@ -99,11 +101,14 @@ def indexed_loss(
         same = same_of_rows("indexed_sampled_softmax_loss", problem)
         same["negatives"] = "shared, [N]" if draws.shared else "per row, [B, K]"
         same["whether table requires a gradient"] = shard.requires_grad
+        flag("replicated_rows", replicated_rows)
+        backends.check_name(backend)
+        backends.pick(backend, problem)  # raises if it cannot run
         same["replicated_rows"], same["sparse_grad"] = replicated_rows, sparse_grad
         sizes = [len(problem.query), len(shard), draws.most()]
         return (draws, problem, prepare(problem, None)), same, sizes
 
-    (draws, problem, prepared), sizes = agree(group, query.device, local)
+    (draws, problem, prepared), sizes = agree(group, query, local)
     items = [one[1] for one in sizes]
     for rank, (_, _, least) in enumerate(sizes):
         if least > sum(items):

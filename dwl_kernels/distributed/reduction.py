@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dwl_kernels.core.double_backward import once
-from dwl_kernels.core.problem import Problem, Reduction
+from dwl_kernels.core.problem import GradMask, Problem, Reduction
 from dwl_kernels.distributed.exchange import all_gather
 from dwl_kernels.distributed.group import Group
 
@@ -21,6 +21,8 @@ def same_of_rows(name: str, problem: Problem) -> dict[str, Any]:
     """What all ranks must agree on in every loss, by the names of the arguments."""
     rows, dim = problem.rows, problem.query.shape[1]
     weights = rows.domain_weights
+    sources = zip(GradMask._fields, problem.sources(), strict=True)
+    learned = [name for name, t in sources if t is not None and t.requires_grad]
     given = {
         "temperature": rows.temperature,
         "domain_weights": weights,
@@ -34,6 +36,8 @@ def same_of_rows(name: str, problem: Problem) -> dict[str, Any]:
         "temperature as a number": rows.tau,
         "num_domains": None if weights is None else len(weights),
         "torch.is_grad_enabled()": torch.is_grad_enabled(),
+        "arguments that require a gradient": learned,
+        "temperature per row": rows.temperature is not None and rows.temperature.dim() > 0,
         **{key: kind_of(tensor) for key, tensor in given.items()},
     }
 

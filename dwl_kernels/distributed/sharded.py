@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dwl_kernels import ops
+from dwl_kernels import backends, ops
+from dwl_kernels.core.arguments import flag
 from dwl_kernels.core.double_backward import once
 from dwl_kernels.core.problem import NO_ITEM, GradMask, RowOptions, SharedProblem
 from dwl_kernels.core.rows import Prepared, active_rows, divide, prepare
@@ -33,7 +34,7 @@ from dwl_kernels.distributed.exchange import (
     summed,
 )
 from dwl_kernels.distributed.group import Group
-from dwl_kernels.distributed.reduction import log_odds, same_of_rows, weighted, whole_loss
+from dwl_kernels.distributed.reduction import kind_of, log_odds, same_of_rows, weighted, whole_loss
 from dwl_kernels.gather import table_gradient
 
 _NOTHING = GradMask(*(False,) * len(GradMask._fields))
@@ -73,15 +74,14 @@ def full_loss(
         problem = build()
         same = same_of_rows("full_softmax_loss", problem)
         same["replicated_rows"] = replicated_rows
-        same["whether query and table require a gradient"] = (
-            problem.query.requires_grad,
-            problem.candidates.requires_grad,
-            problem.candidate_log_q is not None and problem.candidate_log_q.requires_grad,
-        )
+        same["bias"] = kind_of(problem.candidate_log_q)
+        flag("replicated_rows", replicated_rows)
+        backends.check_name(backend)
+        backends.pick(backend, problem)  # raises if it cannot run
         sizes = [len(problem.query), problem.num_candidates, _items_asked_for(problem)]
         return (problem, _prepared(problem)), same, sizes
 
-    (problem, prepared), sizes = agree(group, query.device, local)
+    (problem, prepared), sizes = agree(group, query, local)
     rows, items, asked = (tuple(one[i] for one in sizes) for i in range(3))
     if replicated_rows and len(set(rows)) > 1:
         raise ValueError(

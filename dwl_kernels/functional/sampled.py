@@ -85,6 +85,9 @@ def sampled_softmax_loss(
             ``w_i r_i l_i``. 0/0 is 0.
         backend: ``"auto"``, ``"triton"``, ``"cuda"``, ``"cpu"``, ``"chunked"`` or ``"eager"``;
             which of them work here, ``python -m dwl_kernels`` says.
+        process_group, ring, replicated_negatives: candidates of all ranks, as for
+            :func:`in_batch_softmax_loss`: here the negatives of all ranks, or with
+            ``replicated_negatives=True`` those that all ranks hold.
 
     Returns:
         The loss, ``[]``, or ``[B]`` (``[...]``) for ``"none"``: float32, or float64 for float64
@@ -187,13 +190,27 @@ def in_batch_softmax_loss(
             domains of the rows and what they weigh, as for :func:`sampled_softmax_loss`.
         example_weights, temperature: ``[B]``, and a number, ``[]`` or ``[B]``, likewise.
         correction, reduction, backend: as for :func:`sampled_softmax_loss`.
+        process_group: the ranks that the batch is spread over, a ``torch.distributed.ProcessGroup``
+            or a ``DeviceMesh`` of one dimension. The positives and negatives of all ranks are
+            candidates of every row, with their ids, log-Q and padding.
+        ring: whether candidates go round from rank to rank, so that no rank holds more than two
+            blocks of them: less memory, and a third more computation. Not for the dual scale.
+        replicated_negatives: whether all ranks pass the same ``negative``, which then counts once.
+
+    In a process group every rank returns the loss of all rows (for ``"none"`` its own rows), and
+    gradients are the number of ranks times those of one process that holds the whole batch, so
+    that the average over ranks, as ``DistributedDataParallel`` makes it, is exactly those. Ranks
+    may have different numbers of rows, or none. All ranks must call the loss, and its backward,
+    alike; what differs or is wrong raises on all of them. Compiled graphs break here. Every call
+    exchanges 40 bytes a rank before it begins.
 
     Returns:
         The loss, ``[]``, or ``[B]`` for ``"none"``, of the dtype that :func:`sampled_softmax_loss`
         gives.
 
     Raises:
-        TypeError, ValueError, IndexError, RuntimeError: as :func:`sampled_softmax_loss`.
+        TypeError, ValueError, IndexError, RuntimeError: as :func:`sampled_softmax_loss`; in a
+            process group RuntimeError too where another rank has raised, with its message.
 
     Source: Yi et al. 2019; mixed negatives as in arXiv 2205.04507.
 
@@ -289,6 +306,8 @@ def dual_scale_softmax_loss(
             domains of the rows and what they weigh, as for :func:`sampled_softmax_loss`.
         example_weights, temperature: ``[B]``, and a number, ``[]`` or ``[B]``, likewise.
         correction, reduction, backend: as for :func:`sampled_softmax_loss`.
+        process_group, replicated_negatives: candidates of all ranks, as for
+            :func:`in_batch_softmax_loss`; the means are over the rows of all ranks.
 
     Returns:
         The loss, ``[]``, or ``[B]`` for ``"none"``, of the dtype that :func:`sampled_softmax_loss`

@@ -68,7 +68,19 @@ def full_softmax_loss(
         skip_threshold: faster, less exact gradients: a block of (rows x items) may be left out of
             them when ``w_i p_iv < skip_threshold`` for every pair in it, with ``p_iv`` the
             probability of item ``v`` and ``w_i`` the weight of the row before the norm divides it.
-            The loss is exact, and the target's own entry always counts. 0 leaves nothing out.
+            The loss is exact, and the target's own entry always counts. 0 leaves nothing out, as
+            does a table in shards.
+        process_group: the ranks that the table is spread over. ``table`` (and ``bias``) are then
+            the shard of this rank: consecutive rows, in the order of the ranks, as many as you
+            like. A ``DTensor`` with ``Shard(0)`` needs no group. ``target`` is a row of the whole
+            table.
+        replicated_rows: whether all ranks pass the same rows, as in tensor parallelism; else each
+            passes rows of its own.
+
+    Of a table in shards no rank ever holds all. Every rank returns the loss of all rows, and the
+    gradient of its shard is the whole gradient of that part and needs no further reduction. Those
+    of the rows, averaged over ranks, are those of one process that holds all of it; with
+    ``replicated_rows`` they are that on every rank. See also :func:`in_batch_softmax_loss`.
 
     With ``epsilon = skip_threshold``, what is left out of ``dL/dz_iv`` is less than
     ``epsilon / norm`` per pair, hence
@@ -126,7 +138,7 @@ def full_softmax_loss(
         return loss_of(build(), query, backend)
     from dwl_kernels.distributed.sharded import full_loss
 
-    return full_loss(build, query, group, flag("replicated_rows", replicated_rows), backend)
+    return full_loss(build, query, group, replicated_rows, backend)
 
 
 def indexed_sampled_softmax_loss(
@@ -179,6 +191,9 @@ def indexed_sampled_softmax_loss(
             domains of the rows and what they weigh, as for :func:`sampled_softmax_loss`.
         example_weights, temperature: ``[B]``, and a number, ``[]`` or ``[B]``, likewise.
         correction, reduction, backend: as for :func:`sampled_softmax_loss`.
+        process_group, replicated_rows: a table that is spread over ranks, as for
+            :func:`full_softmax_loss`. A rank fetches the different rows that its ids name, once
+            each, from their owners.
 
     Returns:
         The loss, ``[]``, or ``[B]`` for ``"none"``, of the dtype that :func:`sampled_softmax_loss`
@@ -220,7 +235,6 @@ def indexed_sampled_softmax_loss(
     from dwl_kernels.distributed.indexed import indexed_loss
 
     shard, group = shard_of(table, process_group)
-    replicated_rows = flag("replicated_rows", replicated_rows)
     return indexed_loss(query, shard, *ids, group, replicated_rows=replicated_rows, **arguments)
 
 

@@ -175,8 +175,14 @@ class WeightedLoss(Tables):
             return check(), [size]
         from dwl_kernels.distributed.exchange import agree
 
-        device = query.device if isinstance(query, Tensor) else torch.device("cpu")
-        checked, sizes = agree(group, device, lambda: (check(), {}, (size,)))
+        weights = self.domain_weights
+        same = self._choices() | {
+            "process_group": None,  # each rank has a place of its own
+            "training mode": self.training,
+            "torch.is_grad_enabled()": torch.is_grad_enabled(),
+            "domain weights": None if weights is None else weights.extra_repr(),
+        }
+        checked, sizes = agree(group, query, lambda: (check(), same, (size,)))
         return checked, [size for size, *_ in sizes]
 
     def _domains_of_rows(
