@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dwl_kernels.core.arguments import integer
 from dwl_kernels.core.buffers import Tables, on_host
+from dwl_kernels.core.untraced import untraced
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -30,14 +31,30 @@ class Counts(Tables):
 
     def __init__(self, process_group: ProcessGroup | Group | None, sync_every: int) -> None:
         super().__init__()
-        self.process_group: Group | None = None
+        self._group: Group | None = None
+        self.process_group = process_group
+        self.sync_every = integer("sync_every", sync_every, least=1)
+        self.since_sync = 0  # updates
+
+    @property
+    def process_group(self) -> Group | None:
+        """The ranks whose counts are summed; it may be set at any time."""
+        return self._group
+
+    @process_group.setter
+    def process_group(self, process_group: ProcessGroup | Group | None) -> None:
         if process_group is not None:
             from dwl_kernels.distributed.group import group_of
 
-            self.process_group = group_of(process_group)
-        self.sync_every = integer("sync_every", sync_every, least=1)
-        self.since_sync = 0  # updates
+            process_group = group_of(process_group)
+        self._group = process_group
         self._agreed = False  # whether the ranks are known to count the same
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        if "pending" in self._constants:  # what was seen before is no part of what was loaded
+            self.pending.zero_()
+        self.since_sync = 0
 
     def sync(self) -> None:
         """Exchange now what the ranks have seen since the last exchange. All ranks must call it.
@@ -53,9 +70,11 @@ class Counts(Tables):
             )
         self._exchange()
 
-    @torch.compiler.disable
+    @untraced
     def _see(self, *seen: Tensor) -> None:
         """An update in a process group."""
+        assert self.process_group is not None
+        _ = self.process_group.process_group  # raises where a pickle has left it behind
         self._keep(*seen)
         self.since_sync += 1
         if self.since_sync >= self.sync_every:

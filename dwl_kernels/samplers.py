@@ -105,7 +105,7 @@ class _Sampler(Tables):
             from dwl_kernels.distributed.group import Group
 
             group = process_group if isinstance(process_group, Group) else Group(process_group)
-            rank = 0 if flag("same_on_all_ranks", same_on_all_ranks) else group.rank
+            rank = 0 if flag("same_on_all_ranks", same_on_all_ranks) else group.rank + 1
         # Hashed, because generators of neighbouring seeds and ranks must have nothing in common.
         digest = hashlib.blake2b(f"{seed} {rank}".encode(), digest_size=8).digest()
         source = torch.Generator(self.device_marker.device)

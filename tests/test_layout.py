@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -87,3 +89,9 @@ def test_files_say_what_they_are_and_end() -> None:
                 text = path.read_text()
                 assert text.startswith(kinds[path.suffix]), path
                 assert text.count("\n") <= 400, path
+
+
+def test_import_leaves_the_compiler_of_torch_alone() -> None:
+    """It takes seconds. Asked in a process of its own, since tests compile."""
+    script = "import sys, dwl_kernels; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT).returncode == 0

@@ -60,7 +60,9 @@ def test_statistics_of_every_case_are_the_formula(backend: str, known: cases.Cas
     compare(known.kind, detached(known.inputs(torch.float64)), backend, 1e-11)
 
 
-@pytest.mark.parametrize("known", [c for c in KNOWN if "everything" in c.name], ids=str)
+@pytest.mark.parametrize(
+    "known", [c for c in KNOWN if "everything" in c.name], ids=lambda c: c.name
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_narrow_dtypes_keep_ranks(backend: str, known: cases.Case, dtype: torch.dtype) -> None:
     if (backend, dtype) == ("cpu", torch.float16):

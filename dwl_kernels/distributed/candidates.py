@@ -20,6 +20,7 @@ from dwl_kernels.core.build import joined
 from dwl_kernels.core.double_backward import once
 from dwl_kernels.core.problem import Problem, Reduction, SharedProblem
 from dwl_kernels.core.rows import Prepared, prepare
+from dwl_kernels.core.untraced import untraced
 from dwl_kernels.distributed import dual, ring
 from dwl_kernels.distributed.exchange import agree, gathered_blocks, summed
 from dwl_kernels.distributed.group import Group
@@ -35,7 +36,7 @@ class Across(NamedTuple):
     replicated_negatives: bool = False  # whether all ranks hold the same ones
 
 
-@torch.compiler.disable
+@untraced
 def loss_across(
     name: str,
     build: Callable[[], Problem],

@@ -22,6 +22,7 @@ from dwl_kernels.core.build import (
 )
 from dwl_kernels.core.problem import NO_ITEM, Problem
 from dwl_kernels.core.rows import Prepared, prepare
+from dwl_kernels.core.untraced import untraced
 from dwl_kernels.core.values import checks_values
 from dwl_kernels.distributed.exchange import agree
 from dwl_kernels.distributed.group import Group
@@ -78,7 +79,7 @@ class _Draws:
         return sampled_problem(self.query, positive, negative, **named, **self.row_arguments)
 
 
-@torch.compiler.disable
+@untraced
 def indexed_loss(
     query: Tensor,
     shard: Tensor,  # [V_r, D]

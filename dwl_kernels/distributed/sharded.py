@@ -24,6 +24,7 @@ from dwl_kernels.core.arguments import flag
 from dwl_kernels.core.double_backward import once
 from dwl_kernels.core.problem import NO_ITEM, GradMask, RowOptions, SharedProblem
 from dwl_kernels.core.rows import Prepared, active_rows, divide, prepare
+from dwl_kernels.core.untraced import untraced
 from dwl_kernels.core.values import checks_values, no_autocast
 from dwl_kernels.distributed.exchange import (
     agree,
@@ -60,7 +61,7 @@ class Shards(NamedTuple):
         return slice(first, first + self.rows[self.group.rank])
 
 
-@torch.compiler.disable
+@untraced
 def full_loss(
     build: Callable[[], SharedProblem],
     query: Tensor,

@@ -152,6 +152,7 @@ class DomainState(Counts):
     def _update(
         self,
         ids: Tensor,  # [B, G] int64
+        counted_step: Tensor | None = None,  # [] 0 where this is a second run; else a step
     ) -> None:
         if checks_values(ids):
             check_distinct("domain_ids", ids)
@@ -161,7 +162,7 @@ class DomainState(Counts):
             return
         rows = self._count(ids, counted, self.interactions, self.shares)
         # From `rows`: what depends on no input would run while `torch.export` traces, and count.
-        self.steps.add_(torch.ones_like(rows))
+        self.steps.add_(torch.ones_like(rows) if counted_step is None else counted_step)
         self._follow(rows)
 
     def _nothing_pending(self) -> Tensor:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
+from dwl_kernels.core.untraced import untraced
 from dwl_kernels.core.values import no_autocast
 from dwl_kernels.domains import DomainWeights
 
@@ -51,18 +52,29 @@ class Runs:
         """The weights of a forward in training mode, whose rows count in its first run."""
         recording = torch.is_grad_enabled()
         ids, query = domain_ids.detach(), query.detach()
+        if domain_weights.process_group is not None:
+            return self._weigh_apart(domain_weights, ids, query, recording)
         if not torch.compiler.is_compiling():
-            if _counts(recording):
-                domain_weights.update(ids)
-            weights = domain_weights()
-            return weights if domain_weights.fixed else self.settle(weights, ids, query, recording)
+            return self._weigh(domain_weights, ids, query, recording)
         # What is known only when the graph runs, the ops find out.
-        domain_weights.update(torch.ops.dwl_kernels.rows_to_count(ids, recording))
+        ids_to_count, counted = torch.ops.dwl_kernels.rows_to_count(ids, recording)
+        domain_weights._update(domain_weights._checked_ids(ids_to_count), counted)
         weights = domain_weights()
         if domain_weights.fixed:
             return weights
         call = (weights, ids, query, self.handle, recording)
         return torch.ops.dwl_kernels.weights_of_run(*call)
+
+    def _weigh(
+        self, domain_weights: DomainWeights, ids: Tensor, query: Tensor, recording: bool
+    ) -> Tensor:
+        if _counts(recording):
+            domain_weights.update(ids)
+        weights = domain_weights()
+        return weights if domain_weights.fixed else self.settle(weights, ids, query, recording)
+
+    # A second run must not take part in an exchange of ranks, which no graph can decide.
+    _weigh_apart = untraced(_weigh)
 
     @torch.no_grad()
     def settle(self, weights: Tensor, ids: Tensor, query: Tensor, recording: bool) -> Tensor:
@@ -159,8 +171,10 @@ def _traits(
 # The same questions, asked by a compiled graph when it runs.
 
 
-def _rows_to_count(ids: Tensor, recording: bool) -> Tensor:
-    return ids.clone() if _counts(recording) else torch.full_like(ids, -1)
+def _rows_to_count(ids: Tensor, recording: bool) -> tuple[Tensor, Tensor]:
+    counts = _counts(recording)
+    counted = torch.full((), int(counts), dtype=torch.int64, device=ids.device)
+    return ids.clone() if counts else torch.full_like(ids, -1), counted
 
 
 def _weights_of_run(
@@ -173,9 +187,9 @@ def _weights_of_run(
 _library = torch.library.Library("dwl_kernels", "FRAGMENT")
 for _schema, _op, _fake in (
     (
-        "rows_to_count(Tensor ids, bool recording) -> Tensor",
+        "rows_to_count(Tensor ids, bool recording) -> (Tensor, Tensor)",
         _rows_to_count,
-        lambda ids, recording: torch.empty_like(ids),
+        lambda ids, recording: (torch.empty_like(ids), ids.new_empty((), dtype=torch.int64)),
     ),
     (
         "weights_of_run(Tensor weights, Tensor ids, Tensor query, int handle, bool recording) "

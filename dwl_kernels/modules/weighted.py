@@ -53,11 +53,8 @@ class WeightedLoss(Tables):
         process_group: ProcessGroup | None,
     ) -> None:
         super().__init__()
-        self.process_group: Group | None = None
-        if process_group is not None:
-            from dwl_kernels.distributed.group import group_of
-
-            self.process_group = group_of(process_group)
+        self._group: Group | None = None
+        self.process_group = process_group
         learn_temperature = flag("learn_temperature", learn_temperature)
         normalize = flag("normalize", normalize)
         calibration = number("calibration", calibration, "a number in [0, 1]")
@@ -110,6 +107,19 @@ class WeightedLoss(Tables):
         given = item_domains if isinstance(item_domains, Tensor) else self.device_marker
         if has_values(given) and has_values(self.device_marker):
             self.device_marker = self.device_marker.to(given.device)
+
+    @property
+    def process_group(self) -> Group | None:
+        """The ranks that share a batch or a table; it may be set at any time."""
+        return self._group
+
+    @process_group.setter
+    def process_group(self, process_group: ProcessGroup | Group | None) -> None:
+        if process_group is not None:
+            from dwl_kernels.distributed.group import group_of
+
+            process_group = group_of(process_group)
+        self._group = process_group
 
     @property
     def temperature(self) -> float | Tensor:
