@@ -151,6 +151,14 @@ def softmax_statistics(
     bound.apply_defaults()
     given = bound.arguments
     check_name(given["backend"])
+    # Statistics are of one process: what other ranks hold is not looked at.
+    if given.pop("process_group") is not None:
+        raise ValueError(
+            "softmax_statistics takes no process_group; leave it out for the statistics of the rows "
+            "among the candidates of this rank"
+        )
+    for name in ("ring", "replicated_negatives", "replicated_rows"):
+        given.pop(name, None)
     with torch.no_grad():
         found = ops.softmax_statistics(build(**given), given["backend"])
     leading = given["query"].shape[:-1]
