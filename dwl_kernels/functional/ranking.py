@@ -154,8 +154,8 @@ def softmax_statistics(
     # Statistics are of one process: what other ranks hold is not looked at.
     if given.pop("process_group") is not None:
         raise ValueError(
-            "softmax_statistics takes no process_group; leave it out for the statistics of the rows "
-            "among the candidates of this rank"
+            "softmax_statistics takes no process_group; leave it out for the statistics of the "
+            "rows among the candidates of this rank"
         )
     for name in ("ring", "replicated_negatives", "replicated_rows"):
         given.pop(name, None)
