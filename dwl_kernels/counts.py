@@ -24,21 +24,17 @@ if TYPE_CHECKING:
 _warned: list[bool] = []
 
 
-class Counts(Tables):
-    """Counts that are exchanged every `sync_every` updates where there is a process group."""
+class InGroup(Tables):
+    """A module that may lie on the ranks of a process group."""
 
-    pending: Tensor  # of the subclass's own shape; what this rank saw since the last exchange
-
-    def __init__(self, process_group: ProcessGroup | Group | None, sync_every: int) -> None:
+    def __init__(self, process_group: ProcessGroup | Group | None) -> None:
         super().__init__()
         self._group: Group | None = None
         self.process_group = process_group
-        self.sync_every = integer("sync_every", sync_every, least=1)
-        self.since_sync = 0  # updates
 
     @property
     def process_group(self) -> Group | None:
-        """The ranks whose counts are summed; it may be set at any time."""
+        """The ranks that share a batch, a table or counts; it may be set at any time."""
         return self._group
 
     @process_group.setter
@@ -47,7 +43,24 @@ class Counts(Tables):
             from dwl_kernels.distributed.group import group_of
 
             process_group = group_of(process_group)
-        self._group = process_group
+        self._set_group(process_group)
+
+    def _set_group(self, group: Group | None) -> None:
+        self._group = group
+
+
+class Counts(InGroup):
+    """Counts that are exchanged every `sync_every` updates where there is a process group."""
+
+    pending: Tensor  # of the subclass's own shape; what this rank saw since the last exchange
+
+    def __init__(self, process_group: ProcessGroup | Group | None, sync_every: int) -> None:
+        super().__init__(process_group)
+        self.sync_every = integer("sync_every", sync_every, least=1)
+        self.since_sync = 0  # updates
+
+    def _set_group(self, group: Group | None) -> None:
+        super()._set_group(group)
         self._agreed = False  # whether the ranks are known to count the same
 
     def _load_from_state_dict(self, *arguments: Any) -> None:

@@ -111,6 +111,9 @@ def test_broadcast_of_buffers_leaves_counts_alone(two_ranks):
 def warned() -> list[str]:
     import warnings
 
+    from dwl_kernels import counts
+
+    counts._warned.clear()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(2):
@@ -120,5 +123,52 @@ def warned() -> list[str]:
 
 def test_counting_alone_among_others_warns_once(two_ranks):
     for messages in two_ranks(warned):
-        assert len(messages) <= 1
-        assert all("counts what this rank sees alone" in message for message in messages)
+        assert len(messages) == 1
+        assert "DomainWeights counts what this rank sees alone" in messages[0]
+
+
+def set_later() -> list[Any]:
+    loss_fn = DynamicWeightedSampledSoftmax(3)
+    loss_fn.process_group = dist.group.WORLD
+    query = torch.eye(4)
+    loss_fn(query, query, domain_ids=torch.arange(4) % (dist.get_rank() + 2))
+    counted = loss_fn.domain_weights.interactions.tolist()
+    own = DomainWeights(3, process_group=dist.group.WORLD)
+    kept = DynamicWeightedSampledSoftmax(weights=own)
+    kept.process_group = dist.group.WORLD
+    return [counted, kept.domain_weights.process_group is own.process_group]
+
+
+def test_group_of_a_loss_may_be_set_later(two_ranks):
+    for counted, kept in two_ranks(set_later):
+        assert counted == [4, 3, 1]
+        assert kept
+
+
+def resumed() -> list[int]:
+    weights = DomainWeights(3, process_group=dist.group.WORLD, sync_every=2)
+    state = weights.state_dict()
+    weights.update(torch.tensor([0]))
+    weights.load_state_dict(state)
+    for _ in range(2):
+        weights.update(torch.tensor([1]))
+    return weights.interactions.tolist()
+
+
+def test_loading_forgets_what_was_pending(two_ranks):
+    assert two_ranks(resumed) == [[0, 4, 0], [0, 4, 0]]
+
+
+def unlike() -> str:
+    counts = CountMinSketch(64 + dist.get_rank(), process_group=dist.group.WORLD)
+    try:
+        counts.update(torch.tensor([1]))
+    except ValueError as problem:
+        return str(problem)
+    return "nothing"
+
+
+def test_counts_of_other_sizes_raise_on_all_ranks(two_ranks):
+    for message in two_ranks(unlike, seconds=20.0):
+        assert "width=64" in message
+        assert "width=65" in message

@@ -242,9 +242,16 @@ class DynamicWeightedSampledSoftmax(WeightedLoss):
             return loss_of(build(), query, self.backend, self.sparse_grad)
         from dwl_kernels.distributed.candidates import loss_across
 
-        across = self.process_group, self.ring, self.replicated_negatives
-        name, options = type(self).__name__, (self.backend, self.sparse_grad)
-        return loss_across(name, build, query, across, *options)
+        return loss_across(
+            type(self).__name__,
+            build,
+            query,
+            self.process_group,
+            self.backend,
+            ring=self.ring,
+            replicated_negatives=self.replicated_negatives,
+            sparse_grad=self.sparse_grad,
+        )
 
     def _checked(self, embeddings: tuple[Any, ...], given: Given) -> Call:
         """What the arguments of `forward` ask for."""

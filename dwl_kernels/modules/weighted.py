@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from dwl_kernels.backends import Backend, check_name
 from dwl_kernels.core.arguments import check_order, flag, integer, integers, number
-from dwl_kernels.core.buffers import Tables, on_host
+from dwl_kernels.core.buffers import on_host
 from dwl_kernels.core.checks import check_choice, either
 from dwl_kernels.core.problem import Reduction
 from dwl_kernels.core.rows import mean_domain_weight
 from dwl_kernels.core.values import check_distinct, checks_values, has_values
+from dwl_kernels.counts import InGroup
 from dwl_kernels.domains import DomainWeights
 from dwl_kernels.domains.ids import check_range
 from dwl_kernels.modules.checks import check_rows
@@ -32,7 +33,7 @@ Checked = TypeVar("Checked")
 TEMPERATURE_RANGE = (0.005, 50.0)
 
 
-class WeightedLoss(Tables):
+class WeightedLoss(InGroup):
     """A loss whose rows weigh what their domains need. The modules say what the options mean."""
 
     item_domains: Tensor | None  # [V, G] int64
@@ -52,9 +53,7 @@ class WeightedLoss(Tables):
         backend: Backend,
         process_group: ProcessGroup | None,
     ) -> None:
-        super().__init__()
-        self._group: Group | None = None
-        self.process_group = process_group
+        super().__init__(process_group)
         learn_temperature = flag("learn_temperature", learn_temperature)
         normalize = flag("normalize", normalize)
         calibration = number("calibration", calibration, "a number in [0, 1]")
@@ -108,18 +107,13 @@ class WeightedLoss(Tables):
         if has_values(given) and has_values(self.device_marker):
             self.device_marker = self.device_marker.to(given.device)
 
-    @property
-    def process_group(self) -> Group | None:
-        """The ranks that share a batch or a table; it may be set at any time."""
-        return self._group
-
-    @process_group.setter
-    def process_group(self, process_group: ProcessGroup | Group | None) -> None:
-        if process_group is not None:
-            from dwl_kernels.distributed.group import group_of
-
-            process_group = group_of(process_group)
-        self._group = process_group
+    def _set_group(self, group: Group | None) -> None:
+        """Domains are counted over the ranks of the loss, unless their weights have others."""
+        weights = getattr(self, "domain_weights", None)
+        replicated = getattr(self, "replicated_rows", False)
+        if weights is not None and weights.process_group is self._group and not replicated:
+            weights.process_group = group
+        super()._set_group(group)
 
     @property
     def temperature(self) -> float | Tensor:
