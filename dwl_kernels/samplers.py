@@ -102,9 +102,10 @@ class _Sampler(Tables):
         """
         seed, rank = integer("seed", seed), 0
         if process_group is not None:
-            from dwl_kernels.distributed.group import Group
+            from dwl_kernels.distributed.group import group_of
 
-            group = process_group if isinstance(process_group, Group) else Group(process_group)
+            group = group_of(process_group)
+            assert group is not None
             rank = 0 if flag("same_on_all_ranks", same_on_all_ranks) else group.rank + 1
         # Hashed, because generators of neighbouring seeds and ranks must have nothing in common.
         digest = hashlib.blake2b(f"{seed} {rank}".encode(), digest_size=8).digest()

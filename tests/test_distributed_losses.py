@@ -245,21 +245,26 @@ class Counter:
         self.sent: list[int] = []
 
     def __enter__(self) -> Counter:
-        ranks = dist.get_world_size()
-        gather = "all_gather_single" if hasattr(dist, "all_gather_single") else None
-        gather = gather or "all_gather_into_tensor"
-        self.kept = {name: getattr(dist, name) for name in (gather, "all_to_all_single")}
+        ranks, rank = dist.get_world_size(), dist.get_rank()
+        gather = "all_gather_single"
+        gather = gather if hasattr(dist, gather) else "all_gather_into_tensor"
+        names = gather, "all_to_all_single", "batch_isend_irecv"
+        self.kept = {name: getattr(dist, name) for name in names}
 
         def gathered(every: Tensor, own: Tensor, **more: Any) -> Any:
             self.sent.append(own.nbytes * (ranks - 1))
             return self.kept[gather](every, own, **more)
 
         def exchanged(taken: Tensor, given: Tensor, received: Any, sent: Any, **more: Any) -> Any:
-            self.sent.append(sum(sent) - sent[dist.get_rank()])
+            self.sent.append(sum(sent) - sent[rank])
             return self.kept["all_to_all_single"](taken, given, received, sent, **more)
 
-        setattr(dist, gather, gathered)
-        dist.all_to_all_single = exchanged
+        def passed_on(moves: list[Any]) -> Any:
+            self.sent += [move.tensor.nbytes for move in moves if move.op is dist.isend]
+            return self.kept["batch_isend_irecv"](moves)
+
+        for name, function in zip(names, (gathered, exchanged, passed_on), strict=True):
+            setattr(dist, name, function)
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -267,22 +272,25 @@ class Counter:
             setattr(dist, name, function)
 
 
-ROWS, DIM, ITEMS = 6, 8, 10
+ROWS, DIM, ITEMS = 6, 8, 10  # of every rank
+IDS = [0, 3, 3, 9, 11, 19]
 
 
 def bytes_of(how: str) -> tuple[list[int], list[int]]:
     """Bytes of the forward and of the backward."""
     query, positive = (torch.randn(ROWS, DIM).requires_grad_() for _ in range(2))
-    group = dist.group.WORLD
+    table = torch.randn(ITEMS, DIM).requires_grad_()
+    group: dict[str, Any] = {"process_group": dist.group.WORLD}
     with Counter() as forward:
-        if how == "gathered":
+        if how in ("gathered", "ring"):
             log_q, ids = torch.full((ROWS,), -1.0), torch.arange(ROWS)
-            options: dict[str, Any] = {"log_q": log_q, "ids": ids, "process_group": group}
+            options = {"log_q": log_q, "ids": ids, "ring": how == "ring", **group}
             loss = dwl_kernels.in_batch_softmax_loss(query, positive, **options)
+        elif how == "sharded":
+            loss = dwl_kernels.full_softmax_loss(query, table, torch.arange(ROWS), **group)
         else:
-            table = torch.randn(ITEMS, DIM).requires_grad_()
-            target = torch.arange(ROWS)
-            loss = dwl_kernels.full_softmax_loss(query, table, target, process_group=group)
+            ids = torch.tensor(IDS)
+            loss = dwl_kernels.indexed_sampled_softmax_loss(query, table, ids, ids[:2], **group)
     with Counter() as backward:
         loss.backward()
     return forward.sent, backward.sent
@@ -292,18 +300,38 @@ def aligned(size: int) -> int:
     return math.ceil(size / 16) * 16
 
 
-def test_bytes_sent_are_those_of_the_formulas(ranks):
-    others = ranks.size - 1
-    block = aligned(ROWS * DIM * 4) + aligned(ROWS * 8) + aligned(ROWS * 4)
+@pytest.mark.parametrize("how", ["gathered", "ring", "sharded", "indexed"])
+def test_bytes_sent_are_those_of_the_formulas(ranks, how):
+    """The formulas of the README, in which a block of a tensor ends at a multiple of 16 bytes."""
+    others, embedded = ranks.size - 1, ROWS * DIM * 4
     header, scalars = 40 * others, 16 * others
-    for found in ranks(bytes_of, "gathered"):
-        assert found == ([header, block * others, scalars], [ROWS * DIM * 4 * others])
-    block = aligned(ROWS * DIM * 4) + aligned(ROWS * 8)
-    pairs = ROWS * 16 * others
-    for found in ranks(bytes_of, "sharded"):
-        assert found == (
-            [header, block * others, pairs, scalars],
-            [aligned(ROWS * 16) * others, ROWS * DIM * 4 * others],
+    block = aligned(embedded) + aligned(ROWS * 8)
+    log_q, pairs = aligned(ROWS * 4), ROWS * 16
+    asked = [[ids for ids in {*IDS} if ids // ITEMS == rank] for rank in range(ranks.size)]
+    for rank, found in enumerate(ranks(bytes_of, how)):
+        elsewhere = sum(len(ids) for r, ids in enumerate(asked) if r != rank)
+        counts, row = aligned(ranks.size * 8) * others, DIM * 4
+        sent = len(asked[rank]) * others  # rows of this shard that the others want
+        assert (
+            found
+            == {
+                "gathered": (
+                    [header, (block + log_q) * others, scalars],
+                    [embedded * others],
+                ),
+                "ring": (
+                    [header, *[block + log_q] * others, scalars],
+                    [*[block + log_q, embedded] * others, embedded],
+                ),
+                "sharded": (
+                    [header, block * others, pairs * others, scalars],
+                    [aligned(pairs) * others, embedded * others],
+                ),
+                "indexed": (
+                    [header, counts, elsewhere * 8, sent * row, scalars],
+                    [elsewhere * row],
+                ),
+            }[how]
         )
 
 
@@ -396,6 +424,44 @@ def sequence() -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
     target = torch.randint(0, 11, (6, 4), generator=generator)
     target[:, -1] = -100
     return states, table, target, {"item_domains": torch.arange(11) % 3, "temperature": 0.7}
+
+
+def with_dtensor() -> list[Tensor]:
+    """Losses of a table that is a DTensor, and its gradients, whole."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    states, table, target, _ = sequence()
+    found = []
+    for per_row in (False, True):
+        shard = distribute_tensor(table, mesh, [Shard(0)]).requires_grad_()
+        loss = loss_of_table(states[:, 0], shard, target[:, 0], per_row)
+        loss.backward()
+        found += [loss.detach(), shard.grad.full_tensor()]
+    whole = distribute_tensor(table, mesh, [Replicate()])
+    with pytest.raises(TypeError, match=r"table is a DTensor; pass all of it, table\.full_tensor"):
+        loss_of_table(states[:, 0], whole, target[:, 0], False)
+    return found
+
+
+def loss_of_table(query: Tensor, table: Tensor, target: Tensor, per_row: bool) -> Tensor:
+    if not per_row:
+        return dwl_kernels.full_softmax_loss(query, table, target)
+    negative = (target[:, None] + torch.arange(1, 4)) % 11
+    return dwl_kernels.indexed_sampled_softmax_loss(query, table, target, negative)
+
+
+def test_functions_take_a_dtensor(two_ranks):
+    states, table, target, _ = sequence()
+    wanted = []
+    for per_row in (False, True):
+        leaf = table.clone().requires_grad_()
+        loss = loss_of_table(states[:, 0], leaf, target[:, 0], per_row)
+        loss.backward()
+        wanted += [loss.detach(), leaf.grad]
+    for found in two_ranks(with_dtensor):
+        torch.testing.assert_close(found, wanted)
 
 
 @pytest.mark.parametrize("calibration", [0.0, 1.0])

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils._pytree import tree_leaves
 
 
@@ -106,6 +105,9 @@ def counting(ids: Tensor, state: Tensor, mend: str) -> tuple[Tensor, AbstractCon
         return ids, nullcontext()
     while functorch.is_functorch_wrapped_tensor(ids):
         ids = functorch.get_unwrapped(ids)
+    # There is no public way to step outside of a transform.
+    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
     return ids, temporarily_clear_interpreter_stack()
 
 

@@ -21,10 +21,11 @@ from dwl_kernels.core.double_backward import once
 from dwl_kernels.core.problem import Problem, Reduction, SharedProblem
 from dwl_kernels.core.rows import Prepared, prepare
 from dwl_kernels.core.untraced import untraced
-from dwl_kernels.distributed import dual, ring
+from dwl_kernels.distributed import dual
 from dwl_kernels.distributed.exchange import agree, gathered_blocks, summed
-from dwl_kernels.distributed.group import Group
+from dwl_kernels.distributed.group import Group, group_of
 from dwl_kernels.distributed.reduction import kind_of, same_of_rows, whole_loss
+from dwl_kernels.distributed.ring import ring_loss
 from dwl_kernels.distributed.told import padded_positives, told_of
 
 
@@ -41,21 +42,25 @@ def loss_across(
     name: str,
     build: Callable[[], Problem],
     query: Tensor,
-    shared_how: tuple[Any, bool, bool],
+    process_group: Any,
     backend: str,
+    *,
+    ring: bool,
+    replicated_negatives: bool,
     sparse_grad: bool = False,
 ) -> Tensor:
     """The loss of a problem over the candidates of all ranks; `name` is that of the loss."""
-    group = shared_how[0] if isinstance(shared_how[0], Group) else Group(shared_how[0])
-    across = Across(group, *shared_how[1:])
+    group = group_of(process_group)
+    assert group is not None  # or this would be the loss of one process
+    across = Across(group, ring, replicated_negatives)
 
     def local() -> tuple[tuple[Problem, Prepared], dict[str, Any], list[int]]:
-        flag("ring", across.ring)
-        flag("replicated_negatives", across.replicated_negatives)
+        flag("ring", ring)
+        flag("replicated_negatives", replicated_negatives)
         problem = build()
         backends.check_name(backend)
         backends.pick(backend, problem)  # raises if it cannot run
-        if across.ring and getattr(problem, "dual", None) is not None:
+        if ring and getattr(problem, "dual", None) is not None:
             raise ValueError(
                 "ring=True does not go with the dual scale, whose weights need all candidates of a "
                 "row at once; leave ring out"
@@ -68,12 +73,12 @@ def loss_across(
     if group.size == 1:
         return loss_of(problem, query, backend, sparse_grad)
     rows, shared = ([one[i] for one in sizes] for i in range(2))
-    if across.ring and any(shared):
+    if ring and any(shared):
         assert isinstance(problem, SharedProblem)  # candidates per row are not shared
-        own = ring.loss(problem, prepared, shared, group, backend)
+        own = ring_loss(problem, prepared, shared, group, backend)
     else:
         if isinstance(problem, SharedProblem):
-            problem = _with_others(problem, rows, shared, across)
+            problem = _with_others(problem, prepared, rows, shared, across)
         if reduction != "none":
             problem = problem._replace(rows=problem.rows._replace(reduction="sum"))
         own = softmax_loss(problem, backend, sparse_grad)
@@ -82,13 +87,17 @@ def loss_across(
 
 
 def _with_others(
-    problem: SharedProblem, rows: Sequence[int], shared: Sequence[int], across: Across
+    problem: SharedProblem,
+    prepared: Prepared,
+    rows: Sequence[int],
+    shared: Sequence[int],
+    across: Across,
 ) -> SharedProblem:
     """The problem with all that the other ranks have a say in."""
     whole = with_all_candidates(problem, shared, across) if any(shared) else problem
     if problem.dual is not None and problem.dual.competition:
         place = dual.places(problem, rows, shared, across.group)
-        whole = dual.with_competition(whole, place, rows, across.group)
+        whole = dual.with_competition(whole, prepared, place, rows, across.group)
     return whole
 
 

@@ -14,7 +14,7 @@ from dwl_kernels.core.candidates import (
     temperature_factor,
 )
 from dwl_kernels.core.problem import SharedProblem
-from dwl_kernels.core.rows import embeddings, prepare
+from dwl_kernels.core.rows import Prepared, embeddings
 from dwl_kernels.core.values import no_autocast
 from dwl_kernels.distributed.exchange import gathered
 from dwl_kernels.distributed.group import Group
@@ -43,6 +43,7 @@ def places(
 
 def with_competition(
     problem: SharedProblem,  # with the candidates of all ranks
+    prepared: Prepared,
     place: Tensor,  # [N]
     rows: Sequence[int],
     group: Group,
@@ -54,7 +55,6 @@ def with_competition(
     dual = problem.dual
     assert dual is not None
     with torch.no_grad(), no_autocast(problem.query.device.type):
-        prepared = prepare(problem, None)
         parts = embeddings(problem, prepared.active)
         slate = Slate(problem, dual, prepared, *parts, place)
         g = torch.empty_like(prepared.tau)

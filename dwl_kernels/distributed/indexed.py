@@ -102,10 +102,10 @@ def indexed_loss(
         same = same_of_rows("indexed_sampled_softmax_loss", problem)
         same["negatives"] = "shared, [N]" if draws.shared else "per row, [B, K]"
         same["whether table requires a gradient"] = shard.requires_grad
-        flag("replicated_rows", replicated_rows)
         backends.check_name(backend)
         backends.pick(backend, problem)  # raises if it cannot run
-        same["replicated_rows"], same["sparse_grad"] = replicated_rows, sparse_grad
+        same["replicated_rows"] = flag("replicated_rows", replicated_rows)
+        same["sparse_grad"] = sparse_grad
         sizes = [len(problem.query), len(shard), draws.most()]
         return (draws, problem, prepare(problem, None)), same, sizes
 

@@ -32,7 +32,7 @@ from dwl_kernels.distributed.told import padded_positives, told_of
 _NOTHING = GradMask(*(False,) * len(GradMask._fields))
 
 
-def loss(
+def ring_loss(
     problem: SharedProblem,
     prepared: Prepared,
     shared: Sequence[int],
@@ -52,7 +52,7 @@ def loss(
     if prepared.active is not None:  # padding holds anything
         odds = odds.masked_fill(~prepared.active, -torch.inf)
     if refined:
-        losses = _refined(odds, circle.candidates_of_rows())
+        losses = _refined(odds, circle.count)
     else:
         losses = torch.logaddexp(odds, torch.zeros_like(odds))
     losses = weighted(losses, prepared.weight)
@@ -82,6 +82,8 @@ class _Ring:
         self.told = told_of(problem, shared[group.rank])
         self.layout = Layout(self.told)
         self.padded = padded_positives(problem)
+        # n_i, how many candidates of all ranks a row has: counted in the forward for "refined".
+        self.count = torch.zeros_like(problem.query[:, 0], dtype=torch.int64)
 
     def blocks(self) -> Iterator[tuple[int, SharedProblem]]:
         """Every rank and the problem with its candidates, beginning with this rank's own.
@@ -89,7 +91,7 @@ class _Ring:
         While the caller is at one, the next is on its way.
         """
         group, num_bytes = self.group, self.layout.num_bytes(max(self.shared))
-        yield_own = self._own()
+        own = self._own()
         device = self.problem.query.device
         here = self.layout.packed(self.told, num_bytes, device)
         for step in range(group.size):
@@ -97,7 +99,7 @@ class _Ring:
             coming, moves = torch.empty_like(here), []
             if step + 1 < group.size:
                 moves = self.pass_on(here, coming)
-            yield rank, yield_own if step == 0 else self._with(here, self.shared[rank])
+            yield rank, own if step == 0 else self._with(here, self.shared[rank])
             wait(moves)
             here = coming
 
@@ -164,13 +166,6 @@ class _Ring:
             return problem.positive
         return problem.candidates[: len(problem.query)]
 
-    def candidates_of_rows(self) -> Tensor:  # [B]
-        """``n_i``, how many candidates of all ranks a row has."""
-        count = torch.zeros_like(self.problem.query[:, 0], dtype=torch.int64)
-        for _, block in self.blocks():
-            count += num_competing(block, self.active)
-        return count
-
 
 def num_competing(problem: SharedProblem, active: Tensor | None) -> Tensor:  # [B]
     """How many candidates compete with each row: no hits, nothing that a log-Q takes out."""
@@ -209,6 +204,8 @@ class _Odds(torch.autograd.Function):
         of_blocks: list[Tensor] = [query.new_empty(0)] * circle.group.size
         for rank, block in circle.blocks():
             of_blocks[rank] = ops.solve(block, None, _NOTHING, circle.backend).loss.double()
+            if circle.problem.rows.correction == "refined":
+                circle.count += num_competing(block, circle.active)
         losses = torch.stack(of_blocks)  # [ranks, B], in the order of the ranks
         odds = log_odds(losses).logsumexp(0)
         ctx.circle = circle

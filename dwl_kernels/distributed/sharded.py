@@ -74,9 +74,9 @@ def full_loss(
     def local() -> tuple[tuple[SharedProblem, Prepared], dict[str, Any], list[int]]:
         problem = build()
         same = same_of_rows("full_softmax_loss", problem)
-        same["replicated_rows"] = replicated_rows
+        same["replicated_rows"] = flag("replicated_rows", replicated_rows)
         same["bias"] = kind_of(problem.candidate_log_q)
-        flag("replicated_rows", replicated_rows)
+        same["skip_threshold"] = problem.skip_threshold
         backends.check_name(backend)
         backends.pick(backend, problem)  # raises if it cannot run
         sizes = [len(problem.query), problem.num_candidates, _items_asked_for(problem)]
@@ -276,8 +276,7 @@ def _gradients(
     upstream, everything = pairs.unbind(1)  # [T]
     shard, wide = problem.candidates.detach(), problem.dtypes.accumulate
     d_query = torch.zeros_like(scored.query, dtype=wide)
-    d_shard = torch.zeros_like(shard, dtype=wide)
-    d_minus_bias = d_shard.new_zeros(len(shard))
+    d_shard = d_minus_bias = None
     if len(shard):
         of_rows = upstream * (scored.known.double() + losses - everything).exp()
         of_rows = torch.where(upstream == 0, 0.0, of_rows).to(wide)
@@ -295,9 +294,9 @@ def _gradients(
         ids = [scored.target[:, None]]
         if found.candidates is not None:
             options = (len(shard), wide, False, call.backend)
-            d_shard = found.candidates.to(wide) + table_gradient(
-                scored.query, ids, [(of_target / tau)[:, None]], *options
-            )
+            coefficients = [(of_target / tau)[:, None]]
+            d_shard = table_gradient(scored.query, ids, coefficients, *options)
+            d_shard += found.candidates
         if found.candidate_log_q is not None:
             ones = torch.ones_like(of_target)[:, None]
             options = (len(shard), wide, False, call.backend)
@@ -320,11 +319,15 @@ def _gradients(
             d_temperature = torch.where(call.active, d_temperature, 0.0)
         if not theta.dim():
             d_temperature = d_temperature.sum()
+    if not len(shard):
+        d_shard, d_minus_bias = shard.to(wide), d_query.new_zeros(0)
     if not shards.replicated_rows:  # the gradient of the rows is times the number of ranks
-        d_shard, d_minus_bias = d_shard / group.size, d_minus_bias / group.size
+        for gradient in (d_shard, d_minus_bias):
+            if gradient is not None:
+                gradient /= group.size
     return [
         d_query.to(problem.query.dtype) if want_query else None,
-        d_shard.to(shard.dtype) if want_shard else None,
+        d_shard.to(shard.dtype) if want_shard and d_shard is not None else None,
         d_minus_bias if want_bias else None,
         d_temperature,
     ]

@@ -135,8 +135,10 @@ def sampled_softmax_loss(
     )
     if process_group is None:
         return loss_of(build(), query, backend)
-    across = process_group, ring, replicated_negatives
-    return _across("sampled_softmax_loss", build, query, across, backend)
+    options = {"replicated_negatives": replicated_negatives}
+    return _across(
+        "sampled_softmax_loss", build, query, process_group, backend, ring=ring, **options
+    )
 
 
 def in_batch_softmax_loss(
@@ -194,7 +196,7 @@ def in_batch_softmax_loss(
             or a ``DeviceMesh`` of one dimension. The positives and negatives of all ranks are
             candidates of every row, with their ids, log-Q and padding.
         ring: whether candidates go round from rank to rank, so that no rank holds more than two
-            blocks of them: less memory, and a third more computation. Not for the dual scale.
+            blocks of them: less memory, and the forward computed twice. Not for the dual scale.
         replicated_negatives: whether all ranks pass the same ``negative``, which then counts once.
 
     In a process group every rank returns the loss of all rows (for ``"none"`` its own rows), and
@@ -241,8 +243,10 @@ def in_batch_softmax_loss(
     )
     if process_group is None:
         return loss_of(build(), query, backend)
-    across = process_group, ring, replicated_negatives
-    return _across("in_batch_softmax_loss", build, query, across, backend)
+    options = {"replicated_negatives": replicated_negatives}
+    return _across(
+        "in_batch_softmax_loss", build, query, process_group, backend, ring=ring, **options
+    )
 
 
 def dual_scale_softmax_loss(
@@ -349,18 +353,21 @@ def dual_scale_softmax_loss(
     )
     if process_group is None:
         return loss_of(build(), query, backend)
-    across = process_group, False, replicated_negatives
-    return _across("dual_scale_softmax_loss", build, query, across, backend)
+    options = {"replicated_negatives": replicated_negatives}
+    return _across(
+        "dual_scale_softmax_loss", build, query, process_group, backend, ring=False, **options
+    )
 
 
 def _across(
     name: str,
     build: Callable[[], SharedProblem],
     query: Tensor,
-    across: tuple[ProcessGroup, bool, bool],
+    process_group: ProcessGroup,
     backend: Backend,
+    **how: bool,
 ) -> Tensor:
     """The loss over the candidates of all ranks."""
     from dwl_kernels.distributed.candidates import loss_across
 
-    return loss_across(name, build, query, across, backend)
+    return loss_across(name, build, query, process_group, backend, **how)
