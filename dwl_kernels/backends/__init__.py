@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple, Protocol, get_args
 
 import torch
@@ -226,6 +226,17 @@ def pick_table_gradient(name: str, source: Tensor, dtype: torch.dtype) -> TableG
     return chunked.table_gradient
 
 
+def _runnable(device_type: str, unsupported: Callable[[str], str | None]) -> Iterator[str]:
+    """The backends that "auto" may take, the fastest first; warns of those that cannot run."""
+    for candidate in order(device_type):
+        if unsupported(candidate) is not None:
+            continue
+        if (reason := unavailable_reason(candidate, device_type)) is None:
+            yield candidate
+        else:
+            _warn(candidate, reason)
+
+
 def rank_targets(name: str, problem: RankProblem) -> Tensor:  # [B] int64
     """The rank of every target, on the backend that a call runs on.
 
@@ -241,15 +252,9 @@ def rank_targets(name: str, problem: RankProblem) -> Tensor:  # [B] int64
         if reason is not None:
             raise RuntimeError(f"backend {name!r} cannot run: {reason}")
         return kernel.rank_targets(problem)
-    for candidate in order(device):
-        kernel = BACKENDS[candidate].ranks
-        if kernel.unsupported_ranks(problem) is not None:
-            continue
-        if (reason := unavailable_reason(candidate, device)) is not None:
-            _warn(candidate, reason)
-            continue
+    for candidate in _runnable(device, lambda one: BACKENDS[one].ranks.unsupported_ranks(problem)):
         try:
-            return kernel.rank_targets(problem)
+            return BACKENDS[candidate].ranks.rank_targets(problem)
         except Exception as error:
             if not _is_of_compiler(error):
                 raise
@@ -262,14 +267,9 @@ def statistics(name: str, problem: Problem) -> SoftmaxStatistics:
     name, device = chosen(name), problem.query.device.type
     if name != "auto":
         pick(name, problem)  # which raises
-    for candidate in order(device) if name == "auto" else ():
-        if unsupported_reason(candidate, problem) is not None:
-            continue
-        if (reason := unavailable_reason(candidate, device)) is None:
-            name = candidate
-            break
-        _warn(candidate, reason)
-    name = "chunked" if name == "auto" else name
+    else:
+        fits = _runnable(device, lambda one: unsupported_reason(one, problem))
+        name = next(fits, "chunked")
     if not problem.query.shape[0] or not problem.num_candidates:
         name = name if name == "eager" else "chunked"
     return BACKENDS[name].statistics.statistics(problem)
