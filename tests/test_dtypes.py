@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import case_changes
 import cases
 import formulas
 import pytest
@@ -111,7 +112,9 @@ def test_gradients_of_16_bits_are_rounded_to_the_nearest(backend: str, kind: str
     """Truncated, entries are too small by half a unit in the last place, on the mean."""
     if kind == "indexed_rows" and backend == "cuda":
         pytest.skip("not of this backend")
-    spread = cases._set(temperature=8.0)  # probabilities of a few percent, in all of their places
+    spread = case_changes.set(
+        temperature=8.0
+    )  # probabilities of a few percent, in all of their places
     size: dict[str, Any] = {"rows": 48, "candidates": 40, "dim": 32}
     case = cases.Case(f"rounding of {kind}", kind=kind, change=spread, **size)
     inputs = case.inputs(torch.bfloat16)

@@ -35,6 +35,7 @@ def softmax_loss(**changed):
         "domain_weights": torch.ones(2),
         "example_weights": torch.ones(B),
         "temperature": torch.ones(B),
+        "competition_factor": None,
         "tau": 1.0,
         "ignore_index": -100,
         "correction": "standard",
@@ -288,7 +289,7 @@ def test_ops_of_empty_lists_and_sizes():
 
 
 OF_ROWS = RowOptions(
-    *(torch.ones(B, 1), torch.ones(2), torch.ones(B), torch.ones(())),
+    *(torch.ones(B, 1), torch.ones(2), torch.ones(B), torch.ones(()), torch.ones(B)),
     *(0.3, 5, "refined", "weighted_mean"),
 )
 PROBLEMS = [

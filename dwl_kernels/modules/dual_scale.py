@@ -64,7 +64,8 @@ class DualScaleSampledSoftmax(DynamicWeightedSampledSoftmax):
         calibration, normalize, correction, reduction: These, and what stands above without a
             letter, as for :class:`DynamicWeightedSampledSoftmax`.
         remove_accidental_hits, in_batch, sparse_grad, backend: Likewise.
-        process_group, replicated_negatives: Likewise. Means are over the rows of all ranks.
+        process_group, ring, replicated_negatives: Likewise. Means are over the rows of all ranks,
+            and a ring raises in :meth:`forward`, unless all strengths are 0.
 
     Raises:
         ValueError: if a strength is negative or not finite, if the slate is empty, or as
@@ -105,6 +106,7 @@ class DualScaleSampledSoftmax(DynamicWeightedSampledSoftmax):
         sparse_grad: bool = False,
         backend: Backend = "auto",
         process_group: ProcessGroup | None = None,
+        ring: bool = False,
         replicated_negatives: bool = False,
     ) -> None:
         super().__init__(
@@ -123,6 +125,7 @@ class DualScaleSampledSoftmax(DynamicWeightedSampledSoftmax):
             sparse_grad=sparse_grad,
             backend=backend,
             process_group=process_group,
+            ring=ring,
             replicated_negatives=replicated_negatives,
         )
         self.scales = DualScale(hardness, similarity, slate_size, competition)
