@@ -115,9 +115,11 @@ def compared(case: Case, how: str, dtype: torch.dtype, backend: str) -> list[str
     return wrong
 
 
-def all_cases(how: str, dtype: torch.dtype, backend: str) -> list[str]:
+def all_cases(how: str, dtype: torch.dtype, backend: str, words: str = "") -> list[str]:
     found = []
     for case in CASES:
+        if re.search(words, case.name) is None:
+            continue
         if case.kind in KINDS[how] and case.inputs(dtype)["query"].dim() == 2:
             try:
                 found += compared(case, how, dtype, backend)
@@ -134,7 +136,8 @@ def test_ranks_are_one_process(two_ranks, how, dtype):
 
 @pytest.mark.parametrize("how", [*KINDS])
 def test_three_ranks_are_one_process(three_ranks, how):
-    assert three_ranks(all_cases, how, torch.float64, "chunked") == [[], [], []]
+    some = "everything|refined|NaN|hit"  # cases of everything at once, and of what goes wrong
+    assert three_ranks(all_cases, how, torch.float64, "chunked", some) == [[], [], []]
 
 
 def repeats(how: str) -> list[Tensor]:
