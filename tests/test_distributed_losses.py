@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import re
 from contextlib import nullcontext
 from typing import Any
@@ -36,17 +37,19 @@ def cuts(count: int, ranks: int, seed: int) -> list[int]:
     return [0, *inner.sort().values.tolist(), count]
 
 
-def part_of(case: Case, name: str, value: Tensor, inputs: dict[str, Any], how: str) -> slice:
+def part_of(
+    case: Case, name: str, value: Tensor, inputs: dict[str, Any], how: str, seed: int
+) -> slice:
     """What of an input this rank holds."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     of_rows = name in PER_ROW or (name == "temperature" and value.dim() > 0)
     of_rows |= name.startswith("negative") and case.kind == "indexed_rows"
     if of_rows and how != "replicated_rows":
-        found = cuts(len(inputs["query"]), ranks, 1)
+        found = cuts(len(inputs["query"]), ranks, seed + 1)
     elif name.startswith("negative") and case.kind != "indexed" and how in ("gathered", "ring"):
-        found = cuts(len(inputs["negative"]), ranks, 2)
+        found = cuts(len(inputs["negative"]), ranks, seed + 2)
     elif name in ("table", "bias"):
-        found = cuts(len(inputs["table"]), ranks, 3)
+        found = cuts(len(inputs["table"]), ranks, seed + 3)
     else:
         return slice(None)
     return slice(found[rank], found[rank + 1])
@@ -57,7 +60,7 @@ def upstream_of(loss: Tensor) -> Tensor:
     return torch.randn(loss.shape, generator=generator, dtype=torch.float64)
 
 
-def compared(case: Case, how: str, dtype: torch.dtype, backend: str) -> list[str]:
+def compared(case: Case, how: str, dtype: torch.dtype, backend: str, seed: int = 0) -> list[str]:
     """What of a case differs from one process, by more than the margin of `dtype`."""
     inputs = case.inputs(dtype)
     exact = {
@@ -72,7 +75,7 @@ def compared(case: Case, how: str, dtype: torch.dtype, backend: str) -> list[str
     alone = case.loss(inputs, "eager")
     alone.backward(upstream.to(alone.dtype))
     places = {
-        name: part_of(case, name, value, inputs, how) if value.dim() else ...
+        name: part_of(case, name, value, inputs, how, seed) if value.dim() else ...
         for name, value in inputs.items()
         if isinstance(value, Tensor)
     }
@@ -138,6 +141,53 @@ def test_ranks_are_one_process(two_ranks, how, dtype):
 def test_three_ranks_are_one_process(three_ranks, how):
     some = "everything|refined|NaN|hit"  # cases of everything at once, and of what goes wrong
     assert three_ranks(all_cases, how, torch.float64, "chunked", some) == [[], [], []]
+
+
+def drawn_at_random(seed: int) -> list[str]:
+    """Twenty cases, each shared in some way and split somewhere."""
+    draw = random.Random(seed)
+    found = []
+    for _ in range(20):
+        how = draw.choice([*KINDS])
+        case = draw.choice([c for c in CASES if c.kind in KINDS[how]])
+        if case.inputs(torch.float64)["query"].dim() == 2:
+            backend = draw.choice(["chunked", "cpu"])
+            found += compared(case, how, torch.float64, backend, draw.randrange(1000))
+    return found
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_any_split_of_any_problem_is_one_process(ranks, seed):
+    assert ranks(drawn_at_random, seed) == [[] for _ in range(ranks.size)]
+
+
+def infinite_bias(place: int, value: float) -> tuple[list[Tensor], list[Tensor]]:
+    """Rows and gradients of this rank, and the same parts of those of one process."""
+    generator = torch.Generator().manual_seed(0)
+    query, table = (torch.randn(6, 4, generator=generator, dtype=torch.float64) for _ in range(2))
+    bias, target = torch.randn(6, generator=generator, dtype=torch.float64), torch.arange(6)
+    bias[place] = value
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    rows, items = slice(rank, None, ranks), slice(rank * 6 // ranks, (rank + 1) * 6 // ranks)
+
+    def solved(rows: slice, items: slice, **options: Any) -> list[Tensor]:
+        leaves = [t.clone().requires_grad_() for t in (query[rows], table[items], bias[items])]
+        options |= {"reduction": "none", "bias": leaves[2]}
+        loss = dwl_kernels.full_softmax_loss(*leaves[:2], target[rows], **options)
+        return [loss.detach(), *torch.autograd.grad(loss, leaves, torch.ones_like(loss))]
+
+    loss, d_query, *others = solved(rows, items, process_group=dist.group.WORLD)
+    whole = solved(slice(None), slice(None), backend="eager")
+    parts = rows, rows, items, items
+    alone = [tensor[part] for tensor, part in zip(whole, parts, strict=True)]
+    return [loss, d_query / ranks, *others], alone
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf])
+@pytest.mark.parametrize("place", [0, 4])
+def test_infinite_bias_stays_in_its_rows(two_ranks, place, value):
+    for mine, alone in two_ranks(infinite_bias, place, value):
+        torch.testing.assert_close(mine, alone, equal_nan=True)
 
 
 def repeats(how: str) -> list[Tensor]:

@@ -51,9 +51,12 @@ class _Draws:
             negative, row_arguments["negative_log_q"] = leave_out_no_items(negative, *log_q)
         if weights is not None and weights.shape == positive.shape:
             padded = weights == 0
+            _check_not_negative(positive[~padded])
             positive = positive.masked_fill(padded, NO_ITEM)
             if not self.shared:
                 negative = negative.masked_fill(padded[..., None], NO_ITEM)
+        else:
+            _check_not_negative(positive)
         self.query, self.shard, self.row_arguments = query, shard, row_arguments
         self.wanted, (self.positive, self.negative) = compact(positive, negative)
 
@@ -77,6 +80,14 @@ class _Draws:
         positive, negative = shared_rows(table, self.positive, self.negative, False, backend)
         named: dict[str, Any] = {"positive_ids": self.positive, "negative_ids": self.negative}
         return sampled_problem(self.query, positive, negative, **named, **self.row_arguments)
+
+
+def _check_not_negative(positive_ids: Tensor) -> None:
+    """IndexError for a positive that is no item, where values are looked at."""
+    if checks_values(positive_ids) and positive_ids.numel() and int(positive_ids.min()) < 0:
+        raise IndexError(
+            f"positive_ids holds {int(positive_ids.min())}: ids are rows of the whole table"
+        )
 
 
 @untraced

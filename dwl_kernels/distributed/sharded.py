@@ -224,13 +224,12 @@ def _scored(call: _Call) -> tuple[_Scored, Tensor]:
     item = local.new_zeros(()) if minus_bias is None else minus_bias.detach().argmin()
     place = torch.where(here, local, item)
     wide = problem.dtypes.accumulate
-    known = (query.to(wide) * shard[place].to(wide)).sum(1)
-    known = known / (problem.rows.tau if tau is None else tau * problem.rows.tau)
-    if minus_bias is not None:
-        known = known - minus_bias.detach()[place]
-        known = torch.where(~here & (known == -torch.inf), 0.0, known)
-    positive = torch.where(here, known.double(), -torch.inf)
-    return _Scored(query, local, tau, known), positive
+    score = (query.to(wide) * shard[place].to(wide)).sum(1)
+    score = score / (problem.rows.tau if tau is None else tau * problem.rows.tau)
+    logit = score if minus_bias is None else score - minus_bias.detach()[place]
+    positive = torch.where(here, logit.double(), -torch.inf)
+    # A bias may be infinite, and what others are measured by must not be.
+    return _Scored(query, local, tau, torch.where(logit.isinf(), score, logit)), positive
 
 
 def _problem_of_shard(call: _Call, scored: _Scored) -> SharedProblem:
@@ -278,8 +277,10 @@ def _gradients(
     d_query = torch.zeros_like(scored.query, dtype=wide)
     d_shard = d_minus_bias = None
     if len(shard):
-        of_rows = upstream * (scored.known.double() + losses - everything).exp()
-        of_rows = torch.where(upstream == 0, 0.0, of_rows).to(wide)
+        # Of an infinite sum the part that is infinite is all.
+        share = (scored.known.double() + losses - everything).exp()
+        share = torch.where(losses == torch.inf, 1.0, share)
+        of_rows = torch.where(upstream == 0, 0.0, upstream * share).to(wide)
         wanted = GradMask(
             want_query or want_temperature, False, want_shard, want_bias, False, False
         )

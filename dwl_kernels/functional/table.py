@@ -234,6 +234,11 @@ def indexed_sampled_softmax_loss(
         return loss_of(problem, query, backend, sparse_grad)
     from dwl_kernels.distributed.indexed import indexed_loss
 
+    if sparse_grad and is_distributed(table):
+        raise ValueError(
+            "sparse_grad=True does not go with a DTensor, whose gradient is a DTensor too; pass "
+            "table.to_local() and process_group, or sparse_grad=False"
+        )
     shard, group = shard_of(table, process_group)
     return indexed_loss(query, shard, *ids, group, replicated_rows=replicated_rows, **arguments)
 

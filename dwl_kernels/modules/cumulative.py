@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import Tensor
 
 from dwl_kernels.backends import Backend
-from dwl_kernels.core.arguments import flag, integer, is_distributed
+from dwl_kernels.core.arguments import check_dense, flag, integer, is_distributed
 from dwl_kernels.core.build import checked_skip_threshold
 from dwl_kernels.core.problem import Reduction
 from dwl_kernels.domains import DomainWeights
@@ -165,7 +165,9 @@ class CumulativeCrossEntropy(WeightedLoss):
             bias = shard_of(bias, group)[0] if bias is not None else None
 
         def check() -> tuple[Tensor, Tensor | None, Tensor]:
-            check_tensors(query=query, table=table, bias=bias, example_weights=example_weights)
+            check_dense("query", query)
+            check_dense("table", table)
+            check_tensors(bias=bias, example_weights=example_weights)
             checked = checked_ids(query, target=target, domain_ids=domain_ids)
             targets, leading = cast("Tensor", checked[0]), query.shape[:-1]
             if group is None:

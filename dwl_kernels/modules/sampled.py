@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dwl_kernels.autograd import loss_of
 from dwl_kernels.backends import Backend
-from dwl_kernels.core.arguments import flag
+from dwl_kernels.core.arguments import check_dense, flag
 from dwl_kernels.core.build import (
     in_batch_problem,
     per_row_problem,
@@ -257,8 +257,8 @@ class DynamicWeightedSampledSoftmax(WeightedLoss):
         """What the arguments of `forward` ask for."""
         query, positive, negative, table = embeddings
         example_weights = given.example_weights
+        check_dense("query", query)
         check_tensors(
-            query=query,
             positive=positive,
             negative=negative,
             table=table,
