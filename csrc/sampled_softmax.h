@@ -1,5 +1,5 @@
 // The problem and its gradients as plain structs, free of PyTorch, so that a kernel can be compiled
-// and read on its own. Letters as in dwl_kernels/backends/reference.py.
+// and read on its own. Letters as in dwl_kernels/backends/reference/.
 #pragma once
 
 #include <cstdint>

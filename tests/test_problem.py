@@ -280,7 +280,7 @@ def test_backend_that_does_not_take_the_dtype_says_so() -> None:
 
 def test_environment_variable_chooses_what_auto_means(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = []
-    reference = dwl_kernels.backends.reference
+    reference = dwl_kernels.backends.reference.solve
     real = reference.solve
     monkeypatch.setattr(reference, "solve", lambda *a: chosen.append("eager") or real(*a))
     monkeypatch.setenv("DWL_KERNELS_BACKEND", "eager")

@@ -1,5 +1,5 @@
 // What the host passes to the CUDA kernel, as plain structs that Python fills through ctypes: every
-// field takes 8 bytes. Letters as in dwl_kernels/backends/reference.py. Free of PyTorch and of
+// field takes 8 bytes. Letters as in dwl_kernels/backends/reference/. Free of PyTorch and of
 // CUDA.
 #pragma once
 

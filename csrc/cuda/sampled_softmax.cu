@@ -1,4 +1,4 @@
-// The loss and its gradients in one cooperative launch; dwl_kernels/backends/reference.py has the
+// The loss and its gradients in one cooperative launch; dwl_kernels/backends/reference/ has the
 // formulas and the names.
 //
 // The grid is as many blocks as the chip runs at once, and stays for the whole call.

@@ -17,11 +17,13 @@ from typing import Literal, NamedTuple, Protocol, get_args
 import torch
 from torch import Tensor
 
-from dwl_kernels.backends import chunked, reference
+from dwl_kernels.backends import chunked
 from dwl_kernels.backends import ranks as over_blocks
 from dwl_kernels.backends.cache import BuildError
 from dwl_kernels.backends.cpu import solve as cpu_backend
 from dwl_kernels.backends.cuda import solve as cuda_backend
+from dwl_kernels.backends.reference import ranks as reference_ranks
+from dwl_kernels.backends.reference import solve as reference_backend
 from dwl_kernels.backends.triton import ranks as triton_ranks
 from dwl_kernels.backends.triton import solve as triton_backend
 from dwl_kernels.core.problem import GradMask, Output, Problem, RankProblem, SoftmaxStatistics
@@ -93,7 +95,7 @@ class Entry(NamedTuple):
 
 
 BACKENDS = {
-    "eager": Entry(reference, ranks=reference, statistics=reference),
+    "eager": Entry(reference_backend, ranks=reference_ranks, statistics=reference_ranks),
     "chunked": Entry(chunked),
     "cpu": Entry(cpu_backend, table=cpu_backend, ranks=cpu_backend, statistics=cpu_backend),
     "triton": Entry(triton_backend, table=triton_backend, ranks=triton_ranks),
