@@ -1,8 +1,8 @@
 """Checkpoints that earlier versions wrote are loaded, and training goes on from them.
 
 `data/checkpoint-N.pt` hold a state and what the version that wrote it found in the steps after it.
-`PYTHONPATH=. python tests/test_checkpoint_files.py N` writes the next one, whenever a `_version` moves; those
-that are there are never written again.
+`PYTHONPATH=. python tests/test_checkpoint_files.py N` writes the next one, whenever a `_version`
+moves; those that are there are never written again.
 """
 
 from __future__ import annotations
