@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dwl_kernels.core.double_backward import refuse_jit, transforms_active
 from dwl_kernels.core.problem import accumulate_dtype
 from dwl_kernels.distributed.group import Group
 
@@ -42,6 +43,7 @@ def agree(
         RuntimeError: where another rank could not build, with its error.
         Exception: what `build` raised, on its rank.
     """
+    _refuse_records()
     built: Built | None = None
     same: Mapping[str, Any] = {}
     sizes: Sequence[int] = ()
@@ -64,6 +66,21 @@ def agree(
         _raise_difference(told)
     assert built is not None
     return built, [other[2:] for other in headers]
+
+
+def _refuse_records() -> None:
+    """RuntimeError where a call is recorded or transformed, and ranks cannot wait in it."""
+    refuse_jit()
+    if transforms_active():
+        raise RuntimeError(
+            "the transforms of torch.func (grad, vmap, jvp) cannot run a loss over a process "
+            "group; take the gradients by autograd, or set process_group of the loss to None"
+        )
+    if torch.compiler.is_exporting():
+        raise RuntimeError(
+            "torch.export cannot record a loss over a process group; export the model without its "
+            "loss, or set process_group of the loss to None"
+        )
 
 
 def _gathered_numbers(numbers: list[int], group: Group, device: torch.device) -> list[list[int]]:
