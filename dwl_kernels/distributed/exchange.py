@@ -195,12 +195,12 @@ def summed(
     """For the rows of this rank, the sum of what all ranks add, in the order of the ranks."""
     own = rows[group.rank]
     parts = exchanged(tensor, rows, [own] * group.size, group)
-    dtype = accumulate_dtype(tensor.dtype)
-    return in_order([part.to(dtype) for part in parts.view(group.size, own, *tensor.shape[1:])])
+    return in_order(parts.view(group.size, own, *tensor.shape[1:]), accumulate_dtype(tensor.dtype))
 
 
-def in_order(parts: Sequence[Tensor]) -> Tensor:
-    total = parts[0].clone()
+def in_order(parts: Tensor, dtype: torch.dtype) -> Tensor:  # [ranks, ...] -> [...]
+    """The sum over the ranks, with no copy of all parts in the dtype of sums."""
+    total = parts[0].to(dtype, copy=True)
     for part in parts[1:]:
         total += part
     return total

@@ -1,0 +1,59 @@
+"""What ranks send, hold and compute is what the plan of `benchmarks.devices` says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import dwl_kernels
+from benchmarks.devices.plan import WAYS, Setting, sent_fetching
+from benchmarks.devices.simulated import Counted, counted_bytes
+
+ROWS, DIM, ITEMS = 6, 8, 10  # of every rank
+IDS = [0, 3, 3, 9, 11, 19]
+
+
+def bytes_of(way: str) -> tuple[list[int], list[int]]:
+    """Bytes of the forward and of the backward."""
+    query, positive = (torch.randn(ROWS, DIM).requires_grad_() for _ in range(2))
+    table = torch.randn(ITEMS, DIM).requires_grad_()
+    group: dict[str, Any] = {"process_group": dist.group.WORLD}
+    with counted_bytes() as forward:
+        if way in ("gathered", "ring"):
+            log_q, ids = torch.full((ROWS,), -1.0), torch.arange(ROWS)
+            options = {"log_q": log_q, "ids": ids, "ring": way == "ring", **group}
+            loss = dwl_kernels.in_batch_softmax_loss(query, positive, **options)
+        elif way == "sharded":
+            loss = dwl_kernels.full_softmax_loss(query, table, torch.arange(ROWS), **group)
+        else:
+            ids = torch.tensor(IDS)
+            loss = dwl_kernels.indexed_sampled_softmax_loss(query, table, ids, ids[:2], **group)
+    with counted_bytes() as backward:
+        loss.backward()
+    return forward, backward
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_processes_send_the_bytes_of_the_plan(ranks, way):
+    setting = Setting(ranks.size, ROWS, DIM, element=4, items=ITEMS * ranks.size)
+    asked = [[ids for ids in {*IDS} if ids // ITEMS == rank] for rank in range(ranks.size)]
+    for rank, found in enumerate(ranks(bytes_of, way)):
+        plan = WAYS[way].sent(setting)
+        if way == "indexed":  # what is asked for lies on the first two ranks
+            elsewhere = sum(len(ids) for r, ids in enumerate(asked) if r != rank)
+            plan = sent_fetching(setting, elsewhere, len(asked[rank]) * (ranks.size - 1))
+        assert found == tuple(plan)
+
+
+@pytest.mark.parametrize("ranks", [4, 64])
+@pytest.mark.parametrize("way", WAYS)
+def test_rank_of_many_does_what_the_plan_says(way, ranks):
+    rows, negatives, items = 64, 192, 512 * 64
+    setting = Setting(ranks, rows, 64, 4, items, negatives, different=rows + negatives)
+    counted, plan = Counted(way, setting), WAYS[way]
+    assert (counted.forward, counted.backward) == tuple(plan.sent(setting))
+    assert counted.operations == plan.operations(setting)
+    assert counted.peak == pytest.approx(plan.held(setting), rel=0.01)
