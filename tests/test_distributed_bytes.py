@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +11,9 @@ import torch
 import torch.distributed as dist
 
 import dwl_kernels
-from benchmarks.devices.plan import WAYS, Setting, sent_fetching
+from benchmarks import readme
+from benchmarks.devices import __main__ as devices
+from benchmarks.devices.plan import TRAINING, WAYS, Setting, seconds, sent_fetching, winner
 from benchmarks.devices.simulated import Counted, counted_bytes
 
 ROWS, DIM, ITEMS = 6, 8, 10  # of every rank
@@ -57,3 +61,30 @@ def test_rank_of_many_does_what_the_plan_says(way, ranks):
     assert (counted.forward, counted.backward) == tuple(plan.sent(setting))
     assert counted.operations == plan.operations(setting)
     assert counted.peak == pytest.approx(plan.held(setting), rel=0.01)
+
+
+def test_committed_predictions_are_those_of_the_formulas():
+    predicted = json.loads(json.dumps(devices.predictions()))
+    assert readme.read(readme.DEVICES)["predicted"] == predicted, "run python -m benchmarks.devices"
+
+
+def test_way_to_take_has_room_and_is_quick():
+    assert winner(replace(TRAINING, items=10**5)) == "sharded"  # all items compete
+    assert winner(replace(TRAINING, items=10**9)) == "indexed"
+    assert winner(replace(TRAINING, ranks=2, items=10**9)) is None
+    for items in (10**5, 10**9):
+        times = [seconds(WAYS["sharded"], replace(TRAINING, ranks=r, items=items)) for r in (2, 8)]
+        assert times[0] == pytest.approx(times[1], rel=0.5)  # more ranks, but as many more rows
+
+
+def test_command_writes_figures_and_a_picture(monkeypatch, tmp_path, capsys):
+    times = {"ms": 1.0, "alone_ms": 1.0, "at_once_ms": 1.0}
+    times |= {"efficiency": 1.0, "efficiency_at_once": 1.0}
+    here = {"check_us": 1.0, **dict.fromkeys(("gathered", "ring", "sharded"), times)}
+    monkeypatch.setattr(devices.measured, "efficiency", lambda rounds: here)
+    monkeypatch.setattr(devices, "COUNTED", {replace(devices.LARGEST, items=64): ["indexed"]})
+    assert devices.main(["--out", str(tmp_path)]) == 0
+    assert max(map(len, capsys.readouterr().out.splitlines()[-5:])) <= 60
+    assert {path.name for path in tmp_path.iterdir()} == {"devices.json", "devices.png"}
+    (row,) = readme.read(tmp_path / "devices.json")["counted"]
+    assert row["sent_bytes"][0] == row["sent_bytes"][1]

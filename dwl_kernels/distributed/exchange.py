@@ -35,7 +35,9 @@ def agree(
 
     `build` returns it with what must be the same on all ranks, by the names of the arguments, and
     with up to three sizes; `query` says which device it is about. One exchange of 40 bytes a rank,
-    which comes before all others, so that no rank waits for one that has raised.
+    which comes before all others, so that no rank waits for one that has raised. It cannot be left
+    out where shapes have been seen before: what a rank has seen, the others do not know, and one
+    that asks alone waits for ever. And the sizes, which the next exchange needs, change anyway.
 
     Raises:
         ValueError: on all ranks, where something is not the same, naming the argument and the rank.
