@@ -22,7 +22,7 @@ from torch import Tensor
 from dwl_kernels import backends, ops
 from dwl_kernels.core.arguments import flag
 from dwl_kernels.core.double_backward import once
-from dwl_kernels.core.problem import NO_ITEM, GradMask, RowOptions, SharedProblem
+from dwl_kernels.core.problem import NO_GRADIENTS, NO_ITEM, GradMask, RowOptions, SharedProblem
 from dwl_kernels.core.rows import Prepared, active_rows, divide, prepare
 from dwl_kernels.core.untraced import untraced
 from dwl_kernels.core.values import checks_values, no_autocast
@@ -37,8 +37,6 @@ from dwl_kernels.distributed.exchange import (
 from dwl_kernels.distributed.group import Group
 from dwl_kernels.distributed.reduction import kind_of, log_odds, same_of_rows, weighted, whole_loss
 from dwl_kernels.gather import table_gradient
-
-_NOTHING = GradMask(*(False,) * len(GradMask._fields))
 
 
 class Shards(NamedTuple):
@@ -176,7 +174,7 @@ class _Odds(torch.autograd.Function):
             losses = of_shard
             if len(shard):
                 block = _problem_of_shard(call, scored)
-                losses = ops.solve(block, None, _NOTHING, call.backend).loss.double()
+                losses = ops.solve(block, None, NO_GRADIENTS, call.backend).loss.double()
                 of_shard = scored.known.double() + log_odds(losses)
             pairs = _to_owners(torch.stack((of_shard, positive), 1), call.shards)
             everything = pairs[:, :, 0].logsumexp(0)  # [B]
