@@ -127,6 +127,14 @@ def three_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     ranks.close()
 
 
+@pytest.fixture(scope="session")
+def four_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    """Four processes of a gloo group."""
+    ranks = Ranks(4, tmp_path_factory.mktemp("ranks"))
+    yield ranks
+    ranks.close()
+
+
 @pytest.fixture(params=[2, 3])
 def ranks(request: pytest.FixtureRequest) -> Ranks:
     """Two processes, then three."""

@@ -36,7 +36,9 @@ def agree(
 
     `build` returns it with what must be the same on all ranks, by the names of the arguments, and
     with up to three sizes; `query` says which device it is about. One exchange of 40 bytes a rank,
-    which comes before all others, so that no rank waits for one that has raised.
+    which comes before all others, so that no rank waits for one that has raised. It cannot be left
+    out where shapes have been seen before: what a rank has seen, the others do not know, and one
+    that asks alone waits for ever. And the sizes, which the next exchange needs, change anyway.
 
     Raises:
         ValueError: on all ranks, where something is not the same, naming the argument and the rank.
@@ -212,12 +214,12 @@ def summed(
     """For the rows of this rank, the sum of what all ranks add, in the order of the ranks."""
     own = rows[group.rank]
     parts = exchanged(tensor, rows, [own] * group.size, group)
-    dtype = accumulate_dtype(tensor.dtype)
-    return in_order([part.to(dtype) for part in parts.view(group.size, own, *tensor.shape[1:])])
+    return in_order(parts.view(group.size, own, *tensor.shape[1:]), accumulate_dtype(tensor.dtype))
 
 
-def in_order(parts: Sequence[Tensor]) -> Tensor:
-    total = parts[0].clone()
+def in_order(parts: Tensor, dtype: torch.dtype) -> Tensor:  # [ranks, ...] -> [...]
+    """The sum over the ranks, with no copy of all parts in the dtype of sums."""
+    total = parts[0].to(dtype, copy=True)
     for part in parts[1:]:
         total += part
     return total
