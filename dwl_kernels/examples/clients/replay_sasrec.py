@@ -77,8 +77,10 @@ def main() -> None:
         # swap
         model.loss = loss(model)
         # end
-        trainer = lightning.Trainer(max_epochs=2, accelerator="cpu", logger=False,
-                                    enable_checkpointing=False, enable_progress_bar=False)  # fmt: skip
+        trainer = lightning.Trainer(
+            max_epochs=2, accelerator="cpu", logger=False, enable_progress_bar=False,
+            enable_checkpointing=False, enable_model_summary=False,
+        )  # fmt: skip
         trainer.fit(LightningModule(model), loader)
         print(f"{loss.__name__}: {trainer.callback_metrics['train_loss']:.3f}")
 
