@@ -128,7 +128,7 @@ def clients_table(report: Report) -> str:
         version = row.get("version", "–")
         name = f"[{row['client']}]({BLOB}{EXAMPLES}/{row['example']}.py) {version}"
         differs = (
-            f"not run: {row['not_run']} | –"
+            f"not run: {row['not_run'].replace('|', '/')} | –"
             if "not_run" in row
             else f"{row['loss']:.0e} | {row['gradient']:.0e}"
         )

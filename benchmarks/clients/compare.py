@@ -248,6 +248,10 @@ def huggingface_trainer() -> Pairs:
         batch = {"input_ids": items, "labels": items.masked_fill(padded, -100)}
         batch |= {} if norm is None else {"num_items_in_batch": norm}
         yield figures(own, own, **batch), figures(ours, ours, **batch)
+    with tempfile.TemporaryDirectory() as folder:
+        ours.save_pretrained(folder)
+        loaded = example.ItemGPT2ForCausalLM.from_pretrained(folder).train()
+    yield figures(own, own, **batch), figures(loaded, loaded, **batch)
 
 
 def torchrec_two_tower() -> Pairs:
