@@ -130,7 +130,9 @@ def clients_table(report: Report) -> str:
         differs = (
             f"not run: {row['not_run'].replace('|', '/')} | –"
             if "not_run" in row
-            else f"{row['loss']:.0e} | {row['gradient']:.0e}"
+            else " | ".join(
+                f"{row[name]:.0e}" if row[name] else "0" for name in ("loss", "gradient")
+            )
         )
         lines.append(f"| {name} | {row['own']} | {row['lines']} | {differs} |")
     return (
