@@ -26,7 +26,11 @@ class FusedModule(TransformerLightningModule):
     def _calc_custom_loss(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         table = self.torch_model.item_model.get_all_embeddings()
         states = self.torch_model.encode_sessions(batch, table)
+        states = states[:, -batch["y"].shape[1] :]  # a validation has the last step alone
         return self.torch_model.loss_fn(states, table, batch["y"], example_weights=batch["yw"])
+
+    def _calc_custom_loss_outputs(self, batch: dict[str, Tensor], batch_idx: int) -> Any:
+        return {"loss": self._calc_custom_loss(batch, batch_idx)}
 
     # end
 
