@@ -18,8 +18,10 @@ QUALITY_JSON = RESULTS / "quality-ml-1m.json", RESULTS / "quality-ml-1m-calibrat
 
 STEP = RESULTS / "training-step.json"
 DEVICES = RESULTS / "devices.json"
+CLIENTS = RESULTS / "clients.json"
 # A package index shows the README, so links and pictures are absolute.
 RESULTS_PATH = "benchmarks/results"
+EXAMPLES = "dwl_kernels/examples/clients"
 BLOB = "https://github.com/dwl-kernels/dwl_kernels/blob/main/"
 RAW = "https://raw.githubusercontent.com/dwl-kernels/dwl_kernels/main/"
 
@@ -41,6 +43,7 @@ def filled(text: str) -> str:
         ("step", step_table(read(STEP))),
         ("speed", "\n".join(map(speed_table, speed)) + gpu_line(speed)),
         ("quality", quality_table(*map(read, QUALITY_JSON))),
+        ("clients", clients_table(read(CLIENTS))),
     ):
         before, rest = text.split(f"<!-- {name} -->\n")
         _, after = rest.split(f"<!-- /{name} -->\n")
@@ -174,6 +177,31 @@ def devices_table(devices: Report) -> str:
         f"[json]({BLOB}{name}.json).\n\n"
         f"![time and memory by catalogue, and which way to take]({RAW}{name}.png)\n\n"
         "On GPUs: not measured.\n"
+    )
+
+
+def clients_table(report: Report) -> str:
+    """A line per client: what a swap of its loss changes, and how near the results are."""
+    lines = [
+        "| inside | instead of | lines changed | loss differs by | gradients by |",
+        "|---|---|---:|---:|---:|",
+    ]
+    for row in report["clients"]:
+        version = row.get("version", "–")
+        name = f"[{row['client']}]({BLOB}{EXAMPLES}/{row['example']}.py) {version}"
+        differs = (
+            f"not run: {row['not_run'].replace('|', '/')} | –"
+            if "not_run" in row
+            else " | ".join(
+                f"{row[name]:.0e}" if row[name] else "0" for name in ("loss", "gradient")
+            )
+        )
+        lines.append(f"| {name} | {row['own']} | {row['lines']} | {differs} |")
+    return (
+        "\n".join(lines)
+        + "\n\nThe largest relative difference of loss and of gradients, on the same "
+        f"batches in float32; `make clients`, {report['time'][:10]}, torch "
+        f"{report['versions']['torch']}, [json]({BLOB}{RESULTS_PATH}/clients.json).\n"
     )
 
 

@@ -31,7 +31,8 @@ COMMANDS = [
     *("dwl_kernels", "dwl_kernels.examples.two_tower", "dwl_kernels.examples.sasrec"),
     *("benchmarks.speed", "benchmarks.quality"),
     *("benchmarks.quality.frontier", "benchmarks.demo", "benchmarks.training_step"),
-    *("benchmarks.machine_code", "benchmarks.host", "benchmarks.readme", "benchmarks.devices"),
+    *("benchmarks.machine_code", "benchmarks.host", "benchmarks.readme", "benchmarks.clients"),
+    "benchmarks.devices",
 ]
 
 
