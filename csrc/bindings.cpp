@@ -59,15 +59,16 @@ void check_tau(const Tensor& tau, const optional<Tensor>& active) {
   }
 }
 
-// Ids of rows that are not padding lie in [0, end).
-void check_ids(const Tensor& ids, const char* name, const optional<Tensor>& active, int64_t end) {
+// Ids of rows that are not padding lie in [least, end).
+void check_ids(const Tensor& ids, const char* name, const optional<Tensor>& active, int64_t end,
+               int64_t least = 0) {
   const int64_t* id = data<int64_t>(ids);
   const bool* counts = data<bool>(active);
   const int64_t rows = ids.size(0), width = rows == 0 ? 0 : ids.numel() / rows;
   for (int64_t i = 0; i < rows; ++i, id += width) {
     if (counts != nullptr && !counts[i]) continue;
     bool outside = false;
-    for (int64_t j = 0; j < width; ++j) outside |= uint64_t(id[j]) >= uint64_t(end);
+    for (int64_t j = 0; j < width; ++j) outside |= id[j] < least || id[j] >= end;
     TORCH_CHECK_INDEX(!outside, name, " out of range in row ", i);
   }
 }
@@ -203,8 +204,8 @@ void dispatch(at::ScalarType computes, at::ScalarType stores, const Solve& solve
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> indexed_softmax(
-    const Tensor& query, const Tensor& table, const Tensor& positive_ids,
-    const Tensor& candidate_ids, const Tensor& tau, const Tensor& coefficient,
+    const Tensor& query, const Tensor& table, const optional<Tensor>& positive,
+    const optional<Tensor>& positive_ids, const Tensor& candidate_ids, const Tensor& tau, const Tensor& coefficient,
     const optional<Tensor>& positive_log_q, const optional<Tensor>& candidate_log_q,
     const optional<Tensor>& active, bool refined, bool want_query, bool want_table,
     bool want_statistics) {
@@ -215,6 +216,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> indexed_softm
   const auto dtype = query.scalar_type();
   check(query, "query", {rows, dim}, dtype);
   check(table, "table", {table.size(0), dim}, table.scalar_type());
+  TORCH_CHECK(positive.has_value() != positive_ids.has_value(), "wanted positive or positive_ids");
+  check(positive, "positive", {rows, dim}, table.scalar_type());
   check(positive_ids, "positive_ids", {rows}, at::kLong);
   check(candidate_ids, "candidate_ids", {rows, n}, at::kLong);
   check(tau, "tau", {rows}, dtype);
@@ -222,8 +225,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> indexed_softm
   check(positive_log_q, "positive_log_q", {rows}, dtype);
   check(candidate_log_q, "candidate_log_q", {rows, n}, dtype);
   check(active, "active", {rows}, at::kBool);
-  check_ids(positive_ids, "positive_ids", active, table.size(0));
-  check_ids(candidate_ids, "candidate_ids", active, table.size(0));
+  if (positive_ids.has_value()) check_ids(*positive_ids, "positive_ids", active, table.size(0));
+  check_ids(candidate_ids, "candidate_ids", active, table.size(0), -1);
 
   const Tensor row_loss = query.new_zeros({rows});
   // Padded rows are never written, so their gradients start as zeros.
@@ -245,6 +248,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> indexed_softm
     problem.dim = dim;
     problem.query = data<T>(query);
     problem.table = data<S>(table);
+    problem.positive = data<S>(positive);
     problem.positive_ids = data<int64_t>(positive_ids);
     problem.candidate_ids = data<int64_t>(candidate_ids);
     problem.tau = data<T>(tau);
@@ -372,8 +376,8 @@ TORCH_LIBRARY(dwl_kernels_native, library) {
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
       {at::Tag::pt2_compliant_tag});
   library.def(
-      "indexed_softmax(Tensor query, Tensor table, Tensor positive_ids, Tensor candidate_ids, "
-      "Tensor tau, Tensor coefficient, Tensor? positive_log_q, Tensor? candidate_log_q, "
+      "indexed_softmax(Tensor query, Tensor table, Tensor? positive, Tensor? positive_ids, "
+      "Tensor candidate_ids, Tensor tau, Tensor coefficient, Tensor? positive_log_q, Tensor? candidate_log_q, "
       "Tensor? active, bool refined, bool want_query, bool want_table, bool want_statistics) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
       {at::Tag::pt2_compliant_tag});

@@ -71,14 +71,17 @@ def check_problem(
     known = (p.positive_ids is not None, p.candidate_ids is not None)
     for wrong, what in (
         (p.positive is not None and p.target is not None, "positive and target are both given"),
-        (per_row and p.target is None, "candidate_rows is given without target"),
+        (
+            per_row and p.target is None and p.positive is None,
+            "candidate_rows is given without target or positive",
+        ),
         (
             in_batch and n < rows,
             f"in a batch {n} candidates are less than {rows} positives",
         ),
         (full and n == 0, "candidates has no rows for target to name"),
         (known[0] != known[1], "one of positive_ids and candidate_ids is given without the other"),
-        (all(known) and p.target is not None, "ids are given together with target"),
+        (all(known) and per_row, "ids are given together with candidate_rows"),
         (
             p.positive_ids is not None
             and p.candidate_ids is not None
@@ -127,7 +130,7 @@ def check_problem(
     if len(wanted) != len(GradMask._fields):
         raise ValueError(f"wanted has {len(wanted)} entries; wanted {len(GradMask._fields)}")
     for name, want in zip(GradMask._fields, wanted, strict=True):
-        product = name == "positive" and per_row  # dL/d<q, p>
+        product = name == "positive" and per_row and p.positive is None  # dL/d<q, p>
         if want and fields[name] is None and not product:
             raise ValueError(f"the gradient of {name} is wanted, which is not given")
     if per_row and GradMask(*wanted).candidate_log_q:

@@ -76,7 +76,7 @@ def solve(
     accumulate, gradient = problem.dtypes
     sources = dict(zip(GradMask._fields, problem.sources(), strict=True))
     if problem.per_row:
-        del sources["candidates"]  # the gradients are those of the products
+        del sources["positive"], sources["candidates"]  # the gradients are those of the products
     with _autograd():
         leaves = {
             name: source.detach().to(accumulate).requires_grad_()
@@ -91,8 +91,9 @@ def solve(
         (gradients["domain_weights"],) = torch.autograd.grad(
             of_weights, [leaf], row_grad, materialize_grads=True
         )
-    if problem.per_row and wanted.candidates:
-        leaves |= {"positive": s_positive, "candidates": s}
+    if problem.per_row:
+        products = {"positive": s_positive, "candidates": s}
+        leaves |= {name: one for name, one in products.items() if getattr(wanted, name)}
     if leaves:
         found = torch.autograd.grad(loss, [*leaves.values()], row_grad, materialize_grads=True)
         gradients |= dict(zip(leaves, found, strict=True))
@@ -321,9 +322,10 @@ def _positive_and_candidates(
     dtype = p.dtypes.accumulate
     if not isinstance(p, SharedProblem):
         last = len(p.item_table) - 1
-        positive = p.item_table[p.positive_rows.clamp(0, last)].to(dtype)
+        positive = p.positives().to(dtype)
         candidates = p.item_table[p.candidate_rows.clamp(0, last)].to(dtype)
-        return positive.masked_fill(padded, 0), candidates.masked_fill(padded[:, :, None], 0)
+        nothing = padded | (p.candidate_rows == NO_ITEM)
+        return positive.masked_fill(padded, 0), candidates.masked_fill(nothing[:, :, None], 0)
     candidates = leaves.get("candidates", p.candidates.to(dtype))
     if p.in_batch:
         others = padded.new_zeros(len(candidates) - len(padded), 1)
@@ -356,7 +358,7 @@ def _excluded(p: Problem, active: Tensor, log_q: Tensor) -> Tensor:  # [B, N] bo
     """Hits, the row's own positive, positives of padded rows, and what log-Q of +inf takes out."""
     out = (log_q == INF).expand(len(active), p.num_candidates)
     if not isinstance(p, SharedProblem):
-        return out | (p.candidate_rows == p.positive_rows[:, None])
+        return out | (p.candidate_rows == NO_ITEM)
     columns = torch.arange(p.num_candidates, device=out.device)
     if p.positive_ids is not None and p.candidate_ids is not None:
         ids = p.positive_ids[:, None]

@@ -38,11 +38,12 @@ def row_candidates(
     """The candidates of a block of rows, ``[N, D]`` or, each row its own, ``[rows, K, D]``."""
     if isinstance(problem, SharedProblem):
         return candidates
-    ids = problem.candidate_rows[block].clamp(0, len(candidates) - 1)
-    own = candidates[ids].to(problem.dtypes.accumulate)
+    rows = problem.candidate_rows[block]
+    own = candidates[rows.clamp(0, len(candidates) - 1)].to(problem.dtypes.accumulate)
+    nothing = rows == NO_ITEM
     if active is not None:
-        own.masked_fill_(~active[block, None, None], 0)
-    return own
+        nothing |= ~active[block, None]
+    return own.masked_fill_(nothing[:, :, None], 0)
 
 
 def excluded_candidates(problem: Problem, active: Tensor | None, block: slice) -> Tensor:
@@ -53,7 +54,7 @@ def excluded_candidates(problem: Problem, active: Tensor | None, block: slice) -
     """
     log_q = log_q_of_candidates(problem)
     if not isinstance(problem, SharedProblem):
-        excluded = problem.candidate_rows[block] == problem.positive_rows[block, None]
+        excluded = problem.candidate_rows[block] == NO_ITEM
         return excluded if log_q is None else excluded | (log_q[block] == torch.inf)
     shape = block.stop - block.start, problem.num_candidates
     excluded = torch.zeros(shape, dtype=torch.bool, device=problem.query.device)

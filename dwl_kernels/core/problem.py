@@ -151,15 +151,18 @@ class SharedProblem(NamedTuple):
 class PerRowProblem(NamedTuple):
     """``B`` queries, each with a positive and ``K`` candidates of its own, rows of a table.
 
-    ``c_ij`` is row ``candidate_rows[i, j]`` of the table, a hit where that is ``positive_rows[i]``,
-    and the positive is row ``positive_rows[i]``. A backend gives the gradient of the products,
-    ``dL/d<q_i, c_ij>``, from which that of the table follows.
+    ``c_ij`` is row ``candidate_rows[i, j]`` of the table, and -1 stands in the place of what is no
+    candidate: a hit, or no item. The positive is row ``positive_rows[i]``, or ``positive[i]`` where
+    the table has none, because its rows are the embeddings that a user gave, ``B K`` of them. A
+    backend gives the gradients of the products, ``dL/d<q_i, c_ij>``, from which those of the
+    embeddings follow.
     """
 
     query: Tensor  # [B, D]
     item_table: Tensor  # [V, D], of the dtype and device of the query
-    positive_rows: Tensor  # [B] int64
+    positive_rows: Tensor | None  # [B] int64
     candidate_rows: Tensor  # [B, K] int64
+    positive: Tensor | None = None  # [B, D], in the place of `positive_rows`
     positive_log_q: Tensor | None = None  # [B]
     candidate_log_q: Tensor | None = None  # [B, K]
     rows: RowOptions = RowOptions()
@@ -201,9 +204,17 @@ class PerRowProblem(NamedTuple):
         return PerRowProblem._make((*tensors[:_PER_ROW], rows))
 
     def sources(self) -> tuple[Tensor | None, ...]:
-        """What `GradMask` speaks of, in its order; that of the positives is part of the table's."""
+        """What `GradMask` speaks of; the gradient of positives in the table is part of its own."""
         rows = self.rows
-        return self.query, None, self.item_table, None, rows.temperature, rows.domain_weights
+        mine = self.query, self.positive, self.item_table, None
+        return (*mine, rows.temperature, rows.domain_weights)
+
+    def positives(self) -> Tensor:
+        """The positive of each row, ``[B, D]``."""
+        if self.positive_rows is None:
+            assert self.positive is not None
+            return self.positive
+        return self.item_table[self.positive_rows.clamp(0, self.item_table.shape[0] - 1)]
 
 
 Problem: TypeAlias = SharedProblem | PerRowProblem

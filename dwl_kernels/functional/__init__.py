@@ -35,12 +35,9 @@ derivatives        reverse mode, once; forward mode and second derivatives raise
 =================  ==========================================================================
 """
 
+from dwl_kernels.functional.dual_scale import dual_scale_softmax_loss
 from dwl_kernels.functional.ranking import rank_targets, softmax_statistics
-from dwl_kernels.functional.sampled import (
-    dual_scale_softmax_loss,
-    in_batch_softmax_loss,
-    sampled_softmax_loss,
-)
+from dwl_kernels.functional.sampled import in_batch_softmax_loss, sampled_softmax_loss
 from dwl_kernels.functional.table import full_softmax_loss, indexed_sampled_softmax_loss
 
 __all__ = [

@@ -130,7 +130,8 @@ def _run_per_row(
     return query, torch.ops.dwl_kernels_native.indexed_softmax(
         query=query,
         table=problem.item_table.contiguous(),
-        positive_ids=problem.positive_rows.contiguous(),
+        positive=_contiguous(problem.positive),
+        positive_ids=_contiguous(problem.positive_rows),
         candidate_ids=problem.candidate_rows.contiguous(),
         tau=prepared.tau.contiguous(),
         coefficient=prepared.coefficient.contiguous(),
@@ -139,7 +140,7 @@ def _run_per_row(
         active=prepared.active,
         refined=problem.rows.correction == "refined",
         want_query=wanted.query or wanted.temperature,
-        want_table=wanted.candidates,
+        want_table=wanted.candidates or wanted.positive,
         want_statistics=want_statistics,
     )
 
@@ -227,7 +228,7 @@ def _register_fake() -> None:
         )
 
     @torch.library.register_fake("dwl_kernels_native::indexed_softmax")
-    def fake_indexed(query, table, positive_ids, candidate_ids, *rest):  # type: ignore[no-untyped-def]
+    def fake_indexed(query, table, positive, positive_ids, candidate_ids, *rest):  # type: ignore[no-untyped-def]
         *_, want_query, want_table, want_statistics = rest
         return (
             query.new_empty(query.shape[0]),

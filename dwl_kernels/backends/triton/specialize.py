@@ -103,9 +103,9 @@ def inputs_of(problem: Problem, row_grad: Tensor | None) -> Any:
     if isinstance(p, SharedProblem):
         positive, candidates, target = p.positive, p.candidates, p.target
         positive_ids, candidate_ids = p.positive_ids, p.candidate_ids
-    else:  # the positives lie in the table
-        positive = candidates = p.item_table
-        positive_ids, candidate_ids, target = p.positive_rows, p.candidate_rows, None
+    else:  # the positives may lie in the table
+        positive, candidates, target = p.positive, p.item_table, None
+        positive_ids, candidate_ids = p.positive_rows, p.candidate_rows
     # In the order of `Inputs`, so that a new option of the rows passes through by itself.
     given = common().Inputs(
         *(p.query, positive, candidates, p.positive_log_q, p.candidate_log_q),
@@ -118,47 +118,57 @@ def inputs_of(problem: Problem, row_grad: Tensor | None) -> Any:
     return given
 
 
+_OF_ROWS = -1  # a number of every row, ``dL/d<q_i, p_i>``
+
+
 class Results(NamedTuple):
     """The outputs of a call that have no memory yet."""
 
     loss: tuple[int, ...]  # its shape
     sums: torch.dtype  # of the loss and of all that is summed
     # Of the fields of `Output` but the loss, the place of the input that has the shape of
-    # the gradient, and its dtype; None where it is not wanted.
+    # the gradient, or _OF_ROWS, and its dtype; None where it is not wanted.
     gradients: tuple[tuple[int, torch.dtype] | None, ...]
 
 
 def results_of(problem: Problem, wanted: GradMask, inputs: Any) -> Results:
     (sums, gradient), products = problem.dtypes, problem.candidate_gradient
-    # Per row the gradients are those of the products.
-    positive = "positive_ids" if problem.per_row else "positive"
-    candidates = "candidate_ids" if problem.per_row else "candidates"
     sources = {
         "query": ("query", gradient),
-        "positive": (positive, products),
-        "candidates": (candidates, products),
+        "positive": ("positive", products),
+        "candidates": ("candidates", products),
         "temperature": ("temperature", sums),
         "domain_weights": ("domain_weights", sums),
         "candidate_log_q": ("candidate_log_q", sums),
     }
+    if problem.per_row:  # the gradients of the products
+        sources |= {"positive": ("", products), "candidates": ("candidate_ids", products)}
     return Results(
         loss=problem.query.shape[:1] if problem.rows.reduction == "none" else (),
         sums=sums,
         gradients=tuple(
-            (inputs._fields.index(sources[name][0]), sources[name][1])
-            if getattr(wanted, name) and getattr(inputs, sources[name][0]) is not None
-            else None
+            _place(inputs, *sources[name]) if getattr(wanted, name) else None
             for name in Output._fields[1:]
         ),
     )
 
 
+def _place(inputs: Any, like: str, dtype: torch.dtype) -> tuple[int, torch.dtype] | None:
+    if not like:
+        return _OF_ROWS, dtype
+    return None if getattr(inputs, like) is None else (inputs._fields.index(like), dtype)
+
+
+def _new(inputs: Any, place: int, dtype: torch.dtype) -> Tensor:
+    if place == _OF_ROWS:
+        return inputs.query.new_empty(len(inputs.query), dtype=dtype)
+    return torch.empty_like(inputs[place], dtype=dtype)
+
+
 def outputs_of(results: Results, inputs: Any) -> Output:
     """New memory for the results."""
     loss = inputs.query.new_empty(results.loss, dtype=results.sums)
-    gradients = [
-        like and torch.empty_like(inputs[like[0]], dtype=like[1]) for like in results.gradients
-    ]
+    gradients = [like and _new(inputs, *like) for like in results.gradients]
     outputs = Output(loss, *gradients)
     if polls():
         for output in outputs:
