@@ -164,3 +164,12 @@ def padding_by_id(inputs: Inputs) -> None:
 def own_ids_and_no_items(inputs: Inputs) -> None:
     inputs["negative_ids"].view(-1)[:9] = inputs["positive_ids"][:9]
     inputs["negative_ids"].view(-1)[9:12] = -1
+
+
+def query_ids(inputs: Inputs) -> None:
+    """Some queries have several positives, some none but their own, and some rows no query."""
+    rows = torch.arange(len(inputs["query"]))
+    inputs["query_ids"] = (rows // 3 * 5 % 11 + (1 << 33)).masked_fill(rows % 7 == 2, -1)
+    for name in ("ids", "positive_ids"):
+        if name in inputs:
+            inputs[name][::5] = -1

@@ -57,6 +57,12 @@ class Case:
     change: Callable[[Inputs], None] | None = None
     frozen: tuple[str, ...] = ()  # what takes no gradient
 
+    @property
+    def in_cuda(self) -> bool:
+        """Whether the kernel of the CUDA backend takes it."""
+        both_ids = self.ids and self.change is case_changes.query_ids
+        return self.kind not in NOT_IN_CUDA and not both_ids
+
     def inputs(self, dtype: torch.dtype, device: str = "cpu") -> Inputs:
         """Keyword arguments of the loss; leaves that take a gradient require it."""
         g = torch.Generator().manual_seed(zlib.crc32(self.name.encode()))
@@ -499,5 +505,40 @@ CASES = [
             options={"remove_accidental_hits": False, "correction": correction},
         )
         for kind, correction in (("indexed", "standard"), ("indexed_rows", "refined"))
+    ),
+    *(
+        Case(f"{kind}, positives of a query", kind=kind, change=case_changes.query_ids)
+        for kind in ("in_batch", "mixed")
+    ),
+    Case(
+        "mixed, positives of a query, everything",
+        rows=65,
+        kind="mixed",
+        **_FULL_ROWS,
+        change=case_changes.query_ids,
+    ),
+    Case(
+        "mixed, positives of a query, refined",
+        kind="mixed",
+        **_FULL_ROWS,
+        change=case_changes.query_ids,
+        options={"correction": "refined", "reduction": "none"},
+    ),
+    Case(
+        "in-batch, positives of a query, refined",
+        kind="in_batch",
+        ids=True,
+        change=case_changes.query_ids,
+        options={"correction": "refined"},
+    ),
+    *(
+        Case(
+            f"dual scale, mixed, positives of a query, {ids}",
+            kind="dual",
+            ids=ids,
+            change=case_changes.query_ids,
+            options={"in_batch": True, "slate_size": 4},
+        )
+        for ids in (False, True)
     ),
 ]

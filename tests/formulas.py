@@ -136,11 +136,11 @@ def row_of(kind: str, inputs: dict[str, Any], i: int, padded: list[bool]) -> Row
             id = None if ids is None else int(ids[j])
             ignored = id is not None and id == inputs.get("ignore_index")
             id = item_of.get(id, id)
-            gone = (
-                ignored
-                or bool(q == torch.inf)
-                or (of_batch and (q == -torch.inf or j == i or padded[j]))
-            )
+            gone = ignored or bool(q == torch.inf)
+            gone |= of_batch and (bool(q == -torch.inf) or j == i or padded[j])
+            if of_batch and "query_ids" in inputs:
+                of_query = inputs["query_ids"].tolist()
+                gone |= of_query[j] == of_query[i] != -1
             keeps = not inputs.get("remove_accidental_hits", True)
             gone |= id is not None and id == own_id and id != -1 and not keeps
             gone |= kind.startswith("indexed") and id == -1

@@ -355,14 +355,14 @@ def _log_q(p: Problem, leaves: dict[str, Tensor]) -> tuple[Tensor, Tensor]:  # [
 
 
 def _excluded(p: Problem, active: Tensor, log_q: Tensor) -> Tensor:  # [B, N] bool
-    """Hits, the row's own positive, positives of padded rows, and what log-Q of +inf takes out."""
+    """Hits, the row's own positive and others of its query, those of padded rows, log-Q +inf."""
     out = (log_q == INF).expand(len(active), p.num_candidates)
     if not isinstance(p, SharedProblem):
         return out | (p.candidate_rows == NO_ITEM)
     columns = torch.arange(p.num_candidates, device=out.device)
-    if p.positive_ids is not None and p.candidate_ids is not None:
-        ids = p.positive_ids[:, None]
-        out = out | ((ids == p.candidate_ids) & (ids != NO_ITEM))
+    for row_ids, candidate_ids in p.id_pairs():
+        ids = row_ids[:, None]
+        out = out | ((ids == candidate_ids) & (ids != NO_ITEM))
     if p.positive is None:
         out = out | (columns == p.own_columns()[:, None])
     if p.in_batch:

@@ -136,6 +136,7 @@ def in_batch_problem(
     negative_log_q: Any,
     negative_ids: Tensor | None,
     remove_accidental_hits: bool = True,
+    query_ids: Tensor | None = None,
     ignore_index: int | None = None,
     dual: DualScale | None = None,
     prefix: str = "",
@@ -164,6 +165,7 @@ def in_batch_problem(
     example = padded_by_id(ids_name, ids, query, ignore_index, row_options["example_weights"])
     row_options["example_weights"] = example
     both = flat_ids(query, **{ids_name: (ids, leading), "negative_ids": (negative_ids, more)})
+    (of_query,) = flat_ids(query, query_ids=(query_ids, leading))
     rows = row_arguments(query, **row_options)
     if ignore_index is not None and both[1] is not None:
         negative_log_q = leave_out(both[1].long() == ignore_index, negative_log_q)
@@ -175,6 +177,9 @@ def in_batch_problem(
     of_batch = positive_log_q
     if of_batch is None and more_log_q is not None:  # which only takes negatives out
         of_batch = more_log_q.new_zeros(len(positives))
+    of_candidates = of_query
+    if of_query is not None and negative is not None:
+        of_candidates = torch.cat((of_query, of_query.new_full(more, NO_ITEM)))
     return SharedProblem(
         query=flat_rows(query),
         positive=None,
@@ -183,6 +188,8 @@ def in_batch_problem(
         candidate_log_q=joined(of_batch, more_log_q),
         positive_ids=both[0],
         candidate_ids=joined(both[0], both[1]),
+        query_ids=of_query,
+        candidate_query_ids=of_candidates,
         dual=None if dual is None else effective_dual(dual),
         rows=rows,
     )
@@ -200,16 +207,28 @@ def dual_problem(
     in_batch: bool | None,
     positive_log_q: Tensor | None,
     positive_ids: Tensor | None,
+    query_ids: Tensor | None,
     **others: Any,
 ) -> Problem:
     """The problem of ``dual_scale_softmax_loss``."""
     others["dual"] = DualScale(hardness, similarity, slate_size, competition)
     if takes_batch(in_batch, negative is not None):
         of_batch: dict[str, Any] = {"log_q": positive_log_q, "ids": positive_ids}
+        of_batch["query_ids"] = query_ids
         named = {**of_batch, **others, "prefix": "positive_"}
         return in_batch_problem(query, positive, negative=negative, **named)
+    check_of_batch(query_ids)
     named = {"positive_log_q": positive_log_q, "positive_ids": positive_ids, **others}
     return sampled_problem(query, positive, cast("Tensor", negative), **named)
+
+
+def check_of_batch(query_ids: Tensor | None) -> None:
+    """ValueError for ids of queries where no positives of other rows are candidates."""
+    if query_ids is not None:
+        raise ValueError(
+            "query_ids tell which positives of a batch are of the same query, and here no positive "
+            "is a candidate of another row; leave them out, or pass in_batch=True"
+        )
 
 
 def takes_batch(in_batch: bool | None, negatives: bool) -> bool:
@@ -264,7 +283,7 @@ def full_problem(
         candidates=table,
         target=target,
         candidate_log_q=bias,
-        positive_ids=None if table_ids is None else item_ids(target, table_ids),
+        positive_ids=item_ids(target, table_ids) if table_ids is not None and whole_table else None,
         candidate_ids=table_ids,
         skip_threshold=skip_threshold,
         rows=rows,

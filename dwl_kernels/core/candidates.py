@@ -50,7 +50,7 @@ def excluded_candidates(problem: Problem, active: Tensor | None, block: slice) -
     """Which candidates a block of rows does not compete with, bool ``[rows, N]``.
 
     Hits, those that a log-Q of +inf takes out, a row's own positive, and in a batch the positives
-    of padded rows.
+    of padded rows and others of its query.
     """
     log_q = log_q_of_candidates(problem)
     if not isinstance(problem, SharedProblem):
@@ -60,9 +60,9 @@ def excluded_candidates(problem: Problem, active: Tensor | None, block: slice) -
     excluded = torch.zeros(shape, dtype=torch.bool, device=problem.query.device)
     if log_q is not None:
         excluded |= log_q == torch.inf
-    if problem.positive_ids is not None and problem.candidate_ids is not None:
-        ids = problem.positive_ids[block, None]
-        excluded |= (ids == problem.candidate_ids) & (ids != NO_ITEM)
+    for row_ids, candidate_ids in problem.id_pairs():
+        ids = row_ids[block, None]
+        excluded |= (ids == candidate_ids) & (ids != NO_ITEM)
     if problem.positive is None:
         excluded.scatter_(1, problem.own_columns()[block, None], True)
     if problem.in_batch and active is not None:

@@ -94,6 +94,8 @@ class SharedProblem(NamedTuple):
     candidate_log_q: Tensor | None = None  # [N]; or minus a bias, with a gradient
     positive_ids: Tensor | None = None  # [B] int32 or int64, both or none of the two
     candidate_ids: Tensor | None = None  # [N]
+    query_ids: Tensor | None = None  # [B] int32 or int64, both or none of the two
+    candidate_query_ids: Tensor | None = None  # [N], of the row whose positive a candidate is
     rows: RowOptions = RowOptions()
     skip_threshold: float = 0.0  # see `rows.skippable_below`
     dual: DualScale | None = None
@@ -140,6 +142,16 @@ class SharedProblem(NamedTuple):
         rows = self.rows
         mine = self.query, self.positive, self.candidates, self.candidate_log_q
         return (*mine, rows.temperature, rows.domain_weights)
+
+    def id_pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """Ids of rows ``[B]`` and of candidates ``[N]``, of items, of queries, as far as given.
+
+        A candidate that has an id of the row, and not -1, is no candidate of it.
+        """
+        items = self.positive_ids, self.candidate_ids
+        queries = self.query_ids, self.candidate_query_ids
+        pairs = [(a, b) for a, b in (items, queries) if a is not None and b is not None]
+        return pairs
 
     def own_columns(self) -> Tensor:
         """Which candidate is the positive of each row where there is no ``positive``, ``[B]``."""

@@ -31,6 +31,7 @@ def dual_scale_softmax_loss(
     negative_log_q: Tensor | None = None,
     positive_ids: Tensor | None = None,
     negative_ids: Tensor | None = None,
+    query_ids: Tensor | None = None,
     ignore_index: int | None = None,
     domain_ids: Tensor | None = None,
     domain_weights: Tensor | None = None,
@@ -75,7 +76,9 @@ def dual_scale_softmax_loss(
         positive_log_q, negative_log_q: ``[B]`` and ``[N]``, log-probability (nats) of one draw, as
             for :func:`sampled_softmax_loss`.
         positive_ids, negative_ids: ``[B]`` and ``[N]`` integers, the item ids, likewise.
-        ignore_index: the id that marks padding, likewise.
+        query_ids: ``[B]`` integers, the query of every row, as for :func:`in_batch_softmax_loss`;
+            in a batch only.
+        ignore_index: the id that marks padding, as for :func:`sampled_softmax_loss`.
         domain_ids, domain_weights: ``[B]`` or ``[B, G]`` integers, and ``[num_domains]``, the
             domains of the rows and what they weigh, as for :func:`sampled_softmax_loss`.
         example_weights, temperature: ``[B]``, and a number, ``[]`` or ``[B]``, likewise.
@@ -114,6 +117,7 @@ def dual_scale_softmax_loss(
         negative_log_q=negative_log_q,
         positive_ids=positive_ids,
         negative_ids=negative_ids,
+        query_ids=query_ids,
         ignore_index=ignore_index,
         domain_ids=domain_ids,
         domain_weights=domain_weights,

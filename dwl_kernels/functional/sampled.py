@@ -157,6 +157,7 @@ def in_batch_softmax_loss(
     negative: Tensor | None = None,
     negative_log_q: Tensor | None = None,
     negative_ids: Tensor | None = None,
+    query_ids: Tensor | None = None,
     ignore_index: int | None = None,
     domain_ids: Tensor | None = None,
     domain_weights: Tensor | None = None,
@@ -179,8 +180,9 @@ def in_batch_softmax_loss(
 
     Row ``i`` competes with ``positive[k]`` for all ``k != i``, and with the negatives ``j``, whose
     ``z_ij`` is that of :func:`sampled_softmax_loss`. With ``ids``, rows of the same id as
-    row ``i`` are no candidates of it; without, only its own positive is removed. The positives of
-    padded rows (``example_weights`` 0) are nobody's candidates.
+    row ``i`` are no candidates of it; without, only its own positive is removed, as are with
+    ``query_ids`` those of its query. The positives of padded rows (``example_weights`` 0) are
+    nobody's candidates.
 
     Args:
         query: ``[B, D]``, or ``[..., D]``, the embeddings of the queries.
@@ -194,6 +196,8 @@ def in_batch_softmax_loss(
             neither.
         negative_ids: ``[N]`` integers, their ids; with ``negative``, pass both this and ``ids``, or
             neither.
+        query_ids: ``[B]`` integers, the user or query of every row, -1 for none. Positives of the
+            same query, another click of the same user say, are no candidates of the row.
         ignore_index: the id that marks padding, as for :func:`sampled_softmax_loss`; needs ``ids``.
         positive_log_q, positive_ids: ``[B]``, ``log_q`` and ``ids`` under the names that they have
             in the other losses.
@@ -243,6 +247,7 @@ def in_batch_softmax_loss(
         negative=negative,
         negative_log_q=negative_log_q,
         negative_ids=negative_ids,
+        query_ids=query_ids,
         ignore_index=ignore_index,
         domain_ids=domain_ids,
         domain_weights=domain_weights,

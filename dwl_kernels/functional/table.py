@@ -65,8 +65,7 @@ def full_softmax_loss(
         bias: ``[V]``, added to the logit of every item, with a gradient.
         table_ids: ``[V]`` integers, the item ids of the rows of the table, where an item may stand
             in several: other rows of the item of a row's target are no candidates of that row. -1
-            marks a row that is no item: nobody's candidate, and as a target of infinite loss. Not
-            for a table in shards.
+            marks a row that is no item: nobody's candidate, and as a target of infinite loss.
         ignore_index: the target that marks a padded row: it gives exact zeros, does not count in
             any norm, and NaN in its embedding does not leak.
         domain_ids, domain_weights: ``[T]`` or ``[T, G]`` integers, and ``[num_domains]``, the
@@ -78,10 +77,10 @@ def full_softmax_loss(
             probability of item ``v`` and ``w_i`` the weight of the row before the norm divides it.
             The loss is exact, and the target's own entry always counts. 0 leaves nothing out, as
             does a table in shards.
-        process_group: the ranks that the table is spread over. ``table`` (and ``bias``) are then
-            the shard of this rank: consecutive rows, in the order of the ranks, as many as you
-            like. A ``DTensor`` with ``Shard(0)`` needs no group. ``target`` is a row of the whole
-            table.
+        process_group: the ranks that the table is spread over. ``table``, and what describes its
+            rows, are then the shard of this rank: consecutive rows, in the order of the ranks, as
+            many as you like. A ``DTensor`` with ``Shard(0)`` needs no group. ``target`` is a row of
+            the whole table.
         replicated_rows: whether all ranks pass the same rows, as in tensor parallelism; else each
             passes rows of its own.
 
@@ -125,11 +124,6 @@ def full_softmax_loss(
     """
     whole_table = process_group is None and not is_distributed(table)
     if not whole_table:
-        if table_ids is not None:
-            raise ValueError(
-                "table_ids does not go with a table in shards, whose ranks do not know the items "
-                "of each other's rows; pass the whole table, or give every item one row"
-            )
         table, group = shard_of(table, process_group)
         bias = None if bias is None else shard_of(bias, group)[0]
     build = functools.partial(

@@ -18,6 +18,7 @@ class Given(NamedTuple):
     table_ids: Tensor | None
     positive_ids: Tensor | None
     negative_ids: Tensor | None
+    query_ids: Tensor | None
     domain_ids: Tensor | None
     negative_domain_ids: Tensor | None
     positive_log_q: Tensor | None

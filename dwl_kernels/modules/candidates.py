@@ -8,7 +8,12 @@ from typing import Any, cast
 from torch import Tensor
 
 from dwl_kernels.core.arguments import check_dense
-from dwl_kernels.core.build import in_batch_problem, sampled_problem, takes_batch
+from dwl_kernels.core.build import (
+    check_of_batch,
+    in_batch_problem,
+    sampled_problem,
+    takes_batch,
+)
 from dwl_kernels.core.checks import Calibrated, both_or_none, padded_by_id
 from dwl_kernels.core.drawn import (
     checked_table_ids,
@@ -48,7 +53,10 @@ class CandidateLoss(WeightedLoss):
             negative_log_q=given.negative_log_q,
             example_weights=example_weights,
         )
-        names = "positive_ids", "negative_ids", "domain_ids", "negative_domain_ids"
+        names = (
+            *("positive_ids", "negative_ids", "query_ids"),
+            *("domain_ids", "negative_domain_ids"),
+        )
         ids = checked_ids(query, **{name: getattr(given, name) for name in names})
         given = given._replace(**dict(zip(names, ids, strict=True)))
         positive_ids, negative_ids = given.positive_ids, given.negative_ids
@@ -78,6 +86,8 @@ class CandidateLoss(WeightedLoss):
             negatives = negative_ids.shape
         in_batch = takes_batch(self.in_batch, negatives is not None)
         per_row = negatives is not None and len(negatives) != 1
+        if not in_batch:
+            check_of_batch(given.query_ids)
         if per_row:
             self._check_per_row("negative" if table is None else "negative_ids")
         if negatives is not None:  # before calibration, which makes both
@@ -148,7 +158,9 @@ class CandidateLoss(WeightedLoss):
         assert positive is not None  # `check_candidates` has looked
         if self.normalize:
             query, positive = normalised(query, padded), normalised(positive, padded)
-            of_rows = padded[..., None] if call.per_row and padded is not None else None
+            of_rows = None
+            if negative is not None and call.per_row and padded is not None:
+                of_rows = padded[..., None].expand(negative.shape[:-1])
             negative = None if negative is None else normalised(negative, of_rows)
         one_side = (given.positive_ids is None) != (given.negative_ids is None)
         if hits and negative is not None and one_side:
@@ -162,7 +174,8 @@ class CandidateLoss(WeightedLoss):
         if not call.in_batch:
             return sampled_problem(query, positive, cast("Tensor", negative), **draws, **rows)
         log_q, ids = draws.pop("positive_log_q"), draws.pop("positive_ids")
-        draws |= {"log_q": log_q, "ids": ids, "negative": negative, "prefix": "positive_"}
+        draws |= {"log_q": log_q, "ids": ids, "query_ids": given.query_ids}
+        draws |= {"negative": negative, "prefix": "positive_"}
         return in_batch_problem(query, positive, **draws, **rows)
 
     def _check_per_row(self, name: str) -> None:

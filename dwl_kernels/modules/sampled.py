@@ -171,6 +171,7 @@ class DynamicWeightedSampledSoftmax(CandidateLoss):
         *,
         table: Tensor | None = None,
         table_ids: Tensor | None = None,
+        query_ids: Tensor | None = None,
         domain_ids: Tensor | None = None,
         negative_domain_ids: Tensor | None = None,
         positive_ids: Tensor | None = None,
@@ -191,6 +192,8 @@ class DynamicWeightedSampledSoftmax(CandidateLoss):
             table_ids: ``[V]`` integers, the item ids of the rows of the ``table``, where an item
                 may stand in several: hits are found, and ``item_domains`` indexed, by them. -1
                 marks a row that is no item.
+            query_ids: ``[B]`` integers, the user or query of every row, -1 for none: in a batch
+                positives of the same query are no candidates of the row.
             domain_ids: ``[B]`` or ``[B, G]`` integers, -1 = none; by default the domains of
                 ``positive_ids`` in ``item_domains``.
             negative_domain_ids: ``[N]`` or ``[N, G]``, or ``[B, K]`` or ``[B, K, G]`` for negatives
@@ -220,6 +223,7 @@ class DynamicWeightedSampledSoftmax(CandidateLoss):
         """
         given = Given(
             table_ids=table_ids,
+            query_ids=query_ids,
             positive_ids=positive_ids,
             negative_ids=negative_ids,
             domain_ids=domain_ids,

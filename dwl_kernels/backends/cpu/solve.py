@@ -107,8 +107,8 @@ def _run_shared(
         candidate_log_q=_contiguous(log_q_of_candidates(problem)),
         score=_contiguous(score),
         shift=_contiguous(shift),
-        positive_ids=_contiguous(problem.positive_ids, torch.int64),
-        candidate_ids=_contiguous(problem.candidate_ids, torch.int64),
+        row_ids=[ids.long().contiguous() for ids, _ in problem.id_pairs()],
+        candidate_ids=[ids.long().contiguous() for _, ids in problem.id_pairs()],
         skip_below=skippable_below(problem, prepared.weight),
         active=prepared.active,
         refined=refined,
@@ -205,8 +205,8 @@ def table_gradient(
     return values, distinct
 
 
-def _contiguous(tensor: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
-    return None if tensor is None else tensor.to(dtype or tensor.dtype).contiguous()
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
 
 
 def _register_fake() -> None:

@@ -75,8 +75,8 @@ def load_of(problem: SharedProblem, row_grad: Tensor | None) -> Load:
     if p.skip_threshold > 0:
         return "skip"
     of_row = temperature is not None and temperature.dim() > 0
-    given = (p.target, p.candidate_log_q, p.candidate_ids, p.rows.example_weights, p.dual, row_grad)
-    return "options" if of_row or any(one is not None for one in given) else "plain"
+    given = (p.target, p.candidate_log_q, p.rows.example_weights, p.dual, row_grad)
+    return "options" if of_row or p.id_pairs() or any(t is not None for t in given) else "plain"
 
 
 def constants_of(problem: Problem) -> tuple[float, ...]:
@@ -93,6 +93,15 @@ def strengths_of(dual: DualScale | None, num_candidates: int) -> tuple[float, fl
     return float(dual.hardness), float(dual.similarity), float(dual.competition), slate
 
 
+_NOTHING: tuple[Tensor | None, Tensor | None] = (None, None)
+
+
+def id_pairs_of(problem: SharedProblem) -> list[tuple[Tensor | None, Tensor | None]]:
+    """Both pairs of ids; where there is one, of whatever kind, it is the first."""
+    pairs = problem.id_pairs()
+    return [*pairs, *[_NOTHING] * (2 - len(pairs))]
+
+
 def inputs_of(problem: Problem, row_grad: Tensor | None) -> Any:
     """The tensors of the problem as `common.Inputs`."""
     p, rows = problem, problem.rows
@@ -102,14 +111,14 @@ def inputs_of(problem: Problem, row_grad: Tensor | None) -> Any:
         rows = rows._replace(temperature=tau)
     if isinstance(p, SharedProblem):
         positive, candidates, target = p.positive, p.candidates, p.target
-        positive_ids, candidate_ids = p.positive_ids, p.candidate_ids
+        (positive_ids, candidate_ids), others = id_pairs_of(p)
     else:  # the positives may lie in the table
         positive, candidates, target = p.positive, p.item_table, None
-        positive_ids, candidate_ids = p.positive_rows, p.candidate_rows
+        positive_ids, candidate_ids, others = p.positive_rows, p.candidate_rows, _NOTHING
     # In the order of `Inputs`, so that a new option of the rows passes through by itself.
     given = common().Inputs(
         *(p.query, positive, candidates, p.positive_log_q, p.candidate_log_q),
-        *(positive_ids, candidate_ids),
+        *(positive_ids, candidate_ids, *others),
         *rows[: len(ROW_TENSORS)],
         *(row_grad, target),
     )
@@ -189,7 +198,7 @@ def is_even(problem: Problem) -> bool:
         return True
     # At D = 256 they cost the last registers, so that without ids there is nothing to gain.
     rows, d = problem.query.shape
-    return rows % 16 == 0 and (d <= 128 or problem.candidate_ids is not None)
+    return rows % 16 == 0 and (d <= 128 or bool(problem.id_pairs()))
 
 
 def fenced(capability: int) -> bool:
@@ -355,5 +364,6 @@ def workspace_integers(problem: Problem, workers: int) -> int:
     rows = -(-problem.query.shape[0] // 64) * 64 + common().ROOM.value
     arrays = 1
     if isinstance(problem, SharedProblem):
-        arrays = 4 if problem.candidate_ids is not None else 2 if problem.target is not None else 1
+        ids = len(problem.id_pairs())
+        arrays = 2 + 2 * ids if ids else 2 if problem.target is not None else 1
     return -(-workers // 64) * 64 + arrays * rows
