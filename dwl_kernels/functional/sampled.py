@@ -93,7 +93,8 @@ def sampled_softmax_loss(
             which of them work here, ``python -m dwl_kernels`` says.
         process_group, ring, replicated_negatives: candidates of all ranks, as for
             :func:`in_batch_softmax_loss`: here the negatives of all ranks, or with
-            ``replicated_negatives=True`` those that all ranks hold.
+            ``replicated_negatives=True`` those that all ranks hold; negatives per row stay those of
+            their row.
 
     Returns:
         The loss, ``[]``, or ``[B]`` (``[...]``) for ``"none"``: float32, or float64 for float64
