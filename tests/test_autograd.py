@@ -60,6 +60,8 @@ def _op_arguments(
         "dual scale, everything",
         "by row, everything",
         "by row, none",
+        "embeddings by row, everything",
+        "mixed, positives of a query, everything",
     ],
 )
 def test_registered_op_passes_opcheck(backend: str, name: str) -> None:

@@ -27,7 +27,7 @@ def test_backend_is_as_exact_as_eager(backend: str, case: cases.Case, dtype: tor
 
 @pytest.mark.parametrize("correction", ["standard", "refined"])
 @pytest.mark.parametrize("reduction", ["mean", "weighted_mean", "sum", "none"])
-@pytest.mark.parametrize("kind", ["sampled", "mixed", "full", "indexed", "indexed_rows"])
+@pytest.mark.parametrize("kind", ["sampled", "mixed", "full", "indexed", "indexed_rows", "rows"])
 def test_gradients_agree_with_finite_differences(
     backend: str, kind: str, reduction: str, correction: str
 ) -> None:

@@ -31,7 +31,7 @@ def test_rows_in_several_blocks_are_the_reference(
 ) -> None:
     if (reason := backends.unavailable_reason(name, "cpu")) is not None:
         pytest.skip(reason)
-    most = NUMBERS if case.kind == "indexed_rows" else LOGITS
+    most = NUMBERS if case.kind in ("indexed_rows", "rows") else LOGITS
     monkeypatch.setattr(candidates, "BLOCK_ELEMENTS", {"cpu": most})
     cases.check(case, name, dtype)
 

@@ -6,7 +6,7 @@ problem and the errors about values. Every backend is tested against it in float
 For row ``i`` of ``B`` queries ``q``, its positive ``p_i`` and candidate ``j`` of ``N``, ``c_j``, or
 ``c_ij`` where every row has candidates of its own::
 
-    z_ij  = <q_i, c_j> / tau_i - log Q_j       -inf where j is a hit of row i (the same id)
+    z_ij  = <q_i, c_j> / tau_i - log Q_j       -inf where j has the id, or query, of row i
     z_i+  = <q_i, p_i> / tau_i - log Q+_i
     lse_i = log(exp z_i+ + sum_j exp z_ij)
     l_i   = lse_i - z_i+
@@ -361,8 +361,7 @@ def _excluded(p: Problem, active: Tensor, log_q: Tensor) -> Tensor:  # [B, N] bo
         return out | (p.candidate_rows == NO_ITEM)
     columns = torch.arange(p.num_candidates, device=out.device)
     for row_ids, candidate_ids in p.id_pairs():
-        ids = row_ids[:, None]
-        out = out | ((ids == candidate_ids) & (ids != NO_ITEM))
+        out = out | ((row_ids[:, None] == candidate_ids) & (candidate_ids != NO_ITEM))
     if p.positive is None:
         out = out | (columns == p.own_columns()[:, None])
     if p.in_batch:
