@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dwl_kernels.core.arguments import check_dense, integer, integers
@@ -100,7 +101,7 @@ def left_out(
     own = item_ids(positive_rows, table_ids)[..., None]
     hits = hits and negative_rows.dim() > 1
     if table_ids is None:
-        return negative_rows.masked_fill(items == own, NO_ITEM) if hits else negative_rows
+        return torch.where(items == own, NO_ITEM, negative_rows) if hits else negative_rows
     gone = (items == NO_ITEM) | (items == own) if hits else items == NO_ITEM
     inside = (negative_rows >= 0) & (negative_rows < len(table_ids))  # others are an error
     return negative_rows.masked_fill(gone & inside, NO_ITEM)
