@@ -59,15 +59,16 @@ void check_tau(const Tensor& tau, const optional<Tensor>& active) {
   }
 }
 
-// Ids of rows that are not padding lie in [0, end).
-void check_ids(const Tensor& ids, const char* name, const optional<Tensor>& active, int64_t end) {
+// Ids of rows that are not padding lie in [least, end).
+void check_ids(const Tensor& ids, const char* name, const optional<Tensor>& active, int64_t end,
+               int64_t least = 0) {
   const int64_t* id = data<int64_t>(ids);
   const bool* counts = data<bool>(active);
   const int64_t rows = ids.size(0), width = rows == 0 ? 0 : ids.numel() / rows;
   for (int64_t i = 0; i < rows; ++i, id += width) {
     if (counts != nullptr && !counts[i]) continue;
     bool outside = false;
-    for (int64_t j = 0; j < width; ++j) outside |= uint64_t(id[j]) >= uint64_t(end);
+    for (int64_t j = 0; j < width; ++j) outside |= id[j] < least || id[j] >= end;
     TORCH_CHECK_INDEX(!outside, name, " out of range in row ", i);
   }
 }
@@ -95,11 +96,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sampl
     const Tensor& query, const optional<Tensor>& positive, const Tensor& candidates,
     const optional<Tensor>& target, const Tensor& tau, const Tensor& coefficient,
     const optional<Tensor>& positive_log_q, const optional<Tensor>& candidate_log_q,
-    const optional<Tensor>& score, const optional<Tensor>& shift,
-    const optional<Tensor>& positive_ids, const optional<Tensor>& candidate_ids,
-    const optional<Tensor>& skip_below, const optional<Tensor>& active, bool refined,
-    bool want_query, bool want_positive, bool want_candidates, bool want_log_q,
-    bool want_statistics) {
+    const optional<Tensor>& score, const optional<Tensor>& shift, at::TensorList row_ids,
+    at::TensorList candidate_ids, const optional<Tensor>& skip_below,
+    const optional<Tensor>& active, bool refined, bool want_query, bool want_positive,
+    bool want_candidates, bool want_log_q, bool want_statistics) {
   TORCH_CHECK(query.dim() == 2 && candidates.dim() == 2, "query and candidates must be matrices");
   const int64_t rows = query.size(0), n = candidates.size(0), dim = query.size(1);
   constexpr int64_t kMost = std::numeric_limits<int>::max() - 1;  // of the BLAS interface
@@ -107,8 +107,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sampl
   TORCH_CHECK(dim > 0, "query has embeddings of size 0; wanted at least 1");
   TORCH_CHECK(!positive.has_value() || !target.has_value(),
               "the positives are given, or are candidates: wanted positive or target, not both");
-  TORCH_CHECK(positive_ids.has_value() == candidate_ids.has_value(),
-              "wanted positive_ids and candidate_ids, or none of the two");
+  TORCH_CHECK(row_ids.size() == candidate_ids.size() && row_ids.size() <= 2,
+              "wanted row_ids and candidate_ids of at most two kinds");
   TORCH_CHECK(positive.has_value() || target.has_value() || n >= rows,
               "in-batch: the first candidates are the positives");
   TORCH_CHECK(positive.has_value() || !want_positive, "the positive is a candidate");
@@ -125,8 +125,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sampl
   check(candidate_log_q, "candidate_log_q", {n}, dtype);
   check(score, "score", {rows, dim}, dtype);
   check(shift, "shift", {rows}, dtype);
-  check(positive_ids, "positive_ids", {rows}, at::kLong);
-  check(candidate_ids, "candidate_ids", {n}, at::kLong);
+  for (const Tensor& ids : row_ids) check(ids, "row_ids", {rows}, at::kLong);
+  for (const Tensor& ids : candidate_ids) check(ids, "candidate_ids", {n}, at::kLong);
   check(skip_below, "skip_below", {rows}, dtype);
   check(active, "active", {rows}, at::kBool);
   if (target.has_value()) check_ids(*target, "target", active, n);
@@ -159,8 +159,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sampl
     problem.candidate_log_q = data<T>(candidate_log_q);
     problem.score = data<T>(score);
     problem.shift = data<T>(shift);
-    problem.positive_ids = data<int64_t>(positive_ids);
-    problem.candidate_ids = data<int64_t>(candidate_ids);
+    for (size_t k = 0; k < row_ids.size(); ++k) problem.row_ids[k] = data<int64_t>(row_ids[k]);
+    for (size_t k = 0; k < row_ids.size(); ++k)
+      problem.candidate_ids[k] = data<int64_t>(candidate_ids[k]);
     problem.skip_below = data<T>(skip_below);
     problem.active = data<bool>(active);
     problem.refined = refined;
@@ -203,11 +204,11 @@ void dispatch(at::ScalarType computes, at::ScalarType stores, const Solve& solve
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> indexed_softmax(
-    const Tensor& query, const Tensor& table, const Tensor& positive_ids,
-    const Tensor& candidate_ids, const Tensor& tau, const Tensor& coefficient,
-    const optional<Tensor>& positive_log_q, const optional<Tensor>& candidate_log_q,
-    const optional<Tensor>& active, bool refined, bool want_query, bool want_table,
-    bool want_statistics) {
+    const Tensor& query, const Tensor& table, const optional<Tensor>& positive,
+    const optional<Tensor>& positive_ids, const Tensor& candidate_ids, const Tensor& tau,
+    const Tensor& coefficient, const optional<Tensor>& positive_log_q,
+    const optional<Tensor>& candidate_log_q, const optional<Tensor>& active, bool refined,
+    bool want_query, bool want_table, bool want_statistics) {
   TORCH_CHECK(query.dim() == 2 && table.dim() == 2 && candidate_ids.dim() == 2,
               "query, table and candidate_ids must be matrices");
   const int64_t rows = query.size(0), dim = query.size(1), n = candidate_ids.size(1);
@@ -215,6 +216,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> indexed_softm
   const auto dtype = query.scalar_type();
   check(query, "query", {rows, dim}, dtype);
   check(table, "table", {table.size(0), dim}, table.scalar_type());
+  TORCH_CHECK(positive.has_value() != positive_ids.has_value(), "wanted positive or positive_ids");
+  check(positive, "positive", {rows, dim}, table.scalar_type());
   check(positive_ids, "positive_ids", {rows}, at::kLong);
   check(candidate_ids, "candidate_ids", {rows, n}, at::kLong);
   check(tau, "tau", {rows}, dtype);
@@ -222,8 +225,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> indexed_softm
   check(positive_log_q, "positive_log_q", {rows}, dtype);
   check(candidate_log_q, "candidate_log_q", {rows, n}, dtype);
   check(active, "active", {rows}, at::kBool);
-  check_ids(positive_ids, "positive_ids", active, table.size(0));
-  check_ids(candidate_ids, "candidate_ids", active, table.size(0));
+  if (positive_ids.has_value()) check_ids(*positive_ids, "positive_ids", active, table.size(0));
+  check_ids(candidate_ids, "candidate_ids", active, table.size(0), -1);
 
   const Tensor row_loss = query.new_zeros({rows});
   // Padded rows are never written, so their gradients start as zeros.
@@ -245,6 +248,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> indexed_softm
     problem.dim = dim;
     problem.query = data<T>(query);
     problem.table = data<S>(table);
+    problem.positive = data<S>(positive);
     problem.positive_ids = data<int64_t>(positive_ids);
     problem.candidate_ids = data<int64_t>(candidate_ids);
     problem.tau = data<T>(tau);
@@ -366,14 +370,15 @@ TORCH_LIBRARY(dwl_kernels_native, library) {
   library.def(
       "sampled_softmax(Tensor query, Tensor? positive, Tensor candidates, Tensor? target, "
       "Tensor tau, Tensor coefficient, Tensor? positive_log_q, Tensor? candidate_log_q, "
-      "Tensor? score, Tensor? shift, Tensor? positive_ids, Tensor? candidate_ids, "
+      "Tensor? score, Tensor? shift, Tensor[] row_ids, Tensor[] candidate_ids, "
       "Tensor? skip_below, Tensor? active, bool refined, bool want_query, bool want_positive, "
       "bool want_candidates, bool want_log_q, bool want_statistics) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
       {at::Tag::pt2_compliant_tag});
   library.def(
-      "indexed_softmax(Tensor query, Tensor table, Tensor positive_ids, Tensor candidate_ids, "
-      "Tensor tau, Tensor coefficient, Tensor? positive_log_q, Tensor? candidate_log_q, "
+      "indexed_softmax(Tensor query, Tensor table, Tensor? positive, Tensor? positive_ids, "
+      "Tensor candidate_ids, Tensor tau, Tensor coefficient, Tensor? positive_log_q, Tensor? "
+      "candidate_log_q, "
       "Tensor? active, bool refined, bool want_query, bool want_table, bool want_statistics) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
       {at::Tag::pt2_compliant_tag});

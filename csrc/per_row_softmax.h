@@ -19,7 +19,8 @@ struct BFloat16 {
   explicit operator float() const { return std::bit_cast<float>(uint32_t(bits) << 16); }
 };
 
-// T computes, S is how the table is stored. Ids of active rows must be in [0, table_rows).
+// T computes, S is how the table is stored. Ids of active rows must be in [0, table_rows), those
+// of candidates -1 otherwise.
 template <typename T, typename S>
 struct PerRowProblem {
   int64_t rows;                  // B
@@ -27,8 +28,9 @@ struct PerRowProblem {
   int64_t dim;                   // D
   const T* query;                // [B, D]
   const S* table;                // [V, D]
-  const int64_t* positive_ids;   // [B] the row of the table that is the positive
-  const int64_t* candidate_ids;  // [B, K]; where it is the positive, it is a hit
+  const S* positive;             // [B, D], or null: the positives are rows of the table
+  const int64_t* positive_ids;   // [B] these rows, or null
+  const int64_t* candidate_ids;  // [B, K]; -1 is no candidate
   const T* tau;                  // [B] temperature
   const T* coefficient;          // [B] a_i / r_i
   const T* positive_log_q;       // [B], nats, or null

@@ -11,24 +11,26 @@ namespace dwl {
 // batch its embedding is among the candidates, where it must be finite.
 template <typename T>
 struct Problem {
-  int64_t rows;                  // B
-  int64_t candidates;            // N
-  int64_t dim;                   // D
-  const T* query;                // [B, D]
-  const T* positive;             // [B, D], or null: the positive of row i is a candidate, own(i)
-  const T* candidate;            // [N, D]
-  const int64_t* target;         // [B] own(i), or null: own(i) = i (in-batch)
-  const T* tau;                  // [B] temperature
-  const T* coefficient;          // [B] a_i / r_i, what row i weighs in the gradients
-  const T* score;                // [B, D], or null: the query; z_ij = <score_i, c_j> / tau_i + ...
-  const T* shift;                // [B], or null; added to the logits of all candidates of row i
-  const T* positive_log_q;       // [B], nats, or null
-  const T* candidate_log_q;      // [N], nats, or null
-  const int64_t* positive_ids;   // [B], or null; a candidate of the same id, not -1, is a hit
-  const int64_t* candidate_ids;  // [N], or null
-  const T* skip_below;           // [B], or null; blocks of pairs of smaller p_ij may be left out
-  const bool* active;            // [B], or null: false marks padding, see below
-  bool refined;                  // correction of arXiv 2507.09331 instead of the standard one
+  int64_t rows;              // B
+  int64_t candidates;        // N
+  int64_t dim;               // D
+  const T* query;            // [B, D]
+  const T* positive;         // [B, D], or null: the positive of row i is a candidate, own(i)
+  const T* candidate;        // [N, D]
+  const int64_t* target;     // [B] own(i), or null: own(i) = i (in-batch)
+  const T* tau;              // [B] temperature
+  const T* coefficient;      // [B] a_i / r_i, what row i weighs in the gradients
+  const T* score;            // [B, D], or null: the query; z_ij = <score_i, c_j> / tau_i + ...
+  const T* shift;            // [B], or null; added to the logits of all candidates of row i
+  const T* positive_log_q;   // [B], nats, or null
+  const T* candidate_log_q;  // [N], nats, or null
+  const T* skip_below;       // [B], or null; blocks of pairs of smaller p_ij may be left out
+  const bool* active;        // [B], or null: false marks padding, see below
+  bool refined;              // correction of arXiv 2507.09331 instead of the standard one
+
+  // Ids of up to two kinds, [B] and [N], the others null. A candidate that has an id of the row,
+  // and not -1, is no candidate of it.
+  const int64_t *row_ids[2], *candidate_ids[2];
 
   bool is_active(int64_t i) const { return active == nullptr || active[i]; }
   bool in_batch() const { return positive == nullptr && target == nullptr; }

@@ -17,10 +17,10 @@ import dwl_kernels
 
 PER_ROW = {
     *("query", "positive", "positive_log_q", "log_q", "ids", "positive_ids"),
-    *("domain_ids", "example_weights", "target"),
+    *("domain_ids", "example_weights", "target", "query_ids"),
 }
 KINDS = {
-    "gathered": {"sampled", "in_batch", "mixed", "dual"},
+    "gathered": {"sampled", "rows", "in_batch", "mixed", "dual"},
     "ring": {"sampled", "in_batch", "mixed"},
     "replicated_negatives": {"sampled", "mixed", "dual"},
     "sharded": {"full", "indexed", "indexed_rows"},
@@ -41,12 +41,12 @@ def part_of(
     """What of an input this rank holds."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     of_rows = name in PER_ROW or (name == "temperature" and value.dim() > 0)
-    of_rows |= name.startswith("negative") and case.kind == "indexed_rows"
+    of_rows |= name.startswith("negative") and case.kind in ("indexed_rows", "rows")
     if of_rows and how != "replicated_rows":
         found = cuts(len(inputs["query"]), ranks, seed + 1)
     elif name.startswith("negative") and case.kind != "indexed" and how in ("gathered", "ring"):
         found = cuts(len(inputs["negative"]), ranks, seed + 2)
-    elif name in ("table", "bias"):
+    elif name in ("table", "bias", "table_ids"):
         found = cuts(len(inputs["table"]), ranks, seed + 3)
     else:
         return slice(None)

@@ -38,7 +38,7 @@ class Kernel {
   Kernel(const Problem<T>& p, const Gradients<T>& out, int threads)
       : p_(p),
         out_(out),
-        index_(p.candidate_ids, p.candidates),
+        index_{{p.candidate_ids[0], p.candidates}, {p.candidate_ids[1], p.candidates}},
         rank_(p, out.rank != nullptr),
         candidate_gradient_(out.candidate != nullptr || out.candidate_log_q != nullptr),
         late_(p.skip_below != nullptr),
@@ -95,7 +95,7 @@ class Kernel {
 
   const Problem<T>& p_;
   const Gradients<T>& out_;
-  const IdIndex index_;
+  const IdIndex index_[2];
   const PositiveRank<T> rank_;
   const bool candidate_gradient_;
   const bool late_;  // product 2 waits for the totals too, so that some can be left out
@@ -164,13 +164,15 @@ void Kernel<T>::begin(Part& w, int64_t round) {
     if (!p_.refined && out_.rank == nullptr) continue;
     row.count = p_.candidates - padded_ - removed_;
     row.count -= p_.positive == nullptr && !removed(p_.own(i));
-    if (p_.positive_ids == nullptr) continue;
-    const int64_t id = p_.positive_ids[i];
-    IdIndex::Hits hits = index_.find(id, 0);
-    IdIndex::visit(hits, id, p_.candidates, [&](int64_t j) {
-      const bool own = p_.positive == nullptr && j == p_.own(i);
-      row.count -= !padding(j) && !removed(j) && !own;
-    });
+    for (int k = 0; k < 2 && p_.row_ids[k] != nullptr; ++k) {
+      const int64_t id = p_.row_ids[k][i], other = p_.row_ids[0][i];
+      IdIndex::Hits hits = index_[k].find(id, 0);
+      IdIndex::visit(hits, id, p_.candidates, [&](int64_t j) {
+        bool counted = p_.positive == nullptr && j == p_.own(i);
+        counted |= k == 1 && p_.candidate_ids[0][j] == other && other != kNoItem;
+        row.count -= !padding(j) && !removed(j) && !counted;
+      });
+    }
   }
 }
 
@@ -187,10 +189,11 @@ void Kernel<T>::logits(Part& w, int64_t j0, int64_t j1, T* s) {
     if (p_.positive == nullptr && p_.own(i) >= j0 && p_.own(i) < j1) {
       s[p_.own(i) - j0] = -kInfinity<T>;
     }
-    if (p_.positive_ids == nullptr) continue;
-    const int64_t id = p_.positive_ids[i];
-    if (j0 == w.first) w.hits[r] = index_.find(id, j0);
-    IdIndex::visit(w.hits[r], id, j1, [&](int64_t j) { s[j - j0] = -kInfinity<T>; });
+    for (int k = 0; k < 2 && p_.row_ids[k] != nullptr; ++k) {
+      const int64_t id = p_.row_ids[k][i];
+      if (j0 == w.first) w.hits[k][r] = index_[k].find(id, j0);
+      IdIndex::visit(w.hits[k][r], id, j1, [&](int64_t j) { s[j - j0] = -kInfinity<T>; });
+    }
   }
 }
 

@@ -121,7 +121,6 @@ struct Worker {
   std::vector<Mark<T>> marks;         // [b] of their positives, where ranks are wanted
   std::vector<T> m;                   // [b] largest logits of all
   std::vector<T> factor;              // [b] from the references of a tile to m
-  std::vector<IdIndex::Hits> hits;    // [b] those to come
   std::vector<RowResult<T>> results;  // [b]
   Buffer<T> query, scaled;            // [b, D] what scores; q times the scale of the row
   Buffer<T> e;                        // [tiles, b, stride], or of one tile
@@ -129,6 +128,9 @@ struct Worker {
   std::vector<T> segment_top;         // [tiles, segments, b] largest e, or empty
   // By turns, so that a worker may begin a block before the others have read the last report.
   Report<T> reports[2];
+
+  // [b] those to come, of each kind of ids.
+  std::vector<IdIndex::Hits> hits[2];
 
   Report<T>& report(int64_t round) { return reports[round % 2]; }
   const Report<T>& report(int64_t round) const { return reports[round % 2]; }
@@ -179,7 +181,7 @@ class Team {
       w.marks.resize(block_);
       w.m.resize(block_);
       w.factor.resize(block_);
-      w.hits.resize(block_);
+      for (auto& hits : w.hits) hits.resize(block_);
       w.results.resize(block_);
       for (Report<T>& report : w.reports) {
         report.m.resize(block_);

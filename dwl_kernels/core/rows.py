@@ -149,8 +149,7 @@ def embeddings(problem: Problem, active: Tensor | None) -> tuple[Tensor, Tensor,
     """
     dtype, query = problem.dtypes.accumulate, problem.query
     if not isinstance(problem, SharedProblem):
-        ids = problem.positive_rows.clamp(0, problem.item_table.shape[0] - 1)
-        candidates, positive = problem.item_table, problem.item_table[ids].to(dtype)
+        candidates, positive = problem.item_table, problem.positives().to(dtype)
     else:
         candidates = problem.candidates.to(dtype)
         if problem.positive is None:

@@ -22,11 +22,11 @@ memory             beyond inputs and gradients: ``eager`` several times ``B N``;
                    logits (2^26 on a GPU) and their copies; ``cpu`` at most ``128 N`` numbers;
                    ``triton`` and ``cuda`` ``11 B`` and, for each of some hundred programs,
                    ``256 (D + 3)``; ``triton`` with D above 256 2^23 logits, or those of 512 rows,
-                   at most 2^27, and ``N D`` numbers. Per row none holds ``[B, K, D]``; the gradient
-                   of the table takes a list of the ``B (K + 1)`` places
+                   at most 2^27, and ``N D`` numbers. Per row none holds ``[B, K, D]`` but what is
+                   given and its gradient; both take a list of the ``B K`` places
 does not take      ``cpu``: float16; ``triton``: float64, and with D above 256 candidates per row;
-                   ``cuda``: the dual scale, candidates per row, D above 256;
-                   ``auto`` then takes ``chunked``
+                   ``cuda``: the dual scale, candidates per row, D above 256, ids of items and of
+                   queries at once; ``auto`` then takes ``chunked``
 ranks              ``rank_targets`` and ``softmax_statistics``: of exact scores, in ``chunked`` and
                    ``cpu`` (per row and in ``triton`` of rounded ones, where equal embeddings tie);
                    ``triton`` and ``cuda`` make statistics, ``cuda`` ranks too, as ``chunked``
@@ -36,12 +36,9 @@ derivatives        reverse mode, once; forward mode and second derivatives raise
 =================  ==========================================================================
 """
 
+from dwl_kernels.functional.dual_scale import dual_scale_softmax_loss
 from dwl_kernels.functional.ranking import rank_targets, softmax_statistics
-from dwl_kernels.functional.sampled import (
-    dual_scale_softmax_loss,
-    in_batch_softmax_loss,
-    sampled_softmax_loss,
-)
+from dwl_kernels.functional.sampled import in_batch_softmax_loss, sampled_softmax_loss
 from dwl_kernels.functional.table import full_softmax_loss, indexed_sampled_softmax_loss
 
 __all__ = [

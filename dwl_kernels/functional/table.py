@@ -10,12 +10,15 @@ from torch import Tensor
 from dwl_kernels.autograd import loss_of
 from dwl_kernels.backends import Backend, check_name
 from dwl_kernels.core.arguments import flag, is_distributed
-from dwl_kernels.core.build import (
-    full_problem,
+from dwl_kernels.core.build import full_problem, sampled_problem
+from dwl_kernels.core.checks import padded_by_id
+from dwl_kernels.core.drawn import (
+    checked_table_ids,
+    item_ids,
     leave_out_no_items,
+    left_out,
     per_row_problem,
-    sampled_problem,
-    table_ids,
+    table_rows,
 )
 from dwl_kernels.core.problem import Correction, Problem, Reduction
 from dwl_kernels.gather import shared_rows
@@ -32,6 +35,7 @@ def full_softmax_loss(
     target: Tensor,
     *,
     bias: Tensor | None = None,
+    table_ids: Tensor | None = None,
     ignore_index: int = -100,
     domain_ids: Tensor | None = None,
     domain_weights: Tensor | None = None,
@@ -59,6 +63,9 @@ def full_softmax_loss(
         table: ``[V, D]``, the embeddings of all items.
         target: ``[T]`` integers, the row of the table that each query should score highest.
         bias: ``[V]``, added to the logit of every item, with a gradient.
+        table_ids: ``[V]`` integers, the item ids of the rows of the table, where an item may stand
+            in several: other rows of the item of a row's target are no candidates of that row. -1
+            marks a row that is no item: nobody's candidate, and as a target of infinite loss.
         ignore_index: the target that marks a padded row: it gives exact zeros, does not count in
             any norm, and NaN in its embedding does not leak.
         domain_ids, domain_weights: ``[T]`` or ``[T, G]`` integers, and ``[num_domains]``, the
@@ -70,10 +77,10 @@ def full_softmax_loss(
             probability of item ``v`` and ``w_i`` the weight of the row before the norm divides it.
             The loss is exact, and the target's own entry always counts. 0 leaves nothing out, as
             does a table in shards.
-        process_group: the ranks that the table is spread over. ``table`` (and ``bias``) are then
-            the shard of this rank: consecutive rows, in the order of the ranks, as many as you
-            like. A ``DTensor`` with ``Shard(0)`` needs no group. ``target`` is a row of the whole
-            table.
+        process_group: the ranks that the table is spread over. ``table``, and what describes its
+            rows, are then the shard of this rank: consecutive rows, in the order of the ranks, as
+            many as you like. A ``DTensor`` with ``Shard(0)`` needs no group. ``target`` is a row of
+            the whole table.
         replicated_rows: whether all ranks pass the same rows, as in tensor parallelism; else each
             passes rows of its own.
 
@@ -125,6 +132,7 @@ def full_softmax_loss(
         table,
         target,
         bias=bias,
+        table_ids=table_ids,
         ignore_index=ignore_index,
         domain_ids=domain_ids,
         domain_weights=domain_weights,
@@ -147,6 +155,9 @@ def indexed_sampled_softmax_loss(
     positive_ids: Tensor,
     negative_ids: Tensor,
     *,
+    table_ids: Tensor | None = None,
+    remove_accidental_hits: bool = True,
+    ignore_index: int | None = None,
     sparse_grad: bool = False,
     positive_log_q: Tensor | None = None,
     negative_log_q: Tensor | None = None,
@@ -178,8 +189,15 @@ def indexed_sampled_softmax_loss(
         positive_ids: ``[B]`` integers, the row of the table that each query should score highest.
         negative_ids: integers, rows of the table that are negatives: ``[N]`` of all queries, or
             ``[B, K]`` (``[..., K]`` with leading dimensions), ``K`` of every query's own. A
-            negative that is the positive of a row (an accidental hit) is always removed from that
-            row. A negative of id -1 is no item, and left out; so is one of log-Q ``+inf``.
+            negative that is the positive of a row (an accidental hit) is removed from that row. A
+            negative of id -1 is no item, and left out, as padding of rows of different lengths may
+            be; so is one of log-Q ``+inf``.
+        table_ids: ``[V]`` integers, the item ids of the rows of the table, where an item may stand
+            in several, as in a cache of embeddings: a negative of the item of a row's positive is a
+            hit too. -1 marks a row that is no item, and left out as a negative.
+        remove_accidental_hits: whether hits are removed; False keeps them as candidates.
+        ignore_index: the id that marks padding: a row with that positive is padded, as by
+            ``example_weights`` 0, and a negative of that id is left out.
         sparse_grad: whether the gradient of the table is a coalesced sparse COO tensor of the rows
             that were used, as ``torch.optim.SparseAdam`` takes it, or dense. Rows whose gradient is
             zero, as of padding, are not among them. ``torch.compile`` does not trace sparse
@@ -217,6 +235,9 @@ def indexed_sampled_softmax_loss(
     check_name(backend)
     sparse_grad = flag("sparse_grad", sparse_grad)
     arguments: dict[str, Any] = {
+        "table_ids": table_ids,
+        "remove_accidental_hits": flag("remove_accidental_hits", remove_accidental_hits),
+        "ignore_index": ignore_index,
         "positive_log_q": positive_log_q,
         "negative_log_q": negative_log_q,
         "domain_ids": domain_ids,
@@ -249,21 +270,32 @@ def indexed_problem(
     positive_ids: Tensor,
     negative_ids: Tensor,
     *,
+    table_ids: Tensor | None,
+    remove_accidental_hits: bool,
+    ignore_index: int | None,
     sparse_grad: bool,
     backend: str,
     negative_log_q: Tensor | None,
     **others: Any,
 ) -> Problem:
     """The problem of ``indexed_sampled_softmax_loss``; negatives that all rows share are read."""
-    ids = table_ids(query, table, positive_ids, negative_ids, others["example_weights"])
-    if ids[1].dim() != 1:
-        return per_row_problem(query, table, *ids, negative_log_q=negative_log_q, **others)
-    drawn, negative_log_q = leave_out_no_items(ids[1], others["positive_log_q"], negative_log_q)
-    positive, negative = shared_rows(table, ids[0], drawn, sparse_grad, backend)
-    named: dict[str, Any] = {"positive_ids": ids[0], "negative_ids": drawn}
-    return sampled_problem(
-        query, positive, negative, negative_log_q=negative_log_q, **named, **others
+    weights = others["example_weights"]
+    weights = padded_by_id("positive_ids", positive_ids, query, ignore_index, weights)
+    others["example_weights"] = weights
+    ids = table_rows(query, table, positive_ids, negative_ids, weights, ignore_index)
+    table_ids = checked_table_ids(table_ids, table, query)
+    drawn = left_out(*ids, table_ids, remove_accidental_hits)
+    if drawn.dim() != 1:
+        others["negative_log_q"] = negative_log_q
+        return per_row_problem(query, table, ids[0], drawn, **others)
+    drawn, others["negative_log_q"] = leave_out_no_items(
+        drawn, others["positive_log_q"], negative_log_q
     )
+    positive, negative = shared_rows(table, ids[0], drawn, sparse_grad, backend)
+    names, rows = ("positive_ids", "negative_ids"), (ids[0], drawn)
+    for name, one in zip(names, rows, strict=True):
+        others[name] = item_ids(one, table_ids) if remove_accidental_hits else None
+    return sampled_problem(query, positive, negative, **others)
 
 
 def shard_of(table: Tensor, process_group: ProcessGroup | Group | None) -> tuple[Tensor, Any]:

@@ -168,7 +168,9 @@ void shared_candidates() {
   if (chance(0.3)) p.score = score.get(), p.shift = shift.get();
   if (chance(0.5)) p.positive_log_q = positive_log_q.get();
   if (chance(0.5)) p.candidate_log_q = candidate_log_q.get();
-  if (chance(0.5)) p.positive_ids = positive_ids.get(), p.candidate_ids = candidate_ids.get();
+  for (int kinds = integer(0, 2), kind = 0; kind < kinds; ++kind) {
+    p.row_ids[kind] = positive_ids.get(), p.candidate_ids[kind] = candidate_ids.get();
+  }
   if (chance(0.2)) p.skip_below = skip_below.get();
 
   Array<T> row_loss(b), d_query(b * d), d_positive(b * d), d_candidate(n * d), d_log_q(n);
@@ -205,7 +207,7 @@ void candidates_per_row() {
   const double size = scale<T>();
   Array<T> query(b * d), tau(b), coefficient(b), positive_log_q(b), candidate_log_q(b * k),
       values(v * d);
-  Array<S> table(v * d);
+  Array<S> table(v * d), positive(b * d);
   Array<int64_t> positive_ids(b), candidate_ids(b * k);
   Array<bool> active(b);
   fill(query, size, odd);
@@ -214,7 +216,8 @@ void candidates_per_row() {
   for (const auto* one : {&coefficient, &positive_log_q, &candidate_log_q}) fill(*one, 1.0, odd);
   for (T& value : tau) value = static_cast<T>(std::pow(10, integer(-2, 2)));
   fill_ids(positive_ids, 0, v - 1);
-  fill_ids(candidate_ids, 0, v - 1);
+  fill_ids(candidate_ids, -1, v - 1);
+  for (S& value : positive) value = static_cast<S>(T(0.5));
   for (bool& one : active) one = chance(0.6);
   for (int64_t i = 0; i < b && pads; ++i) {
     if (active[i]) continue;
@@ -225,7 +228,12 @@ void candidates_per_row() {
   p.rows = b, p.candidates = k, p.dim = d, p.refined = chance(0.4);
   p.query = query.get(), p.table = table.get(), p.tau = tau.get();
   p.coefficient = coefficient.get();
-  p.positive_ids = positive_ids.get(), p.candidate_ids = candidate_ids.get();
+  p.candidate_ids = candidate_ids.get();
+  if (chance(0.7)) {
+    p.positive_ids = positive_ids.get();
+  } else {
+    p.positive = positive.get();
+  }
   if (chance(0.5)) p.positive_log_q = positive_log_q.get();
   if (chance(0.5)) p.candidate_log_q = candidate_log_q.get();
   if (pads) p.active = active.get();

@@ -107,8 +107,8 @@ def _run_shared(
         candidate_log_q=_contiguous(log_q_of_candidates(problem)),
         score=_contiguous(score),
         shift=_contiguous(shift),
-        positive_ids=_contiguous(problem.positive_ids, torch.int64),
-        candidate_ids=_contiguous(problem.candidate_ids, torch.int64),
+        row_ids=[ids.long().contiguous() for ids, _ in problem.id_pairs()],
+        candidate_ids=[ids.long().contiguous() for _, ids in problem.id_pairs()],
         skip_below=skippable_below(problem, prepared.weight),
         active=prepared.active,
         refined=refined,
@@ -130,7 +130,8 @@ def _run_per_row(
     return query, torch.ops.dwl_kernels_native.indexed_softmax(
         query=query,
         table=problem.item_table.contiguous(),
-        positive_ids=problem.positive_rows.contiguous(),
+        positive=_contiguous(problem.positive),
+        positive_ids=_contiguous(problem.positive_rows),
         candidate_ids=problem.candidate_rows.contiguous(),
         tau=prepared.tau.contiguous(),
         coefficient=prepared.coefficient.contiguous(),
@@ -139,7 +140,7 @@ def _run_per_row(
         active=prepared.active,
         refined=problem.rows.correction == "refined",
         want_query=wanted.query or wanted.temperature,
-        want_table=wanted.candidates,
+        want_table=wanted.candidates or wanted.positive,
         want_statistics=want_statistics,
     )
 
@@ -204,8 +205,8 @@ def table_gradient(
     return values, distinct
 
 
-def _contiguous(tensor: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
-    return None if tensor is None else tensor.to(dtype or tensor.dtype).contiguous()
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
 
 
 def _register_fake() -> None:
@@ -227,7 +228,7 @@ def _register_fake() -> None:
         )
 
     @torch.library.register_fake("dwl_kernels_native::indexed_softmax")
-    def fake_indexed(query, table, positive_ids, candidate_ids, *rest):  # type: ignore[no-untyped-def]
+    def fake_indexed(query, table, positive, positive_ids, candidate_ids, *rest):  # type: ignore[no-untyped-def]
         *_, want_query, want_table, want_statistics = rest
         return (
             query.new_empty(query.shape[0]),
