@@ -100,12 +100,19 @@ def indexed_loss(
     *,
     replicated_rows: bool,
     sparse_grad: bool,
+    of_dtensor: bool,
     backend: str,
     **row_arguments: Any,
 ) -> Tensor:
     """The loss of `indexed_sampled_softmax_loss` with the shard of this rank for a table."""
 
     def local() -> tuple[tuple[_Draws, Problem, Prepared], dict[str, Any], list[int]]:
+        if flag("sparse_grad", sparse_grad) and of_dtensor:
+            raise ValueError(
+                "sparse_grad=True does not go with a DTensor, whose gradient is a DTensor too; "
+                "pass table.to_local() and process_group, or sparse_grad=False"
+            )
+        backends.check_name(backend)
         draws = _Draws(query, shard, positive_ids, negative_ids, row_arguments)
         # The rows come later: with zeros in their place all that can be wrong here raises here.
         nothing = shard.new_zeros(1, 1).expand(max(len(draws.wanted), 1), shard.shape[-1])
@@ -113,7 +120,6 @@ def indexed_loss(
         same = same_of_rows("indexed_sampled_softmax_loss", problem)
         same["negatives"] = "shared, [N]" if draws.shared else "per row, [B, K]"
         same["whether table requires a gradient"] = shard.requires_grad
-        backends.check_name(backend)
         backends.pick(backend, problem)  # raises if it cannot run
         same["replicated_rows"] = flag("replicated_rows", replicated_rows)
         same["sparse_grad"] = sparse_grad
