@@ -116,6 +116,7 @@ def indexed_loss(
     *,
     replicated_rows: bool,
     sparse_grad: bool,
+    of_dtensor: bool,
     backend: str,
     table_ids: Tensor | None,
     remove_accidental_hits: bool,
@@ -125,10 +126,16 @@ def indexed_loss(
     """The loss of `indexed_sampled_softmax_loss` with the shard of this rank for a table."""
 
     def local() -> tuple[tuple[_Draws, Problem, Prepared], dict[str, Any], list[int]]:
+        if flag("sparse_grad", sparse_grad) and of_dtensor:
+            raise ValueError(
+                "sparse_grad=True does not go with a DTensor, whose gradient is a DTensor too; "
+                "pass table.to_local() and process_group, or sparse_grad=False"
+            )
+        backends.check_name(backend)
         draws = _Draws(
             *(query, shard, positive_ids, negative_ids),
             table_ids=table_ids,
-            remove_accidental_hits=remove_accidental_hits,
+            remove_accidental_hits=flag("remove_accidental_hits", remove_accidental_hits),
             ignore_index=ignore_index,
             row_arguments=row_arguments,
         )
@@ -140,7 +147,6 @@ def indexed_loss(
         same["table_ids"] = None if table_ids is None else "[V]"
         same["remove_accidental_hits"] = remove_accidental_hits
         same["whether table requires a gradient"] = shard.requires_grad
-        backends.check_name(backend)
         backends.pick(backend, problem)  # raises if it cannot run
         same["replicated_rows"] = flag("replicated_rows", replicated_rows)
         same["sparse_grad"] = sparse_grad

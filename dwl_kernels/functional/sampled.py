@@ -12,7 +12,7 @@ from dwl_kernels.autograd import loss_of
 from dwl_kernels.backends import Backend
 from dwl_kernels.core.build import in_batch_problem, sampled_problem
 from dwl_kernels.core.checks import either
-from dwl_kernels.core.problem import Correction, Problem, Reduction
+from dwl_kernels.core.problem import Correction, Problem, Reduction, SharedProblem
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -239,24 +239,26 @@ def in_batch_softmax_loss(
         >>> in_batch_softmax_loss(query, query, ids=torch.tensor([4, 4, 9]), reduction="none")
         tensor([0.3133, 0.3133, 0.5514])
     """
-    build = functools.partial(
-        in_batch_problem,
-        query,
-        positive,
-        log_q=either("log_q", log_q, "positive_log_q", positive_log_q),
-        ids=either("ids", ids, "positive_ids", positive_ids),
-        negative=negative,
-        negative_log_q=negative_log_q,
-        negative_ids=negative_ids,
-        query_ids=query_ids,
-        ignore_index=ignore_index,
-        domain_ids=domain_ids,
-        domain_weights=domain_weights,
-        example_weights=example_weights,
-        temperature=temperature,
-        correction=correction,
-        reduction=reduction,
-    )
+
+    def build() -> SharedProblem:
+        return in_batch_problem(
+            query,
+            positive,
+            log_q=either("log_q", log_q, "positive_log_q", positive_log_q),
+            ids=either("ids", ids, "positive_ids", positive_ids),
+            negative=negative,
+            negative_log_q=negative_log_q,
+            negative_ids=negative_ids,
+            query_ids=query_ids,
+            ignore_index=ignore_index,
+            domain_ids=domain_ids,
+            domain_weights=domain_weights,
+            example_weights=example_weights,
+            temperature=temperature,
+            correction=correction,
+            reduction=reduction,
+        )
+
     if process_group is None:
         return loss_of(build(), query, backend)
     options = {"replicated_negatives": replicated_negatives}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -20,7 +19,7 @@ from dwl_kernels.core.drawn import (
     per_row_problem,
     table_rows,
 )
-from dwl_kernels.core.problem import Correction, Problem, Reduction
+from dwl_kernels.core.problem import Correction, Problem, Reduction, SharedProblem
 from dwl_kernels.gather import shared_rows
 
 if TYPE_CHECKING:
@@ -80,7 +79,10 @@ def full_softmax_loss(
         process_group: the ranks that the table is spread over. ``table``, and what describes its
             rows, are then the shard of this rank: consecutive rows, in the order of the ranks, as
             many as you like. A ``DTensor`` with ``Shard(0)`` needs no group. ``target`` is a row of
-            the whole table.
+            the whole table. Weights that FSDP2 has gathered are no shard, and with a group every
+            item would count once for each rank: pass them as the ``DTensor`` that they are when
+            sharded, which the root of ``fully_shard`` is after a forward with
+            ``reshard_after_forward=True``.
         replicated_rows: whether all ranks pass the same rows, as in tensor parallelism; else each
             passes rows of its own.
 
@@ -125,23 +127,27 @@ def full_softmax_loss(
     whole_table = process_group is None and not is_distributed(table)
     if not whole_table:
         table, group = shard_of(table, process_group)
-        bias = None if bias is None else shard_of(bias, group)[0]
-    build = functools.partial(
-        full_problem,
-        query,
-        table,
-        target,
-        bias=bias,
-        table_ids=table_ids,
-        ignore_index=ignore_index,
-        domain_ids=domain_ids,
-        domain_weights=domain_weights,
-        example_weights=example_weights,
-        temperature=temperature,
-        reduction=reduction,
-        skip_threshold=skip_threshold,
-        whole_table=whole_table,
-    )
+
+    def build() -> SharedProblem:
+        here = bias
+        if bias is not None and not whole_table:
+            here, _ = shard_of(bias, group, "bias")
+        return full_problem(
+            query,
+            table,
+            target,
+            bias=here,
+            table_ids=table_ids,
+            ignore_index=ignore_index,
+            domain_ids=domain_ids,
+            domain_weights=domain_weights,
+            example_weights=example_weights,
+            temperature=temperature,
+            reduction=reduction,
+            skip_threshold=skip_threshold,
+            whole_table=whole_table,
+        )
+
     if whole_table:
         return loss_of(build(), query, backend)
     from dwl_kernels.distributed.sharded import full_loss
@@ -232,11 +238,9 @@ def indexed_sampled_softmax_loss(
         >>> indexed_sampled_softmax_loss(query, table, positive_ids, negative_ids, reduction="none")
         tensor([0.5514, 0.3133])
     """
-    check_name(backend)
-    sparse_grad = flag("sparse_grad", sparse_grad)
     arguments: dict[str, Any] = {
         "table_ids": table_ids,
-        "remove_accidental_hits": flag("remove_accidental_hits", remove_accidental_hits),
+        "remove_accidental_hits": remove_accidental_hits,
         "ignore_index": ignore_index,
         "positive_log_q": positive_log_q,
         "negative_log_q": negative_log_q,
@@ -251,17 +255,16 @@ def indexed_sampled_softmax_loss(
     }
     ids = positive_ids, negative_ids
     if process_group is None and not is_distributed(table):
+        check_name(backend)
+        arguments["sparse_grad"] = sparse_grad = flag("sparse_grad", sparse_grad)
         problem = indexed_problem(query, table, *ids, **arguments)
         return loss_of(problem, query, backend, sparse_grad)
     from dwl_kernels.distributed.indexed import indexed_loss
 
-    if sparse_grad and is_distributed(table):
-        raise ValueError(
-            "sparse_grad=True does not go with a DTensor, whose gradient is a DTensor too; pass "
-            "table.to_local() and process_group, or sparse_grad=False"
-        )
     shard, group = shard_of(table, process_group)
-    return indexed_loss(query, shard, *ids, group, replicated_rows=replicated_rows, **arguments)
+    of_dtensor = is_distributed(table)
+    arguments |= {"replicated_rows": replicated_rows, "of_dtensor": of_dtensor}
+    return indexed_loss(query, shard, *ids, group, **arguments)
 
 
 def indexed_problem(
@@ -284,6 +287,7 @@ def indexed_problem(
     others["example_weights"] = weights
     ids = table_rows(query, table, positive_ids, negative_ids, weights, ignore_index)
     table_ids = checked_table_ids(table_ids, table, query)
+    remove_accidental_hits = flag("remove_accidental_hits", remove_accidental_hits)
     drawn = left_out(*ids, table_ids, remove_accidental_hits)
     if drawn.dim() != 1:
         others["negative_log_q"] = negative_log_q
@@ -298,8 +302,10 @@ def indexed_problem(
     return sampled_problem(query, positive, negative, **others)
 
 
-def shard_of(table: Tensor, process_group: ProcessGroup | Group | None) -> tuple[Tensor, Any]:
-    """The rows of the table that are here, and the group over which the others are."""
+def shard_of(
+    table: Tensor, process_group: ProcessGroup | Group | None, name: str = "table"
+) -> tuple[Tensor, Any]:
+    """The rows of the table, or of its bias, that are here, and the group of the others."""
     from dwl_kernels.distributed.table import shard_of
 
-    return shard_of(table, process_group)
+    return shard_of(table, process_group, name)
