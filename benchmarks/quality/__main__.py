@@ -21,7 +21,7 @@ from dwl_kernels.examples.data import DataError
 
 from . import report
 from .runs import complete, load_data, read
-from .settings import CONFIGS, METHODS, STEPS, Config, Setting
+from .settings import METHODS, Config, Setting, config_of
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,8 +41,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         for data in options.data:
             path = complete(
-                *(data, options.setting, make_config(data, options.steps), methods),
-                *(options.seeds, options.jobs, options.out, options.ranks, say),
+                data,
+                options.setting,
+                make_config(options, data),
+                methods,
+                options.seeds,
+                options.jobs,
+                options.out,
+                options.ranks,
+                say,
             )
             document = read(path)
             console.print()
@@ -72,10 +79,9 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def make_config(data: str, steps: int | None) -> Config:
-    name = load_data(data).name
-    config = CONFIGS.get(name, Config(steps=STEPS))
-    return config if steps is None else replace(config, steps=steps)
+def make_config(options: argparse.Namespace, data: str) -> Config:
+    config = config_of(options.setting, load_data(data).name)
+    return config if options.steps is None else replace(config, steps=options.steps)
 
 
 def positive(text: str) -> int:

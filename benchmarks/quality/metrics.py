@@ -122,7 +122,10 @@ def make_groups(split: LeaveOneOut, part: str) -> list[Group]:
     sparse = by_size[len(sizes) - -(-len(sizes) // 4) :]
     groups = [
         Group("all", np.ones(len(domains), bool)),
-        Group(SPARSEST, np.isin(domains, sparse).any(1)),
-        *(Group(data.domain_names[d], (domains == d).any(1)) for d in by_size),
+        Group(SPARSEST, np.isin(domains, sparse).any(axis=1, keepdims=False)),
+        *(
+            Group(data.domain_names[d], np.isin(domains, d).any(axis=1, keepdims=False))
+            for d in by_size
+        ),
     ]
     return [group for group in groups if group.members.any()]

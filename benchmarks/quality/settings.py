@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Setting = Literal["domains", "cumulative", "dual-scale"]
+Setting = Literal["domains", "cumulative", "dual-scale", "dual-scale-shifted"]
 Loss = Literal[
     "plain",  # sampled softmax with log-Q; all examples weigh alike
     "dynamic",  # examples weigh by the measured sparsity of their domains
@@ -34,6 +34,10 @@ class Method:
     calibration: float = 0.0
     tail: float = 1.0
     backbone: Backbone = "transformer"
+    temperature: float | None = None  # in place of that of the configuration
+    hardness: float = 0.0
+    similarity: float = 0.0
+    competition: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,10 @@ CONFIGS = {
     "amazon-beauty": Config(steps=3000),
     "synthetic": Config(steps=500),
 }
+FACTORS = {  # of the dual scale; steps and temperature by NDCG@20 of the softmax loss
+    "ml-1m": Config(steps=4000, batch_size=2048, learning_rate=1e-2, temperature=0.2),
+    "lastfm": Config(steps=500, batch_size=2048, learning_rate=1e-2, temperature=0.2),
+}
 STEPS = 3000  # on any other data set
 
 
@@ -83,6 +91,20 @@ def _domains() -> dict[str, Method]:
     return plain | weighted | {"CVaR": Method("cvar", tail=0.7), "fixed": Method("fixed")}
 
 
+TEMPERATURES = (0.1, 0.15, 0.2, 0.3)
+
+
+def _dual_scale() -> dict[str, Method]:
+    """The softmax loss at several temperatures, then the strengths at the best of them."""
+    methods = {"softmax": Method()}
+    methods |= {f"softmax at {tau:g}": Method(temperature=tau) for tau in TEMPERATURES}
+    for strength in (0.5, -0.5):
+        methods[f"hardness {strength:+g}"] = Method(hardness=strength)
+        methods[f"similarity {strength:+g}"] = Method(similarity=strength)
+        methods[f"competition {2 * strength:+g}"] = Method(competition=2 * strength)
+    return methods
+
+
 METHODS: dict[Setting, dict[str, Method]] = {
     "domains": _domains(),
     "cumulative": {
@@ -91,4 +113,13 @@ METHODS: dict[Setting, dict[str, Method]] = {
         "GRU4Rec, BPR": Method("bpr", backbone="gru"),
         "GRU4Rec, cumulative": Method("cross-entropy", backbone="gru"),
     },
+    "dual-scale": _dual_scale(),
+    "dual-scale-shifted": _dual_scale(),
 }
+
+
+def config_of(setting: Setting, data: str) -> Config:
+    """How a data set is trained on, by its name."""
+    if setting in ("domains", "cumulative"):
+        return CONFIGS.get(data, Config(steps=STEPS))
+    return FACTORS.get(data, Config(STEPS, batch_size=2048, learning_rate=1e-2, temperature=0.2))

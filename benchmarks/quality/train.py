@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -29,14 +29,15 @@ from .metrics import LeaveOneOut, ndcg, rank_targets
 from .model import Recurrent, SequenceModel, Transformer
 from .settings import DEFERRED, Config, Method
 
+Model = TypeVar("Model", bound=nn.Module)
 CHECKPOINTS = (0.7, 0.8, 0.9, 1.0)  # of the steps; all after deferred weights begin
 
 
 @dataclass(frozen=True)
-class Trained:
+class Trained(Generic[Model]):
     """What one training run gave."""
 
-    model: SequenceModel  # of the best checkpoint
+    model: Model  # of the best checkpoint
     best_step: int
     validation: list[float]  # NDCG@10 of every checkpoint
     seconds: float  # without ranking
@@ -99,7 +100,9 @@ def one_cycle(
     )
 
 
-def measure_domains(split: LeaveOneOut, high: float = 4.0, **schedule: int) -> DomainWeights:
+def measure_domains(
+    split: LeaveOneOut, high: float = 4.0, start: int = 0, full: int = 0
+) -> DomainWeights:
     """Domain weights in (1, high) from the training part alone."""
     data, mask = split.data, split.train_mask
     items = data.items[mask]
@@ -109,7 +112,8 @@ def measure_domains(split: LeaveOneOut, high: float = 4.0, **schedule: int) -> D
         torch.from_numpy(data.item_domains[items]),
         names=data.domain_names,
         weight_range=(1.0, high),
-        **schedule,
+        start=start,
+        full=full,
     )
 
 
@@ -224,7 +228,7 @@ def train(
     seed: int,
     progress: Callable[[str], object] = lambda text: None,
     states: Path | None = None,
-) -> Trained:
+) -> Trained[SequenceModel]:
     """Train from scratch and keep the model of the best checkpoint.
 
     Args:
@@ -292,9 +296,7 @@ def train(
     return Trained(model.eval(), best_step, validation, seconds, found)
 
 
-def _keep(
-    path: Path, parts: dict[str, Any], config: Config, generator: torch.Generator
-) -> None:
+def _keep(path: Path, parts: dict[str, Any], config: Config, generator: torch.Generator) -> None:
     state = {name: part.state_dict() for name, part in parts.items()}
     state |= {"generator": generator.get_state(), "dropout": torch.get_rng_state()}
     with replacing(path) as partial:
