@@ -119,13 +119,11 @@ def make_groups(split: LeaveOneOut, part: str) -> list[Group]:
     sizes = np.bincount(trained[trained >= 0], minlength=len(data.domain_names))
     domains = data.item_domains[targets]  # [E, G]
     by_size = np.argsort(-sizes, kind="stable")
-    sparse = by_size[len(sizes) - -(-len(sizes) // 4) :]
+    quarter = -(-len(sizes) // 4)
+    of_domain: list[np.ndarray] = [(domains == d).any(axis=1) for d in by_size]
     groups = [
         Group("all", np.ones(len(domains), bool)),
-        Group(SPARSEST, np.isin(domains, sparse).any(axis=1, keepdims=False)),
-        *(
-            Group(data.domain_names[d], np.isin(domains, d).any(axis=1, keepdims=False))
-            for d in by_size
-        ),
+        Group(SPARSEST, np.any([of_domain[n] for n in range(len(sizes) - quarter, len(sizes))], 0)),
+        *(Group(data.domain_names[d], of) for d, of in zip(by_size, of_domain, strict=True)),
     ]
     return [group for group in groups if group.members.any()]

@@ -71,7 +71,7 @@ def changes(
     run, plain = pair
     still = document["strengths"].index(0.0)
     overall, inside = (
-        curve(run, part, *one) / curve(plain, part, *one)[still] - 1
+        curve(run, part, *one) / (curve(plain, part, *one)[still] or float("nan")) - 1
         for one in (("all", "NDCG@10"), (group, metric))
     )
     return overall, inside
@@ -142,7 +142,8 @@ def best_method(document: Document, group: str, metric: str, price: float) -> st
 
 def table(document: Document) -> Table:
     """The table of a setting, for a terminal."""
-    header, rows = lines_of(document)
+    domains = document["setting"] == "domains"
+    header, rows = gain_lines(document, PRICES[::2]) if domains else metric_lines(document)
     result = Table(title=title(document), box=None, padding=(0, 1, 0, 0), title_justify="left")
     for number, name in enumerate(header):
         result.add_column(name, justify="right" if number else "left")
@@ -164,21 +165,15 @@ def title(document: Document) -> str:
     return f"{counted}: test items"
 
 
-def lines_of(document: Document) -> tuple[list[str], list[list[str]]]:
-    if document["setting"] == "domains":
-        return gain_lines(document)
-    return metric_lines(document)
-
-
 def gain_lines(
-    document: Document, group: str = SPARSEST, metric: str = "NDCG@10"
+    document: Document, prices: Sequence[float] = PRICES
 ) -> tuple[list[str], list[list[str]]]:
-    """A line per method: the gain of a group at every price, in percent."""
+    """A line per method: the gain of the sparsest quarter at every price, in percent."""
     rows = []
     for method in methods(document):
-        found = gains(document, method, group, metric=metric)
+        found = gains(document, method, prices=prices)
         rows.append([method, *(str(mean(column)) for column in found.T)])
-    return ["", *(f"{price:.0%}" for price in PRICES)], rows
+    return ["", *(f"{price:.0%}" for price in prices)], rows
 
 
 def metric_lines(document: Document) -> tuple[list[str], list[list[str]]]:

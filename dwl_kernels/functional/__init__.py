@@ -24,7 +24,8 @@ memory             beyond inputs and gradients: ``eager`` several times ``B N``;
                    ``256 (D + 3)``; ``triton`` with D above 256 2^23 logits, or those of 512 rows,
                    at most 2^27, and ``N D`` numbers. Per row none holds ``[B, K, D]``; the gradient
                    of the table takes a list of the ``B (K + 1)`` places
-does not take      ``cpu``: float16; ``triton``: float64, and with D above 256 candidates per row;
+does not take      ``cpu``: float16; ``triton``: float64, a hardness below -0.2 up to D = 256, and
+                   with D above 256 candidates per row;
                    ``cuda``: the dual scale, candidates per row, D above 256;
                    ``auto`` then takes ``chunked``
 ranks              ``rank_targets`` and ``softmax_statistics``: of exact scores, in ``chunked`` and
