@@ -13,7 +13,7 @@ Loss = Literal[
     "plain",  # sampled softmax with log-Q; all examples weigh alike
     "dynamic",  # examples weigh by the measured sparsity of their domains
     "fixed",  # the sparsest quarter of the domains weighs `high`, the others 1
-    "cvar",  # the conditional value at risk: the mean of the `tail` largest losses of a batch
+    "cvar",  # conditional value at risk, 2501.18117: the mean of a batch's `tail` largest losses
     "refined",  # plain, with the positive out of the denominator
     "cross-entropy",  # every item is a candidate
     "binary",  # SASRec's own: one negative that the user does not know, binary cross-entropy

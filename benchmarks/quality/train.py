@@ -40,7 +40,7 @@ class Trained(Generic[Model]):
     model: Model  # of the best checkpoint
     best_step: int
     validation: list[float]  # NDCG@10 of every checkpoint
-    seconds: float  # without ranking
+    seconds: float  # of the processor, without ranking
     weights: list[float]  # of the domains, as the training left them
 
 
@@ -271,7 +271,7 @@ def train(
     step = begin
     model.train()
     for batch in batches(split, config, seed, range(begin, config.steps)):
-        started = time.perf_counter()
+        started = time.process_time()
         value = objective(model(batch.inputs), table, batch)
         if not value.isfinite():
             raise FloatingPointError(f"loss {value.item()} in step {step}")
@@ -280,7 +280,7 @@ def train(
         optimizer.step()
         schedule.step()
         step += 1
-        seconds += time.perf_counter() - started
+        seconds += time.process_time() - started
         progress(f"{step / config.steps:.0%}")
         if shared and step == fork and method == Method():
             _keep(shared, parts, config, objective.generator)
