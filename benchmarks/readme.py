@@ -18,6 +18,7 @@ SPEED_CPU, SPEED_GPU = RESULTS / "speed-cpu.json", RESULTS / "speed-cuda.json"
 QUALITY = RESULTS / "quality"
 
 STEP = RESULTS / "training-step.json"
+DEVICES = RESULTS / "devices.json"
 # A package index shows the README, so links and pictures are absolute.
 RESULTS_PATH = "benchmarks/results"
 QUALITY_TABLES = f"{RESULTS_PATH}/quality/tables.md"
@@ -42,6 +43,7 @@ def filled(text: str) -> str:
     speed = [read(path) for path in (SPEED_CPU, SPEED_GPU) if path.exists()]
     for name, content in (
         ("result", "".join(map(result, speed)) + gpu_line(speed)),
+        ("devices", devices_table(read(DEVICES))),
         ("step", step_table(read(STEP))),
         ("speed", "\n".join(map(speed_table, speed)) + gpu_line(speed)),
         ("quality", claims.section(claims.documents_in(QUALITY), f"{BLOB}{QUALITY_TABLES}")),
@@ -118,6 +120,66 @@ def step_table(step: Report) -> str:
         "\n".join(lines)
         + f"\n\nSizes of MovieLens 1M, 64 dimensions, float32; `{step['command']}`, "
         f"[json]({BLOB}{RESULTS_PATH}/training-step.json).\n"
+    )
+
+
+# Where memory binds, how a loss is called, and what a rank sends.
+WAYS = {
+    "gathered": (
+        "nowhere",
+        "positives and negatives of all ranks: `in_batch_softmax_loss`, `sampled_softmax_loss`, "
+        "`dual_scale_softmax_loss` and the modules",
+        "(R - 1) n (D s + 12) and (R - 1) n D s",
+    ),
+    "ring": (
+        "at the candidates",
+        "the same with `ring=True`: a rank holds two blocks of them, and computes the forward "
+        "twice; not the dual scale",
+        "(R - 1) n (D s + 12) and (R - 1) n (D s + 12) + R n 4 D",
+    ),
+    "sharded": (
+        "at the table",
+        "a shard of rows per rank, or a `DTensor` with `Shard(0)`: `full_softmax_loss`, "
+        "`CumulativeCrossEntropy`",
+        "(R - 1) B (D s + 24) and (R - 1) B (4 D + 16)",
+    ),
+    "indexed": (
+        "at the table, sampled ids",
+        "`indexed_sampled_softmax_loss`: the different rows that are drawn are fetched",
+        "u (D s + 8) and u D s",
+    ),
+}
+
+
+def devices_table(devices: Report) -> str:
+    """What each way of several devices sends, and what the plan predicts of it."""
+    predicted, room = devices["predicted"], devices["assumptions"]["memory"]
+    training, sizes = predicted["training"], (10**6, 10**9)
+    by_size = {(row["way"], row["items"]): row for row in predicted["by_catalogue"]}
+    lines = [
+        "| where memory binds | way | a rank sends, forward and backward | "
+        f"{training['ranks']} devices, 10⁶ items | 10⁹ items |",
+        "|---|---|---|---:|---:|",
+    ]
+    for name, words in WAYS.items():
+        cells = []
+        for size in sizes:
+            row = by_size[name, size]
+            time = f"{row['ms']:.2g} ms" if row["ms"] < 1e3 else f"{row['ms'] / 1e3:.2g} s"
+            fits = row["memory_bytes"] <= room
+            cells.append(f"{time}, {row['memory_bytes'] / 1e9:.2g} GB" if fits else "does not fit")
+        lines.append("| " + " | ".join([*words, *cells]) + " |")
+    name = f"{RESULTS_PATH}/devices"
+    return (
+        "\n".join(lines)
+        + "\n\nBytes, for R ranks of B rows and n candidates each, of D elements of s bytes, u "
+        "different ids that other ranks have. Time and memory are predictions for H100s, of loss "
+        f"and table, with {training['rows']:,} rows of {training['dim']} bfloat16 numbers on a "
+        "device; the first two ways have the table on every device, if there is one. Counters "
+        "check the formulas of bytes, memory and products: `python -m benchmarks.devices`, "
+        f"[json]({BLOB}{name}.json).\n\n"
+        f"![time and memory by catalogue, and which way to take]({RAW}{name}.png)\n\n"
+        "On GPUs: not measured.\n"
     )
 
 

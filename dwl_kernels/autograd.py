@@ -29,11 +29,9 @@ from dwl_kernels.core.double_backward import (
     tracked,
     transforms_active,
 )
-from dwl_kernels.core.problem import GradMask, Output, PerRowProblem, Problem
+from dwl_kernels.core.problem import NO_GRADIENTS, GradMask, Output, PerRowProblem, Problem
 from dwl_kernels.flops import tell_counters
 from dwl_kernels.gather import table_gradient
-
-_NOTHING = GradMask(*(False,) * len(GradMask._fields))
 
 
 def softmax_loss(problem: Problem, backend: str = "auto", sparse_grad: bool = False) -> Tensor:
@@ -72,7 +70,7 @@ def softmax_loss(problem: Problem, backend: str = "auto", sparse_grad: bool = Fa
             apply = _SoftmaxLoss.apply if watched else _apply
             loss, _ = apply((problem, call, watched), *leaves)
             return loss
-    return _solved(problem, None, _NOTHING, backend, watched).loss
+    return _solved(problem, None, NO_GRADIENTS, backend, watched).loss
 
 
 def loss_of(problem: Problem, query: Tensor, backend: str, sparse_grad: bool = False) -> Tensor:
@@ -132,7 +130,7 @@ class _SoftmaxLoss(torch.autograd.Function):
         problem, call, watched = inputs
         ctx.set_materialize_grads(False)
         if call.again:
-            loss = _solved(problem, None, _NOTHING, call.backend, watched).loss
+            loss = _solved(problem, None, NO_GRADIENTS, call.backend, watched).loss
             kept = problem.tensors()
         else:
             loss, *gradients = _solved(problem, None, call.wanted, call.backend, watched)
@@ -173,7 +171,7 @@ class _Transformed(ReverseOnly):
     @staticmethod
     def forward(call: _Call, *tensors: Any) -> tuple[Tensor, ...]:
         problem = call.problem.with_tensors(tensors)
-        wanted = _NOTHING if call.again else call.wanted
+        wanted = NO_GRADIENTS if call.again else call.wanted
         loss, *gradients = _solved(problem, None, wanted, call.backend, watched=True)
         return loss, loss.new_empty(0), *[g for g in gradients if g is not None]
 

@@ -25,7 +25,18 @@ _warned: list[bool] = []
 
 
 class InGroup(Tables):
-    """A module that may lie on the ranks of a process group."""
+    """A module that may lie on the ranks of a process group, and whose state has a version.
+
+    PyTorch writes ``_version`` into the metadata of a checkpoint. A class whose state changes, in
+    its names or in what they mean, raises its own. A checkpoint without metadata (safetensors, a
+    plain dict) or of version 1, which is what modules have that name none, is read by its keys.
+
+    Version 2 always has the ``arguments`` and ``steps`` of domain weights and a learned temperature
+    of shape ``[1]``: what is missing there was taken out, and is not made up.
+    """
+
+    _version = 2
+    _loaded_version = 1  # of the checkpoint that is being loaded
 
     def __init__(self, process_group: ProcessGroup | Group | None) -> None:
         super().__init__()
@@ -47,6 +58,22 @@ class InGroup(Tables):
 
     def _set_group(self, group: Group | None) -> None:
         self._group = group
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *more: Any
+    ) -> None:
+        self._loaded_version = local_metadata.get("version") or 1
+        if self._loaded_version > self._version:
+            # With other names or meanings, of which a load that is not strict would be silent.
+            errors: list[str] = more[-1]
+            errors.append(
+                f"{prefix.removesuffix('.') or type(self).__name__}: the checkpoint is of a newer "
+                f"version of dwl_kernels, version {self._loaded_version} of the state of "
+                f"{type(self).__name__}, and this one reads up to {self._version}; update "
+                "dwl_kernels."
+            )
+            return
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *more)
 
 
 class Counts(InGroup):

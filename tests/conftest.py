@@ -41,6 +41,7 @@ INTERPRETED = {
     *("full softmax, past the tile", "dual scale, everything", "dual scale, in-batch, everything"),
     *("full softmax, NaN in the padding", "in-batch, refined, candidates taken out"),
 }
+FINITE_DIFFERENCES = {("standard", "none"), ("standard", "weighted_mean"), ("refined", "mean")}
 ABOUT_OTHERS = {
     "test_id_outside_the_table_is_an_index_error",
     "test_dual_scale_takes_the_other_rows_as_any_candidates",
@@ -67,10 +68,8 @@ def _interpreted(item: pytest.Item, values: dict[str, Any]) -> bool:
         case = values.get("case") or BY_NAME.get(values.get("name"))
         if values.get("kind", case and case.kind) in NOT_IN_CUDA:
             return False
-    if (
-        "correction" in values and "reduction" in values
-    ):  # finite differences: the interpreter takes ten seconds a problem
-        return values["correction"] == "standard" or values["reduction"] == "mean"
+    if "correction" in values and "reduction" in values:  # finite differences: seconds a problem
+        return (values["correction"], values["reduction"]) in FINITE_DIFFERENCES
     if "case" not in values or values["dtype"] == torch.float32:
         return True
     return values["case"].name in INTERPRETED
@@ -124,6 +123,14 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
 def three_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     """Three processes of a gloo group."""
     ranks = Ranks(3, tmp_path_factory.mktemp("ranks"))
+    yield ranks
+    ranks.close()
+
+
+@pytest.fixture(scope="session")
+def four_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    """Four processes of a gloo group."""
+    ranks = Ranks(4, tmp_path_factory.mktemp("ranks"))
     yield ranks
     ranks.close()
 

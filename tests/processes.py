@@ -89,7 +89,7 @@ class Ranks:
     def _start(self) -> None:
         # One process imports torch, and the ranks are forks of it: 4 s in all and not for each.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "torch.distributed", "dwl_kernels"])
+        context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "dwl_kernels"])
         self._starts += 1
         store = self.folder / f"store-{self.size}-{self._starts}"
         for rank in range(self.size):

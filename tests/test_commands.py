@@ -32,7 +32,7 @@ COMMANDS = [
     *("dwl_kernels", "dwl_kernels.examples.two_tower", "dwl_kernels.examples.sasrec"),
     *("benchmarks.speed", "benchmarks.quality"),
     *("benchmarks.demo", "benchmarks.training_step"),
-    *("benchmarks.machine_code", "benchmarks.host", "benchmarks.readme"),
+    *("benchmarks.machine_code", "benchmarks.host", "benchmarks.readme", "benchmarks.devices"),
 ]
 
 

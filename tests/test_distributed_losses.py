@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import random
 import re
-from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -15,7 +14,6 @@ from cases import CASES, MARGIN, Case, error
 from torch import Tensor
 
 import dwl_kernels
-from dwl_kernels import CumulativeCrossEntropy, DynamicWeightedSampledSoftmax
 
 PER_ROW = {
     *("query", "positive", "positive_log_q", "log_q", "ids", "positive_ids"),
@@ -143,11 +141,11 @@ def test_three_ranks_are_one_process(three_ranks, how):
     assert three_ranks(all_cases, how, torch.float64, "chunked", some) == [[], [], []]
 
 
-def drawn_at_random(seed: int) -> list[str]:
-    """Twenty cases, each shared in some way and split somewhere."""
+def drawn_at_random(seed: int, count: int = 20) -> list[str]:
+    """So many cases, each shared in some way and split somewhere."""
     draw = random.Random(seed)
     found = []
-    for _ in range(20):
+    for _ in range(count):
         how = draw.choice([*KINDS])
         case = draw.choice([c for c in CASES if c.kind in KINDS[how]])
         if case.inputs(torch.float64)["query"].dim() == 2:
@@ -159,6 +157,10 @@ def drawn_at_random(seed: int) -> list[str]:
 @pytest.mark.parametrize("seed", range(3))
 def test_any_split_of_any_problem_is_one_process(ranks, seed):
     assert ranks(drawn_at_random, seed) == [[] for _ in range(ranks.size)]
+
+
+def test_any_split_over_four_ranks_is_one_process(four_ranks):
+    assert four_ranks(drawn_at_random, 3, 8) == [[]] * 4
 
 
 def infinite_bias(place: int, value: float) -> tuple[list[Tensor], list[Tensor]]:
@@ -286,260 +288,3 @@ def test_mistake_of_one_rank_raises_on_all(two_ranks, kind, words):
     for rank, message in enumerate(found):
         assert message != "nothing", rank
         assert re.search(words, message), message
-
-
-# ---------------------------------------------------------------- bytes
-
-
-class Counter:
-    """Bytes that a rank hands to the collectives for other ranks."""
-
-    def __init__(self) -> None:
-        self.sent: list[int] = []
-
-    def __enter__(self) -> Counter:
-        ranks, rank = dist.get_world_size(), dist.get_rank()
-        gather = "all_gather_single"
-        gather = gather if hasattr(dist, gather) else "all_gather_into_tensor"
-        names = gather, "all_to_all_single", "batch_isend_irecv"
-        self.kept = {name: getattr(dist, name) for name in names}
-
-        def gathered(every: Tensor, own: Tensor, **more: Any) -> Any:
-            self.sent.append(own.nbytes * (ranks - 1))
-            return self.kept[gather](every, own, **more)
-
-        def exchanged(taken: Tensor, given: Tensor, received: Any, sent: Any, **more: Any) -> Any:
-            self.sent.append(sum(sent) - sent[rank])
-            return self.kept["all_to_all_single"](taken, given, received, sent, **more)
-
-        def passed_on(moves: list[Any]) -> Any:
-            self.sent += [move.tensor.nbytes for move in moves if move.op is dist.isend]
-            return self.kept["batch_isend_irecv"](moves)
-
-        for name, function in zip(names, (gathered, exchanged, passed_on), strict=True):
-            setattr(dist, name, function)
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        for name, function in self.kept.items():
-            setattr(dist, name, function)
-
-
-ROWS, DIM, ITEMS = 6, 8, 10  # of every rank
-IDS = [0, 3, 3, 9, 11, 19]
-
-
-def bytes_of(how: str) -> tuple[list[int], list[int]]:
-    """Bytes of the forward and of the backward."""
-    query, positive = (torch.randn(ROWS, DIM).requires_grad_() for _ in range(2))
-    table = torch.randn(ITEMS, DIM).requires_grad_()
-    group: dict[str, Any] = {"process_group": dist.group.WORLD}
-    with Counter() as forward:
-        if how in ("gathered", "ring"):
-            log_q, ids = torch.full((ROWS,), -1.0), torch.arange(ROWS)
-            options = {"log_q": log_q, "ids": ids, "ring": how == "ring", **group}
-            loss = dwl_kernels.in_batch_softmax_loss(query, positive, **options)
-        elif how == "sharded":
-            loss = dwl_kernels.full_softmax_loss(query, table, torch.arange(ROWS), **group)
-        else:
-            ids = torch.tensor(IDS)
-            loss = dwl_kernels.indexed_sampled_softmax_loss(query, table, ids, ids[:2], **group)
-    with Counter() as backward:
-        loss.backward()
-    return forward.sent, backward.sent
-
-
-def aligned(size: int) -> int:
-    return math.ceil(size / 16) * 16
-
-
-@pytest.mark.parametrize("how", ["gathered", "ring", "sharded", "indexed"])
-def test_bytes_sent_are_those_of_the_formulas(ranks, how):
-    """The formulas of the README, in which a block of a tensor ends at a multiple of 16 bytes."""
-    others, embedded = ranks.size - 1, ROWS * DIM * 4
-    header, scalars = 40 * others, 16 * others
-    block = aligned(embedded) + aligned(ROWS * 8)
-    log_q, pairs = aligned(ROWS * 4), ROWS * 16
-    asked = [[ids for ids in {*IDS} if ids // ITEMS == rank] for rank in range(ranks.size)]
-    for rank, found in enumerate(ranks(bytes_of, how)):
-        elsewhere = sum(len(ids) for r, ids in enumerate(asked) if r != rank)
-        counts, row = aligned(ranks.size * 8) * others, DIM * 4
-        sent = len(asked[rank]) * others  # rows of this shard that the others want
-        assert (
-            found
-            == {
-                "gathered": (
-                    [header, (block + log_q) * others, scalars],
-                    [embedded * others],
-                ),
-                "ring": (
-                    [header, *[block + log_q] * others, scalars],
-                    [*[block + log_q, embedded] * others, embedded],
-                ),
-                "sharded": (
-                    [header, block * others, pairs * others, scalars],
-                    [aligned(pairs) * others, embedded * others],
-                ),
-                "indexed": (
-                    [header, counts, elsewhere * 8, sent * row, scalars],
-                    [elsewhere * row],
-                ),
-            }[how]
-        )
-
-
-# ---------------------------------------------------------------- modules and trainers
-
-
-def batch_of(step: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(step)
-    features = torch.randn(rows, 6, generator=generator)
-    items = torch.randint(0, 12, (rows,), generator=generator)
-    return features, items, items % 3
-
-
-class Model(torch.nn.Module):
-    def __init__(self, group: Any) -> None:
-        super().__init__()
-        torch.manual_seed(3)
-        self.tower, self.items = torch.nn.Linear(6, 8), torch.nn.Embedding(12, 8)
-        self.unused = torch.nn.Linear(2, 2)
-        self.loss_fn = DynamicWeightedSampledSoftmax(
-            item_domains=torch.arange(12) % 3,
-            calibration=0.5,
-            normalize=True,
-            learn_temperature=True,
-            process_group=group,
-        )
-
-    def forward(self, features: Tensor, items: Tensor) -> Tensor:
-        return self.loss_fn(self.tower(features), self.items(items), positive_ids=items)
-
-
-def trained(group: Any, micro: int, compiled: bool = False) -> list[Tensor]:
-    """The losses of a training, in which every step accumulates the gradients of `micro` parts."""
-    rank, ranks = (dist.get_rank(), dist.get_world_size()) if group is not None else (0, 1)
-    model = Model(group)
-    run: Any = model
-    if group is not None:
-        run = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
-    call = torch.compile(run, backend="aot_eager") if compiled else run
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    losses = []
-    for step in range(4):
-        optimizer.zero_grad()
-        for part in range(micro):
-            features, items, _ = batch_of(step * micro + part, 12)
-            own = slice(rank * 12 // ranks, (rank + 1) * 12 // ranks)
-            last = part == micro - 1
-            with run.no_sync() if group is not None and not last else nullcontext():
-                loss = call(features[own], items[own]) / micro
-                loss.backward()
-            losses.append(loss.detach())
-        optimizer.step()
-    return [*losses, model.items.weight.detach(), model.loss_fn.domain_weights.weights]
-
-
-def trained_here(micro: int, compiled: bool) -> list[Tensor]:
-    return trained(dist.group.WORLD, micro, compiled)
-
-
-@pytest.mark.parametrize(("micro", "compiled"), [(1, False), (2, False), (1, True)])
-def test_training_of_ranks_follows_that_of_one_process(ranks, micro, compiled):
-    alone = trained(None, micro)
-    for found in ranks(trained_here, micro, compiled):
-        for mine, whole in zip(found, alone, strict=True):
-            torch.testing.assert_close(mine, whole, rtol=1e-5, atol=1e-6)
-
-
-def sharded_module(calibration: float) -> tuple[Tensor, Tensor, Tensor]:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
-
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    states, table, target, options = sequence()
-    shard = distribute_tensor(table, mesh, [Shard(0)]).requires_grad_()
-    loss_fn = CumulativeCrossEntropy(
-        **options, calibration=calibration, process_group=dist.group.WORLD
-    )
-    own = slice(dist.get_rank(), None, dist.get_world_size())
-    states = states[own].clone().requires_grad_()
-    loss = loss_fn(states, shard, target[own])
-    loss.backward()
-    assert isinstance(shard.grad, DTensor)
-    return loss.detach(), states.grad / dist.get_world_size(), shard.grad.full_tensor()
-
-
-def sequence() -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
-    generator = torch.Generator().manual_seed(0)
-    states = torch.randn(6, 4, 8, generator=generator, dtype=torch.float64)
-    table = torch.randn(11, 8, generator=generator, dtype=torch.float64)
-    target = torch.randint(0, 11, (6, 4), generator=generator)
-    target[:, -1] = -100
-    return states, table, target, {"item_domains": torch.arange(11) % 3, "temperature": 0.7}
-
-
-def with_dtensor() -> list[Tensor]:
-    """Losses of a table that is a DTensor, and its gradients, whole."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    states, table, target, _ = sequence()
-    found = []
-    for per_row in (False, True):
-        shard = distribute_tensor(table, mesh, [Shard(0)]).requires_grad_()
-        loss = loss_of_table(states[:, 0], shard, target[:, 0], per_row)
-        loss.backward()
-        found += [loss.detach(), shard.grad.full_tensor()]
-    whole = distribute_tensor(table, mesh, [Replicate()])
-    with pytest.raises(TypeError, match=r"table is a DTensor; pass all of it, table\.full_tensor"):
-        loss_of_table(states[:, 0], whole, target[:, 0], False)
-    return found
-
-
-def loss_of_table(query: Tensor, table: Tensor, target: Tensor, per_row: bool) -> Tensor:
-    if not per_row:
-        return dwl_kernels.full_softmax_loss(query, table, target)
-    negative = (target[:, None] + torch.arange(1, 4)) % 11
-    return dwl_kernels.indexed_sampled_softmax_loss(query, table, target, negative)
-
-
-def test_functions_take_a_dtensor(two_ranks):
-    states, table, target, _ = sequence()
-    wanted = []
-    for per_row in (False, True):
-        leaf = table.clone().requires_grad_()
-        loss = loss_of_table(states[:, 0], leaf, target[:, 0], per_row)
-        loss.backward()
-        wanted += [loss.detach(), leaf.grad]
-    for found in two_ranks(with_dtensor):
-        torch.testing.assert_close(found, wanted)
-
-
-@pytest.mark.parametrize("calibration", [0.0, 1.0])
-def test_cumulative_cross_entropy_takes_a_table_in_shards(ranks, calibration):
-    states, table, target, options = sequence()
-    states.requires_grad_(), table.requires_grad_()
-    loss = CumulativeCrossEntropy(**options, calibration=calibration)(states, table, target)
-    loss.backward()
-    for rank, (mine, of_states, of_table) in enumerate(ranks(sharded_module, calibration)):
-        torch.testing.assert_close(mine, loss.detach())
-        torch.testing.assert_close(of_states, states.grad[rank :: ranks.size])
-        torch.testing.assert_close(of_table, table.grad)
-
-
-def streams() -> list[Tensor]:
-    sampler = dwl_kernels.UniformSampler(1000)
-    group = dist.group.WORLD
-    own = sampler.generator(3, process_group=group)
-    same = sampler.generator(3, process_group=group, same_on_all_ranks=True)
-    return [sampler.sample(64, generator=g)[0] for g in (own, same)]
-
-
-def test_samplers_draw_apart_or_alike(three_ranks):
-    found, again = three_ranks(streams), three_ranks(streams)
-    assert len({tuple(own.tolist()) for own, _ in found}) == 3
-    assert len({tuple(same.tolist()) for _, same in found}) == 1
-    for one, other in zip(found, again, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))

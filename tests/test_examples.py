@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import random
 import re
+import runpy
 import subprocess
 import sys
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import pytest
+import torch
+from torch import Tensor
 
+from dwl_kernels import CumulativeCrossEntropy
+from dwl_kernels.examples import sasrec
 from dwl_kernels.examples.data import from_command_line
 
 SHORT = {"two_tower": ["--steps", "20"], "sasrec": ["--epochs", "1"]}
@@ -62,6 +71,53 @@ def test_ten_recommendations_from_a_folder_of_ratings(script: str, grouplens: Pa
     ratings = [line.split("::") for line in (grouplens / "ratings.dat").read_text().splitlines()]
     taken = [film for user, film, *_ in ratings if user == "1"]  # in the order of time
     assert not {title[1] for title in titles if title} & set(taken[:-1])
+
+
+# ---------------------------------------------------------------- two processes
+
+
+def run_here(script: str, *options: str) -> str:
+    """What a script prints in a process of a group, as `torchrun` starts it."""
+    said, command = io.StringIO(), [script, "--users", "60", *options]
+    with patch.object(sys, "argv", command), redirect_stdout(said), suppress(SystemExit):
+        runpy.run_module(f"dwl_kernels.examples.{script}", run_name="__main__")
+    return said.getvalue()
+
+
+@pytest.mark.parametrize("script", SHORT)
+def test_script_on_two_processes_prints_once(two_ranks: Any, script: str) -> None:
+    first, second = two_ranks(run_here, script, *SHORT[script])
+    assert len(set(first.partition("user 0 gets:\n")[2].splitlines())) == 10
+    assert "user 0" not in second
+
+
+def sasrec_step(sharded: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss and gradients of a batch, of which each process has every second sequence."""
+    torch.manual_seed(0)
+    model = sasrec.SASRec(11, dim=4, dropout=0.0).double()
+    items = torch.randint(11, (4, 6))
+    items[1, 4:] = sasrec.PADDING
+    if sharded:
+        sasrec.spread(model)
+        items = items[torch.distributed.get_rank() :: 2]
+    loss_fn = CumulativeCrossEntropy(ignore_index=sasrec.PADDING)
+    loss = loss_fn(model(items[:, :-1]), model.items.weight, items[:, 1:])
+    loss.backward()
+    gradients = {}
+    for name, parameter in model.named_parameters():
+        grad: Any = parameter.grad
+        gradients[name] = grad.full_tensor() if sharded else grad
+        if sharded:
+            held = parameter.to_local()  # type: ignore[attr-defined]
+            assert held.numel() <= (parameter.numel() + 4 * 4) // 2  # a row more than half
+    return loss.detach(), gradients
+
+
+def test_sharded_sasrec_has_the_gradients_of_one_process(two_ranks: Any) -> None:
+    loss, gradients = sasrec_step(False)
+    for mine, found in two_ranks(sasrec_step, True):
+        torch.testing.assert_close(mine, loss)
+        torch.testing.assert_close(found, gradients)
 
 
 def test_wrong_folder_ends_with_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

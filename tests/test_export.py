@@ -14,6 +14,7 @@ import cases
 import module_inputs
 import pytest
 import torch
+import torch.distributed as dist
 from cases import TABLE_ROWS, Case
 from torch import Tensor, nn
 from torch.export import Dim, export
@@ -161,6 +162,17 @@ def test_exported_program_counts_what_its_module_would(strict):
     for key in state.keys() - {"arguments"}:
         assert torch.equal(getattr(counted, key), state[key]), key
     assert counted.steps == 2
+
+
+def test_loss_over_a_process_group_is_not_exported(tmp_path):
+    store = f"file://{tmp_path}/store"
+    dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        loss = Loss(dwl_kernels.in_batch_softmax_loss, process_group=dist.group.WORLD)
+        with pytest.raises(RuntimeError, match="export the model without its loss"):
+            export(loss, (inputs_of("in_batch, plain", 6),))
+    finally:
+        dist.destroy_process_group()
 
 
 def leaves_in(inputs):

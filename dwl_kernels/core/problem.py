@@ -53,6 +53,9 @@ class GradMask(NamedTuple):
     domain_weights: bool
 
 
+NO_GRADIENTS = GradMask(*(False,) * len(GradMask._fields))
+
+
 class DualScale(NamedTuple):
     """Strengths of the dual-scale softmax."""
 

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dwl_kernels.core.double_backward import refuse_jit, transforms_active
 from dwl_kernels.core.problem import accumulate_dtype
 from dwl_kernels.distributed.group import Group
 
@@ -35,13 +36,16 @@ def agree(
 
     `build` returns it with what must be the same on all ranks, by the names of the arguments, and
     with up to three sizes; `query` says which device it is about. One exchange of 40 bytes a rank,
-    which comes before all others, so that no rank waits for one that has raised.
+    which comes before all others, so that no rank waits for one that has raised. It cannot be left
+    out where shapes have been seen before: what a rank has seen, the others do not know, and one
+    that asks alone waits for ever. And the sizes, which the next exchange needs, change anyway.
 
     Raises:
         ValueError: on all ranks, where something is not the same, naming the argument and the rank.
         RuntimeError: where another rank could not build, with its error.
         Exception: what `build` raised, on its rank.
     """
+    _refuse_records()
     built: Built | None = None
     same: Mapping[str, Any] = {}
     sizes: Sequence[int] = ()
@@ -64,6 +68,21 @@ def agree(
         _raise_difference(told)
     assert built is not None
     return built, [other[2:] for other in headers]
+
+
+def _refuse_records() -> None:
+    """RuntimeError where a call is recorded or transformed, and ranks cannot wait in it."""
+    refuse_jit()
+    if transforms_active():
+        raise RuntimeError(
+            "the transforms of torch.func (grad, vmap, jvp) cannot run a loss over a process "
+            "group; take the gradients by autograd, or set process_group of the loss to None"
+        )
+    if torch.compiler.is_exporting():
+        raise RuntimeError(
+            "torch.export cannot record a loss over a process group; export the model without its "
+            "loss, or set process_group of the loss to None"
+        )
 
 
 def _gathered_numbers(numbers: list[int], group: Group, device: torch.device) -> list[list[int]]:
@@ -195,12 +214,12 @@ def summed(
     """For the rows of this rank, the sum of what all ranks add, in the order of the ranks."""
     own = rows[group.rank]
     parts = exchanged(tensor, rows, [own] * group.size, group)
-    dtype = accumulate_dtype(tensor.dtype)
-    return in_order([part.to(dtype) for part in parts.view(group.size, own, *tensor.shape[1:])])
+    return in_order(parts.view(group.size, own, *tensor.shape[1:]), accumulate_dtype(tensor.dtype))
 
 
-def in_order(parts: Sequence[Tensor]) -> Tensor:
-    total = parts[0].clone()
+def in_order(parts: Tensor, dtype: torch.dtype) -> Tensor:  # [ranks, ...] -> [...]
+    """The sum over the ranks, with no copy of all parts in the dtype of sums."""
+    total = parts[0].to(dtype, copy=True)
     for part in parts[1:]:
         total += part
     return total

@@ -22,14 +22,12 @@ from torch import Tensor
 from dwl_kernels import ops
 from dwl_kernels.core.candidates import log_q_of_positives
 from dwl_kernels.core.double_backward import once
-from dwl_kernels.core.problem import NO_ITEM, GradMask, RowOptions, SharedProblem
+from dwl_kernels.core.problem import NO_GRADIENTS, NO_ITEM, GradMask, RowOptions, SharedProblem
 from dwl_kernels.core.rows import Prepared
 from dwl_kernels.distributed.exchange import Layout
 from dwl_kernels.distributed.group import Group
 from dwl_kernels.distributed.reduction import log_odds, weighted
 from dwl_kernels.distributed.told import padded_positives, told_of
-
-_NOTHING = GradMask(*(False,) * len(GradMask._fields))
 
 
 def ring_loss(
@@ -203,7 +201,7 @@ class _Odds(torch.autograd.Function):
     ) -> Tensor:
         of_blocks: list[Tensor] = [query.new_empty(0)] * circle.group.size
         for rank, block in circle.blocks():
-            of_blocks[rank] = ops.solve(block, None, _NOTHING, circle.backend).loss.double()
+            of_blocks[rank] = ops.solve(block, None, NO_GRADIENTS, circle.backend).loss.double()
             if circle.problem.rows.correction == "refined":
                 circle.count += num_competing(block, circle.active)
         losses = torch.stack(of_blocks)  # [ranks, B], in the order of the ranks

@@ -22,7 +22,7 @@ from torch import Tensor
 from dwl_kernels import backends, ops
 from dwl_kernels.core.arguments import flag
 from dwl_kernels.core.double_backward import once
-from dwl_kernels.core.problem import NO_ITEM, GradMask, RowOptions, SharedProblem
+from dwl_kernels.core.problem import NO_GRADIENTS, NO_ITEM, GradMask, RowOptions, SharedProblem
 from dwl_kernels.core.rows import Prepared, active_rows, divide, prepare
 from dwl_kernels.core.untraced import untraced
 from dwl_kernels.core.values import checks_values, no_autocast
@@ -37,8 +37,6 @@ from dwl_kernels.distributed.exchange import (
 from dwl_kernels.distributed.group import Group
 from dwl_kernels.distributed.reduction import kind_of, log_odds, same_of_rows, weighted, whole_loss
 from dwl_kernels.gather import table_gradient
-
-_NOTHING = GradMask(*(False,) * len(GradMask._fields))
 
 
 class Shards(NamedTuple):
@@ -176,7 +174,7 @@ class _Odds(torch.autograd.Function):
             losses = of_shard
             if len(shard):
                 block = _problem_of_shard(call, scored)
-                losses = ops.solve(block, None, _NOTHING, call.backend).loss.double()
+                losses = ops.solve(block, None, NO_GRADIENTS, call.backend).loss.double()
                 of_shard = scored.known.double() + log_odds(losses)
             pairs = _to_owners(torch.stack((of_shard, positive), 1), call.shards)
             everything = pairs[:, :, 0].logsumexp(0)  # [B]
@@ -224,8 +222,9 @@ def _scored(call: _Call) -> tuple[_Scored, Tensor]:
     item = local.new_zeros(()) if minus_bias is None else minus_bias.detach().argmin()
     place = torch.where(here, local, item)
     wide = problem.dtypes.accumulate
-    score = (query.to(wide) * shard[place].to(wide)).sum(1)
-    score = score / (problem.rows.tau if tau is None else tau * problem.rows.tau)
+    product = shard[place].to(wide)
+    product *= query
+    score = product.sum(1) / (problem.rows.tau if tau is None else tau * problem.rows.tau)
     logit = score if minus_bias is None else score - minus_bias.detach()[place]
     positive = torch.where(here, logit.double(), -torch.inf)
     # A bias may be infinite, and what others are measured by must not be.
@@ -274,7 +273,7 @@ def _gradients(
         (pairs,) = gathered([pairs], shards.rows, group)
     upstream, everything = pairs.unbind(1)  # [T]
     shard, wide = problem.candidates.detach(), problem.dtypes.accumulate
-    d_query = torch.zeros_like(scored.query, dtype=wide)
+    d_query: Tensor | None = None
     d_shard = d_minus_bias = None
     if len(shard):
         # Of an infinite sum the part that is infinite is all.
@@ -290,8 +289,11 @@ def _gradients(
         of_target = torch.where(here, -upstream, 0.0).to(wide)
         tau = problem.rows.tau if scored.tau is None else scored.tau * problem.rows.tau
         if found.query is not None:
-            own = shard[place].to(wide) * (of_target / tau)[:, None]
-            d_query = found.query.to(wide) + own.masked_fill((of_target == 0)[:, None], 0)
+            own = shard[place].to(wide)
+            own *= (of_target / tau)[:, None]
+            d_query = found.query.to(wide)
+            d_query += own.masked_fill_((of_target == 0)[:, None], 0)
+            del own
         ids = [scored.target[:, None]]
         if found.candidates is not None:
             options = (len(shard), wide, False, call.backend)
@@ -303,31 +305,33 @@ def _gradients(
             options = (len(shard), wide, False, call.backend)
             added = table_gradient(ones, ids, [of_target[:, None]], *options)
             d_minus_bias = found.candidate_log_q - added[:, 0]
-    if want_query or want_temperature:
+    else:
+        d_query = torch.zeros_like(scored.query, dtype=wide)
+        d_shard, d_minus_bias = shard.to(wide), scored.known.new_zeros(0)
+    if d_query is not None:
         if shards.replicated_rows:
             every = d_query.new_empty((group.size, *d_query.shape))
             all_gather(every, d_query, group)
-            d_query = in_order([*every])
+            d_query = in_order(every, wide)
         else:
             d_query = summed(d_query, shards.rows, group)
     d_temperature = None
     if want_temperature:
         theta = problem.rows.temperature
         assert theta is not None
+        assert d_query is not None
         own = scored.query[shards.own_rows()].to(wide)
         d_temperature = -(own * d_query).sum(1) / theta.detach()
         if call.active is not None:
             d_temperature = torch.where(call.active, d_temperature, 0.0)
         if not theta.dim():
             d_temperature = d_temperature.sum()
-    if not len(shard):
-        d_shard, d_minus_bias = shard.to(wide), d_query.new_zeros(0)
     if not shards.replicated_rows:  # the gradient of the rows is times the number of ranks
         for gradient in (d_shard, d_minus_bias):
             if gradient is not None:
                 gradient /= group.size
     return [
-        d_query.to(problem.query.dtype) if want_query else None,
+        d_query.to(problem.query.dtype) if want_query and d_query is not None else None,
         d_shard.to(shard.dtype) if want_shard and d_shard is not None else None,
         d_minus_bias if want_bias else None,
         d_temperature,

@@ -247,6 +247,8 @@ class DomainState(Counts):
         )
 
     def _bring_up_to_date(self, state_dict: dict[str, Any], prefix: str) -> None:
+        if self._loaded_version > 1:
+            return
         if not self.fixed and prefix + "average" in state_dict:
             # Anew, because a module that was made on `meta` holds anything before it is loaded.
             state_dict.setdefault(prefix + "arguments", self._arguments())

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import os
 import sys
 from array import array
 from collections.abc import Callable
@@ -119,7 +120,8 @@ def from_command_line(description: str | None, **length: int) -> tuple[Interacti
         data = synthetic(users=options.users) if options.data is None else load(options.data)
     except DataError as error:
         sys.exit(f"error: {error}")
-    print(f"{data.name}: {data.num_users:,} users, {data.num_items:,} items", flush=True)
+    if os.environ.get("RANK", "0") == "0":  # under torchrun the first process prints
+        print(f"{data.name}: {data.num_users:,} users, {data.num_items:,} items", flush=True)
     return data, getattr(options, unit)
 
 

@@ -32,7 +32,8 @@ ranks              ``rank_targets`` and ``softmax_statistics``: of exact scores,
                    ``cpu`` (per row and in ``triton`` of rounded ones, where equal embeddings tie);
                    ``triton`` and ``cuda`` make statistics, ``cuda`` ranks too, as ``chunked``
                    does; ``[B]`` and a block in memory, and in ``triton`` a list of what was seen
-derivatives        reverse mode, once; forward mode and second derivatives raise
+derivatives        reverse mode, once; forward mode and second derivatives raise, and over a
+                   ``process_group`` the transforms of ``torch.func``
 =================  ==========================================================================
 """
 

@@ -16,6 +16,7 @@ from dwl_kernels.backends.cache import BuildError
 from dwl_kernels.backends.cpu import build
 from dwl_kernels.core.candidates import dual_scale, log_q_of_candidates, log_q_of_positives
 from dwl_kernels.core.problem import (
+    NO_GRADIENTS,
     GradMask,
     Output,
     PerRowProblem,
@@ -70,8 +71,7 @@ def solve(
 
 def statistics(problem: Problem) -> SoftmaxStatistics:
     """As `ranks.statistics`, without the gradients."""
-    nothing = GradMask(*(False,) * len(GradMask._fields))
-    _, found = _run(problem, nothing, prepare(problem, None), want_statistics=True)
+    _, found = _run(problem, NO_GRADIENTS, prepare(problem, None), want_statistics=True)
     return SoftmaxStatistics(*found[-_KNOWN:])
 
 
