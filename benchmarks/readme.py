@@ -24,6 +24,7 @@ RESULTS_PATH = "benchmarks/results"
 QUALITY_TABLES = f"{RESULTS_PATH}/quality/tables.md"
 BLOB = "https://github.com/dwl-kernels/dwl_kernels/blob/main/"
 RAW = "https://raw.githubusercontent.com/dwl-kernels/dwl_kernels/main/"
+QUALITY_LINKS = f"{BLOB}{QUALITY_TABLES}", f"{RAW}{RESULTS_PATH}/quality/ml-1m.png"
 
 KERNELS = ("cpu", "triton", "cuda")  # of this package
 
@@ -46,7 +47,7 @@ def filled(text: str) -> str:
         ("devices", devices_table(read(DEVICES))),
         ("step", step_table(read(STEP))),
         ("speed", "\n".join(map(speed_table, speed)) + gpu_line(speed)),
-        ("quality", claims.section(claims.documents_in(QUALITY), f"{BLOB}{QUALITY_TABLES}")),
+        ("quality", claims.section(claims.documents_in(QUALITY), *QUALITY_LINKS)),
     ):
         before, rest = text.split(f"<!-- {name} -->\n")
         _, after = rest.split(f"<!-- /{name} -->\n")

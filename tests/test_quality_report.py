@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from benchmarks.quality import report
+from benchmarks import readme
+from benchmarks.quality import claims, report
 from benchmarks.quality.metrics import SPARSEST
 from benchmarks.quality.settings import METHODS
 
@@ -92,3 +93,30 @@ def test_table_fits_60_columns() -> None:
 def test_picture_has_every_method(tmp_path: Path) -> None:
     report.plot(tmp_path / "a.png", document(PLAIN, OTHER))
     assert (tmp_path / "a.png").stat().st_size > 10_000
+
+
+def test_committed_tables_are_those_of_the_committed_runs() -> None:
+    written = (readme.ROOT / readme.QUALITY_TABLES).read_text("utf-8")
+    assert claims.tables(claims.documents_in(readme.QUALITY)) == written
+
+
+def test_claims_name_what_was_not_run_and_what_was_not_reached() -> None:
+    said = claims.section({}, "link", "picture")
+    assert said.count("not run yet") == 3 + len(claims.DATA)
+    noir = {"Film-Noir": PLAIN["test"][SPARSEST]}
+    users = {"test": {"all": 10, SPARSEST: 5, "Film-Noir": 2}}
+    runs = [
+        {**one, "test": one["test"] | noir, "validation": one["test"] | noir}
+        for one in (PLAIN, OTHER)
+    ]
+    found = {**document(*runs), "users": users}
+    assert "NDCG@10 +50.0 at a price of 10% (plain): not reached" in claims.domain_claim(found)
+    own, ours = (
+        {"method": f"SASRec, {name}", "seed": 0, "test": {"all": {"NDCG@5": [value]}}}
+        for name, value in (("binary", 0.1), ("cumulative", 0.18))
+    )
+    both = {"setting": "cumulative", "runs": [own, ours]}
+    assert (
+        claims.cumulative_claim({"ml-1m-cumulative": both})
+        == "NDCG@5 in %: ml-1m, SASRec +80.0 with 1 seeds: reached"
+    )

@@ -45,8 +45,8 @@ def documents_in(folder: Path) -> Documents:
     return {path.stem: read(path) for path in sorted(folder.glob("*.json"))}
 
 
-def section(documents: Documents, link: str) -> str:
-    """The block of the README; `link` is the address of the tables."""
+def section(documents: Documents, link: str, picture: str) -> str:
+    """The block of the README; `link` and `picture` are addresses."""
     claims = {
         "domains": (
             "Film-Noir: Recall@10 +52.4%, NDCG@10 +74.5%, dense domains held",
@@ -72,6 +72,7 @@ def section(documents: Documents, link: str) -> str:
         header, lines = gain_lines(documents["ml-1m"])
         header[0] = f"ml-1m, {seeds_of(documents['ml-1m'])}: sparsest ¼, gain in % at a price of"
         parts.append(markdown(header, lines))
+        parts.append(f"![gain of sparse domains over the price]({picture})\n")
     parts.append(dial_table(documents))
     return "\n".join(parts)
 
