@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
             document = read(path)
             console.print()
-            console.print(report.table(document))
+            console.print(report.title(document), report.table(document), sep="\n")
             written = [path]
             if options.setting == "domains":
                 written.append(path.with_suffix(".png"))

@@ -144,7 +144,7 @@ def table(document: Document) -> Table:
     """The table of a setting, for a terminal."""
     domains = document["setting"] == "domains"
     header, rows = gain_lines(document, PRICES[::2]) if domains else metric_lines(document)
-    result = Table(title=title(document), box=None, padding=(0, 1, 0, 0), title_justify="left")
+    result = Table(box=None, padding=(0, 1, 0, 0))
     for number, name in enumerate(header):
         result.add_column(name, justify="right" if number else "left")
     for row in rows:
@@ -161,7 +161,7 @@ def title(document: Document) -> str:
     seeds = len({run["seed"] for run in document["runs"]})
     counted = f"{document['data']['name']}, {seeds} seed{'s' if seeds > 1 else ''}"
     if document["setting"] == "domains":
-        return f"{counted}: gain of the sparsest quarter in %\nat a price over all of"
+        return f"{counted}: gain of the sparsest quarter, %, at a price of"
     return f"{counted}: test items"
 
 
