@@ -91,7 +91,7 @@ def _domains() -> dict[str, Method]:
     return plain | weighted | {"CVaR": Method("cvar", tail=0.7), "fixed": Method("fixed")}
 
 
-TEMPERATURES = (0.1, 0.15, 0.2, 0.3)
+TEMPERATURES = (0.1, 0.15, 0.3)  # beside that of `FACTORS`
 
 
 def _dual_scale() -> dict[str, Method]:
