@@ -17,7 +17,8 @@ from torch import Tensor
 from benchmarks.progress import Progress
 from benchmarks.quality.__main__ import folder, positive
 from benchmarks.quality.metrics import LeaveOneOut, ndcg, rank_targets
-from benchmarks.quality.train import Config, measure_domains, train
+from benchmarks.quality.settings import Config, Method
+from benchmarks.quality.train import measure_domains, steps_per_epoch, train
 from benchmarks.record import replacing
 from benchmarks.speed import shapes
 from benchmarks.speed.accuracy import check
@@ -76,7 +77,7 @@ def log_q_on_and_off(data: Interactions, steps: int, progress: Progress) -> None
 
 def show_domains(split: LeaveOneOut) -> DomainWeights:
     print("2. domains: how sparse each is, what its examples weigh")
-    weights = measure_domains(split, Config(epochs=1, max_length=2))
+    weights = measure_domains(split)
     by_size = weights.interactions.argsort(descending=True).tolist()
     shown = by_size if len(by_size) <= SHOWN else [*by_size[:3], *by_size[-3:]]
     names = weights.names or [str(domain) for domain in range(weights.num_domains)]
@@ -101,24 +102,23 @@ def turn_the_dial(
     if epochs is None:
         per_epoch = max(len(split.users) // Config.batch_size, 1)
         epochs = EPOCHS if options.data is None else min(-(-REAL_STEPS // per_epoch), MOST_EPOCHS)
-    config = Config(epochs=epochs, max_length=min(int(data.lengths.max()), 50))
-    run = train("plain", split, config, 0, progress.of("the model"))
+    steps = epochs * steps_per_epoch(split, Config.batch_size)
+    config = Config(steps, max_length=min(int(data.lengths.max()), 50))
+    run = train(Method(), split, config, 0, progress.of("the model"))
     progress("ranks of the items")
     domains = torch.from_numpy(data.item_domains)
     bonus, sparse = weights.log_weight(domains), weights.sparsest(domains)
 
     def ranks(part: str, strengths: Sequence[float]) -> dict[float, Tensor]:
-        return {
-            strength: torch.from_numpy(rank_targets(run.model, split, part, strength * bonus))
-            for strength in strengths
-        }
+        found = rank_targets(run.model, split, part, *(one * bonus for one in strengths))
+        return dict(zip(strengths, torch.from_numpy(found), strict=True))
 
     validation = ranks("validation", STRENGTHS)
     target = {part: torch.from_numpy(split.target(part)) for part in ("validation", "test")}
     dials = [choose_bonus(validation, sparse[target["validation"]], price=p) for p in PRICES]
     test = ranks("test", sorted({0.0, *(dial.strength for dial in dials)}))
     progress("")
-    print(f"   NDCG@10 of the test items {ndcg(run.ranks).mean():.3f}; sparse: the")
+    print(f"   NDCG@10 of the test items {ndcg(test[0.0].numpy()).mean():.3f}; sparse: the")
     print("   sparsest quarter of the domains; strengths chosen on\n   validation items")
     of_sparse = sparse[target["test"]]
     for dial in dials:

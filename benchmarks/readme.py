@@ -9,12 +9,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks.quality import claims, report
 from benchmarks.record import ROOT
 
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 SPEED_CPU, SPEED_GPU = RESULTS / "speed-cpu.json", RESULTS / "speed-cuda.json"
-QUALITY_JSON = RESULTS / "quality-ml-1m.json", RESULTS / "quality-ml-1m-calibrated.json"
+QUALITY = RESULTS / "quality"
 
 STEP = RESULTS / "training-step.json"
 DEVICES = RESULTS / "devices.json"
@@ -22,8 +23,10 @@ CLIENTS = RESULTS / "clients.json"
 # A package index shows the README, so links and pictures are absolute.
 RESULTS_PATH = "benchmarks/results"
 EXAMPLES = "dwl_kernels/examples/clients"
+QUALITY_TABLES = f"{RESULTS_PATH}/quality/tables.md"
 BLOB = "https://github.com/dwl-kernels/dwl_kernels/blob/main/"
 RAW = "https://raw.githubusercontent.com/dwl-kernels/dwl_kernels/main/"
+QUALITY_LINKS = f"{BLOB}{QUALITY_TABLES}", f"{RAW}{RESULTS_PATH}/quality/ml-1m.png"
 
 KERNELS = ("cpu", "triton", "cuda")  # of this package
 
@@ -32,6 +35,10 @@ Report = dict[str, Any]
 
 def main() -> None:
     README.write_text(filled(README.read_text("utf-8")), "utf-8")
+    documents = claims.documents_in(QUALITY)
+    (ROOT / QUALITY_TABLES).write_text(claims.tables(documents), "utf-8")
+    if "ml-1m" in documents:
+        report.plot(QUALITY / "ml-1m.png", documents["ml-1m"])
 
 
 def filled(text: str) -> str:
@@ -42,8 +49,8 @@ def filled(text: str) -> str:
         ("devices", devices_table(read(DEVICES))),
         ("step", step_table(read(STEP))),
         ("speed", "\n".join(map(speed_table, speed)) + gpu_line(speed)),
-        ("quality", quality_table(*map(read, QUALITY_JSON))),
         ("clients", clients_table(read(CLIENTS))),
+        ("quality", claims.section(claims.documents_in(QUALITY), *QUALITY_LINKS)),
     ):
         before, rest = text.split(f"<!-- {name} -->\n")
         _, after = rest.split(f"<!-- /{name} -->\n")
@@ -293,30 +300,6 @@ def cell(figures: Report, version: str) -> str:
     memory = megabytes(row)
     ratio = f"{row['ratio']:.2f}"
     return f"{f'**{ratio}**' if version in KERNELS else ratio}, {memory}"
-
-
-QUALITY = ("all", "sparsest ¼", "Film-Noir", "Documentary", "Western", "Drama")
-
-
-def quality_table(quality: dict[str, Any], calibrated: dict[str, Any]) -> str:
-    """A line per loss: NDCG@10 and its paired change, for all test users and by domain."""
-    named = {group["group"]: group for group in quality["results"]}
-    users = (f"{group} ({named[group]['test_users']:,})" for group in QUALITY)
-    lines = [f"| NDCG@10 (test users) | {' | '.join(users)} |", "|---|" + "---:|" * len(QUALITY)]
-    lines += [quality_line(quality, loss) for loss in named["all"]["losses"]]
-    lines.append(quality_line(calibrated, "dynamic", "dynamic, calibrated"))
-    return "\n".join(lines) + "\n"
-
-
-def quality_line(quality: dict[str, Any], loss: str, label: str | None = None) -> str:
-    named = {group["group"]: group["losses"][loss]["NDCG@10"] for group in quality["results"]}
-    cells = [f"{named[group]['mean']:.3f}" for group in QUALITY]
-    if loss != "plain":
-        cells = [
-            f"{cell} ({named[group]['change']:+.3f} ± {named[group]['standard_error']:.3f})"
-            for cell, group in zip(cells, QUALITY, strict=True)
-        ]
-    return f"| {label or loss} | {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.progress import Progress
-from benchmarks.quality.model import SequenceModel
+from benchmarks.quality.model import Transformer
+from benchmarks.quality.settings import Config
 from benchmarks.record import ROOT, record, write_json
 from dwl_kernels import full_softmax_loss, in_batch_softmax_loss
 
@@ -73,7 +74,7 @@ def two_towers() -> Model:
 
 def sequence_model() -> Model:
     """The model of the quality benchmark; every step predicts among all items."""
-    model = SequenceModel(ITEMS, LENGTH, DIM)
+    model = Transformer(ITEMS, Config(steps=1, max_length=LENGTH, dim=DIM))
     items, targets = torch.randint(ITEMS, (2, SEQUENCES, LENGTH))
 
     def inputs() -> tuple[Tensor, ...]:

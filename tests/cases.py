@@ -348,6 +348,12 @@ CASES = [
     Case("dual scale, similarity alone", kind="dual", options={"hardness": 0, "competition": 0}),
     Case("dual scale, competition alone", kind="dual", options={"hardness": 0, "similarity": 0}),
     Case(
+        "dual scale, negative strengths",
+        kind="dual",
+        **_FULL_ROWS,
+        options={"hardness": -0.2, "similarity": -0.5, "competition": -1.0, "slate_size": 4},
+    ),
+    Case(
         "dual scale, none",
         kind="dual",
         **_FULL_ROWS,

@@ -21,6 +21,7 @@ import torch
 from benchmarks import demo, progress, training_step
 from benchmarks.progress import Progress, in_processes
 from benchmarks.quality import __main__ as quality
+from benchmarks.quality import runs
 from benchmarks.speed import __main__ as speed
 from benchmarks.speed import suite
 from dwl_kernels import _interrupt
@@ -30,9 +31,8 @@ ROOT = Path(__file__).parent.parent
 COMMANDS = [
     *("dwl_kernels", "dwl_kernels.examples.two_tower", "dwl_kernels.examples.sasrec"),
     *("benchmarks.speed", "benchmarks.quality"),
-    *("benchmarks.quality.frontier", "benchmarks.demo", "benchmarks.training_step"),
+    *("benchmarks.demo", "benchmarks.training_step", "benchmarks.devices"),
     *("benchmarks.machine_code", "benchmarks.host", "benchmarks.readme", "benchmarks.clients"),
-    "benchmarks.devices",
 ]
 
 
@@ -161,15 +161,16 @@ def test_long_command_says_what_it_does(
     """The first long step of each takes a while, and then stops the command."""
     out = ["--out", str(tmp_path)]
     data = synthetic(users=60, items=80, domains=8, length=12)
-    for module in (quality, demo):
-        monkeypatch.setattr(module, "synthetic", lambda: data)
+    monkeypatch.setattr(demo, "synthetic", lambda: data)
+    for module in (quality, runs):
+        monkeypatch.setattr(module, "load_data", lambda name: data)
     if name == "speed":
         monkeypatch.setattr(suite, "forget_compiled", lambda: None)  # imports a compiler
         monkeypatch.setattr(suite, "admit", slow)
         call, wanted = lambda: speed.main(["--shapes", "small", *out]), "1/4 check small"
     elif name == "quality":
-        monkeypatch.setattr(quality, "train", lambda *given: (given[-1]("5%"), slow()))
-        call, wanted = lambda: quality.main(out), "plain, seed 0, 5%"
+        monkeypatch.setattr(runs, "in_processes", slow)
+        call, wanted = lambda: quality.main(out), "synthetic: 15 runs to train"
     elif name == "demo":
         monkeypatch.setattr(demo.two_tower, "train", slow)
         call, wanted = lambda: demo.main(out), "two towers without log-Q"
@@ -209,9 +210,9 @@ def test_demo_fits_60_columns(
     scores = torch.zeros(data.num_users, data.num_items)
     monkeypatch.setattr(demo.two_tower, "train", lambda *_: scores)
     ranks = np.zeros(data.num_users, np.int64)
-    trained = SimpleNamespace(model=None, ranks=ranks)
+    trained = SimpleNamespace(model=None)
     monkeypatch.setattr(demo, "train", lambda *given: (given[-1]("99%"), trained)[1])
-    monkeypatch.setattr(demo, "rank_targets", lambda *_: ranks)
+    monkeypatch.setattr(demo, "rank_targets", lambda *given: np.stack([ranks] * len(given[3:])))
     times = [
         SimpleNamespace(version=name, median_ms=ms, ratio=ms)
         for name, ms in (("eager", 12345.0), ("cpu", 1234.0), ("chunked", 1234.0))

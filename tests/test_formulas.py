@@ -124,7 +124,15 @@ def test_log_q_of_infinity_is_its_formula(kind: str, correction: str, in_batch: 
 @pytest.mark.parametrize("in_batch", [False, True])
 @pytest.mark.parametrize("correction", CORRECTIONS)
 @pytest.mark.parametrize("slate_size", [1, 4, 64])
-@pytest.mark.parametrize("strengths", itertools.product((0.0, 0.7), repeat=3), ids=str)
+@pytest.mark.parametrize(
+    "strengths",
+    [
+        *itertools.product((0.0, 0.7), repeat=3),
+        (-0.7, -0.4, -0.7),
+        (-1.0, 0.7, -40.0),  # a hardness that takes the scores out of the logits, and both clips
+    ],
+    ids=str,
+)
 def test_every_strength_of_the_dual_scale_is_its_formula(
     strengths: tuple[float, float, float], slate_size: int, correction: str, in_batch: bool
 ) -> None:

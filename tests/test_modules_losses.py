@@ -1,6 +1,7 @@
 """The dual scale and the cumulative cross-entropy: the functions, and what only the modules do."""
 
 import inspect
+import math
 
 import pytest
 import torch
@@ -98,7 +99,7 @@ def test_dual_scale_has_all_options_of_its_base_class():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"hardness": -1.0}, ValueError, "hardness is -1.0; wanted a finite number"),
+        ({"hardness": -math.inf}, ValueError, "hardness is -inf; wanted a finite number"),
         ({"competition": float("nan")}, ValueError, "competition is nan"),
         ({"slate_size": 0}, ValueError, "slate_size is 0; wanted at least 1"),
         ({"slate_size": 2.5}, TypeError, "slate_size is a float; wanted an int"),

@@ -8,8 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.quality.metrics import LeaveOneOut, ndcg, rank_targets, recall
-from benchmarks.quality.model import SequenceModel
+from benchmarks.quality.metrics import (
+    SPARSEST,
+    LeaveOneOut,
+    make_groups,
+    ndcg,
+    rank_targets,
+    recall,
+)
+from benchmarks.quality.model import Recurrent, SequenceModel, Transformer, dropout
+from benchmarks.quality.settings import Config
 from dwl_kernels.examples.data import Interactions
 from dwl_kernels.examples.synthetic import synthetic
 
@@ -40,7 +48,7 @@ def test_metrics_follow_their_formulas() -> None:
 @pytest.mark.parametrize("value", [0.0, math.nan])
 def test_ties_and_nan_do_not_flatter_the_model(value: float) -> None:
     split = LeaveOneOut(make([[3, 1, 4, 2], [6, 5, 8]]))
-    model = SequenceModel(10, max_length=4, dim=8)
+    model = Transformer(10, Config(1, max_length=4, dim=8))
     torch.nn.init.constant_(model.items.weight, value)
     assert rank_targets(model, split, "test").tolist() == [6, 7]  # the last of the unseen
 
@@ -49,9 +57,11 @@ def test_ties_and_nan_do_not_flatter_the_model(value: float) -> None:
 def test_ranks_agree_with_brute_force_user_by_user(part: str) -> None:
     # 300 users need two batches; sequences of up to 20 are longer than the model's window of 8.
     split = LeaveOneOut(synthetic(users=300, items=120, domains=4, length=20))
-    model = SequenceModel(split.data.num_items, max_length=8, dim=16, blocks=1).eval()
+    model = Transformer(split.data.num_items, Config(1, max_length=8, dim=16, blocks=1)).eval()
     bonus = torch.randn(split.data.num_items)
-    ranks = rank_targets(model, split, part, bonus)
+    ranks = rank_targets(model, split, part, 0 * bonus, bonus)
+    assert ranks[0].tolist() == rank_targets(model, split, part).tolist()
+    ranks = ranks[1]
     cut = {"validation": 2, "test": 1}[part]
     for user in (0, 1, 150, 299):
         sequence = split.data.sequence(user).tolist()
@@ -62,10 +72,36 @@ def test_ranks_agree_with_brute_force_user_by_user(part: str) -> None:
         assert ranks[user] == sum(scores[item] >= scores[target] for item in unseen)
 
 
-def test_model_sees_no_future_and_no_padding() -> None:
-    model = SequenceModel(50, max_length=12, dim=16, heads=2).eval()
+@pytest.mark.parametrize("kind", [Transformer, Recurrent])
+def test_model_sees_no_future_and_no_padding(kind: type[SequenceModel]) -> None:
+    model = kind(50, Config(1, max_length=12, dim=16, heads=2)).eval()
     items = torch.randint(50, (3, 12))
     changed = items.clone()
     changed[:, 7:] = 0
     assert torch.allclose(model(items)[:, :7], model(changed)[:, :7], atol=1e-6)
     assert torch.allclose(model(items)[:, :7], model(items[:, :7]), atol=1e-6)
+
+
+def test_dropout_leaves_out_its_part_and_keeps_the_mean() -> None:
+    torch.manual_seed(0)
+    x = torch.ones(1001, 99)
+    dropped = dropout(x, 0.1, True)
+    assert (dropped == 0).double().mean() == pytest.approx(26 / 256, abs=0.005)
+    assert dropped.mean().item() == pytest.approx(1, abs=0.01)
+    assert dropped.unique().tolist() == [0, pytest.approx(256 / 230)]
+    assert dropout(x, 0.1, False) is x
+
+
+def test_groups_count_a_user_for_every_domain_of_the_item() -> None:
+    split = LeaveOneOut(synthetic(users=200, items=120, domains=8, length=12))
+    groups = make_groups(split, "test")
+    assert [group.name for group in groups[:2]] == ["all", SPARSEST]
+    assert groups[0].members.sum() == 200
+    domains = groups[2:]
+    slots = split.data.item_domains[split.target("test")]
+    assert sum(group.members.sum() for group in domains) == (slots >= 0).sum()
+    assert (groups[1].members == domains[-1].members | domains[-2].members).all()
+    trained = split.data.item_domains[split.data.items[split.train_mask]]
+    sizes = np.bincount(trained[trained >= 0])
+    named = [sizes[split.data.domain_names.index(group.name)] for group in domains]
+    assert named == sorted(named, reverse=True)

@@ -15,7 +15,7 @@ import torch
 from dwl_kernels.backends.triton import solve as host
 from dwl_kernels.backends.triton import tiles as triton_tiles
 from dwl_kernels.backends.triton.tiles import LIMITS, RULES, Tiles, around, choose, default
-from dwl_kernels.core.problem import GradMask, SharedProblem
+from dwl_kernels.core.problem import DualScale, GradMask, SharedProblem
 
 BY_NAME = {case.name: case for case in cases.CASES}
 
@@ -174,6 +174,14 @@ def test_more_than_offsets_of_32_bits_reach_is_refused(
         )
         is None
     )
+
+
+def test_hardness_that_would_turn_the_logits_over_is_left_to_others() -> None:
+    query = torch.empty(9, 8, dtype=torch.bfloat16, device="meta")
+    for hardness, taken in ((-0.2, True), (-0.25, False)):
+        dual = DualScale(hardness, 0.0, 4, 1.0)
+        problem = SharedProblem(query=query, positive=query, candidates=query, dual=dual)
+        assert (host.unsupported_reason(problem) is None) == taken
 
 
 def test_programs_are_no_more_than_the_driver_lets_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,210 +1,237 @@
-"""What the runs say: a comparison with the plain loss as a table, a picture and a JSON document."""
+"""What the kept runs say: gains of sparse domains at a price over all, tables and a picture.
+
+`__main__` prints it, `benchmarks.readme` writes it into the README; both from the JSON alone.
+
+Every method is served with every strength of the dial, which makes a curve for each seed. At a
+price, what NDCG@10 over all may lose against the plain model without the dial, the gain is the
+highest point of the curve between the strengths; it is relative to the same model of the same seed.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.table import Table
-from rich.text import Text
 
-from .metrics import LeaveOneOut, ndcg, recall
-from .train import LOSSES, Run
+from benchmarks.record import replacing
 
-METRICS = {"NDCG@10": ndcg, "Recall@10": recall}
+from .metrics import SPARSEST
+
+PRICES = (0.0, 0.01, 0.03, 0.06, 0.1)
+FINE = 20  # points between two strengths
 INK, MUTED = "#222222", "#9aa0a6"
-COLOURS = {
-    "dynamic": "#1f6fb4",
-    "fixed": "#c8661c",
-    "refined": "#8457a5",
-    "dual": "#b8860b",
-    "dual-dynamic": "#c2456d",
-    "cross-entropy": "#2a8c82",
-    "bonus": "#6b9b37",
-}
+COLOURS = ("#222222", "#c8661c", "#1f6fb4", "#6b9b37", "#8457a5", "#b8860b", "#c2456d", "#2a8c82")
+Document = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Change:
-    """One metric of one loss for a group of test users, next to the plain loss."""
+class Mean(NamedTuple):
+    """A mean over seeds and its standard error, nan for one seed."""
 
-    mean: float  # over users and seeds
-    std: float  # over seeds, 0 for one seed
-    plain: float  # mean of the plain loss
-    change: float  # mean - plain, paired by user and seed
-    standard_error: float  # of the change, over users, each user's seeds averaged first
+    value: float
+    error: float
+    seeds: int
 
-
-@dataclass(frozen=True)
-class Group:
-    """Test users that are reported together."""
-
-    name: str
-    interactions: int
-    members: np.ndarray  # [E] bool
-    is_domain: bool = True  # else a summary
-
-    @property
-    def users(self) -> int:
-        return int(self.members.sum())
+    def __str__(self) -> str:
+        if np.isnan(self.value):
+            return "–"
+        error = "" if np.isnan(self.error) else f" ± {100 * self.error:.1f}"
+        return f"{100 * self.value:+.1f}{error}"
 
 
-def make_groups(split: LeaveOneOut, part: str = "test") -> list[Group]:
-    """All test users, those of the sparsest quarter of the domains, then each domain by size.
-
-    A user belongs to every domain of the item of that part; domains without users are left out.
-    """
-    data, sizes = split.data, split.data.domain_sizes()
-    targets = split.target(part)
-    domains = data.item_domains[targets]  # [E, G]
-    by_size = np.argsort(-sizes, kind="stable")
-    sparse = by_size[len(sizes) - -(-len(sizes) // 4) :]
-    in_sparse = np.any(np.isin(data.item_domains, sparse), axis=1, keepdims=False)  # [V]
-    groups = [
-        Group("all", len(data.items), np.ones(len(domains), bool), is_domain=False),
-        Group("sparsest ¼", int(in_sparse[data.items].sum()), in_sparse[targets], False),
-        *(Group(data.domain_names[d], int(sizes[d]), (domains == d).any(1)) for d in by_size),
-    ]
-    return [group for group in groups if group.users]
+def mean(values: Sequence[float] | np.ndarray) -> Mean:
+    """Nan where it is nan for a seed: a price that a method cannot keep with every seed."""
+    many, count = np.asarray(values, float), len(values)
+    error = many.std(ddof=1) / count**0.5 if count > 1 else float("nan")
+    return Mean(float(many.mean()) if count else float("nan"), float(error), count)
 
 
-def compare(runs: Sequence[Run], loss: str, metric: str, group: Group) -> Change:
-    """Compare a loss with the plain one on the same users and seeds."""
-    value, plain = (
-        np.stack([METRICS[metric](r.ranks[group.members]) for r in runs if r.loss == name])
-        for name in (loss, "plain")
+def methods(document: Document) -> list[str]:
+    return list(dict.fromkeys(run["method"] for run in document["runs"]))
+
+
+def both(document: Document, method: str) -> list[tuple[Document, Document]]:
+    """The runs of a method, each with the plain run of its seed."""
+    found = {(run["method"], run["seed"]): run for run in document["runs"]}
+    first = document["runs"][0]["method"]
+    seeds = sorted(seed for name, seed in found if name == method and (first, seed) in found)
+    return [(found[method, seed], found[first, seed]) for seed in seeds]
+
+
+def curve(run: Document, part: str, group: str, metric: str = "NDCG@10") -> np.ndarray:
+    return np.array(run[part][group][metric])  # [strengths]
+
+
+def changes(
+    document: Document, pair: tuple[Document, Document], part: str, group: str, metric: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Of all and of a group at every strength, relative to the plain model without the dial."""
+    run, plain = pair
+    still = document["strengths"].index(0.0)
+    overall, inside = (
+        curve(run, part, *one) / (curve(plain, part, *one)[still] or float("nan")) - 1
+        for one in (("all", "NDCG@10"), (group, metric))
     )
-    return paired(value, plain)
+    return overall, inside
 
 
-def paired(value: np.ndarray, plain: np.ndarray) -> Change:  # both [seeds, users of a group]
-    per_user = (value - plain).mean(0)
-    return Change(
-        mean=float(value.mean()),
-        std=float(value.mean(1).std(ddof=1)) if len(value) > 1 else 0.0,
-        plain=float(plain.mean()),
-        change=float(per_user.mean()),
-        standard_error=float(per_user.std() / max(len(per_user) - 1, 1) ** 0.5),
-    )
+def gains(
+    document: Document,
+    method: str,
+    group: str = SPARSEST,
+    *,
+    part: str = "test",
+    metric: str = "NDCG@10",
+    prices: Sequence[float] = PRICES,
+) -> np.ndarray:  # [seeds, prices]
+    """The gain of a group at every price, along the curve of every seed."""
+    found = []
+    for pair in both(document, method):
+        overall, inside = changes(document, pair, part, group, metric)
+        places = np.linspace(0, len(overall) - 1, FINE * (len(overall) - 1) + 1)
+        strengths = np.arange(len(overall))
+        along, gained = (np.interp(places, strengths, one) for one in (overall, inside))
+        paid = [gained[along >= -price - 1e-12] for price in prices]
+        found.append([one.max() if len(one) else float("nan") for one in paid])
+    return np.array(found).reshape(-1, len(prices))
 
 
-def compared_losses(runs: Sequence[Run]) -> list[str]:
-    return [loss for loss in LOSSES if loss != "plain" and any(r.loss == loss for r in runs)]
+class Chosen(NamedTuple):
+    """What a dial that was chosen on validation items does to the test items."""
+
+    strength: Mean
+    overall: Mean
+    gain: Mean
 
 
-def table(runs: Sequence[Run], loss: str, groups: Sequence[Group], title: str) -> Table:
-    """Plain and the change by the loss with its standard error, a row per group."""
-    result = Table(title=title, box=None, padding=(0, 1, 0, 0), title_justify="left")
-    result.add_column("")
-    result.add_column("size", justify="right", style="dim")
-    for metric in METRICS:
-        short = metric.split("@")[0]
-        result.add_column(f"{short}\nplain", justify="right")
-        result.add_column("\nchange", justify="right")
-    for group in groups:
-        cells: list[str | Text] = [group.name, f"{group.interactions:,}"]
-        for metric in METRICS:
-            c = compare(runs, loss, metric, group)
-            change = Text(f"{_signed(c.change)}±{_short(c.standard_error)}")
-            if abs(c.change) > 2 * c.standard_error:
-                change.stylize("bold green" if c.change > 0 else "bold red")
-            cells += [_short(c.plain), change]
-        result.add_row(*cells, style="" if group.is_domain else "bold")
+def chosen(
+    document: Document,
+    method: str,
+    price: float,
+    group: str = SPARSEST,
+    metric: str = "NDCG@10",
+) -> Chosen:
+    """For every seed the strength of the largest gain on validation items at the price."""
+    strengths, overalls, found = [], [], []
+    for pair in both(document, method):
+        overall, inside = changes(document, pair, "validation", SPARSEST, "NDCG@10")
+        allowed = np.flatnonzero(overall >= -price)
+        # A method that cannot keep the price on validation items is served where it costs least.
+        best = allowed[inside[allowed].argmax()] if len(allowed) else overall.argmax()
+        overall, inside = changes(document, pair, "test", group, metric)
+        strengths.append(document["strengths"][best])
+        overalls.append(overall[best])
+        found.append(inside[best])
+    return Chosen(mean(strengths), mean(overalls), mean(found))
+
+
+def best_method(document: Document, group: str, metric: str, price: float) -> str:
+    """The one with the largest mean gain on validation items."""
+
+    def gain(method: str) -> float:
+        options: dict[str, Any] = {"part": "validation", "metric": metric, "prices": [price]}
+        return mean(gains(document, method, group, **options)[:, 0]).value
+
+    return max(methods(document), key=lambda method: np.nan_to_num(gain(method), nan=-1.0))
+
+
+# ---------------------------------------------------------------- tables
+
+
+def table(document: Document) -> Table:
+    """The table of a setting, for a terminal."""
+    domains = document["setting"] == "domains"
+    header, rows = gain_lines(document, PRICES[::2]) if domains else metric_lines(document)
+    result = Table(box=None, padding=(0, 1, 0, 0))
+    for number, name in enumerate(header):
+        result.add_column(name, justify="right" if number else "left")
+    for row in rows:
+        result.add_row(*(cell.replace(" ± ", "±") for cell in row))
     return result
 
 
-def _short(number: float) -> str:
-    return f"{number:.3f}".removeprefix("0")
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def _signed(number: float) -> str:
-    return ("-" if number < 0 else "+") + _short(abs(number))
+def title(document: Document) -> str:
+    seeds = len({run["seed"] for run in document["runs"]})
+    counted = f"{document['data']['name']}, {seeds} seed{'s' if seeds > 1 else ''}"
+    if document["setting"] == "domains":
+        return f"{counted}: gain of the sparsest quarter, %, at a price of"
+    return f"{counted}: test items"
 
 
-def plot(path: Path, runs: Sequence[Run], groups: Sequence[Group], title: str) -> None:
-    """Draw the change of each metric per domain, next to the size of the domain."""
+def gain_lines(
+    document: Document, prices: Sequence[float] = PRICES
+) -> tuple[list[str], list[list[str]]]:
+    """A line per method: the gain of the sparsest quarter at every price, in percent."""
+    rows = []
+    for method in methods(document):
+        found = gains(document, method, prices=prices)
+        rows.append([method, *(str(mean(column)) for column in found.T)])
+    return ["", *(f"{price:.0%}" for price in prices)], rows
+
+
+def metric_lines(document: Document) -> tuple[list[str], list[list[str]]]:
+    """A line per method: every metric, its standard error over seeds."""
+    names = list(document["runs"][0]["test"]["all"])
+    rows = []
+    for method in methods(document):
+        found = [run["test"]["all"] for run in document["runs"] if run["method"] == method]
+        cells = [mean([one[name][0] for one in found]) for name in names]
+        rows.append([method, *(str(cell).removeprefix("+") for cell in cells)])
+    return ["in %", *names], rows
+
+
+# ---------------------------------------------------------------- the picture
+
+
+def plot(path: Path, document: Document, shown: Sequence[str] | None = None) -> None:
+    """The gain of the sparsest quarter over the price, a band of one standard error over seeds."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import PercentFormatter
 
-    losses = compared_losses(runs)
-    distance = min(0.26, 0.8 / max(len(losses), 1))  # between the losses of a row
-    # A gap between the summary and the domains.
-    rows = np.array([n + 0.6 * group.is_domain for n, group in enumerate(groups)])
+    prices = np.linspace(0, 0.12, 61)
     with plt.rc_context({"font.size": 9, "text.color": INK, "axes.edgecolor": MUTED}):
-        figure, (sizes, *changes) = plt.subplots(
-            1,
-            3,
-            sharey=True,
-            figsize=(10, 1.7 + max(0.29, 0.13 * len(losses)) * len(groups)),
-            gridspec_kw={"width_ratios": [1, 2, 2]},
-            layout="constrained",
+        figure, axes = plt.subplots(figsize=(7.6, 4.4), layout="constrained")
+        for method, colour in zip(shown or methods(document), _colours(), strict=False):
+            found = gains(document, method, prices=tuple(prices))
+            if not len(found):
+                continue
+            middle = found.mean(0)
+            label = method if method != "plain" else "plain: the dial alone"
+            axes.plot(prices, middle, color=colour, linewidth=1.8, label=label)
+            if len(found) > 1:
+                error = found.std(0, ddof=1) / len(found) ** 0.5
+                axes.fill_between(
+                    prices, middle - error, middle + error, color=colour, alpha=0.12, linewidth=0
+                )
+        axes.set_xlabel("price: what NDCG@10 over all loses")
+        axes.set_ylabel("gain of the sparsest quarter, NDCG@10")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axes.tick_params(length=0)
+        axes.grid(color=MUTED, alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, loc="lower right", fontsize=8)
+        seeds = len({run["seed"] for run in document["runs"]})
+        axes.set_title(
+            f"{document['data']['name']}: every model with the dial, mean of {seeds} "
+            f"seed{'s' if seeds > 1 else ''}, band: one standard error",
+            loc="left",
+            fontsize=10,
         )
-        bars = [group.interactions * group.is_domain for group in groups]
-        sizes.barh(rows, bars, height=0.6, color=MUTED)
-        for y, bar, group in zip(rows, bars, groups, strict=True):
-            sizes.text(bar, y, f" {group.interactions:,} ({group.users:,})", va="center")
-        sizes.set(xlim=(0, 1.9 * max(bars)), xticks=[], title="interactions (test users)")
-        sizes.set_yticks(rows, [group.name for group in groups])
-        sizes.set_ylim(rows[-1] + 0.6, -0.6)
-        for axes, metric in zip(changes, METRICS, strict=True):
-            axes.axvline(0, color=INK, linewidth=0.8)
-            axes.set_title(f"change of {metric}")
-            for place, loss in enumerate(losses):
-                found = [compare(runs, loss, metric, group) for group in groups]
-                y = rows + distance * (place - (len(losses) - 1) / 2)
-                style = {"color": COLOURS[loss], "fmt": "none"}
-                change = np.array([c.change for c in found])
-                error = np.array([c.standard_error for c in found])
-                axes.errorbar(change, y, xerr=1.96 * error, elinewidth=1, **style)
-                axes.errorbar(change, y, xerr=error, elinewidth=3, alpha=0.6, **style)
-                axes.plot(change, y, "o", color=COLOURS[loss], markersize=5, label=loss)
-            axes.grid(axis="x", color=MUTED, alpha=0.25)
-            axes.locator_params(axis="x", nbins=6)
-        for axes in (sizes, *changes):
-            axes.tick_params(length=0)
-            axes.spines[:].set_visible(False)
-        figure.suptitle(title, x=0.01, ha="left", fontsize=11)
-        figure.supxlabel(
-            "thick: one standard error over test users, thin: 95% interval", fontsize=8, color=MUTED
-        )
-        if len(losses) > 1:
-            handles, labels = changes[-1].get_legend_handles_labels()
-            figure.legend(handles, labels, loc="outside upper right", ncols=3, frameon=False)
-        figure.savefig(path, format="png", dpi=150)
+        with replacing(path) as partial:
+            figure.savefig(partial, format="png", dpi=150)
         plt.close(figure)
 
 
-def results(runs: Sequence[Run], groups: Sequence[Group]) -> dict[str, Any]:
-    """Every run and every group as JSON objects."""
-    losses = ["plain", *compared_losses(runs)]
-    return {
-        "runs": [
-            {
-                "loss": run.loss,
-                "seed": run.seed,
-                "seconds": round(run.seconds, 1),
-                "loss_share_of_training_time": round(run.loss_share, 3),
-                "best_epoch": run.best_epoch,
-                "validation_ndcg@10": [round(v, 5) for v in run.validation],
-                "domain_weights": [round(w, 5) for w in run.weights],
-            }
-            for run in runs
-        ],
-        "results": [
-            {
-                "group": group.name,
-                "interactions": group.interactions,
-                "test_users": group.users,
-                "losses": {
-                    loss: {metric: asdict(compare(runs, loss, metric, group)) for metric in METRICS}
-                    for loss in losses
-                },
-            }
-            for group in groups
-        ],
-    }
+def _colours() -> list[str]:
+    return [*COLOURS, *[MUTED] * 20]

@@ -1,98 +1,89 @@
-"""Train one model with one loss, choose the epoch on the validation items, rank the test items."""
+"""Train one model with one loss and choose its checkpoint on the validation items.
+
+`runs` calls it for the settings whose models read sequences, and `make demo`.
+"""
 
 from __future__ import annotations
 
 import copy
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from benchmarks.record import replacing
 from dwl_kernels import (
     CumulativeCrossEntropy,
     DomainWeights,
-    DualScaleSampledSoftmax,
     DynamicWeightedSampledSoftmax,
     UnigramSampler,
 )
-from dwl_kernels.core.problem import Correction
 
 from .metrics import LeaveOneOut, ndcg, rank_targets
-from .model import SequenceModel
+from .model import Recurrent, SequenceModel, Transformer
+from .settings import DEFERRED, Config, Method
 
-TrainedLoss = Literal[
-    "plain", "dynamic", "fixed", "refined", "dual", "dual-dynamic", "cross-entropy"
-]
-Loss = Literal[TrainedLoss, "bonus"]
-LOSSES: tuple[Loss, ...] = get_args(Loss)
+Model = TypeVar("Model", bound=nn.Module)
+CHECKPOINTS = (0.7, 0.8, 0.9, 1.0)  # of the steps; all after deferred weights begin
 
 
 @dataclass(frozen=True)
-class Config:
-    """Everything that shapes a run; the same for every loss."""
-
-    epochs: int
-    max_length: int
-    batch_size: int = 64  # sequences
-    learning_rate: float = 5e-3
-    dim: int = 64
-    blocks: int = 2
-    heads: int = 1
-    dropout: float = 0.1
-    negatives: int = 1024  # shared by the rows of a batch
-    sampling_power: float = 0.75  # negatives are drawn by popularity to this power
-    temperature: float = 1.0
-    weight_range: tuple[float, float] = (1.0, 4.0)
-    calibration: float = 0.0
-
-
-@dataclass(frozen=True)
-class Run:
+class Trained(Generic[Model]):
     """What one training run gave."""
 
-    loss: Loss
-    seed: int
-    ranks: np.ndarray  # [E] int64, of the test items, 0 is the best
-    best_epoch: int
-    validation: list[float]  # NDCG@10 of every epoch
-    seconds: float
-    loss_share: float  # part of the training time that the loss and its gradients took
+    model: Model  # of the best checkpoint
+    best_step: int
+    validation: list[float]  # NDCG@10 of every checkpoint
+    seconds: float  # of the processor, without ranking
     weights: list[float]  # of the domains, as the training left them
-    model: SequenceModel  # of the best epoch
 
 
 @dataclass
 class Batch:
+    users: Tensor  # [B] int64
     inputs: Tensor  # [B, L] int64
     targets: Tensor  # [B, L] int64
     example_weights: Tensor  # [B, L] float32, 0 where padded
 
 
-def batches(split: LeaveOneOut, config: Config, rng: np.random.Generator) -> Iterator[Batch]:
-    """One epoch: a random window of each user's training items, like lengths together."""
-    starts = split.data.offsets[:-1]
-    steps = split.train_stops - starts - 1  # the last training item has no target
-    lengths = np.minimum(steps, config.max_length)
-    starts = starts + rng.integers(0, steps - lengths + 1)
-    order = rng.permutation(np.flatnonzero(steps > 0))
-    # Sorting within pools of 16 batches leaves little padding and keeps the batches random.
-    pools = np.array_split(order, -(-len(order) // (16 * config.batch_size)))
-    ordered = np.concatenate([pool[np.argsort(lengths[pool], kind="stable")] for pool in pools])
-    for index in rng.permutation(-(-len(ordered) // config.batch_size)):
-        users = ordered[index * config.batch_size :][: config.batch_size]
-        step = np.arange(lengths[users].max())
-        real = step < lengths[users, None]  # [B, L]
-        place = np.where(real, starts[users, None] + step, starts[users, None])
-        yield Batch(
-            torch.from_numpy(split.data.items[place]),
-            torch.from_numpy(split.data.items[place + 1]),
-            torch.from_numpy(real.astype(np.float32)),
-        )
+def batches(
+    split: LeaveOneOut, config: Config, seed: int, steps: range | None = None
+) -> Iterator[Batch]:
+    """A random window of each user's training items, like lengths together, epoch after epoch.
+
+    An epoch is settled by the seed and its number, so that a run can begin at any step.
+    """
+    per_epoch = steps_per_epoch(split, config.batch_size)
+    steps = steps or range(config.steps)
+    for epoch in range(steps.start // per_epoch, -(-steps.stop // per_epoch)):
+        rng = np.random.default_rng([seed, epoch])
+        starts = split.data.offsets[:-1]
+        long = split.train_stops - starts - 1  # the last training item has no target
+        lengths = np.minimum(long, config.max_length)
+        starts = starts + rng.integers(0, long - lengths + 1)
+        order = rng.permutation(np.flatnonzero(long > 0))
+        # Sorting within pools of 16 batches leaves little padding and keeps the batches random.
+        pools = np.array_split(order, -(-len(order) // (16 * config.batch_size)))
+        ordered = np.concatenate([pool[np.argsort(lengths[pool], kind="stable")] for pool in pools])
+        for number, index in enumerate(rng.permutation(per_epoch)):
+            if epoch * per_epoch + number not in steps:
+                continue
+            users = ordered[index * config.batch_size :][: config.batch_size]
+            step = np.arange(lengths[users].max())
+            real = step < lengths[users, None]  # [B, L]
+            place = np.where(real, starts[users, None] + step, starts[users, None])
+            yield Batch(
+                torch.from_numpy(users),
+                torch.from_numpy(split.data.items[place]),
+                torch.from_numpy(split.data.items[place + 1]),
+                torch.from_numpy(real.astype(np.float32)),
+            )
 
 
 def steps_per_epoch(split: LeaveOneOut, batch_size: int) -> int:
@@ -109,8 +100,10 @@ def one_cycle(
     )
 
 
-def measure_domains(split: LeaveOneOut, config: Config) -> DomainWeights:
-    """Domain weights from the training part alone."""
+def measure_domains(
+    split: LeaveOneOut, high: float = 4.0, start: int = 0, full: int = 0
+) -> DomainWeights:
+    """Domain weights in (1, high) from the training part alone."""
     data, mask = split.data, split.train_mask
     items = data.items[mask]
     return DomainWeights.from_interactions(
@@ -118,28 +111,9 @@ def measure_domains(split: LeaveOneOut, config: Config) -> DomainWeights:
         torch.from_numpy(items),
         torch.from_numpy(data.item_domains[items]),
         names=data.domain_names,
-        weight_range=config.weight_range,
-    )
-
-
-def make_loss(
-    loss: TrainedLoss, split: LeaveOneOut, config: Config
-) -> DynamicWeightedSampledSoftmax | CumulativeCrossEntropy:
-    """The compared losses differ here and nowhere else."""
-    if loss == "cross-entropy":
-        return CumulativeCrossEntropy(temperature=config.temperature)
-    module = DualScaleSampledSoftmax if loss.startswith("dual") else DynamicWeightedSampledSoftmax
-    if loss in ("plain", "refined", "dual"):
-        correction: Correction = "refined" if loss == "refined" else "standard"
-        return module(temperature=config.temperature, correction=correction)
-    weights = measure_domains(split, config)
-    if loss == "fixed":
-        weights = by_hand(weights)
-    return module(
-        weights=weights,
-        item_domains=torch.from_numpy(split.data.item_domains),
-        calibration=config.calibration,
-        temperature=config.temperature,
+        weight_range=(1.0, high),
+        start=start,
+        full=full,
     )
 
 
@@ -153,90 +127,79 @@ def by_hand(measured: DomainWeights) -> DomainWeights:
     return DomainWeights.constant(chosen / mean, names=measured.names)
 
 
-def train(
-    loss: TrainedLoss,
-    split: LeaveOneOut,
-    config: Config,
-    seed: int,
-    progress: Callable[[str], object] = lambda text: None,
-) -> Run:
-    """Train from scratch and rank the test items with the model of the best validation epoch.
+def first_weighted_step(method: Method, config: Config) -> int:
+    """Up to here a deferred run is that of the plain loss."""
+    deferred = method.loss == "dynamic" and method.schedule == "deferred"
+    return round(DEFERRED * config.steps) if deferred else 0
 
-    Args:
-        loss: "plain" is the sampled softmax with log-Q and weighs all examples alike. "dynamic"
-            weighs by the measured domains, "fixed" gives the sparsest quarter of the domains the
-            most and the others the least. "refined" takes the positive out of the denominator,
-            "dual" weighs candidates and moves temperatures, "dual-dynamic" weighs by domain as
-            well. "cross-entropy" has the whole catalogue as candidates.
-        split: training, validation and test items.
-        config: shared by all losses.
-        seed: fixes initial weights, batches, dropout and negatives, alike for every loss.
-        progress: called with what is done so far, in words.
 
-    Returns:
-        The ranks of the test items and how they came about.
+class Objective(nn.Module):
+    """The value of a method's loss for a batch; methods differ here and nowhere else."""
 
-    Raises:
-        FloatingPointError: the loss became NaN or infinite.
-    """
-    torch.manual_seed(seed)
-    rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
-    data = split.data
-    model = SequenceModel(
-        data.num_items, config.max_length, config.dim, config.blocks, config.heads, config.dropout
-    )
-    loss_fn = make_loss(loss, split, config)
-    counts = np.bincount(data.items[split.train_mask], minlength=data.num_items)
-    sampler = UnigramSampler(torch.from_numpy(counts + 1), power=config.sampling_power)
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.0)
-    steps = steps_per_epoch(split, config.batch_size)
-    schedule = one_cycle(optimizer, config.learning_rate, config.epochs * steps)
-    table = model.items.weight
-    validation: list[float] = []
-    best_epoch, best_state = 0, model.state_dict()
-    started, in_loss, in_training = time.perf_counter(), 0.0, 0.0
+    def __init__(self, method: Method, split: LeaveOneOut, config: Config, seed: int) -> None:
+        super().__init__()
+        self.method, self.split, self.negatives = method, split, config.negatives
+        self.generator = torch.Generator().manual_seed(seed)
+        counts = np.bincount(split.data.items[split.train_mask], minlength=split.data.num_items)
+        self.sampler = UnigramSampler(torch.from_numpy(counts + 1), power=config.sampling_power)
+        options: dict[str, Any] = {"temperature": config.temperature}
+        if method.loss in ("dynamic", "fixed"):
+            begin = first_weighted_step(method, config)
+            full = config.steps if method.schedule == "ramped" else begin
+            weights = measure_domains(split, method.high, start=begin, full=full)
+            options["weights"] = by_hand(weights) if method.loss == "fixed" else weights
+            options["item_domains"] = torch.from_numpy(split.data.item_domains)
+            options["calibration"] = method.calibration
+        if method.loss == "cross-entropy":
+            self.loss: CumulativeCrossEntropy | DynamicWeightedSampledSoftmax
+            self.loss = CumulativeCrossEntropy(**options)
+        else:
+            options["correction"] = "refined" if method.loss == "refined" else "standard"
+            options["reduction"] = "none" if method.loss == "cvar" else "mean"
+            self.loss = DynamicWeightedSampledSoftmax(**options)
 
-    for epoch in range(config.epochs):
-        model.train()
-        loss_fn.train()
-        for step, batch in enumerate(batches(split, config, rng)):
-            step_started = time.perf_counter()
-            query = model(batch.inputs)  # [B, L, D]
-            if loss == "cross-entropy":
-                candidates = {"table": table, "target": batch.targets}
-            else:
-                candidates = draw(sampler, table, batch.targets, config.negatives, generator)
+    def forward(self, query: Tensor, table: Tensor, batch: Batch) -> Tensor:
+        weights = batch.example_weights
+        if self.method.loss == "cross-entropy":
+            return self.loss(query, table, batch.targets, example_weights=weights)
+        if self.method.loss == "binary":
+            return self._binary(query, table, batch)
+        if self.method.loss == "bpr":
+            return _bpr(query, F.embedding(batch.targets, table), batch)
+        drawn = draw(self.sampler, table, batch.targets, self.negatives, self.generator)
+        value: Tensor = self.loss(query, **drawn, example_weights=weights)
+        if self.method.loss == "cvar":
+            rows = value[weights > 0]
+            value = rows.topk(max(round(self.method.tail * len(rows)), 1)).values.mean()
+        return value
 
-            loss_started = time.perf_counter()
-            value = loss_fn(query, **candidates, example_weights=batch.example_weights)
-            in_loss += time.perf_counter() - loss_started  # the forward pass makes the gradients
-            if not value.isfinite():
-                raise FloatingPointError(f"loss {value.item()} in step {step} of epoch {epoch}")
+    def count(self, batch: Batch) -> None:
+        """Let the domain weights see a batch, as a forward does."""
+        assert self.loss.domain_weights is not None
+        domains = torch.from_numpy(self.split.data.item_domains)[batch.targets]
+        domains = domains.masked_fill(batch.example_weights[..., None] == 0, -1)
+        self.loss.domain_weights.update(domains.flatten(0, 1))
 
-            optimizer.zero_grad()
-            value.backward()
-            optimizer.step()
-            schedule.step()
-            in_training += time.perf_counter() - step_started
-            so_far = f", NDCG@10 {validation[-1]:.3f}" if validation else ""
-            progress(f"{(epoch + (step + 1) / steps) / config.epochs:.0%}{so_far}")
-        validation.append(float(ndcg(rank_targets(model, split, "validation")).mean()))
-        if validation[-1] == max(validation):
-            best_epoch, best_state = epoch + 1, copy.deepcopy(model.state_dict())
+    def _binary(self, query: Tensor, table: Tensor, batch: Batch) -> Tensor:
+        known, items = self.split.known, self.split.data.num_items
+        keys = (batch.users * items)[:, None].expand_as(batch.targets)
+        drawn = torch.randint(items, batch.targets.shape, generator=self.generator)
+        for _ in range(3):  # a few of those that were known in vain stay
+            where = np.searchsorted(known, (keys + drawn).numpy()).clip(max=len(known) - 1)
+            again = torch.from_numpy(known[where]) == keys + drawn
+            fresh = torch.randint(items, batch.targets.shape, generator=self.generator)
+            drawn = torch.where(again, fresh, drawn)
+        scores = [(query * F.embedding(ids, table)).sum(-1) for ids in (batch.targets, drawn)]
+        rows = -F.logsigmoid(scores[0]) - F.logsigmoid(-scores[1])
+        return (rows * batch.example_weights).sum() / batch.example_weights.sum()
 
-    model.load_state_dict(best_state)
-    weights = loss_fn.domain_weights
-    return Run(
-        loss=loss,
-        seed=seed,
-        ranks=rank_targets(model, split, "test"),
-        best_epoch=best_epoch,
-        validation=validation,
-        seconds=time.perf_counter() - started,
-        loss_share=in_loss / in_training,
-        weights=[] if weights is None else weights().tolist(),
-        model=model,
-    )
+
+def _bpr(query: Tensor, positive: Tensor, batch: Batch) -> Tensor:  # both [B, L, D]
+    scores = torch.einsum("bld,cld->lbc", query, positive)
+    own = scores.diagonal(dim1=1, dim2=2)[..., None]  # [L, B, 1]
+    real, ids = batch.example_weights.T, batch.targets.T  # [L, B]
+    pairs = real[:, :, None] * real[:, None, :] * (ids[:, :, None] != ids[:, None, :])
+    return -(F.logsigmoid(own - scores) * pairs).sum() / pairs.sum().clamp(min=1)
 
 
 def draw(
@@ -258,9 +221,96 @@ def draw(
     }
 
 
-def with_bonus(plain: Run, split: LeaveOneOut, config: Config) -> Run:
-    """The rival that costs nothing: log-weights added to the scores of the plain model."""
-    weights = measure_domains(split, config)
-    bonus = weights.log_weight(torch.from_numpy(split.data.item_domains))
-    ranks = rank_targets(plain.model, split, "test", bonus)
-    return replace(plain, loss="bonus", ranks=ranks, weights=weights().tolist())
+def train(
+    method: Method,
+    split: LeaveOneOut,
+    config: Config,
+    seed: int,
+    progress: Callable[[str], object] = lambda text: None,
+    states: Path | None = None,
+) -> Trained[SequenceModel]:
+    """Train from scratch and keep the model of the best checkpoint.
+
+    Args:
+        method: the loss and its schedule.
+        split: training, validation and test items; the test items are not looked at.
+        config: shared by all methods.
+        seed: fixes initial weights, batches, dropout and negatives, alike for every method.
+        progress: called with what is done so far, in words.
+        states: a folder where the plain run of a seed leaves the state in which deferred weights
+            begin, and deferred runs find it: they would train to it anyway.
+
+    Returns:
+        The model and how it came about.
+
+    Raises:
+        FloatingPointError: the loss became NaN or infinite.
+    """
+    torch.manual_seed(seed)
+    kind = Recurrent if method.backbone == "gru" else Transformer
+    model = kind(split.data.num_items, config)
+    objective = Objective(method, split, config, seed)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), betas=(0.9, 0.98), weight_decay=0.0, fused=True
+    )
+    schedule = one_cycle(optimizer, config.learning_rate, config.steps)
+    parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    fork = round(DEFERRED * config.steps)
+    shared = states and states / f"{seed}.pt"
+    begin = 0
+    if shared and first_weighted_step(method, config) and _restore(shared, parts, config):
+        begin = fork
+        for batch in batches(split, config, seed, range(fork)):
+            objective.count(batch)
+        objective.generator.set_state(torch.load(shared)["generator"])
+
+    checkpoints = {max(round(part * config.steps), 1) for part in CHECKPOINTS}
+    validation: list[float] = []
+    best_step, best_state = 0, model.state_dict()
+    seconds, table = 0.0, model.items.weight
+    step = begin
+    model.train()
+    for batch in batches(split, config, seed, range(begin, config.steps)):
+        started = time.process_time()
+        value = objective(model(batch.inputs), table, batch)
+        if not value.isfinite():
+            raise FloatingPointError(f"loss {value.item()} in step {step}")
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        schedule.step()
+        step += 1
+        seconds += time.process_time() - started
+        progress(f"{step / config.steps:.0%}")
+        if shared and step == fork and method == Method():
+            _keep(shared, parts, config, objective.generator)
+        if step in checkpoints:
+            validation.append(float(ndcg(rank_targets(model, split, "validation")).mean()))
+            model.train()
+            if validation[-1] == max(validation):
+                best_step, best_state = step, copy.deepcopy(model.state_dict())
+
+    model.load_state_dict(best_state)
+    weights = objective.loss.domain_weights
+    found = [] if weights is None else weights().tolist()
+    return Trained(model.eval(), best_step, validation, seconds, found)
+
+
+def _keep(path: Path, parts: dict[str, Any], config: Config, generator: torch.Generator) -> None:
+    state = {name: part.state_dict() for name, part in parts.items()}
+    state |= {"generator": generator.get_state(), "dropout": torch.get_rng_state()}
+    with replacing(path) as partial:
+        torch.save({**state, "config": asdict(config)}, partial)
+
+
+def _restore(path: Path, parts: dict[str, Any], config: Config) -> bool:
+    """Take the state of the plain run up, if it is there and of the same configuration."""
+    if not path.exists():
+        return False
+    state = torch.load(path)
+    if state["config"] != asdict(config):
+        return False
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    torch.set_rng_state(state["dropout"])
+    return True

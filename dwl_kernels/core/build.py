@@ -120,8 +120,8 @@ def effective_dual(dual: DualScale) -> DualScale | None:
     strengths = {}
     for name in ("hardness", "similarity", "competition"):
         strengths[name] = value = number(name, getattr(dual, name))
-        if not 0 <= value < float("inf"):
-            raise ValueError(f"{name} is {value}; wanted a finite number that is not negative")
+        if not abs(value) < float("inf"):
+            raise ValueError(f"{name} is {value}; wanted a finite number")
     slate_size = integer("slate_size", dual.slate_size, least=1)
     return DualScale(slate_size=slate_size, **strengths) if any(strengths.values()) else None
 

@@ -24,9 +24,10 @@ memory             beyond inputs and gradients: ``eager`` several times ``B N``;
                    ``256 (D + 3)``; ``triton`` with D above 256 2^23 logits, or those of 512 rows,
                    at most 2^27, and ``N D`` numbers. Per row none holds ``[B, K, D]`` but what is
                    given and its gradient; both take a list of the ``B K`` places
-does not take      ``cpu``: float16; ``triton``: float64, and with D above 256 candidates per row;
-                   ``cuda``: the dual scale, candidates per row, D above 256, ids of items and of
-                   queries at once; ``auto`` then takes ``chunked``
+does not take      ``cpu``: float16; ``triton``: float64, a hardness below -0.2 up to D = 256, and
+                   with D above 256 candidates per row; ``cuda``: the dual scale, candidates per
+                   row, D above 256, ids of items and of queries at once; ``auto`` then takes
+                   ``chunked``
 ranks              ``rank_targets`` and ``softmax_statistics``: of exact scores, in ``chunked`` and
                    ``cpu`` (per row and in ``triton`` of rounded ones, where equal embeddings tie);
                    ``triton`` and ``cuda`` make statistics, ``cuda`` ranks too, as ``chunked``

@@ -65,7 +65,8 @@ def dual_scale_softmax_loss(
         positive: ``[B, D]``, the embedding each query should score highest.
         negative: ``[N, D]``, the embeddings of the sampled negatives; without, the positives of the
             other rows are the candidates, as for :func:`in_batch_softmax_loss`.
-        hardness: ``h``, how much more a candidate weighs that the query itself scores high.
+        hardness: ``h``, how much more a candidate weighs that the query itself scores high; below
+            0, how much less, like the other two strengths: any finite number keeps the loss finite.
         similarity: ``s``, how much more a candidate weighs that is like the positive.
         slate_size: candidates fall, in their order, into so many equal groups; the strongest of
             each make the slate of a row. Candidates drawn at random make this a stochastic top-K.
@@ -91,7 +92,7 @@ def dual_scale_softmax_loss(
         gives.
 
     Raises:
-        ValueError: a negative strength, an empty slate, or as :func:`sampled_softmax_loss`.
+        ValueError: an infinite strength, an empty slate, or as :func:`sampled_softmax_loss`.
         TypeError, IndexError, RuntimeError: as :func:`sampled_softmax_loss`.
 
     Source: after Sahyouni et al. 2026, arXiv 2602.07206.

@@ -49,14 +49,16 @@ class DualScaleSampledSoftmax(DynamicWeightedSampledSoftmax):
     Args:
         num_domains: Number of domains, for weights that are measured while training.
         hardness: ``h``. At 1 a candidate weighs in proportion to the probability that the model
-            gives it among the candidates; at 0 all weigh alike.
+            gives it among the candidates; at 0 all weigh alike, and below 0 easy candidates weigh
+            more: at -1 as much more as makes all of them compete alike.
         similarity: ``s``, in the same units: at 1 in proportion to the probability that the
-            positive, in the place of the query, would give it.
+            positive, in the place of the query, would give it; below 0 what is like the positive,
+            and may be as good, weighs less.
         slate_size: The strongest of so many equal groups of candidates make the slate. The standard
             error of a mean over 16 numbers in [0, 1] is at most 1/8, and with hundreds of
             candidates each of the 16 is still the strongest of many.
         competition: ``k``. Intensities lie in [0, 1], so that at 1 the upper clip, twice the
-            temperature, is just never needed.
+            temperature, is just never needed; below 0 a contested row gets colder.
         weights, domain_weights: :class:`DomainWeights`, or ``[num_domains]`` constant weights.
         item_domains: ``[V]`` or ``[V, G]`` integers, the domains of every item.
         temperature, learn_temperature: A positive number, ``[]`` or ``[1]``, and whether it is
@@ -68,7 +70,7 @@ class DualScaleSampledSoftmax(DynamicWeightedSampledSoftmax):
             and a ring raises in :meth:`forward`, unless all strengths are 0.
 
     Raises:
-        ValueError: if a strength is negative or not finite, if the slate is empty, or as
+        ValueError: if a strength is not finite, if the slate is empty, or as
             :class:`DynamicWeightedSampledSoftmax`. Negatives per row raise it in :meth:`forward`.
         TypeError: as :class:`DynamicWeightedSampledSoftmax`.
 

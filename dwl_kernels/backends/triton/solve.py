@@ -48,6 +48,9 @@ MAX_D = 256  # a row tile keeps [BLOCK_M1, D] sums in registers; above, `wide` t
 MAX_TABLE_D = 4096  # a warp keeps the sums of one row of a table
 MAX_ROWS = 1 << 27  # a workspace of 11 numbers a row has 32-bit offsets
 MAX_CANDIDATES = 1 << 30  # so have places, past which a tile reaches
+# Logits are scaled by 1 + factor * hardness, which this keeps above 0.2: factors of the
+# competition, clipped to [1/2, 2] and divided by their mean, are below 4.
+LEAST_HARDNESS = -0.2
 MAX_DOMAINS = 1 << 16  # the workspace holds two sums for every worker and domain
 
 
@@ -98,6 +101,12 @@ def unsupported_reason(problem: Problem) -> str | None:
         return (
             f"with {part} it takes embeddings of at most {MAX_D} elements, and these have {d}; "
             "backend='chunked' takes them"
+        )
+    dual = problem.dual if isinstance(problem, SharedProblem) else None
+    if d <= MAX_D and dual is not None and dual.hardness < LEAST_HARDNESS:
+        return (
+            f"it takes a hardness of at least {LEAST_HARDNESS}, and this is {dual.hardness}; "
+            "backend='chunked' takes it"
         )
     if rows > MAX_ROWS or candidates > MAX_CANDIDATES:
         return (

@@ -212,7 +212,7 @@ def order_ahead(dual: DualScale | None, skip: bool, capability: int) -> bool:
     No gather then waits for its addresses, at no price but where registers are few: below 9.0, with
     a second query, and with a `skip_threshold`, which loads more that belongs to a row.
     """
-    return capability == 9 and not skip and not (dual is not None and dual.similarity > 0)
+    return capability == 9 and not skip and not (dual is not None and dual.similarity != 0)
 
 
 def form_of(
@@ -252,7 +252,7 @@ def form_of(
         targets=inputs.target is not None,
         example_weights=inputs.example_weights is not None,
         ignore_index=rows.ignore_index,
-        strengths=tuple(s > 0 for s in strengths_of(dual, problem.num_candidates)[:3]),
+        strengths=tuple(s != 0 for s in strengths_of(dual, problem.num_candidates)[:3]),
         skip=skip,
         fence=fenced(capability),
         ahead=order_ahead(dual, skip, capability),

@@ -1,0 +1,251 @@
+"""The papers' claims beside what was reached, for the README, and every table behind them.
+
+`benchmarks.readme` calls `section` and `tables`; both read the committed runs alone, so that a
+later run only has to be added. What was not run says so.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .metrics import SPARSEST
+from .report import (
+    PRICES,
+    Document,
+    Mean,
+    best_method,
+    both,
+    chosen,
+    gain_lines,
+    gains,
+    markdown,
+    mean,
+    methods,
+    metric_lines,
+)
+from .runs import read
+
+DATA = ("ml-1m", "amazon-beauty", "lastfm", "ml-latest-small")
+SHIFTED = ("", "-shifted")
+CLAIMED = {"Recall@10": 0.524, "NDCG@10": 0.745}  # of Film-Noir
+PAPERS = {
+    "domains": ("domain weights", "2510.04375"),
+    "cumulative": ("cumulative cross-entropy", "2301.00979"),
+    "dual-scale": ("dual scale", "2602.07206"),
+}
+CUMULATIVE = {"SASRec": ("SASRec, binary", 0.6990), "GRU4Rec": ("GRU4Rec, BPR", 1.2563)}
+DUAL = {"": 0.0622, "-shifted": 0.0931}
+Documents = dict[str, Document]  # by the name of the file
+
+
+def documents_in(folder: Path) -> Documents:
+    return {path.stem: read(path) for path in sorted(folder.glob("*.json"))}
+
+
+def section(documents: Documents, link: str, picture: str) -> str:
+    """The block of the README; `link` and `picture` are addresses."""
+    claims = {
+        "domains": (
+            "Film-Noir: Recall@10 +52.4%, NDCG@10 +74.5%, dense domains held",
+            domain_claim(documents.get("ml-1m")),
+        ),
+        "cumulative": (
+            "NDCG@5 over the models' own losses: SASRec +69.90%, GRU4Rec +125.63%",
+            cumulative_claim(documents),
+        ),
+        "dual-scale": (
+            "over the softmax loss +6.22% on average, +9.31% where popularity shifts",
+            dual_claim(documents),
+        ),
+    }
+    rows = [
+        [f"[{PAPERS[name][0]}](https://arxiv.org/abs/{PAPERS[name][1]})", claim, found]
+        for name, (claim, found) in claims.items()
+    ]
+    parts = [
+        markdown(["paper", "its claim", f"[reached here]({link})"], rows).replace("---:", "---")
+    ]
+    if "ml-1m" in documents:
+        header, lines = gain_lines(documents["ml-1m"])
+        header[0] = f"ml-1m, {seeds_of(documents['ml-1m'])}: sparsest ¼, gain in % at a price of"
+        parts.append(markdown(header, lines))
+        parts.append(f"![gain of sparse domains over the price]({picture})\n")
+    parts.append(dial_table(documents))
+    return "\n".join(parts)
+
+
+def tables(documents: Documents) -> str:
+    """Every table, of every data set and setting that was run."""
+    parts = [
+        "# Quality: every table\n",
+        "Written by `python -m benchmarks.readme` from the JSON files beside it, which "
+        "`python -m benchmarks.quality` writes. Errors are standard errors over seeds; a gain is "
+        "relative to the plain model without the dial, at a price, what NDCG@10 over all loses.\n",
+        choice_table(documents),
+    ]
+    for name in DATA:
+        if name not in documents:
+            parts.append(f"## {name}\n\nNot run yet.\n")
+            continue
+        document = documents[name]
+        parts.append(f"## {name}: {seeds_of(document)}\n")
+        for group in (SPARSEST, "Film-Noir", "Documentary"):
+            if group not in document["users"]["test"]:
+                continue
+            users = document["users"]["test"][group]
+            for metric in CLAIMED if group == "Film-Noir" else ("NDCG@10",):
+                header = [f"{group} ({users} users), {metric}, gain in % at a price of"]
+                header += [f"{price:.0%}" for price in PRICES]
+                rows = [
+                    [method, *map(str, map(mean, gains(document, method, group, metric=metric).T))]
+                    for method in methods(document)
+                ]
+                parts.append(markdown(header, rows))
+        header, rows = against_the_dial(document)
+        parts.append(markdown(header, rows))
+    for name, document in documents.items():
+        if document["setting"] != "domains":
+            parts.append(f"## {name}: {seeds_of(document)}\n")
+            parts.append(markdown(*metric_lines(document)))
+    return "\n".join(parts)
+
+
+def seeds_of(document: Document) -> str:
+    """How many seeds are complete, and how many were begun."""
+    counts = {method: len(both(document, method)) for method in methods(document)}
+    least, most = min(counts.values()), max(counts.values())
+    some = f"{least}" if least == most else f"{least} to {most}"
+    return f"{some} seed{'s' if most > 1 else ''}"
+
+
+# ---------------------------------------------------------------- the three claims
+
+
+def verdict(found: Mean, claimed: float) -> str:
+    return "reached" if found.value >= claimed else "not reached"
+
+
+def domain_claim(document: Document | None) -> str:
+    if document is None or "Film-Noir" not in document["users"]["test"]:
+        return "not run yet"
+    cells = []
+    for price in (0.03, 0.1):
+        method = best_method(document, "Film-Noir", "NDCG@10", price)
+        found = {
+            metric: mean(gains(document, method, "Film-Noir", metric=metric, prices=[price])[:, 0])
+            for metric in CLAIMED
+        }
+        values = ", ".join(f"{metric} {value}" for metric, value in found.items())
+        said = verdict(found["NDCG@10"], CLAIMED["NDCG@10"])
+        cells.append(f"{values} at a price of {price:.0%} ({method}): {said}")
+    return f"ml-1m, {seeds_of(document)}, in %: " + "; ".join(cells)
+
+
+def relative(document: Document, method: str, base: str, metric: str) -> Mean:
+    """The change against another method, paired by seed."""
+    found = {(run["method"], run["seed"]): run["test"]["all"] for run in document["runs"]}
+    seeds = [seed for name, seed in found if name == method and (base, seed) in found]
+    return mean(
+        [found[method, seed][metric][0] / found[base, seed][metric][0] - 1 for seed in seeds]
+    )
+
+
+def cumulative_claim(documents: Documents) -> str:
+    cells = []
+    for name in DATA[:2]:
+        document = documents.get(f"{name}-cumulative")
+        for model, (own, claimed) in CUMULATIVE.items():
+            ours = f"{model}, cumulative"
+            if document is None or not {own, ours} <= set(methods(document)):
+                continue
+            found = relative(document, ours, own, "NDCG@5")
+            if found.seeds:
+                said = f"{found} with {found.seeds} seeds: {verdict(found, claimed)}"
+                cells.append(f"{name}, {model} {said}")
+    return "NDCG@5 in %: " + "; ".join(cells) if cells else "not run yet"
+
+
+def best_strength(document: Document) -> str:
+    """The form with the best NDCG@20 on validation items."""
+
+    def validated(method: str) -> float:
+        runs = [run for run in document["runs"] if run["method"] == method]
+        return float(np.mean([run["validation"]["all"]["NDCG@20"][0] for run in runs]))
+
+    strengths = [name for name in methods(document) if not name.startswith("softmax")]
+    return max(strengths, key=validated)
+
+
+def dual_claim(documents: Documents) -> str:
+    cells = []
+    for shift, claimed in DUAL.items():
+        for name in DATA:
+            document = documents.get(f"{name}-dual-scale{shift}")
+            if document is None or all(m.startswith("softmax") for m in methods(document)):
+                continue
+            method = best_strength(document)
+            found = relative(document, method, "softmax", "NDCG@20")
+            where = f"{name}{', shifted' if shift else ''}"
+            said = f"{found} with {found.seeds} seeds ({method}): {verdict(found, claimed)}"
+            cells.append(f"{where} {said}")
+    return "NDCG@20 in %: " + "; ".join(cells) if cells else "not run yet"
+
+
+# ---------------------------------------------------------------- the dial and the choice
+
+
+def dial_table(documents: Documents) -> str:
+    """What the dial does to the test items, chosen on validation items at no price."""
+    rows = []
+    for name in DATA:
+        if name not in documents:
+            rows.append([name, "not run yet", "", "", ""])
+            continue
+        found = chosen(documents[name], "plain", 0.0)
+        plain = [
+            pair[0]["test"]["all"]["NDCG@10"][documents[name]["strengths"].index(0.0)]
+            for pair in both(documents[name], "plain")
+        ]
+        rows.append(
+            [
+                f"{name}, {found.gain.seeds} seeds",
+                f"{np.mean(plain):.4f}",
+                f"{found.strength.value:.2g}",
+                str(found.overall),
+                str(found.gain),
+            ]
+        )
+    header = ["plain model, the dial chosen on validation items at no price"]
+    header += ["NDCG@10 without", "mean strength", "change over all, %", "sparsest ¼, %"]
+    return markdown(header, rows)
+
+
+def against_the_dial(document: Document, part: str = "test") -> tuple[list[str], list[list[str]]]:
+    """The gain less that of the plain model with the dial, paired by seed."""
+    rows = []
+    for method in methods(document)[1:]:
+        own = gains(document, method, part=part)
+        seeds = [pair[0]["seed"] for pair in both(document, method)]
+        of_seed = [pair[0]["seed"] for pair in both(document, "plain")]
+        plain = gains(document, "plain", part=part)[[of_seed.index(seed) for seed in seeds]]
+        rows.append([method, *(str(mean(column)) for column in (own - plain).T)])
+    header = [f"{SPARSEST} less that of plain with the dial, {part}, points at a price of"]
+    return [*header, *(f"{price:.0%}" for price in PRICES)], rows
+
+
+def choice_table(documents: Documents) -> str:
+    """On validation items, what weights add to the dial at no price; defaults follow from it."""
+    names = [name for name in DATA if name in documents]
+    columns: dict[str, dict[str, Any]] = {
+        name: {row[0]: row[1] for row in against_the_dial(documents[name], "validation")[1]}
+        for name in names
+    }
+    every = list(dict.fromkeys(method for name in names for method in columns[name]))
+    rows = [
+        [method, *(columns[name].get(method, "not run yet") for name in names)] for method in every
+    ]
+    header = ["validation items: points above plain with the dial at no price", *names]
+    return markdown(header, rows)

@@ -1,0 +1,125 @@
+"""What is compared: the methods of every setting, and how long each data set is trained on.
+
+`train` and `factors` read a method, `runs` goes through them, `report` names them in tables.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Setting = Literal["domains", "cumulative", "dual-scale", "dual-scale-shifted"]
+Loss = Literal[
+    "plain",  # sampled softmax with log-Q; all examples weigh alike
+    "dynamic",  # examples weigh by the measured sparsity of their domains
+    "fixed",  # the sparsest quarter of the domains weighs `high`, the others 1
+    "cvar",  # conditional value at risk, 2501.18117: the mean of a batch's `tail` largest losses
+    "refined",  # plain, with the positive out of the denominator
+    "cross-entropy",  # every item is a candidate
+    "binary",  # SASRec's own: one negative that the user does not know, binary cross-entropy
+    "bpr",  # GRU4Rec's own: ranked above the targets of the other sequences at the same step
+]
+Schedule = Literal["start", "ramped", "deferred"]
+Backbone = Literal["transformer", "gru"]
+DEFERRED = 0.6  # of the steps are over when deferred weights begin
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to train; a field that its loss has no use for is left alone."""
+
+    loss: Loss = "plain"
+    high: float = 4.0  # weights are measured in (1, high)
+    schedule: Schedule = "start"
+    calibration: float = 0.0
+    tail: float = 1.0
+    backbone: Backbone = "transformer"
+    temperature: float | None = None  # in place of that of the configuration
+    hardness: float = 0.0
+    similarity: float = 0.0
+    competition: float = 0.0
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything else that shapes a training; the same for all methods of a data set."""
+
+    steps: int
+    max_length: int = 50
+    batch_size: int = 64  # sequences
+    learning_rate: float = 5e-3
+    dim: int = 64
+    blocks: int = 2
+    heads: int = 1
+    dropout: float = 0.1
+    negatives: int = 1024  # shared by the rows of a batch
+    sampling_power: float = 0.75  # negatives are drawn by popularity to this power
+    temperature: float = 1.0
+
+
+SCHEDULES: dict[str, Schedule] = {
+    "from the start": "start",
+    "deferred": "deferred",
+    "ramped": "ramped",
+}
+# Chosen by NDCG@10 of the plain loss on validation items, ml-1m by what a processor can do.
+CONFIGS = {
+    "ml-1m": Config(steps=2400),
+    "ml-latest-small": Config(steps=600),
+    "lastfm": Config(steps=600),
+    "amazon-beauty": Config(steps=3000),
+    "synthetic": Config(steps=500),
+}
+FACTORS = {  # of the dual scale; steps and temperature by NDCG@20 of the softmax loss
+    "ml-1m": Config(steps=4000, batch_size=2048, learning_rate=1e-2, temperature=0.2),
+    "lastfm": Config(steps=500, batch_size=2048, learning_rate=1e-2, temperature=0.2),
+}
+STEPS = 3000  # on any other data set
+
+
+def _domains() -> dict[str, Method]:
+    """In the order in which they are run."""
+    plain = {"plain": Method()}
+    weighted = {
+        f"{when}{'' if high == 4 else f' to {high:g}'}{', calibrated' * calibrated}": Method(
+            "dynamic", high, schedule, float(calibrated)
+        )
+        for high in (4.0, 16.0)
+        for calibrated in (False, True)
+        for when, schedule in SCHEDULES.items()
+    }
+    return plain | weighted | {"CVaR": Method("cvar", tail=0.7), "fixed": Method("fixed")}
+
+
+TEMPERATURES = (0.1, 0.15, 0.3)  # beside that of `FACTORS`
+
+
+def _dual_scale() -> dict[str, Method]:
+    """The softmax loss at several temperatures, then the strengths at the best of them."""
+    methods = {"softmax": Method()}
+    methods |= {f"softmax at {tau:g}": Method(temperature=tau) for tau in TEMPERATURES}
+    for strength in (0.5, -0.5):
+        methods[f"hardness {strength:+g}"] = Method(hardness=strength)
+        methods[f"similarity {strength:+g}"] = Method(similarity=strength)
+        methods[f"competition {2 * strength:+g}"] = Method(competition=2 * strength)
+    return methods
+
+
+METHODS: dict[Setting, dict[str, Method]] = {
+    "domains": _domains(),
+    "cumulative": {
+        "SASRec, binary": Method("binary"),
+        "SASRec, cumulative": Method("cross-entropy"),
+        "GRU4Rec, BPR": Method("bpr", backbone="gru"),
+        "GRU4Rec, cumulative": Method("cross-entropy", backbone="gru"),
+    },
+    "dual-scale": _dual_scale(),
+    "dual-scale-shifted": _dual_scale(),
+}
+
+
+def config_of(setting: Setting, data: str) -> Config:
+    """How a data set is trained on, by its name."""
+    if setting in ("domains", "cumulative"):
+        return CONFIGS.get(data, Config(steps=STEPS))
+    return FACTORS.get(data, Config(STEPS, batch_size=2048, learning_rate=1e-2, temperature=0.2))

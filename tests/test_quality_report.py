@@ -1,0 +1,122 @@
+"""What the tables say: gains at a price, along the curve of each seed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from benchmarks import readme
+from benchmarks.quality import claims, report
+from benchmarks.quality.metrics import SPARSEST
+from benchmarks.quality.settings import METHODS
+
+STRENGTHS = [-1.0, 0.0, 1.0, 2.0]
+
+
+def run(method: str, seed: int, overall: list[float], sparse: list[float]) -> dict[str, Any]:
+    """On the validation items the dial is of no use."""
+
+    def part(overall: list[float], sparse: list[float]) -> dict[str, Any]:
+        return {
+            "all": {"NDCG@10": overall, "Recall@10": overall},
+            SPARSEST: {"NDCG@10": sparse, "Recall@10": sparse},
+        }
+
+    still = part([0.2, 0.2, 0.1, 0.0], [0.1, 0.2, 0.2, 0.2])
+    return {"method": method, "seed": seed, "validation": still, "test": part(overall, sparse)}
+
+
+def document(*found: dict[str, Any]) -> dict[str, Any]:
+    named = {"name": "hand"}
+    return {"setting": "domains", "data": named, "strengths": STRENGTHS, "runs": list(found)}
+
+
+PLAIN = run("plain", 0, [0.19, 0.2, 0.196, 0.18], [0.1, 0.2, 0.24, 0.3])
+OTHER = run("other", 0, [0.2, 0.19, 0.17, 0.1], [0.22, 0.26, 0.3, 0.4])
+
+
+def test_gain_at_a_price_lies_between_two_strengths() -> None:
+    found = report.gains(document(PLAIN), "plain", prices=(0.0, 0.01, 0.02, 0.06, 0.1, 0.5))
+    # At 1% halfway from strength 0 to 1, at 6% halfway from 1 to 2; no further than the last.
+    assert found[0] == pytest.approx([0, 0.1, 0.2, 0.35, 0.5, 0.5])
+
+
+def test_gain_is_against_plain_of_the_same_seed_without_the_dial() -> None:
+    cold = run("plain", 1, [0.1, 0.1, 0.1, 0.1], [0.1, 0.1, 0.1, 0.1])
+    one = run("other", 1, [0.09, 0.095, 0.1, 0.1], [0.2, 0.2, 0.2, 0.12])
+    found = report.gains(document(PLAIN, OTHER, cold, one), "other", prices=(0.0, 0.05))
+    assert found == pytest.approx(np.array([[0.1, 0.3], [1.0, 1.0]]))
+
+
+def test_price_that_cannot_be_kept_has_no_gain() -> None:
+    dear = run("dear", 0, [0.1] * 4, [0.4] * 4)
+    found = report.gains(document(PLAIN, dear), "dear", prices=(0.1, 0.6))
+    assert np.isnan(found[0, 0])
+    assert found[0, 1] == pytest.approx(1.0)
+    assert str(report.mean(found[:, 0])) == "–"
+
+
+def test_dial_is_chosen_on_validation_items_and_read_on_test_items() -> None:
+    chosen = report.chosen(document(PLAIN, OTHER), "other", price=0.1)
+    assert chosen.strength.value == 0  # the best of those at which validation loses nothing
+    assert chosen.overall.value == pytest.approx(-0.05)
+    assert chosen.gain.value == pytest.approx(0.3)
+
+
+def test_error_is_the_standard_error_over_seeds() -> None:
+    found = report.mean([0.1, 0.2, 0.3])
+    assert found.value == pytest.approx(0.2)
+    assert found.error == pytest.approx(0.1 / 3**0.5)
+    assert str(found) == "+20.0 ± 5.8"
+    assert str(report.mean([0.1])) == "+10.0"
+
+
+def test_table_fits_60_columns() -> None:
+    names = list(METHODS["domains"])
+    found = [
+        run(name, seed, [0.19, 0.2, 0.196, 0.18], [0.1, 0.2, 0.24, 0.3 + seed])
+        for seed in range(2)
+        for name in names
+    ]
+    console = Console(width=60)
+    with console.capture() as shown:
+        console.print(report.table(document(*found)))
+    lines = shown.get().splitlines()
+    assert max(map(len, lines)) <= 60
+    assert not any("…" in line for line in lines)
+
+
+def test_picture_has_every_method(tmp_path: Path) -> None:
+    report.plot(tmp_path / "a.png", document(PLAIN, OTHER))
+    assert (tmp_path / "a.png").stat().st_size > 10_000
+
+
+def test_committed_tables_are_those_of_the_committed_runs() -> None:
+    written = (readme.ROOT / readme.QUALITY_TABLES).read_text("utf-8")
+    assert claims.tables(claims.documents_in(readme.QUALITY)) == written
+
+
+def test_claims_name_what_was_not_run_and_what_was_not_reached() -> None:
+    said = claims.section({}, "link", "picture")
+    assert said.count("not run yet") == 3 + len(claims.DATA)
+    noir = {"Film-Noir": PLAIN["test"][SPARSEST]}
+    users = {"test": {"all": 10, SPARSEST: 5, "Film-Noir": 2}}
+    runs = [
+        {**one, "test": one["test"] | noir, "validation": one["test"] | noir}
+        for one in (PLAIN, OTHER)
+    ]
+    found = {**document(*runs), "users": users}
+    assert "NDCG@10 +50.0 at a price of 10% (plain): not reached" in claims.domain_claim(found)
+    own, ours = (
+        {"method": f"SASRec, {name}", "seed": 0, "test": {"all": {"NDCG@5": [value]}}}
+        for name, value in (("binary", 0.1), ("cumulative", 0.18))
+    )
+    both = {"setting": "cumulative", "runs": [own, ours]}
+    assert (
+        claims.cumulative_claim({"ml-1m-cumulative": both})
+        == "NDCG@5 in %: ml-1m, SASRec +80.0 with 1 seeds: reached"
+    )
