@@ -11,6 +11,7 @@
 #include <tuple>
 #include <vector>
 
+#include "bfloat16_products.h"
 #include "per_row_softmax.h"
 #include "rank_targets.h"
 #include "sampled_softmax.h"
@@ -74,11 +75,11 @@ void check_ids(const Tensor& ids, const char* name, const optional<Tensor>& acti
 
 // What the rows know: log-sum-exp, log-probability and rank; nothing where that is not wanted.
 struct Known {
-  Known(const Tensor& query, bool want)
+  Known(const Tensor& tau, bool want)
       : wanted(want),
-        log_sum_exp(query.new_zeros({want ? query.size(0) : 0})),
-        log_probability(query.new_zeros({want ? query.size(0) : 0})),
-        rank(query.new_zeros({want ? query.size(0) : 0}, at::kLong)) {}
+        log_sum_exp(tau.new_zeros({want ? tau.size(0) : 0})),
+        log_probability(tau.new_zeros({want ? tau.size(0) : 0})),
+        rank(tau.new_zeros({want ? tau.size(0) : 0}, at::kLong)) {}
 
   template <typename T, typename Gradients>
   void put(Gradients& gradients) const {
@@ -113,17 +114,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sampl
               "in-batch: the first candidates are the positives");
   TORCH_CHECK(positive.has_value() || !want_positive, "the positive is a candidate");
   TORCH_CHECK(candidate_log_q.has_value() || !want_log_q, "no candidate_log_q to differentiate");
-  const auto dtype = query.scalar_type();
+  const auto dtype = tau.scalar_type();
   TORCH_CHECK(dtype == at::kFloat || dtype == at::kDouble, "wanted float32 or float64");
-  check(query, "query", {rows, dim}, dtype);
-  check(positive, "positive", {rows, dim}, dtype);
-  check(candidates, "candidates", {n, dim}, dtype);
+  const auto stored = query.scalar_type();
+  TORCH_CHECK(stored == dtype || (stored == at::kBFloat16 && dtype == at::kFloat),
+              "wanted embeddings of ", dtype, ", or bfloat16 in float32; got ", stored);
+  check(query, "query", {rows, dim}, stored);
+  check(positive, "positive", {rows, dim}, stored);
+  check(candidates, "candidates", {n, dim}, stored);
   check(target, "target", {rows}, at::kLong);
   check(tau, "tau", {rows}, dtype);
   check(coefficient, "coefficient", {rows}, dtype);
   check(positive_log_q, "positive_log_q", {rows}, dtype);
   check(candidate_log_q, "candidate_log_q", {n}, dtype);
-  check(score, "score", {rows, dim}, dtype);
+  check(score, "score", {rows, dim}, stored);
   check(shift, "shift", {rows}, dtype);
   check(positive_ids, "positive_ids", {rows}, at::kLong);
   check(candidate_ids, "candidate_ids", {n}, at::kLong);
@@ -131,33 +135,44 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sampl
   check(active, "active", {rows}, at::kBool);
   if (target.has_value()) check_ids(*target, "target", active, n);
 
-  const Tensor row_loss = query.new_zeros({rows});
+  // Products of bfloat16 for embeddings of bfloat16, and where PyTorch's own products of float32
+  // may be rounded so, but not where scores are compared or were scaled in float32.
+  const bool narrow =
+      (stored == at::kBFloat16 || (stored == at::kFloat && dwl::float32_may_be_bfloat16())) &&
+      dim % 2 == 0 && !score.has_value() && !want_statistics && dwl::has_bfloat16_products();
+  const auto computed_in = narrow ? at::kBFloat16 : dtype;
+  const Tensor own_query = query.to(computed_in), own_candidates = candidates.to(computed_in);
+  const auto own_positive = positive.has_value() ? optional(positive->to(computed_in)) : positive;
+  const auto own_score = score.has_value() ? optional(score->to(computed_in)) : score;
+
+  const Tensor row_loss = tau.new_zeros({rows});
   // Padded rows are never written, so their gradients start as zeros.
   const auto gradient = [&](bool wanted, int64_t size) {
-    if (!wanted) return query.new_empty({0});
-    return active.has_value() ? query.new_zeros({size, dim}) : query.new_empty({size, dim});
+    if (!wanted) return tau.new_empty({0});
+    return active.has_value() ? tau.new_zeros({size, dim}) : tau.new_empty({size, dim});
   };
   const Tensor d_query = gradient(want_query, rows), d_positive = gradient(want_positive, rows);
   const Tensor d_candidates = gradient(want_candidates, n);
-  const Tensor d_log_q = query.new_empty({want_log_q ? n : 0});
-  const Known known(query, want_statistics);
+  const Tensor d_log_q = tau.new_empty({want_log_q ? n : 0});
+  const Known known(tau, want_statistics);
 
-  const auto solve = [&](auto zero) {
-    using T = decltype(zero);
+  const auto solve = [&](auto computes, auto stores, auto kernel) {
+    using T = decltype(computes);
+    using S = decltype(stores);
     check_tau<T>(tau, active);
-    dwl::Problem<T> problem{};
+    dwl::Problem<T, S> problem{};
     problem.rows = rows;
     problem.candidates = n;
     problem.dim = dim;
-    problem.query = data<T>(query);
-    problem.positive = data<T>(positive);
-    problem.candidate = data<T>(candidates);
+    problem.query = data<S>(own_query);
+    problem.positive = data<S>(own_positive);
+    problem.candidate = data<S>(own_candidates);
     problem.target = data<int64_t>(target);
     problem.tau = data<T>(tau);
     problem.coefficient = data<T>(coefficient);
     problem.positive_log_q = data<T>(positive_log_q);
     problem.candidate_log_q = data<T>(candidate_log_q);
-    problem.score = data<T>(score);
+    problem.score = data<S>(own_score);
     problem.shift = data<T>(shift);
     problem.positive_ids = data<int64_t>(positive_ids);
     problem.candidate_ids = data<int64_t>(candidate_ids);
@@ -171,12 +186,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sampl
     gradients.candidate = output<T>(d_candidates, want_candidates);
     gradients.candidate_log_q = output<T>(d_log_q, want_log_q);
     known.put<T>(gradients);
-    dwl::sampled_softmax_cpu<T>(problem, gradients, at::get_num_threads());
+    kernel(problem, gradients, at::get_num_threads());
   };
-  if (dtype == at::kFloat) {
-    solve(float{});
+  if (narrow) {
+    solve(float{}, dwl::BFloat16{}, dwl::sampled_softmax_bfloat16);
+  } else if (dtype == at::kFloat) {
+    solve(float{}, float{}, dwl::sampled_softmax_cpu<float>);
   } else {
-    solve(double{});
+    solve(double{}, double{}, dwl::sampled_softmax_cpu<double>);
   }
   return {row_loss,
           d_query,
@@ -234,7 +251,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> indexed_softm
   const Tensor d_query = gradient(want_query, {rows, dim});
   const Tensor d_positive = gradient(want_table, {rows});
   const Tensor d_candidates = gradient(want_table, {rows, n});
-  const Known known(query, want_statistics);
+  const Known known(tau, want_statistics);
   dispatch(dtype, table.scalar_type(), [&](auto computes, auto stores) {
     using T = decltype(computes);
     using S = decltype(stores);

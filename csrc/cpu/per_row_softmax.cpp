@@ -55,14 +55,6 @@ void weighted_sum(const T* e, const S* table, const int64_t* ids, int64_t n, int
 
 constexpr int64_t kAhead = 8;  // candidates between the fetch of a row and its use
 
-template <typename S>
-void fetch(const S* row, int64_t dim) {
-  const char* bytes = reinterpret_cast<const char*>(row);
-  for (int64_t offset = 0; offset < dim * int64_t(sizeof(S)); offset += 64) {
-    __builtin_prefetch(bytes + offset);
-  }
-}
-
 }  // namespace
 
 template <typename T, typename S>
@@ -85,9 +77,9 @@ void per_row_softmax_cpu(const PerRowProblem<T, S>& p, const PerRowGradients<T>&
     row.refined = p.refined;
     for (int64_t j = 0; j < n; ++j) {
       if (j + kAhead < n) {
-        fetch(p.table + ids[j + kAhead] * dim, dim);
+        prefetch(p.table + ids[j + kAhead] * dim, dim);
       } else if (next != nullptr && j + kAhead - n < n) {
-        fetch(p.table + next[j + kAhead - n] * dim, dim);
+        prefetch(p.table + next[j + kAhead - n] * dim, dim);
       }
       if (ids[j] == p.positive_ids[i]) {
         s[j] = -kInfinity<T>;

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "../per_row_softmax.h"
+#include "row.h"
 
 namespace dwl {
 namespace {
@@ -160,12 +161,7 @@ void sum_by_id(const TableGradient<T>& p, int threads,
       const int64_t id = entries[k].id;
       std::fill(sum, sum + dim, T(0));
       for (; k < last && entries[k].id == static_cast<I>(id); ++k) {
-        if (k + kAhead < last) {
-          const char* next =
-              reinterpret_cast<const char*>(p.source + int64_t(entries[k + kAhead].row) * dim);
-          for (int64_t at = 0; at < dim * int64_t(sizeof(T)); at += 64)
-            __builtin_prefetch(next + at);
-        }
+        if (k + kAhead < last) prefetch(p.source + int64_t(entries[k + kAhead].row) * dim, dim);
         const T coefficient = entries[k].coefficient;
         const T* source = p.source + int64_t(entries[k].row) * dim;
 #pragma omp simd
