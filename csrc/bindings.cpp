@@ -317,11 +317,11 @@ std::tuple<Tensor, Tensor> table_gradient(const Tensor& source, at::TensorList i
     problem.source = data<T>(source);
     problem.pieces = pieces.data();
     problem.num_pieces = static_cast<int>(pieces.size());
+    problem.compact = compact;
     dwl::table_gradient_cpu<T, S>(problem, at::get_num_threads(), [&](int64_t count) {
-      values = source.new_empty({compact ? count : table_rows, dim}, dtype);
+      values = source.new_empty({count, dim}, dtype);
       distinct = source.new_empty({compact ? count : 0}, at::kLong);
-      return dwl::TableRows<S>{output<S>(values, true), output<int64_t>(distinct, compact),
-                               compact};
+      return dwl::TableRows<S>{output<S>(values, true), output<int64_t>(distinct, compact)};
     });
   });
   return {values, distinct};

@@ -63,19 +63,19 @@ struct TableGradient {
   const T* source;          // [R, D]
   const Places<T>* pieces;  // several, taken one after the other
   int num_pieces;
+  bool compact;  // only rows that have a place are wanted
 };
 
-// Where the sums go: to all V rows of `values`, or where that is `compact` to as many rows as there
-// are different ids, which are listed in rising order.
+// Where the sums go: to all V rows of `values`, or, compact, to as many rows as there are different
+// ids, which are listed in rising order.
 template <typename S>
 struct TableRows {
   S* values;     // [V, D] or [number of different ids, D]
   int64_t* ids;  // [number of different ids], or null
-  bool compact;
 };
 
 // Sums by id in a fixed order; every row is written once, and rows without a place get zeros.
-// `allocate` is called once with the number of different ids.
+// `allocate` is called once with the number of rows that are wanted.
 template <typename T, typename S>
 void table_gradient_cpu(const TableGradient<T>& problem, int threads,
                         const std::function<TableRows<S>(int64_t)>& allocate);

@@ -65,16 +65,18 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 @needs_bfloat16
+@pytest.mark.usefixtures("_medium")
 @pytest.mark.parametrize("case", [CASE, FULL], ids=lambda case: case.name)
-def test_medium_precision_rounds_float32_embeddings_once(case: cases.Case, _medium: None) -> None:
+def test_medium_precision_rounds_float32_embeddings_once(case: cases.Case) -> None:
     medium, bfloat16 = gradients(case, torch.float32), gradients(case, BF16)
     assert medium["query"].dtype == torch.float32
     assert torch.equal(medium["loss"], bfloat16["loss"])
     assert same(bfloat16, medium)  # rounded to bfloat16, they are those of bfloat16
 
 
+@pytest.mark.usefixtures("_medium")
 @pytest.mark.parametrize("precision", ["high", "highest"])
-def test_other_precisions_keep_every_digit(precision: str, _medium: None) -> None:
+def test_other_precisions_keep_every_digit(precision: str) -> None:
     torch.set_float32_matmul_precision(precision)
     cases.check(CASE, "cpu", torch.float32)
 
@@ -84,7 +86,8 @@ def test_products_of_bfloat16_do_run_here() -> None:
     assert not same(gradients(CASE, BF16), gradients(CASE, torch.float32, rounded=True))
 
 
-def test_without_onednn_bfloat16_takes_the_float32_road(_medium: None) -> None:
+@pytest.mark.usefixtures("_medium")
+def test_without_onednn_bfloat16_takes_the_float32_road() -> None:
     with torch.backends.mkldnn.flags(enabled=False):
         assert same(gradients(CASE, BF16), gradients(CASE, torch.float32, rounded=True))
         cases.check(CASE, "cpu", BF16)

@@ -306,13 +306,13 @@ void gradient_of_a_table() {
     fill(*coefficients.back(), 1.0, false);
     piece.coefficient = weighted ? coefficients.back()->get() : nullptr;
   }
-  const dwl::TableGradient<T> p{r, d, v, source.get(), pieces.data(), num_pieces};
+  const dwl::TableGradient<T> p{r, d, v, source.get(), pieces.data(), num_pieces, compact};
   std::unique_ptr<Array<S>> values;
   std::unique_ptr<Array<int64_t>> distinct;
   dwl::table_gradient_cpu<T, S>(p, kThreads, [&](int64_t count) {
-    values = std::make_unique<Array<S>>((compact ? count : v) * d);
+    values = std::make_unique<Array<S>>(count * d);
     distinct = std::make_unique<Array<int64_t>>(compact ? count : 0);
-    return dwl::TableRows<S>{values->get(), compact ? distinct->get() : nullptr, compact};
+    return dwl::TableRows<S>{values->get(), compact ? distinct->get() : nullptr};
   });
   for (int64_t k = 0; k < distinct->size(); ++k) {
     const int64_t id = (*distinct)[k], before = k == 0 ? -1 : (*distinct)[k - 1];
