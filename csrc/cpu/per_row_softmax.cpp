@@ -53,7 +53,7 @@ void weighted_sum(const T* e, const S* table, const int64_t* ids, int64_t n, int
   }
 }
 
-constexpr int64_t kAhead = 8;  // candidates between the fetch of a row and its use
+constexpr int64_t kAhead = 16;  // candidates between the fetch of a row and its use
 
 }  // namespace
 
