@@ -15,6 +15,7 @@
 #include "per_row_softmax.h"
 #include "rank_targets.h"
 #include "sampled_softmax.h"
+#include "spare_memory.h"
 
 namespace {
 
@@ -24,6 +25,8 @@ using std::optional;
 // To a kernel a null pointer is a tensor that is absent, so those of empty tensors, which PyTorch
 // makes null, point here.
 std::max_align_t nothing;
+
+constexpr const char* kDtypes = "wanted float32, bfloat16 in float32, or float64";
 
 template <typename T>
 const T* data(const Tensor& tensor) {
@@ -114,11 +117,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sampl
               "in-batch: the first candidates are the positives");
   TORCH_CHECK(positive.has_value() || !want_positive, "the positive is a candidate");
   TORCH_CHECK(candidate_log_q.has_value() || !want_log_q, "no candidate_log_q to differentiate");
-  const auto dtype = tau.scalar_type();
-  TORCH_CHECK(dtype == at::kFloat || dtype == at::kDouble, "wanted float32 or float64");
-  const auto stored = query.scalar_type();
-  TORCH_CHECK(stored == dtype || (stored == at::kBFloat16 && dtype == at::kFloat),
-              "wanted embeddings of ", dtype, ", or bfloat16 in float32; got ", stored);
+  const auto dtype = tau.scalar_type(), stored = query.scalar_type();
+  TORCH_CHECK((dtype == at::kFloat && (stored == dtype || stored == at::kBFloat16)) ||
+                  (dtype == at::kDouble && stored == dtype),
+              kDtypes, "; got ", stored, " in ", dtype);
   check(query, "query", {rows, dim}, stored);
   check(positive, "positive", {rows, dim}, stored);
   check(candidates, "candidates", {n, dim}, stored);
@@ -213,8 +215,8 @@ void dispatch(at::ScalarType computes, at::ScalarType stores, const Solve& solve
   } else if (computes == at::kFloat && stores == at::kBFloat16) {
     solve(float{}, dwl::BFloat16{});
   } else {
-    TORCH_CHECK(computes == at::kDouble && stores == at::kDouble,
-                "wanted float32, bfloat16 in float32, or float64; got ", stores, " in ", computes);
+    TORCH_CHECK(computes == at::kDouble && stores == at::kDouble, kDtypes, "; got ", stores, " in ",
+                computes);
     solve(double{}, double{});
   }
 }
@@ -319,7 +321,7 @@ std::tuple<Tensor, Tensor> table_gradient(const Tensor& source, at::TensorList i
     problem.num_pieces = static_cast<int>(pieces.size());
     problem.compact = compact;
     dwl::table_gradient_cpu<T, S>(problem, at::get_num_threads(), [&](int64_t count) {
-      values = source.new_empty({count, dim}, dtype);
+      values = dwl::new_large(source, {count, dim}, dtype);
       distinct = source.new_empty({compact ? count : 0}, at::kLong);
       return dwl::TableRows<S>{output<S>(values, true), output<int64_t>(distinct, compact)};
     });
