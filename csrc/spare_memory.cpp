@@ -1,3 +1,5 @@
+// One block of memory, exchanged under a lock: a call takes it, the last tensor in it gives it back.
+
 #include "spare_memory.h"
 
 #include <ATen/ops/from_blob.h>

@@ -35,7 +35,7 @@ class FlushToZero {
 template <typename T>
 constexpr T kInfinity = std::numeric_limits<T>::infinity();
 
-// e^x for x <= 0 to one unit in the last place, in a form that compilers vectorise: x = n ln 2 + r,
+// e^x for x < 88 to one unit in the last place, in a form that compilers vectorise: x = n ln 2 + r,
 // a polynomial for e^r times 2^n. 0 below -87, also for -inf; NaN stays NaN.
 inline float exp_below_one(float x) {
   // 1.5 * 2^23 + 127: adding it rounds to an integer, and leaves the exponent bits of 2^n in front.
