@@ -6,12 +6,12 @@
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
-#include <cstddef>
 #include <limits>
 #include <tuple>
 #include <vector>
 
 #include "bfloat16_products.h"
+#include "op_arguments.h"
 #include "per_row_softmax.h"
 #include "rank_targets.h"
 #include "sampled_softmax.h"
@@ -20,61 +20,14 @@
 namespace {
 
 using at::Tensor;
+using dwl::check;
+using dwl::check_ids;
+using dwl::check_tau;
+using dwl::data;
+using dwl::output;
 using std::optional;
 
-// To a kernel a null pointer is a tensor that is absent, so those of empty tensors, which PyTorch
-// makes null, point here.
-std::max_align_t nothing;
-
 constexpr const char* kDtypes = "wanted float32, bfloat16 in float32, or float64";
-
-template <typename T>
-const T* data(const Tensor& tensor) {
-  return static_cast<const T*>(tensor.numel() == 0 ? &nothing : tensor.const_data_ptr());
-}
-template <typename T>
-const T* data(const optional<Tensor>& tensor) {
-  return tensor.has_value() ? data<T>(*tensor) : nullptr;
-}
-// Where a gradient goes; null where it is not wanted.
-template <typename T>
-T* output(const Tensor& tensor, bool wanted) {
-  if (!wanted) return nullptr;
-  return static_cast<T*>(tensor.numel() == 0 ? &nothing : tensor.mutable_data_ptr());
-}
-
-void check(const optional<Tensor>& tensor, const char* name, at::IntArrayRef sizes,
-           at::ScalarType dtype) {
-  if (!tensor.has_value()) return;
-  TORCH_CHECK(tensor->device().is_cpu() && tensor->is_contiguous() && tensor->sizes() == sizes &&
-                  tensor->scalar_type() == dtype,
-              name, ": wanted a contiguous CPU tensor of ", dtype, " ", sizes, ", got ",
-              tensor->scalar_type(), " ", tensor->sizes(), " on ", tensor->device());
-}
-
-// The temperatures of rows that are not padding are positive, or NaN.
-template <typename T>
-void check_tau(const Tensor& tau, const optional<Tensor>& active) {
-  const T* value = data<T>(tau);
-  const bool* counts = data<bool>(active);
-  for (int64_t i = 0; i < tau.size(0); ++i) {
-    const bool wrong = value[i] <= 0 && (counts == nullptr || counts[i]);
-    TORCH_CHECK_VALUE(!wrong, "tau is ", value[i], " in row ", i, "; wanted a positive number");
-  }
-}
-
-// Ids of rows that are not padding lie in [0, end).
-void check_ids(const Tensor& ids, const char* name, const optional<Tensor>& active, int64_t end) {
-  const int64_t* id = data<int64_t>(ids);
-  const bool* counts = data<bool>(active);
-  const int64_t rows = ids.size(0), width = rows == 0 ? 0 : ids.numel() / rows;
-  for (int64_t i = 0; i < rows; ++i, id += width) {
-    if (counts != nullptr && !counts[i]) continue;
-    bool outside = false;
-    for (int64_t j = 0; j < width; ++j) outside |= uint64_t(id[j]) >= uint64_t(end);
-    TORCH_CHECK_INDEX(!outside, name, " out of range in row ", i);
-  }
-}
 
 // What the rows know: log-sum-exp, log-probability and rank; nothing where that is not wanted.
 struct Known {

@@ -1,4 +1,4 @@
-// One block of memory, exchanged under a lock: a call takes it, the last tensor in it gives it back.
+// A call takes the block under a lock, and the last tensor in it gives it back.
 
 #include "spare_memory.h"
 
