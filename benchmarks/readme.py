@@ -100,7 +100,8 @@ def result(speed: Report) -> str:
             for name in ("eager", "torch.compile", own)
         ]
         sizes = f"{shape['rows']:,} queries, {shape['candidates']:,} candidates"
-        lines.append(f"| {sizes}, {shape['dim']} dimensions | " + " | ".join(cells) + " |")
+        dtype = f", {shape['dtype']}" if on_cpu and shape["dtype"] != "float32" else ""
+        lines.append(f"| {sizes}, {shape['dim']} dimensions{dtype} | " + " | ".join(cells) + " |")
     return (
         "\n".join(lines)
         + "\n\nTime in that of this package, and memory beside inputs and gradients.\n"
@@ -219,7 +220,7 @@ def megabytes(row: Report) -> str:
 
 def speed_table(speed: Report) -> str:
     """Time in multiples of the bound and memory, a row per shape, and what stands behind them."""
-    shapes = speed["shapes"]
+    shapes, machine, on_cpu = speed["shapes"], speed["machine"], speed["device"] == "cpu"
     versions = list(dict.fromkeys(v for f in shapes for v in by_version(f) if v != "bound"))
     lines = [
         "| times the bound, memory | bound | " + " | ".join(versions) + " |",
@@ -235,11 +236,12 @@ def speed_table(speed: Report) -> str:
         if (found := [f["errors"][name]["gradient"] for f in shapes if name in f["errors"]])
     ]
     ladders = [
-        f"{f['label'].split(':')[0]} D = {f['shape']['dim']} {100 * (rungs[-1]['ratio'] - 1):+.1f}%"
+        f"{f['label'].split(':')[0]} D = {f['shape']['dim']}"
+        f"{', bfloat16' if on_cpu and f['shape']['dtype'] == 'bfloat16' else ''} "
+        f"{100 * (rungs[-1]['ratio'] - 1):+.1f}%"
         for f in shapes
         for rungs in f["ladder"].values()
     ]
-    machine = speed["machine"]
     where = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
     runs = [row["runs"] for f in shapes for row in f["versions"]]
     name = f"{RESULTS_PATH}/speed-{speed['device']}"

@@ -132,10 +132,9 @@ def check_problem(
             raise ValueError(f"dual has {len(p.dual)} numbers; wanted {len(DualScale._fields)}")
         dual = DualScale(*p.dual)
         numbers = (dual.hardness, dual.similarity, dual.competition)
-        if not all(0 <= one < math.inf for one in numbers) or dual.slate_size < 1:
+        if not all(map(math.isfinite, numbers)) or dual.slate_size < 1:
             raise ValueError(
-                f"dual is {tuple(p.dual)}; wanted strengths that are finite and not negative, and "
-                "a slate of at least 1"
+                f"dual is {tuple(p.dual)}; wanted finite strengths, and a slate of at least 1"
             )
     if len(wanted) != len(GradMask._fields):
         raise ValueError(f"wanted has {len(wanted)} entries; wanted {len(GradMask._fields)}")

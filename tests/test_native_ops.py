@@ -120,7 +120,8 @@ WRONG: dict[Callable[..., Any], list[tuple[dict[str, Any], str]]] = {
             "embeddings of size 0",
         ),
         ({"query": torch.ones(4)}, "must be matrices"),
-        ({"query": torch.ones(3, 4).half()}, "wanted float32 or float64"),
+        ({"query": torch.ones(3, 4).half()}, "got Half in Float"),
+        ({"query": torch.ones(3, 4).bfloat16()}, "positive: wanted"),
         ({"query": torch.ones(4, 3).T}, "query: wanted a contiguous"),
         ({"positive": torch.ones(2, 4)}, "positive: wanted"),
         ({"positive": torch.ones(3, 4).double()}, "positive: wanted"),
@@ -234,3 +235,20 @@ def test_op_writes_the_gradients_of_empty_problems() -> None:
         assert not values.any()
         assert ids.shape == (0,)
     assert table_gradient(table_rows=0)[0].shape == (0, 4)
+
+
+def test_memory_of_a_large_gradient_is_taken_over_when_nobody_holds_it() -> None:
+    """One of 16 MB and more, whose pages the system would have to clear for every step."""
+
+    def gradient(value: float) -> Tensor:
+        coefficients = [torch.full((3, 2), value)]
+        values, _ = table_gradient(table_rows=1 << 20, coefficients=coefficients)
+        assert float(values.sum()) == 4 * 6 * value
+        return values
+
+    first = gradient(1.0)
+    second = gradient(2.0)
+    assert float(first.sum()) == 24
+    place = second.data_ptr()
+    del second
+    assert gradient(3.0).data_ptr() == place

@@ -61,15 +61,7 @@ void weighted_sum(const T* e, const Rows<S>& c, const int64_t* ids, int64_t n, T
   }
 }
 
-constexpr int64_t kAhead = 8;  // candidates between the fetch of a row and its use
-
-template <typename S>
-void fetch(const S* row, int64_t dim) {
-  const char* bytes = reinterpret_cast<const char*>(row);
-  for (int64_t offset = 0; offset < dim * int64_t(sizeof(S)); offset += 64) {
-    __builtin_prefetch(bytes + offset);
-  }
-}
+constexpr int64_t kAhead = 16;  // candidates between the fetch of a row and its use
 
 }  // namespace
 
@@ -96,9 +88,9 @@ void per_row_softmax_cpu(const PerRowProblem<T, S>& p, const PerRowGradients<T>&
     row.refined = p.refined;
     for (int64_t j = 0; j < n; ++j) {
       if (j + kAhead < n) {
-        fetch(candidates[ids[j + kAhead]], dim);
+        prefetch(candidates[ids[j + kAhead]], dim);
       } else if (next != nullptr && j + kAhead - n < n) {
-        fetch(candidates[next[j + kAhead - n]], dim);
+        prefetch(candidates[next[j + kAhead - n]], dim);
       }
       if (ids[j] < 0) {
         s[j] = -kInfinity<T>;

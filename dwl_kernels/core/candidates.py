@@ -77,6 +77,8 @@ def log_q_of_positives(problem: Problem) -> Tensor | None:  # [B]
         return log_q
     if log_q is not None or of_candidates is None:
         return log_q
+    if problem.in_batch:
+        return of_candidates[: problem.query.shape[0]]
     return of_candidates[problem.own_columns()]
 
 
@@ -88,8 +90,10 @@ def log_q_of_candidates(problem: Problem) -> Tensor | None:  # [N] or [B, K]
     log_q = problem.candidate_log_q
     if log_q is None or not problem.in_batch:
         return log_q
-    of_batch = torch.arange(len(log_q), device=log_q.device) < problem.query.shape[0]
-    return log_q.masked_fill(of_batch & (log_q == -torch.inf), torch.inf)
+    rows = problem.query.shape[0]
+    of_batch = log_q[:rows]
+    of_batch = of_batch.masked_fill(of_batch == -torch.inf, torch.inf)
+    return of_batch if len(log_q) == rows else torch.cat((of_batch, log_q[rows:]))
 
 
 class Scaled(NamedTuple):
