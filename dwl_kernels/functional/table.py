@@ -124,7 +124,8 @@ def full_softmax_loss(
         >>> full_softmax_loss(query, table, torch.tensor([0, 1, -100]))  # log(e + 1 + 1) - 1
         tensor(0.5514)
     """
-    whole_table, group = process_group is None and not is_distributed(table), None
+    whole_table = process_group is None and not is_distributed(table)
+    group: Any = None
     if not whole_table:
         table, group = shard_of(table, process_group)
 
