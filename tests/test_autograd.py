@@ -228,6 +228,7 @@ def test_autocast_runs_in_its_dtype_and_returns_float32(dtype: torch.dtype) -> N
     ("name", "reduction"),
     [
         ("mixed, everything", "mean"),
+        ("full softmax", "mean"),
         ("full softmax, past the tile", "none"),
         ("dual scale, everything", "mean"),
         ("indexed, everything", "none"),

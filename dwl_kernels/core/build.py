@@ -27,7 +27,7 @@ from dwl_kernels.core.checks import (
     padded_by_id,
     row_arguments,
 )
-from dwl_kernels.core.drawn import checked_table_ids, item_ids
+from dwl_kernels.core.drawn import checked_table_ids, item_ids, without_taken_out
 from dwl_kernels.core.problem import (
     DTYPES,
     NO_ITEM,
@@ -36,6 +36,7 @@ from dwl_kernels.core.problem import (
     Problem,
     SharedProblem,
 )
+from dwl_kernels.core.values import checks_values
 
 
 def sampled_problem(
@@ -83,20 +84,22 @@ def sampled_problem(
             places = places.masked_fill(hits, NO_ITEM)
         if ignored is not None:
             places = places.masked_fill(ignored.view(shape), NO_ITEM)
+        if negative_log_q is not None:
+            negative_log_q = negative_log_q.view(shape)
         return PerRowProblem(
             query=flat_rows(query),
             item_table=flat_rows(negative),
             positive_rows=None,
-            candidate_rows=places,
+            candidate_rows=without_taken_out(places, negative_log_q),
             positive=flat_rows(positive),
             positive_log_q=positive_log_q,
-            candidate_log_q=None if negative_log_q is None else negative_log_q.view(shape),
+            candidate_log_q=negative_log_q,
             rows=rows,
         )
     return SharedProblem(
         query=flat_rows(query),
         positive=flat_rows(positive),
-        candidates=negative,
+        candidates=zero_where_taken_out(negative, negative_log_q, ignored is not None),
         positive_log_q=positive_log_q,
         candidate_log_q=negative_log_q,
         positive_ids=ids[0],
@@ -104,6 +107,24 @@ def sampled_problem(
         dual=None if dual is None else effective_dual(dual),
         rows=rows,
     )
+
+
+def zero_where_taken_out(
+    candidates: Tensor,  # [N, D]
+    log_q: Tensor | None,  # [N], +inf takes a candidate out
+    always: bool = False,
+) -> Tensor:
+    """Candidates whose numbers leak nowhere if they are taken out: 0 times NaN is NaN.
+
+    Where values are looked at, only what would leak makes a copy. Elsewhere one is made `always`,
+    for padding, which may hold anything, or never.
+    """
+    if log_q is None:
+        return candidates
+    absent = log_q.detach() == math.inf
+    if checks_values(candidates) and checks_values(absent):
+        always = bool(absent.any()) and not bool(candidates.detach()[absent].isfinite().all())
+    return candidates.masked_fill(absent[:, None], 0) if always else candidates
 
 
 def check_shared(what: str, negative: Tensor) -> None:
@@ -167,6 +188,7 @@ def in_batch_problem(
     both = flat_ids(query, **{ids_name: (ids, leading), "negative_ids": (negative_ids, more)})
     (of_query,) = flat_ids(query, query_ids=(query_ids, leading))
     rows = row_arguments(query, **row_options)
+    ignores = ignore_index is not None and both[1] is not None
     if ignore_index is not None and both[1] is not None:
         negative_log_q = leave_out(both[1].long() == ignore_index, negative_log_q)
     if not remove_accidental_hits:
@@ -174,6 +196,8 @@ def in_batch_problem(
     positive_log_q = flat_log_q(log_q_name, log_q, leading, query, rows.example_weights)
     more_log_q = flat_log_q("negative_log_q", negative_log_q, more, query)
     positives = flat_rows(positive)
+    if negative is not None:
+        negative = zero_where_taken_out(negative, more_log_q, ignores)
     of_batch = positive_log_q
     if of_batch is None and more_log_q is not None:  # which only takes negatives out
         of_batch = more_log_q.new_zeros(len(positives))
@@ -280,7 +304,7 @@ def full_problem(
     return SharedProblem(
         query=flat_rows(query),
         positive=None,
-        candidates=table,
+        candidates=zero_where_taken_out(table, bias),
         target=target,
         candidate_log_q=bias,
         positive_ids=item_ids(target, table_ids) if table_ids is not None and whole_table else None,

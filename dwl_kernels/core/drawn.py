@@ -129,15 +129,22 @@ def per_row_problem(
     negative_log_q = flat_log_q("negative_log_q", negative_log_q, (*leading, width), query, weights)
     both_or_none("positive_log_q", positive_log_q, "negative_log_q", negative_log_q)
     shape = (math.prod(leading), width)
+    if negative_log_q is not None:
+        negative_log_q = negative_log_q.reshape(shape)
     return PerRowProblem(
         query=query.reshape(shape[0], query.shape[-1]),
         item_table=table,
         positive_rows=positive_rows.reshape(-1),
-        candidate_rows=negative_rows.reshape(shape),
+        candidate_rows=without_taken_out(negative_rows.reshape(shape), negative_log_q),
         positive_log_q=positive_log_q,
-        candidate_log_q=None if negative_log_q is None else negative_log_q.reshape(shape),
+        candidate_log_q=negative_log_q,
         rows=rows,
     )
+
+
+def without_taken_out(rows: Tensor, log_q: Tensor | None) -> Tensor:  # [B, K]
+    """Rows of a table, -1 where a log-Q of +inf takes one out: what it holds is then not read."""
+    return rows if log_q is None else rows.masked_fill(log_q == math.inf, NO_ITEM)
 
 
 def leave_out_no_items(

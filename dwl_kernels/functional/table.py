@@ -125,6 +125,7 @@ def full_softmax_loss(
         tensor(0.5514)
     """
     whole_table = process_group is None and not is_distributed(table)
+    group: Any = None
     if not whole_table:
         table, group = shard_of(table, process_group)
 

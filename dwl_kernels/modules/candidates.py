@@ -161,7 +161,7 @@ class CandidateLoss(WeightedLoss):
             of_rows = None
             if negative is not None and call.per_row and padded is not None:
                 of_rows = padded[..., None].expand(negative.shape[:-1])
-            negative = None if negative is None else normalised(negative, of_rows)
+            negative = None if negative is None else normalised(negative, of_rows, drawn=True)
         one_side = (given.positive_ids is None) != (given.negative_ids is None)
         if hits and negative is not None and one_side:
             raise ValueError(
