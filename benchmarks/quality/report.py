@@ -200,8 +200,9 @@ def plot(path: Path, document: Document, shown: Sequence[str] | None = None) -> 
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    from matplotlib.ticker import PercentFormatter
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+    seeds = len({run["seed"] for run in document["runs"]})
     prices = np.linspace(0, 0.12, 61)
     with plt.rc_context({"font.size": 9, "text.color": INK, "axes.edgecolor": MUTED}):
         figure, axes = plt.subplots(figsize=(7.6, 4.4), layout="constrained")
@@ -211,6 +212,8 @@ def plot(path: Path, document: Document, shown: Sequence[str] | None = None) -> 
                 continue
             middle = found.mean(0)
             label = method if method != "plain" else "plain: the dial alone"
+            if len(found) < seeds:
+                label += f" ({len(found)} of {seeds} seeds)"
             axes.plot(prices, middle, color=colour, linewidth=1.8, label=label)
             if len(found) > 1:
                 error = found.std(0, ddof=1) / len(found) ** 0.5
@@ -220,12 +223,12 @@ def plot(path: Path, document: Document, shown: Sequence[str] | None = None) -> 
         axes.set_xlabel("price: what NDCG@10 over all loses")
         axes.set_ylabel("gain of the sparsest quarter, NDCG@10")
         for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10]))
             axis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.tick_params(length=0)
         axes.grid(color=MUTED, alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, loc="lower right", fontsize=8)
-        seeds = len({run["seed"] for run in document["runs"]})
         axes.set_title(
             f"{document['data']['name']}: every model with the dial, mean of {seeds} "
             f"seed{'s' if seeds > 1 else ''}, band: one standard error",
