@@ -117,8 +117,11 @@ def seeds_of(document: Document) -> str:
     """How many seeds are complete, and how many were begun."""
     counts = {method: len(both(document, method)) for method in methods(document)}
     least, most = min(counts.values()), max(counts.values())
-    some = f"{least}" if least == most else f"{least} to {most}"
-    return f"{some} seed{'s' if most > 1 else ''}"
+    return counted(most) if least == most else f"{least} to {counted(most)}"
+
+
+def counted(seeds: int) -> str:
+    return f"{seeds} seed{'s' if seeds > 1 else ''}"
 
 
 # ---------------------------------------------------------------- the three claims
@@ -163,7 +166,7 @@ def cumulative_claim(documents: Documents) -> str:
                 continue
             found = relative(document, ours, own, "NDCG@5")
             if found.seeds:
-                said = f"{found} with {found.seeds} seeds: {verdict(found, claimed)}"
+                said = f"{found}, {counted(found.seeds)}: {verdict(found, claimed)}"
                 cells.append(f"{name}, {model} {said}")
     return "NDCG@5 in %: " + "; ".join(cells) if cells else "not run yet"
 
@@ -189,7 +192,7 @@ def dual_claim(documents: Documents) -> str:
             method = best_strength(document)
             found = relative(document, method, "softmax", "NDCG@20")
             where = f"{name}{', shifted' if shift else ''}"
-            said = f"{found} with {found.seeds} seeds ({method}): {verdict(found, claimed)}"
+            said = f"{found}, {counted(found.seeds)} ({method}): {verdict(found, claimed)}"
             cells.append(f"{where} {said}")
     return "NDCG@20 in %: " + "; ".join(cells) if cells else "not run yet"
 
@@ -205,13 +208,14 @@ def dial_table(documents: Documents) -> str:
             rows.append([name, "not run yet", "", "", ""])
             continue
         found = chosen(documents[name], "plain", 0.0)
+        users = documents[name]["users"]["test"][SPARSEST]
         plain = [
             pair[0]["test"]["all"]["NDCG@10"][documents[name]["strengths"].index(0.0)]
             for pair in both(documents[name], "plain")
         ]
         rows.append(
             [
-                f"{name}, {found.gain.seeds} seeds",
+                f"{name}, {counted(found.gain.seeds)}, {users} users in the sparsest ¼",
                 f"{np.mean(plain):.4f}",
                 f"{found.strength.value:.2g}",
                 str(found.overall),

@@ -4,7 +4,7 @@
 
 Every method is served with every strength of the dial, which makes a curve for each seed. At a
 price, what NDCG@10 over all may lose against the plain model without the dial, the gain is the
-highest point of the curve between the strengths; it is relative to the same model of the same seed.
+highest point of the curve between the strengths, against the same model of the same seed.
 """
 
 from __future__ import annotations
@@ -67,14 +67,18 @@ def curve(run: Document, part: str, group: str, metric: str = "NDCG@10") -> np.n
 def changes(
     document: Document, pair: tuple[Document, Document], part: str, group: str, metric: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Of all and of a group at every strength, relative to the plain model without the dial."""
+    """Of all and of a group at every strength, against the plain model without the dial.
+
+    In parts of what plain has, of a group on average over the seeds: a group of few users may have
+    next to nothing with one of them.
+    """
     run, plain = pair
     still = document["strengths"].index(0.0)
-    overall, inside = (
-        curve(run, part, *one) / (curve(plain, part, *one)[still] or float("nan")) - 1
-        for one in (("all", "NDCG@10"), (group, metric))
-    )
-    return overall, inside
+    of_seed = curve(plain, part, "all")[still]
+    every = [one for _, one in both(document, plain["method"])]
+    usual = np.mean([curve(one, part, group, metric)[still] for one in every])
+    change = curve(run, part, group, metric) - curve(plain, part, group, metric)[still]
+    return curve(run, part, "all") / of_seed - 1, change / (usual or float("nan"))
 
 
 def gains(
@@ -196,8 +200,9 @@ def plot(path: Path, document: Document, shown: Sequence[str] | None = None) -> 
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    from matplotlib.ticker import PercentFormatter
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+    seeds = len({run["seed"] for run in document["runs"]})
     prices = np.linspace(0, 0.12, 61)
     with plt.rc_context({"font.size": 9, "text.color": INK, "axes.edgecolor": MUTED}):
         figure, axes = plt.subplots(figsize=(7.6, 4.4), layout="constrained")
@@ -207,6 +212,8 @@ def plot(path: Path, document: Document, shown: Sequence[str] | None = None) -> 
                 continue
             middle = found.mean(0)
             label = method if method != "plain" else "plain: the dial alone"
+            if len(found) < seeds:
+                label += f" ({len(found)} of {seeds} seeds)"
             axes.plot(prices, middle, color=colour, linewidth=1.8, label=label)
             if len(found) > 1:
                 error = found.std(0, ddof=1) / len(found) ** 0.5
@@ -216,12 +223,12 @@ def plot(path: Path, document: Document, shown: Sequence[str] | None = None) -> 
         axes.set_xlabel("price: what NDCG@10 over all loses")
         axes.set_ylabel("gain of the sparsest quarter, NDCG@10")
         for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10]))
             axis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.tick_params(length=0)
         axes.grid(color=MUTED, alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, loc="lower right", fontsize=8)
-        seeds = len({run["seed"] for run in document["runs"]})
         axes.set_title(
             f"{document['data']['name']}: every model with the dial, mean of {seeds} "
             f"seed{'s' if seeds > 1 else ''}, band: one standard error",

@@ -163,7 +163,7 @@ def complete(
     document = read(path) if path.exists() else head(split, setting, config)
     if document["config"] != json.loads(json.dumps(asdict(config))):
         raise ValueError(f"{path} holds runs of another configuration; name another --out")
-    order = list(METHODS[setting])
+    order = {method: place for place, method in enumerate(METHODS[setting])}
     runs: dict[Key, Any] = {(run["seed"], run["method"]): run for run in document["runs"]}
     missing = {
         (seed, method): (data, setting, config, method, seed, ranks / name / setting)
@@ -177,7 +177,8 @@ def complete(
         for key, run in in_processes(finished, missing, min(jobs, len(missing)) or 1, one_thread):
             runs[key], done = run, done + 1
             document["runs"] = [
-                runs[one] for one in sorted(runs, key=lambda key: (key[0], order.index(key[1])))
+                runs[one]
+                for one in sorted(runs, key=lambda key: (key[0], order.get(key[1], len(order))))
             ]
             write(path, document)
             left = (time.monotonic() - begun) / done * (len(missing) - done)
