@@ -121,10 +121,13 @@ def zero_where_taken_out(
     """
     if log_q is None:
         return candidates
+    looks = checks_values(candidates) and checks_values(log_q)
+    if not looks and not always:
+        return candidates
     absent = log_q.detach() == math.inf
-    if checks_values(candidates) and checks_values(absent):
-        always = bool(absent.any()) and not bool(candidates.detach()[absent].isfinite().all())
-    return candidates.masked_fill(absent[:, None], 0) if always else candidates
+    if looks and (not absent.any() or candidates.detach()[absent].isfinite().all()):
+        return candidates
+    return candidates.masked_fill(absent[:, None], 0)
 
 
 def check_shared(what: str, negative: Tensor) -> None:
