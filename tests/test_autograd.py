@@ -114,7 +114,8 @@ def test_native_op_passes_opcheck() -> None:
     ids = torch.arange(9), torch.arange(5)
     log_q, dual = (torch.randn(9), torch.randn(5)), (torch.randn(9, 4), torch.randn(9))
     rows = (torch.rand(9) + 0.1, torch.rand(9))
-    optional = (*log_q, *dual, *ids, torch.rand(9), torch.arange(9) > 2)
+    of_two_kinds = ([ids[0], ids[0] % 3], [ids[1], ids[1] % 3])
+    optional = (*log_q, *dual, *of_two_kinds, torch.rand(9), torch.arange(9) > 2)
     for wanted in ((True,) * 4, (False,) * 4):
         arguments = (query, positive, candidates, None, *rows, *optional, False, *wanted, wanted[0])
         torch.library.opcheck(torch.ops.dwl_kernels_native.sampled_softmax.default, arguments)
@@ -128,7 +129,7 @@ def test_native_op_of_candidates_per_row_passes_opcheck() -> None:
     ids = torch.arange(9) % 7, torch.arange(45).reshape(9, 5) % 7
     rows = (torch.rand(9) + 0.1, torch.rand(9), torch.randn(9), torch.randn(9, 5))
     for wanted in (True, False):
-        arguments = (torch.randn(9, 4), torch.randn(7, 4), *ids, *rows, torch.arange(9) > 2)
+        arguments = (torch.randn(9, 4), torch.randn(7, 4), None, *ids, *rows, torch.arange(9) > 2)
         arguments = (*arguments, False, wanted, wanted, wanted)
         torch.library.opcheck(torch.ops.dwl_kernels_native.indexed_softmax.default, arguments)
 

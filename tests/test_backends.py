@@ -58,7 +58,7 @@ def test_gradients_agree_with_finite_differences(
                 inputs["negative_ids"].clamp_(min=5)
                 inputs["table"][:5] = -100 * inputs["query"]
             else:
-                inputs["positive"].copy_(-100 * inputs["query"])
+                inputs["positive"].copy_(-1000 * inputs["query"])
             if kind == "mixed":  # the positives are candidates too: let them compete far below
                 inputs["query"].copy_(torch.ones_like(inputs["query"]))
                 inputs["positive"].fill_(-100.0)

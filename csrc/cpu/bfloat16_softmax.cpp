@@ -308,13 +308,11 @@ void NarrowKernel::products(Part& w, int64_t) {
     BFloat16* e = e_of(w, tile);
     bool changed = tile == 0;
     for (int64_t r = 0; r < n; ++r) {
-      const float now = r < rows ? w.results[r].scale * between(m[r], w.m[r]) : 0;
+      const bool weighs = r < rows && w.results[r].scale != 0;  // else 0 times NaN were NaN
+      const float now = weighs ? w.results[r].scale * between(m[r], w.m[r]) : 0;
       changed |= now != scale[r];
       scale[r] = now;
-      for (int64_t j = 0; j < width && w.has_nan[r] && (r >= rows || w.results[r].scale == 0);
-           ++j) {
-        e[j * n + r] = BFloat16{};
-      }
+      for (int64_t j = 0; j < width && w.has_nan[r] && !weighs; ++j) e[j * n + r] = BFloat16{};
     }
     add_d_log_q(w, j0, j1 - j0, e);
     if (dc == nullptr) return;
