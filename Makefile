@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test demo bench tables lint format build clean
+.PHONY: help venv test demo bench clients tables lint format build clean
 
 help:
 	@echo "make demo            what log-Q, domain weights and the dial for sparse domains do on a"
@@ -17,6 +17,8 @@ help:
 	@echo "make bench           measure speed, memory and accuracy against all rivals, write figures and"
 	@echo "                     pictures to benchmarks/results/ and the README (under 15 minutes)"
 	@echo "make bench QUICK=1   a look at smaller shapes (2 minutes); COMPARE=old.json adds ratios"
+	@echo "make clients         run the examples inside other packages' trainers, each in an environment of"
+	@echo "                     its own, and compare with their losses (10 minutes, 4 GB; HSTU=checkout)"
 	@echo "make tables          compile the kernels for GPUs, with no need of one, and write the tables of"
 	@echo "                     machine code, as after a change to a kernel (5 minutes; needs nvcc)"
 	@echo "make lint            ruff, mypy and clang-format, in the versions of constraints.txt"
@@ -57,6 +59,10 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.speed $(if $(QUICK),--quick) $(if $(COMPARE),--compare "$(COMPARE)")
 	$(if $(QUICK),,$(BIN)/python -m benchmarks.readme)
 
+clients: $(READY)
+	$(BIN)/python -m benchmarks.clients
+	$(BIN)/python -m benchmarks.readme
+
 # Each version of Triton has tables of its own: these are of the one in .venv.
 tables: $(READY)
 	$(BIN)/python -m benchmarks.machine_code
@@ -79,5 +85,5 @@ build: $(READY)
 	$(BIN)/python -m build --no-isolation --outdir dist
 
 clean:
-	rm -rf $(VENV) dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) .clients dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -19,8 +19,10 @@ QUALITY = RESULTS / "quality"
 
 STEP = RESULTS / "training-step.json"
 DEVICES = RESULTS / "devices.json"
+CLIENTS = RESULTS / "clients.json"
 # A package index shows the README, so links and pictures are absolute.
 RESULTS_PATH = "benchmarks/results"
+EXAMPLES = "dwl_kernels/examples/clients"
 QUALITY_TABLES = f"{RESULTS_PATH}/quality/tables.md"
 BLOB = "https://github.com/dwl-kernels/dwl_kernels/blob/main/"
 RAW = "https://raw.githubusercontent.com/dwl-kernels/dwl_kernels/main/"
@@ -47,6 +49,7 @@ def filled(text: str) -> str:
         ("devices", devices_table(read(DEVICES))),
         ("step", step_table(read(STEP))),
         ("speed", "\n".join(map(speed_table, speed)) + gpu_line(speed)),
+        ("clients", clients_table(read(CLIENTS))),
         ("quality", claims.section(claims.documents_in(QUALITY), *QUALITY_LINKS)),
     ):
         before, rest = text.split(f"<!-- {name} -->\n")
@@ -97,7 +100,8 @@ def result(speed: Report) -> str:
             for name in ("eager", "torch.compile", own)
         ]
         sizes = f"{shape['rows']:,} queries, {shape['candidates']:,} candidates"
-        lines.append(f"| {sizes}, {shape['dim']} dimensions | " + " | ".join(cells) + " |")
+        dtype = f", {shape['dtype']}" if on_cpu and shape["dtype"] != "float32" else ""
+        lines.append(f"| {sizes}, {shape['dim']} dimensions{dtype} | " + " | ".join(cells) + " |")
     return (
         "\n".join(lines)
         + "\n\nTime in that of this package, and memory beside inputs and gradients.\n"
@@ -184,6 +188,31 @@ def devices_table(devices: Report) -> str:
     )
 
 
+def clients_table(report: Report) -> str:
+    """A line per client: what a swap of its loss changes, and how near the results are."""
+    lines = [
+        "| inside | instead of | lines changed | loss differs by | gradients by |",
+        "|---|---|---:|---:|---:|",
+    ]
+    for row in report["clients"]:
+        version = row.get("version", "–")
+        name = f"[{row['client']}]({BLOB}{EXAMPLES}/{row['example']}.py) {version}"
+        differs = (
+            f"not run: {row['not_run'].replace('|', '/')} | –"
+            if "not_run" in row
+            else " | ".join(
+                f"{row[name]:.0e}" if row[name] else "0" for name in ("loss", "gradient")
+            )
+        )
+        lines.append(f"| {name} | {row['own']} | {row['lines']} | {differs} |")
+    return (
+        "\n".join(lines)
+        + "\n\nThe largest relative difference of loss and of gradients, on the same "
+        f"batches in float32; `make clients`, {report['time'][:10]}, torch "
+        f"{report['versions']['torch']}, [json]({BLOB}{RESULTS_PATH}/clients.json).\n"
+    )
+
+
 def megabytes(row: Report) -> str:
     peak = row.get("peak_bytes")
     return "memory not measured" if peak is None else f"{max(peak, 1e6) / 1e6:,.0f} MB"
@@ -191,7 +220,7 @@ def megabytes(row: Report) -> str:
 
 def speed_table(speed: Report) -> str:
     """Time in multiples of the bound and memory, a row per shape, and what stands behind them."""
-    shapes = speed["shapes"]
+    shapes, machine, on_cpu = speed["shapes"], speed["machine"], speed["device"] == "cpu"
     versions = list(dict.fromkeys(v for f in shapes for v in by_version(f) if v != "bound"))
     lines = [
         "| times the bound, memory | bound | " + " | ".join(versions) + " |",
@@ -207,11 +236,12 @@ def speed_table(speed: Report) -> str:
         if (found := [f["errors"][name]["gradient"] for f in shapes if name in f["errors"]])
     ]
     ladders = [
-        f"{f['label'].split(':')[0]} D = {f['shape']['dim']} {100 * (rungs[-1]['ratio'] - 1):+.1f}%"
+        f"{f['label'].split(':')[0]} D = {f['shape']['dim']}"
+        f"{', bfloat16' if on_cpu and f['shape']['dtype'] == 'bfloat16' else ''} "
+        f"{100 * (rungs[-1]['ratio'] - 1):+.1f}%"
         for f in shapes
         for rungs in f["ladder"].values()
     ]
-    machine = speed["machine"]
     where = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
     runs = [row["runs"] for f in shapes for row in f["versions"]]
     name = f"{RESULTS_PATH}/speed-{speed['device']}"

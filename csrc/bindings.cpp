@@ -6,79 +6,36 @@
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
-#include <cstddef>
 #include <limits>
 #include <tuple>
 #include <vector>
 
+#include "bfloat16_products.h"
+#include "op_arguments.h"
 #include "per_row_softmax.h"
 #include "rank_targets.h"
 #include "sampled_softmax.h"
+#include "spare_memory.h"
 
 namespace {
 
 using at::Tensor;
+using dwl::check;
+using dwl::check_ids;
+using dwl::check_tau;
+using dwl::data;
+using dwl::output;
 using std::optional;
 
-// To a kernel a null pointer is a tensor that is absent, so those of empty tensors, which PyTorch
-// makes null, point here.
-std::max_align_t nothing;
-
-template <typename T>
-const T* data(const Tensor& tensor) {
-  return static_cast<const T*>(tensor.numel() == 0 ? &nothing : tensor.const_data_ptr());
-}
-template <typename T>
-const T* data(const optional<Tensor>& tensor) {
-  return tensor.has_value() ? data<T>(*tensor) : nullptr;
-}
-// Where a gradient goes; null where it is not wanted.
-template <typename T>
-T* output(const Tensor& tensor, bool wanted) {
-  if (!wanted) return nullptr;
-  return static_cast<T*>(tensor.numel() == 0 ? &nothing : tensor.mutable_data_ptr());
-}
-
-void check(const optional<Tensor>& tensor, const char* name, at::IntArrayRef sizes,
-           at::ScalarType dtype) {
-  if (!tensor.has_value()) return;
-  TORCH_CHECK(tensor->device().is_cpu() && tensor->is_contiguous() && tensor->sizes() == sizes &&
-                  tensor->scalar_type() == dtype,
-              name, ": wanted a contiguous CPU tensor of ", dtype, " ", sizes, ", got ",
-              tensor->scalar_type(), " ", tensor->sizes(), " on ", tensor->device());
-}
-
-// The temperatures of rows that are not padding are positive, or NaN.
-template <typename T>
-void check_tau(const Tensor& tau, const optional<Tensor>& active) {
-  const T* value = data<T>(tau);
-  const bool* counts = data<bool>(active);
-  for (int64_t i = 0; i < tau.size(0); ++i) {
-    const bool wrong = value[i] <= 0 && (counts == nullptr || counts[i]);
-    TORCH_CHECK_VALUE(!wrong, "tau is ", value[i], " in row ", i, "; wanted a positive number");
-  }
-}
-
-// Ids of rows that are not padding lie in [0, end).
-void check_ids(const Tensor& ids, const char* name, const optional<Tensor>& active, int64_t end) {
-  const int64_t* id = data<int64_t>(ids);
-  const bool* counts = data<bool>(active);
-  const int64_t rows = ids.size(0), width = rows == 0 ? 0 : ids.numel() / rows;
-  for (int64_t i = 0; i < rows; ++i, id += width) {
-    if (counts != nullptr && !counts[i]) continue;
-    bool outside = false;
-    for (int64_t j = 0; j < width; ++j) outside |= uint64_t(id[j]) >= uint64_t(end);
-    TORCH_CHECK_INDEX(!outside, name, " out of range in row ", i);
-  }
-}
+constexpr const char* kDtypes = "wanted float32, bfloat16 in float32, or float64";
 
 // What the rows know: log-sum-exp, log-probability and rank; nothing where that is not wanted.
 struct Known {
-  Known(const Tensor& query, bool want)
+  Known(const Tensor& tau, bool want)
       : wanted(want),
-        log_sum_exp(query.new_zeros({want ? query.size(0) : 0})),
-        log_probability(query.new_zeros({want ? query.size(0) : 0})),
-        rank(query.new_zeros({want ? query.size(0) : 0}, at::kLong)) {}
+        log_sum_exp(tau.new_zeros({want ? tau.size(0) : 0})),
+        log_probability(tau.new_zeros({want ? tau.size(0) : 0})),
+        rank(tau.new_zeros({want ? tau.size(0) : 0}, at::kLong)) {}
 
   template <typename T, typename Gradients>
   void put(Gradients& gradients) const {
@@ -95,11 +52,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sampl
     const Tensor& query, const optional<Tensor>& positive, const Tensor& candidates,
     const optional<Tensor>& target, const Tensor& tau, const Tensor& coefficient,
     const optional<Tensor>& positive_log_q, const optional<Tensor>& candidate_log_q,
-    const optional<Tensor>& score, const optional<Tensor>& shift,
-    const optional<Tensor>& positive_ids, const optional<Tensor>& candidate_ids,
-    const optional<Tensor>& skip_below, const optional<Tensor>& active, bool refined,
-    bool want_query, bool want_positive, bool want_candidates, bool want_log_q,
-    bool want_statistics) {
+    const optional<Tensor>& score, const optional<Tensor>& shift, at::TensorList row_ids,
+    at::TensorList candidate_ids, const optional<Tensor>& skip_below,
+    const optional<Tensor>& active, bool refined, bool want_query, bool want_positive,
+    bool want_candidates, bool want_log_q, bool want_statistics) {
   TORCH_CHECK(query.dim() == 2 && candidates.dim() == 2, "query and candidates must be matrices");
   const int64_t rows = query.size(0), n = candidates.size(0), dim = query.size(1);
   constexpr int64_t kMost = std::numeric_limits<int>::max() - 1;  // of the BLAS interface
@@ -107,60 +63,74 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sampl
   TORCH_CHECK(dim > 0, "query has embeddings of size 0; wanted at least 1");
   TORCH_CHECK(!positive.has_value() || !target.has_value(),
               "the positives are given, or are candidates: wanted positive or target, not both");
-  TORCH_CHECK(positive_ids.has_value() == candidate_ids.has_value(),
-              "wanted positive_ids and candidate_ids, or none of the two");
+  TORCH_CHECK(row_ids.size() == candidate_ids.size() && row_ids.size() <= 2,
+              "wanted row_ids and candidate_ids of at most two kinds");
   TORCH_CHECK(positive.has_value() || target.has_value() || n >= rows,
               "in-batch: the first candidates are the positives");
   TORCH_CHECK(positive.has_value() || !want_positive, "the positive is a candidate");
   TORCH_CHECK(candidate_log_q.has_value() || !want_log_q, "no candidate_log_q to differentiate");
-  const auto dtype = query.scalar_type();
-  TORCH_CHECK(dtype == at::kFloat || dtype == at::kDouble, "wanted float32 or float64");
-  check(query, "query", {rows, dim}, dtype);
-  check(positive, "positive", {rows, dim}, dtype);
-  check(candidates, "candidates", {n, dim}, dtype);
+  const auto dtype = tau.scalar_type(), stored = query.scalar_type();
+  TORCH_CHECK((dtype == at::kFloat && (stored == dtype || stored == at::kBFloat16)) ||
+                  (dtype == at::kDouble && stored == dtype),
+              kDtypes, "; got ", stored, " in ", dtype);
+  check(query, "query", {rows, dim}, stored);
+  check(positive, "positive", {rows, dim}, stored);
+  check(candidates, "candidates", {n, dim}, stored);
   check(target, "target", {rows}, at::kLong);
   check(tau, "tau", {rows}, dtype);
   check(coefficient, "coefficient", {rows}, dtype);
   check(positive_log_q, "positive_log_q", {rows}, dtype);
   check(candidate_log_q, "candidate_log_q", {n}, dtype);
-  check(score, "score", {rows, dim}, dtype);
+  check(score, "score", {rows, dim}, stored);
   check(shift, "shift", {rows}, dtype);
-  check(positive_ids, "positive_ids", {rows}, at::kLong);
-  check(candidate_ids, "candidate_ids", {n}, at::kLong);
+  for (const Tensor& ids : row_ids) check(ids, "row_ids", {rows}, at::kLong);
+  for (const Tensor& ids : candidate_ids) check(ids, "candidate_ids", {n}, at::kLong);
   check(skip_below, "skip_below", {rows}, dtype);
   check(active, "active", {rows}, at::kBool);
   if (target.has_value()) check_ids(*target, "target", active, n);
 
-  const Tensor row_loss = query.new_zeros({rows});
+  // Products of bfloat16 for embeddings of bfloat16, and where PyTorch's own products of float32
+  // may be rounded so, but not where scores are compared or were scaled in float32.
+  const bool narrow =
+      (stored == at::kBFloat16 || (stored == at::kFloat && dwl::float32_may_be_bfloat16())) &&
+      dim % 2 == 0 && !score.has_value() && !want_statistics && dwl::has_bfloat16_products();
+  const auto computed_in = narrow ? at::kBFloat16 : dtype;
+  const Tensor own_query = query.to(computed_in), own_candidates = candidates.to(computed_in);
+  const auto own_positive = positive.has_value() ? optional(positive->to(computed_in)) : positive;
+  const auto own_score = score.has_value() ? optional(score->to(computed_in)) : score;
+
+  const Tensor row_loss = tau.new_zeros({rows});
   // Padded rows are never written, so their gradients start as zeros.
   const auto gradient = [&](bool wanted, int64_t size) {
-    if (!wanted) return query.new_empty({0});
-    return active.has_value() ? query.new_zeros({size, dim}) : query.new_empty({size, dim});
+    if (!wanted) return tau.new_empty({0});
+    return active.has_value() ? tau.new_zeros({size, dim}) : tau.new_empty({size, dim});
   };
   const Tensor d_query = gradient(want_query, rows), d_positive = gradient(want_positive, rows);
   const Tensor d_candidates = gradient(want_candidates, n);
-  const Tensor d_log_q = query.new_empty({want_log_q ? n : 0});
-  const Known known(query, want_statistics);
+  const Tensor d_log_q = tau.new_empty({want_log_q ? n : 0});
+  const Known known(tau, want_statistics);
 
-  const auto solve = [&](auto zero) {
-    using T = decltype(zero);
+  const auto solve = [&](auto computes, auto stores, auto kernel) {
+    using T = decltype(computes);
+    using S = decltype(stores);
     check_tau<T>(tau, active);
-    dwl::Problem<T> problem{};
+    dwl::Problem<T, S> problem{};
     problem.rows = rows;
     problem.candidates = n;
     problem.dim = dim;
-    problem.query = data<T>(query);
-    problem.positive = data<T>(positive);
-    problem.candidate = data<T>(candidates);
+    problem.query = data<S>(own_query);
+    problem.positive = data<S>(own_positive);
+    problem.candidate = data<S>(own_candidates);
     problem.target = data<int64_t>(target);
     problem.tau = data<T>(tau);
     problem.coefficient = data<T>(coefficient);
     problem.positive_log_q = data<T>(positive_log_q);
     problem.candidate_log_q = data<T>(candidate_log_q);
-    problem.score = data<T>(score);
+    problem.score = data<S>(own_score);
     problem.shift = data<T>(shift);
-    problem.positive_ids = data<int64_t>(positive_ids);
-    problem.candidate_ids = data<int64_t>(candidate_ids);
+    for (size_t k = 0; k < row_ids.size(); ++k) problem.row_ids[k] = data<int64_t>(row_ids[k]);
+    for (size_t k = 0; k < row_ids.size(); ++k)
+      problem.candidate_ids[k] = data<int64_t>(candidate_ids[k]);
     problem.skip_below = data<T>(skip_below);
     problem.active = data<bool>(active);
     problem.refined = refined;
@@ -171,12 +141,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sampl
     gradients.candidate = output<T>(d_candidates, want_candidates);
     gradients.candidate_log_q = output<T>(d_log_q, want_log_q);
     known.put<T>(gradients);
-    dwl::sampled_softmax_cpu<T>(problem, gradients, at::get_num_threads());
+    kernel(problem, gradients, at::get_num_threads());
   };
-  if (dtype == at::kFloat) {
-    solve(float{});
+  if (narrow) {
+    solve(float{}, dwl::BFloat16{}, dwl::sampled_softmax_bfloat16);
+  } else if (dtype == at::kFloat) {
+    solve(float{}, float{}, dwl::sampled_softmax_cpu<float>);
   } else {
-    solve(double{});
+    solve(double{}, double{}, dwl::sampled_softmax_cpu<double>);
   }
   return {row_loss,
           d_query,
@@ -196,18 +168,18 @@ void dispatch(at::ScalarType computes, at::ScalarType stores, const Solve& solve
   } else if (computes == at::kFloat && stores == at::kBFloat16) {
     solve(float{}, dwl::BFloat16{});
   } else {
-    TORCH_CHECK(computes == at::kDouble && stores == at::kDouble,
-                "wanted float32, bfloat16 in float32, or float64; got ", stores, " in ", computes);
+    TORCH_CHECK(computes == at::kDouble && stores == at::kDouble, kDtypes, "; got ", stores, " in ",
+                computes);
     solve(double{}, double{});
   }
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> indexed_softmax(
-    const Tensor& query, const Tensor& table, const Tensor& positive_ids,
-    const Tensor& candidate_ids, const Tensor& tau, const Tensor& coefficient,
-    const optional<Tensor>& positive_log_q, const optional<Tensor>& candidate_log_q,
-    const optional<Tensor>& active, bool refined, bool want_query, bool want_table,
-    bool want_statistics) {
+    const Tensor& query, const Tensor& table, const optional<Tensor>& positive,
+    const optional<Tensor>& positive_ids, const Tensor& candidate_ids, const Tensor& tau,
+    const Tensor& coefficient, const optional<Tensor>& positive_log_q,
+    const optional<Tensor>& candidate_log_q, const optional<Tensor>& active, bool refined,
+    bool want_query, bool want_table, bool want_statistics) {
   TORCH_CHECK(query.dim() == 2 && table.dim() == 2 && candidate_ids.dim() == 2,
               "query, table and candidate_ids must be matrices");
   const int64_t rows = query.size(0), dim = query.size(1), n = candidate_ids.size(1);
@@ -215,6 +187,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> indexed_softm
   const auto dtype = query.scalar_type();
   check(query, "query", {rows, dim}, dtype);
   check(table, "table", {table.size(0), dim}, table.scalar_type());
+  TORCH_CHECK(positive.has_value() != positive_ids.has_value(), "wanted positive or positive_ids");
+  check(positive, "positive", {rows, dim}, table.scalar_type());
   check(positive_ids, "positive_ids", {rows}, at::kLong);
   check(candidate_ids, "candidate_ids", {rows, n}, at::kLong);
   check(tau, "tau", {rows}, dtype);
@@ -222,8 +196,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> indexed_softm
   check(positive_log_q, "positive_log_q", {rows}, dtype);
   check(candidate_log_q, "candidate_log_q", {rows, n}, dtype);
   check(active, "active", {rows}, at::kBool);
-  check_ids(positive_ids, "positive_ids", active, table.size(0));
-  check_ids(candidate_ids, "candidate_ids", active, table.size(0));
+  if (positive_ids.has_value()) check_ids(*positive_ids, "positive_ids", active, table.size(0));
+  check_ids(candidate_ids, "candidate_ids", active, table.size(0), -1);
 
   const Tensor row_loss = query.new_zeros({rows});
   // Padded rows are never written, so their gradients start as zeros.
@@ -234,7 +208,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> indexed_softm
   const Tensor d_query = gradient(want_query, {rows, dim});
   const Tensor d_positive = gradient(want_table, {rows});
   const Tensor d_candidates = gradient(want_table, {rows, n});
-  const Known known(query, want_statistics);
+  const Known known(tau, want_statistics);
   dispatch(dtype, table.scalar_type(), [&](auto computes, auto stores) {
     using T = decltype(computes);
     using S = decltype(stores);
@@ -245,6 +219,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> indexed_softm
     problem.dim = dim;
     problem.query = data<T>(query);
     problem.table = data<S>(table);
+    problem.positive = data<S>(positive);
     problem.positive_ids = data<int64_t>(positive_ids);
     problem.candidate_ids = data<int64_t>(candidate_ids);
     problem.tau = data<T>(tau);
@@ -300,11 +275,11 @@ std::tuple<Tensor, Tensor> table_gradient(const Tensor& source, at::TensorList i
     problem.source = data<T>(source);
     problem.pieces = pieces.data();
     problem.num_pieces = static_cast<int>(pieces.size());
+    problem.compact = compact;
     dwl::table_gradient_cpu<T, S>(problem, at::get_num_threads(), [&](int64_t count) {
-      values = source.new_empty({compact ? count : table_rows, dim}, dtype);
+      values = dwl::new_large(source, {count, dim}, dtype);
       distinct = source.new_empty({compact ? count : 0}, at::kLong);
-      return dwl::TableRows<S>{output<S>(values, true), output<int64_t>(distinct, compact),
-                               compact};
+      return dwl::TableRows<S>{output<S>(values, true), output<int64_t>(distinct, compact)};
     });
   });
   return {values, distinct};
@@ -366,14 +341,15 @@ TORCH_LIBRARY(dwl_kernels_native, library) {
   library.def(
       "sampled_softmax(Tensor query, Tensor? positive, Tensor candidates, Tensor? target, "
       "Tensor tau, Tensor coefficient, Tensor? positive_log_q, Tensor? candidate_log_q, "
-      "Tensor? score, Tensor? shift, Tensor? positive_ids, Tensor? candidate_ids, "
+      "Tensor? score, Tensor? shift, Tensor[] row_ids, Tensor[] candidate_ids, "
       "Tensor? skip_below, Tensor? active, bool refined, bool want_query, bool want_positive, "
       "bool want_candidates, bool want_log_q, bool want_statistics) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
       {at::Tag::pt2_compliant_tag});
   library.def(
-      "indexed_softmax(Tensor query, Tensor table, Tensor positive_ids, Tensor candidate_ids, "
-      "Tensor tau, Tensor coefficient, Tensor? positive_log_q, Tensor? candidate_log_q, "
+      "indexed_softmax(Tensor query, Tensor table, Tensor? positive, Tensor? positive_ids, "
+      "Tensor candidate_ids, Tensor tau, Tensor coefficient, Tensor? positive_log_q, Tensor? "
+      "candidate_log_q, "
       "Tensor? active, bool refined, bool want_query, bool want_table, bool want_statistics) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
       {at::Tag::pt2_compliant_tag});

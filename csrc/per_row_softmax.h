@@ -2,24 +2,15 @@
 // that table. Plain structs as in sampled_softmax.h; the letters are the same.
 #pragma once
 
-#include <bit>
 #include <cstdint>
 #include <functional>
 
+#include "numbers.h"
+
 namespace dwl {
 
-// bfloat16 is the upper half of a float32, and free of PyTorch that is all to know about it.
-struct BFloat16 {
-  uint16_t bits;
-  BFloat16() = default;
-  explicit BFloat16(float value) {  // rounds to nearest, ties to even
-    const uint32_t b = std::bit_cast<uint32_t>(value);
-    bits = value != value ? 0x7fc0 : static_cast<uint16_t>((b + 0x7fff + ((b >> 16) & 1)) >> 16);
-  }
-  explicit operator float() const { return std::bit_cast<float>(uint32_t(bits) << 16); }
-};
-
-// T computes, S is how the table is stored. Ids of active rows must be in [0, table_rows).
+// T computes, S is how the table is stored. Ids of active rows must be in [0, table_rows), those
+// of candidates -1 otherwise.
 template <typename T, typename S>
 struct PerRowProblem {
   int64_t rows;                  // B
@@ -27,8 +18,9 @@ struct PerRowProblem {
   int64_t dim;                   // D
   const T* query;                // [B, D]
   const S* table;                // [V, D]
-  const int64_t* positive_ids;   // [B] the row of the table that is the positive
-  const int64_t* candidate_ids;  // [B, K]; where it is the positive, it is a hit
+  const S* positive;             // [B, D], or null: the positives are rows of the table
+  const int64_t* positive_ids;   // [B] these rows, or null
+  const int64_t* candidate_ids;  // [B, K]; -1 is no candidate
   const T* tau;                  // [B] temperature
   const T* coefficient;          // [B] a_i / r_i
   const T* positive_log_q;       // [B], nats, or null
@@ -73,19 +65,19 @@ struct TableGradient {
   const T* source;          // [R, D]
   const Places<T>* pieces;  // several, taken one after the other
   int num_pieces;
+  bool compact;  // only rows that have a place are wanted
 };
 
-// Where the sums go: to all V rows of `values`, or where that is `compact` to as many rows as there
-// are different ids, which are listed in rising order.
+// Where the sums go: to all V rows of `values`, or, compact, to as many rows as there are different
+// ids, which are listed in rising order.
 template <typename S>
 struct TableRows {
   S* values;     // [V, D] or [number of different ids, D]
   int64_t* ids;  // [number of different ids], or null
-  bool compact;
 };
 
 // Sums by id in a fixed order; every row is written once, and rows without a place get zeros.
-// `allocate` is called once with the number of different ids.
+// `allocate` is called once with the number of rows that are wanted.
 template <typename T, typename S>
 void table_gradient_cpu(const TableGradient<T>& problem, int threads,
                         const std::function<TableRows<S>(int64_t)>& allocate);

@@ -22,6 +22,7 @@ from torch.nn import Parameter
 
 from dwl_kernels import backends, ops
 from dwl_kernels.core.batching import backward_by_slices, is_batched, is_legacy_batched
+from dwl_kernels.core.candidates import BLOCK_ELEMENTS
 from dwl_kernels.core.double_backward import (
     ReverseOnly,
     once,
@@ -79,20 +80,22 @@ def loss_of(problem: Problem, query: Tensor, backend: str, sparse_grad: bool = F
     return loss.reshape(query.shape[:-1]) if problem.rows.reduction == "none" else loss
 
 
-class _Table(NamedTuple):
-    """What the gradient of a table needs beside those of the products."""
+class _Products(NamedTuple):
+    """What the gradients of candidates per row need beside those of their products."""
 
-    place: int  # of the table's gradient among the wanted ones; the products have two places
-    options: tuple[Any, ...]  # dtype, sparse_grad, backend
+    place: int  # of those among the wanted ones
+    number: int
+    dtype: torch.dtype
+    table: tuple[Any, ...] | None  # sparse_grad, backend; None where no table but embeddings
 
 
 class _Call(NamedTuple):
     """What a backward must know besides tensors."""
 
-    wanted: GradMask  # per row with those of the products, from which that of the table follows
+    wanted: GradMask  # per row of the products, from which those of the embeddings follow
     backend: str
     dtypes: list[torch.dtype]  # of the wanted gradients
-    table: _Table | None  # per row, if its gradient is wanted
+    products: _Products | None  # per row, if their gradients are wanted
     problem: Any  # without its tensors, where they come back to it in the backward
     again: bool  # whether the backward solves the problem: the rows of "none" know no gradients yet
 
@@ -105,17 +108,20 @@ def _call(
     sparse_grad: bool,
     transformed: bool = False,
 ) -> _Call:
-    table = None
-    if wanted.candidates and isinstance(problem, PerRowProblem):
-        place = int(wanted.query)
-        dtypes[place : place + 1] = [problem.candidate_gradient] * 2
-        table = _Table(place, (problem.item_table.dtype, sparse_grad, backend))
-        wanted = wanted._replace(positive=True)
+    products = None
+    if isinstance(problem, PerRowProblem) and (wanted.positive or wanted.candidates):
+        place, there = int(wanted.query), wanted.positive + wanted.candidates
+        table = None
+        if problem.positive is None:
+            table, wanted = (sparse_grad, backend), wanted._replace(positive=True)
+        count = wanted.positive + wanted.candidates
+        dtypes[place : place + there] = [problem.candidate_gradient] * count
+        products = _Products(place, count, problem.item_table.dtype, table)
     again = problem.rows.reduction == "none"
     empty = None
     if again or transformed:
         empty = problem.with_tensors([None] * len(problem.tensors()))
-    return _Call(wanted, backend, dtypes, table, empty, again)
+    return _Call(wanted, backend, dtypes, products, empty, again)
 
 
 class _SoftmaxLoss(torch.autograd.Function):
@@ -138,7 +144,7 @@ class _SoftmaxLoss(torch.autograd.Function):
         root = loss.new_empty(0) if watched else loss.data  # `data` takes a third of the time
         table_inputs: tuple[Any, ...] = ()
         table_rows = 0
-        if call.table is not None:
+        if call.products is not None:
             # Asked here: a compiler of symbolic sizes hands the backward none from outside.
             table_inputs, table_rows = _table_inputs(problem), problem.item_table.shape[0]
         ctx.call = call, len(kept), table_rows
@@ -193,12 +199,13 @@ class _Transformed(ReverseOnly):
         problem = call.problem.with_tensors(tensors)
         table_inputs: tuple[Any, ...] = ()
         table_rows = 0
-        if call.table is not None:
+        if call.products is not None:
             table_inputs, table_rows = _table_inputs(problem), problem.item_table.shape[0]
         found = _gradients(call, kept, root, table_inputs, table_rows, upstream[0], watched=True)
         # Where the wanted gradients go: to what they are the gradients of. With a table's the
         # positives have none of their own.
-        wanted = call.wanted._replace(positive=False) if call.table else call.wanted
+        of_table = call.products is not None and call.products.table is not None
+        wanted = call.wanted._replace(positive=False) if of_table else call.wanted
         mask = problem.with_tensors(range(num)).sources()
         given = dict(zip(compress(mask, wanted), found, strict=True))
         return None, *[given.get(place) for place in range(num)]
@@ -223,17 +230,40 @@ def _gradients(
         _, *found = _solved(problem, upstream.contiguous(), call.wanted, call.backend, watched)
         present = [g for g in found if g is not None]
         gradients = [g.to(dtype) for g, dtype in zip(present, call.dtypes, strict=True)]
-    if call.table is not None:
-        place, options = call.table
+    if call.products is not None:
+        place, number, dtype, table = call.products
         query, positive_rows, candidate_rows = table_inputs
-        products = [gradients[place][:, None], gradients[place + 1]]
-        ids = [positive_rows[:, None], candidate_rows]
-        gradients[place : place + 2] = [
-            table_gradient(query.detach(), ids, products, table_rows, *options)
-        ]
+        products = [g if g.dim() == 2 else g[:, None] for g in gradients[place : place + number]]
+        if table is None:
+            found = [_of_embeddings(g, query.detach(), dtype, watched) for g in products]
+        else:
+            ids = [positive_rows[:, None], candidate_rows]
+            found = [table_gradient(query.detach(), ids, products, table_rows, dtype, *table)]
+        gradients[place : place + number] = found
     if watched or torch.is_grad_enabled():
         gradients = [once(g, root, grad) for g in gradients]
     return gradients
+
+
+def _of_embeddings(
+    products: Tensor,  # [B, J] dL/d<q_i, c_ij>
+    query: Tensor,  # [B, D]
+    dtype: torch.dtype,
+    watched: bool,
+) -> Tensor:  # [B J, D]
+    """``dL/dc_ij = dL/d<q_i, c_ij> q_i``. A row without a gradient may hold NaN."""
+    query = query.to(products.dtype).masked_fill((products == 0).all(1, keepdim=True), 0)
+    (rows, width), dim = products.shape, query.shape[1]
+    if watched or dtype == products.dtype:
+        gradient = products[:, :, None] * query[:, None]
+        return gradient.to(dtype).reshape(rows * width, dim)
+    # Beside a gradient in 16 bits, that in 32 would be twice its size.
+    gradient = torch.empty((rows, width, dim), dtype=dtype, device=query.device)
+    step = max(BLOCK_ELEMENTS.get(query.device.type, 1 << 22) // max(width * dim, 1), 1)
+    for first in range(0, rows, step):
+        block = slice(first, first + step)
+        gradient[block] = products[block, :, None] * query[block, None]
+    return gradient.view(rows * width, dim)
 
 
 # What `Function.apply` comes to where no transform of functions is at work: without it a small step
@@ -241,8 +271,10 @@ def _gradients(
 _apply: Any = super(torch.autograd.Function, _SoftmaxLoss).apply
 
 
-def _table_inputs(problem: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """What the gradient of a table needs to know about the rows."""
+def _table_inputs(problem: Any) -> tuple[Any, ...]:
+    """What the gradients of candidates per row need to know about the rows."""
+    if problem.positive is not None:
+        return problem.query, None, None
     return problem.query, problem.positive_rows, problem.candidate_rows
 
 

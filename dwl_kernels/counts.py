@@ -6,8 +6,10 @@ from it, is the same on all ranks at all times.
 
 from __future__ import annotations
 
+import functools
 import warnings
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ from torch import Tensor
 from dwl_kernels.core.arguments import integer
 from dwl_kernels.core.buffers import Tables, on_host
 from dwl_kernels.core.untraced import untraced
+from dwl_kernels.core.values import checks_values
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -22,6 +25,11 @@ if TYPE_CHECKING:
     from dwl_kernels.distributed.group import Group
 
 _warned: list[bool] = []
+# What stands in `pending` in place of the first count where an update was refused: no sum over
+# ranks of counts, and no maximum of 0 and 1.
+_REFUSED = {torch.int64: -(2**40), torch.uint8: 2}
+
+Update = TypeVar("Update", bound=Callable[..., None])
 
 
 class InGroup(Tables):
@@ -88,21 +96,26 @@ class Counts(InGroup):
 
     def _set_group(self, group: Group | None) -> None:
         super()._set_group(group)
+        self._refused: Exception | None = None  # why, of the first since the last exchange
         self._agreed = False  # whether the ranks are known to count the same
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
         super()._load_from_state_dict(*arguments)
         if "pending" in self._constants:  # what was seen before is no part of what was loaded
             self.pending.zero_()
-        self.since_sync = 0
+        self.since_sync, self._refused = 0, None
 
     def sync(self) -> None:
         """Exchange now what the ranks have seen since the last exchange. All ranks must call it.
 
         Before a checkpoint in the middle of an interval, for example: what is pending is in none.
 
+        An update that is wrong on one rank raises on all, at the next exchange, which drops what
+        was pending. On a GPU, without ``DWL_KERNELS_CHECK=1``, it raises on its rank alone.
+
         Raises:
-            RuntimeError: there is no process group.
+            RuntimeError: there is no process group, or an update of another rank was wrong.
+            TypeError, ValueError, IndexError: an update of this rank was.
         """
         if self.process_group is None:
             raise RuntimeError(
@@ -111,11 +124,18 @@ class Counts(InGroup):
         self._exchange()
 
     @untraced
-    def _see(self, *seen: Tensor) -> None:
-        """An update in a process group."""
+    def _update_in_group(self, update: Callable[[], None]) -> None:
+        """An update of this rank, and an exchange where it is time for one.
+
+        A rank whose update is refused takes part in the exchange before it raises. Without, the
+        others would wait for it.
+        """
         assert self.process_group is not None
         _ = self.process_group.process_group  # raises where a pickle has left it behind
-        self._keep(*seen)
+        try:
+            update()
+        except (TypeError, ValueError, IndexError) as error:
+            self._refused = self._refused or error
         self.since_sync += 1
         if self.since_sync >= self.sync_every:
             self._exchange()
@@ -124,23 +144,40 @@ class Counts(InGroup):
     def _exchange(self) -> None:
         import torch.distributed as dist
 
-        assert self.process_group is not None
-        pending = self._pending()
-        if not self._agreed:
-            from dwl_kernels.distributed.exchange import agree
+        from dwl_kernels.distributed.exchange import agree
 
+        assert self.process_group is not None
+        pending, refused, updates = self._pending(), self._refused, self.since_sync
+        self.since_sync, self._refused = 0, None
+
+        def alike() -> tuple[bool, dict[str, Any], tuple[()]]:
+            if refused is not None:
+                raise refused
             same = {"counts": repr(self), "sync_every": self.sync_every, "size": pending.numel()}
-            agree(self.process_group, pending, lambda: (True, same, ()))
-            self._agreed = True
-        op = dist.ReduceOp.SUM if pending.dtype == torch.int64 else dist.ReduceOp.MAX
-        dist.all_reduce(pending, op=op, group=self.process_group.process_group)
-        self._apply_pending(pending, self.since_sync)
-        pending.zero_()
-        self.since_sync = 0
+            return True, same, ()
+
+        try:
+            if not self._agreed:
+                agree(self.process_group, pending, alike)
+                self._agreed = True
+            # On a device the others would have to wait for it to find out.
+            looks = checks_values(pending)
+            if refused is not None and looks:
+                pending.view(-1)[0] = _REFUSED[pending.dtype]
+            op = dist.ReduceOp.SUM if pending.dtype == torch.int64 else dist.ReduceOp.MAX
+            dist.all_reduce(pending, op=op, group=self.process_group.process_group)
+            if looks and _any_refused(pending):
+                agree(self.process_group, pending, alike)  # raises on all ranks
+            self._apply_pending(pending, updates)
+            if refused is not None:
+                raise refused
+        finally:
+            pending.zero_()
 
     def _pending(self) -> Tensor:
         if "pending" not in self._constants:
-            with on_host():
+            # Also for updates outside of the `torch.inference_mode` that the first may be in.
+            with on_host(), torch.inference_mode(False):
                 self._register_constant("pending", self._nothing_pending())
         return self.pending
 
@@ -169,6 +206,26 @@ class Counts(InGroup):
                 stacklevel=4,
             )
         return True
+
+
+def for_all_ranks(update: Update) -> Update:
+    """The `update` of counts, which in a process group raises on all ranks what one raises."""
+
+    @functools.wraps(update)
+    def of_rank(self: Counts, *args: Any, **named: Any) -> None:
+        with torch.no_grad():
+            if self.process_group is None:
+                update(self, *args, **named)
+            else:
+                self._update_in_group(lambda: update(self, *args, **named))
+
+    return cast("Update", of_rank)
+
+
+def _any_refused(pending: Tensor) -> bool:
+    """Whether an update of some rank was refused, by the sum or the maximum over ranks."""
+    first = int(pending.view(-1)[0])
+    return first < 0 if pending.dtype == torch.int64 else first > 1
 
 
 def _other_ranks() -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor
 from dwl_kernels.core.arguments import ids_on, integer, number
 from dwl_kernels.core.batching import counting
 from dwl_kernels.core.buffers import difference, on_host
-from dwl_kernels.counts import Counts
+from dwl_kernels.counts import Counts, for_all_ranks
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -122,7 +122,7 @@ class StreamingFrequency(Counts):
             self._register_constant("seeds", _hash_seeds(num_hashes, seed), saved=True)
         self._settle()
 
-    @torch.no_grad()
+    @for_all_ranks
     def update(self, ids: Tensor) -> None:
         """Take one step with the ids of a batch; an id that occurs twice counts once.
 
@@ -144,7 +144,7 @@ class StreamingFrequency(Counts):
         bucket: Tensor,  # [H n]
     ) -> None:
         if not self._alone():
-            self._see(bucket)
+            self._keep(bucket)
             return
         # From `bucket`: what depends on no input would run while `torch.export` traces, and count.
         self.step.add_(bucket.new_ones(()))
@@ -221,7 +221,7 @@ class StreamingFrequency(Counts):
         return (
             f"num_buckets={self.num_buckets}, num_hashes={self.seeds.numel()}, "
             f"learning_rate={self.learning_rate}, initial_gap={self.initial_gap}, "
-            f"batch_size={self.batch_size}"
+            f"batch_size={self.batch_size}, seed={self.seed}"
         )
 
     def _buckets(self, ids: Tensor) -> Tensor:  # [...] -> [H, ...]
@@ -287,7 +287,7 @@ class CountMinSketch(Counts):
             self._register_constant("seeds", _hash_seeds(depth, seed), saved=True)
         self._settle()
 
-    @torch.no_grad()
+    @for_all_ranks
     def update(self, ids: Tensor) -> None:
         """Count ids, duplicates included.
 
@@ -308,7 +308,7 @@ class CountMinSketch(Counts):
         bucket: Tensor,  # [depth, ...]
     ) -> None:
         if not self._alone():
-            self._see(bucket)
+            self._keep(bucket)
             return
         self.total.add_(bucket.new_full((), bucket[0].numel()))  # from `bucket`, as above
         bucket = bucket.flatten()
@@ -360,7 +360,7 @@ class CountMinSketch(Counts):
         return _other_hashes(saved, self.seeds.numel(), self.seed)
 
     def extra_repr(self) -> str:
-        return f"width={self.width}, depth={self.seeds.numel()}"
+        return f"width={self.width}, depth={self.seeds.numel()}, seed={self.seed}"
 
     def _buckets(self, ids: Tensor) -> Tensor:  # [...] -> [depth, ...]
         return _flat_buckets(ids_on(self.seeds.device, ids), self.seeds, self.width)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dwl_kernels.core.arguments import integer, integers
-from dwl_kernels.core.values import checks_values
+from dwl_kernels.core.values import check_distinct, checks_values
 
 
 def accuracy_at(
@@ -20,15 +20,16 @@ def accuracy_at(
         rank: ``[B]``, or of any shape, integers, 1 the best, as :func:`rank_targets` and
             :func:`softmax_statistics` give them; rows of rank 0 are left out.
         k: how many items are shown.
-        domain_ids: ``[B]`` or ``[B, G]`` integers, the domain, or the domains, of each row; -1
-            means none. The result is then one of each domain.
+        domain_ids: ``[B]`` or ``[B, G]`` integers, the domain, or the domains, of each row, each
+            named once; -1 means none. The result is then one of each domain.
         num_domains: how many domains there are; None: as many as the largest id says.
 
     Returns:
         ``[]``, or ``[num_domains]``, float64; NaN where no row has a rank.
 
     Raises:
-        TypeError, ValueError: no integers, a wrong shape, or ``k`` below 1.
+        TypeError, ValueError: no integers, a wrong shape, ``k`` below 1, or, on a CPU, a domain
+            named twice in a row (flags taken for ids).
         IndexError: a domain id out of range, on a CPU.
 
     Example:
@@ -125,6 +126,8 @@ def _mean(
             f"domain_ids holds {largest if largest >= num_domains else least}, but num_domains is "
             f"{num_domains}: ids must be in [0, {num_domains}), or -1 for none"
         )
+    if checks_values(ids):
+        check_distinct("domain_ids", ids)
     counts = ranked.reshape(-1, 1) & (ids >= 0) & (ids < num_domains)
     slots = torch.where(counts, ids, num_domains).flatten().long()  # the last is nobody's
     weights = counts.double()

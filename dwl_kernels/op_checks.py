@@ -54,6 +54,8 @@ def check_problem(
     _is("candidate_log_q", p.candidate_log_q, per_candidate, wide, p.query)
     _is("positive_ids", p.positive_ids, (rows,), IDS, p.query)
     _is("candidate_ids", p.candidate_ids, (n,), IDS, p.query)
+    _is("query_ids", p.query_ids, (rows,), IDS, p.query)
+    _is("candidate_query_ids", p.candidate_query_ids, (n,), IDS, p.query)
     scalar = p.temperature is not None and p.temperature.dim() == 0
     others: dict[str, tuple[Any, Any]] = {
         "domain_ids": ((rows, "G"), IDS),
@@ -68,22 +70,33 @@ def check_problem(
     per_row = p.candidate_rows is not None
     full = p.target is not None and not per_row
     in_batch = p.positive is None and p.target is None and not per_row
-    known = (p.positive_ids is not None, p.candidate_ids is not None)
+    pairs = ("positive_ids", "candidate_ids"), ("query_ids", "candidate_query_ids")
+    ids = {name: fields[name] for pair in pairs for name in pair if fields[name] is not None}
     for wrong, what in (
         (p.positive is not None and p.target is not None, "positive and target are both given"),
-        (per_row and p.target is None, "candidate_rows is given without target"),
+        (
+            per_row and p.target is None and p.positive is None,
+            "candidate_rows is given without target or positive",
+        ),
         (
             in_batch and n < rows,
             f"in a batch {n} candidates are less than {rows} positives",
         ),
         (full and n == 0, "candidates has no rows for target to name"),
-        (known[0] != known[1], "one of positive_ids and candidate_ids is given without the other"),
-        (all(known) and p.target is not None, "ids are given together with target"),
-        (
-            p.positive_ids is not None
-            and p.candidate_ids is not None
-            and p.positive_ids.dtype != p.candidate_ids.dtype,
-            "positive_ids and candidate_ids have different dtypes",
+        *(
+            (
+                (first in ids) != (second in ids),
+                f"one of {first} and {second} is given without the other",
+            )
+            for first, second in pairs
+        ),
+        (bool(ids) and per_row, "ids are given together with candidate_rows"),
+        *(
+            (
+                len({ids[name].dtype for name in (first, second) if name in ids}) > 1,
+                f"{first} and {second} have different dtypes",
+            )
+            for first, second in pairs
         ),
         (
             (p.domain_ids is None) != (p.domain_weights is None),
@@ -119,15 +132,14 @@ def check_problem(
             raise ValueError(f"dual has {len(p.dual)} numbers; wanted {len(DualScale._fields)}")
         dual = DualScale(*p.dual)
         numbers = (dual.hardness, dual.similarity, dual.competition)
-        if not all(0 <= one < math.inf for one in numbers) or dual.slate_size < 1:
+        if not all(map(math.isfinite, numbers)) or dual.slate_size < 1:
             raise ValueError(
-                f"dual is {tuple(p.dual)}; wanted strengths that are finite and not negative, and "
-                "a slate of at least 1"
+                f"dual is {tuple(p.dual)}; wanted finite strengths, and a slate of at least 1"
             )
     if len(wanted) != len(GradMask._fields):
         raise ValueError(f"wanted has {len(wanted)} entries; wanted {len(GradMask._fields)}")
     for name, want in zip(GradMask._fields, wanted, strict=True):
-        product = name == "positive" and per_row  # dL/d<q, p>
+        product = name == "positive" and per_row and p.positive is None  # dL/d<q, p>
         if want and fields[name] is None and not product:
             raise ValueError(f"the gradient of {name} is wanted, which is not given")
     if per_row and GradMask(*wanted).candidate_log_q:

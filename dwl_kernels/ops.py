@@ -189,7 +189,7 @@ def _fake_softmax_loss(*args: Any) -> tuple[Tensor, ...]:
     if isinstance(problem, SharedProblem):
         positive, candidates = problem.positive, problem.candidates
     else:  # the gradients of the products
-        positive, candidates = problem.positive_rows, problem.candidate_rows
+        positive, candidates = problem.query[:, 0], problem.candidate_rows
 
     def like(source: Tensor | None, dtype: torch.dtype, want: bool) -> Tensor:
         if source is None or not want:

@@ -100,13 +100,13 @@ class _Sampler(Tables):
             >>> generator = sampler.generator(seed=0)
             >>> ids, log_q = sampler.sample(8, generator=generator)
         """
-        seed, rank = integer("seed", seed), 0
+        seed, same, rank = integer("seed", seed), flag("same_on_all_ranks", same_on_all_ranks), 0
         if process_group is not None:
             from dwl_kernels.distributed.group import group_of
 
             group = group_of(process_group)
             assert group is not None
-            rank = 0 if flag("same_on_all_ranks", same_on_all_ranks) else group.rank + 1
+            rank = 0 if same else group.rank + 1
         # Hashed, because generators of neighbouring seeds and ranks must have nothing in common.
         digest = hashlib.blake2b(f"{seed} {rank}".encode(), digest_size=8).digest()
         source = torch.Generator(self.device_marker.device)

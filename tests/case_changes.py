@@ -139,3 +139,37 @@ def padding_holds_nan(inputs: Inputs) -> None:
     for name in ("query", "positive", "log_q", "positive_log_q"):
         if name in inputs:
             inputs[name][padded] = torch.nan
+
+
+def table_ids(inputs: Inputs) -> None:
+    """Every item stands in three rows of the table, and some rows are none."""
+    inputs["table_ids"] = torch.arange(len(inputs["table"])) // 3
+    inputs["table_ids"][3::7] = -1
+    if "target" in inputs:
+        inputs["target"] += inputs["target"] % 7 == 3
+
+
+def padding_by_id(inputs: Inputs) -> None:
+    """Ids of -100 on both sides, and of -1, which is another thing; NaN in the padded rows."""
+    own = "ids" if "ids" in inputs else "positive_ids"
+    padded = torch.arange(len(inputs[own])) % 4 == 1
+    inputs[own][padded] = -100
+    inputs["negative_ids"].view(-1)[1::5] = -100
+    inputs["negative_ids"].view(-1)[2::5] = -1
+    for name in ("query", "positive"):
+        if name in inputs:
+            inputs[name][padded] = torch.nan
+
+
+def own_ids_and_no_items(inputs: Inputs) -> None:
+    inputs["negative_ids"].view(-1)[:9] = inputs["positive_ids"][:9]
+    inputs["negative_ids"].view(-1)[9:12] = -1
+
+
+def query_ids(inputs: Inputs) -> None:
+    """Some queries have several positives, some none but their own, and some rows no query."""
+    rows = torch.arange(len(inputs["query"]))
+    inputs["query_ids"] = (rows // 3 * 5 % 11 + (1 << 33)).masked_fill(rows % 7 == 2, -1)
+    for name in ("ids", "positive_ids"):
+        if name in inputs:
+            inputs[name][::5] = -1

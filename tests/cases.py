@@ -32,7 +32,7 @@ DIFFERENTIABLE = (
 
 TABLE_ROWS = 41  # of the table from which indexed candidates are drawn
 
-NOT_IN_CUDA = {"dual", "indexed_rows"}  # kinds that its kernel does not take
+NOT_IN_CUDA = {"dual", "indexed_rows", "rows"}  # kinds that its kernel does not take
 
 Inputs = dict[str, Any]
 Formula = Callable[[str, Inputs], Tensor]  # of a kind and its inputs, in the place of a backend
@@ -45,7 +45,8 @@ class Case:
     candidates: int = 33  # of `negative`
     dim: int = 20
     # "in_batch", "mixed" (both candidates), "full" (log_q: a bias), "dual", "indexed" (ids in the
-    # place of positives and negatives), "indexed_rows" (every row has negatives of its own)
+    # place of positives and negatives), "indexed_rows" and "rows" (every row has ids, or negatives,
+    # of its own)
     kind: str = "sampled"
     log_q: bool = False
     ids: bool = False
@@ -55,6 +56,12 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     change: Callable[[Inputs], None] | None = None
     frozen: tuple[str, ...] = ()  # what takes no gradient
+
+    @property
+    def in_cuda(self) -> bool:
+        """Whether the kernel of the CUDA backend takes it."""
+        both_ids = self.ids and self.change is case_changes.query_ids
+        return self.kind not in NOT_IN_CUDA and not both_ids
 
     def inputs(self, dtype: torch.dtype, device: str = "cpu") -> Inputs:
         """Keyword arguments of the loss; leaves that take a gradient require it."""
@@ -76,7 +83,13 @@ class Case:
         if self.ids:
             inputs[prefix + "ids"] = integers(0, 12, b)
             inputs["negative_ids"] = integers(0, 12, n)
-        if self.kind == "in_batch":
+        if self.kind == "rows":
+            inputs["negative"] = normal(b, n, d)
+            if self.log_q:
+                inputs["negative_log_q"] = torch.log_softmax(normal(b, n), 1)
+            if self.ids:
+                inputs["negative_ids"] = integers(0, 12, b, n)
+        elif self.kind == "in_batch":
             inputs = {k: v for k, v in inputs.items() if not k.startswith("negative")}
         elif self.kind == "full":
             full = {"query": inputs["query"], "table": inputs["negative"]}
@@ -126,6 +139,7 @@ class Case:
             return backend(self.kind, inputs)
         function = {
             "sampled": dwl_kernels.sampled_softmax_loss,
+            "rows": dwl_kernels.sampled_softmax_loss,
             "in_batch": dwl_kernels.in_batch_softmax_loss,
             "mixed": dwl_kernels.in_batch_softmax_loss,
             "full": dwl_kernels.full_softmax_loss,
@@ -447,5 +461,90 @@ CASES = [
         kind="indexed_rows",
         **_FULL_ROWS,
         change=case_changes.ids_of_padding_are_anything,
+    ),
+    Case("embeddings by row", kind="rows"),
+    Case("embeddings by row, one of everything", rows=1, candidates=1, dim=1, kind="rows"),
+    Case("embeddings by row, everything", rows=33, candidates=31, kind="rows", **_FULL_ROWS),
+    *(
+        Case(f"embeddings by row, {r}", kind="rows", **_FULL_ROWS, options={"reduction": r})
+        for r in ("weighted_mean", "none")
+    ),
+    Case("embeddings by row, refined", kind="rows", **_FULL, options={"correction": "refined"}),
+    Case("embeddings by row, every one a hit", kind="rows", **_FULL, change=case_changes.all_hits),
+    Case("embeddings by row, no candidates", candidates=0, kind="rows", **_FULL),
+    Case("embeddings by row, no rows", rows=0, kind="rows", **_FULL),
+    Case(
+        "embeddings by row, NaN in the padding",
+        kind="rows",
+        **_FULL_ROWS,
+        change=case_changes.padding_holds_nan,
+    ),
+    *(
+        Case(
+            f"{kind}, padding by id",
+            kind=kind,
+            log_q=kind != "mixed",
+            ids=True,
+            change=case_changes.padding_by_id,
+            options={"ignore_index": -100},
+        )
+        for kind in ("sampled", "rows", "mixed", "dual", "indexed", "indexed_rows")
+    ),
+    Case(
+        "mixed, refined, padding by id",
+        kind="mixed",
+        **_FULL,
+        change=case_changes.padding_by_id,
+        options={"ignore_index": -100, "correction": "refined"},
+    ),
+    *(
+        Case(f"{kind}, items in several rows", kind=kind, change=case_changes.table_ids)
+        for kind in ("full", "indexed", "indexed_rows")
+    ),
+    Case("full, items in several rows, bias", kind="full", **_FULL, change=case_changes.table_ids),
+    *(
+        Case(
+            f"{kind}, hits stay",
+            kind=kind,
+            **_FULL,
+            change=case_changes.own_ids_and_no_items,
+            options={"remove_accidental_hits": False, "correction": correction},
+        )
+        for kind, correction in (("indexed", "standard"), ("indexed_rows", "refined"))
+    ),
+    *(
+        Case(f"{kind}, positives of a query", kind=kind, change=case_changes.query_ids)
+        for kind in ("in_batch", "mixed")
+    ),
+    Case(
+        "mixed, positives of a query, everything",
+        rows=65,
+        kind="mixed",
+        **_FULL_ROWS,
+        change=case_changes.query_ids,
+    ),
+    Case(
+        "mixed, positives of a query, refined",
+        kind="mixed",
+        **_FULL_ROWS,
+        change=case_changes.query_ids,
+        options={"correction": "refined", "reduction": "none"},
+    ),
+    Case(
+        "in-batch, positives of a query, refined",
+        kind="in_batch",
+        ids=True,
+        change=case_changes.query_ids,
+        options={"correction": "refined"},
+    ),
+    *(
+        Case(
+            f"dual scale, mixed, positives of a query, {ids}",
+            kind="dual",
+            ids=ids,
+            change=case_changes.query_ids,
+            options={"in_batch": True, "slate_size": 4},
+        )
+        for ids in (False, True)
     ),
 ]

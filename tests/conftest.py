@@ -66,7 +66,7 @@ def _interpreted(item: pytest.Item, values: dict[str, Any]) -> bool:
         if item.path.name in INDEXED or item.originalname in ABOUT_OTHERS:
             return False
         case = values.get("case") or BY_NAME.get(values.get("name"))
-        if values.get("kind", case and case.kind) in NOT_IN_CUDA:
+        if values.get("kind") in NOT_IN_CUDA or not (case is None or case.in_cuda):
             return False
     if "correction" in values and "reduction" in values:  # finite differences: seconds a problem
         return (values["correction"], values["reduction"]) in FINITE_DIFFERENCES

@@ -52,8 +52,11 @@ def rows_of(kind: str, inputs: dict[str, Any]) -> dict[int, Row]:
     """Those that are no padding, by their number."""
     rows, example = range(len(inputs["query"])), inputs.get("example_weights")
     padded = [example is not None and bool(example[i] == 0) for i in rows]
-    if kind == "full":
-        padded = [padded[i] or int(inputs["target"][i]) == -100 for i in rows]
+    names = ("target",) if kind == "full" else ("ids", "positive_ids")
+    ignore = inputs.get("ignore_index", -100 if kind == "full" else None)
+    for name in names:
+        if ignore is not None and name in inputs:
+            padded = [padded[i] or int(inputs[name][i]) == ignore for i in rows]
     return {i: row_of(kind, inputs, i, padded) for i in rows if not padded[i]}
 
 
@@ -96,25 +99,34 @@ def row_of(kind: str, inputs: dict[str, Any], i: int, padded: list[bool]) -> Row
     if kind == "full":
         bias = inputs.get("bias", query.new_zeros(len(inputs["table"])))
         target = int(inputs["target"][i])
-        items = [v for v in range(len(bias)) if v != target]
+        table_ids = inputs.get("table_ids", torch.arange(len(bias))).tolist()
+        out = {table_ids[target], -1}
+        items = [v for v, item in enumerate(table_ids) if v != target and item not in out]
         return Row(
             query[i], inputs["table"][target], -bias[target], inputs["table"][items], -bias[items],
             items, len(bias),
         )  # fmt: skip
-    parts = []  # embeddings, log-Q and ids of candidates, and which are some row's positive
+    parts = []  # embeddings, log-Q and ids of candidates
     if in_batch:
         parts.append((inputs["positive"], log_q, inputs.get(prefix + "ids")))
+    item_of: dict[int, int] = {}  # of rows of a table
+    if "table_ids" in inputs:
+        item_of = dict(enumerate(inputs["table_ids"].tolist()))
     if kind.startswith("indexed"):
         ids, more = inputs["negative_ids"], inputs.get("negative_log_q")
         if kind == "indexed_rows":
             ids, more = ids[i], None if more is None else more[i]
         positive = inputs["table"][own_id]
+        own_id = item_of.get(own_id, own_id)
         parts.append((inputs["table"][ids.clamp(min=0).long()], more, ids))
     else:
         positive = inputs["positive"][i]
         if "negative" in inputs:
-            given = inputs.get("negative_log_q"), inputs.get("negative_ids")
-            parts.append((inputs["negative"], *given))
+            names = ("negative", "negative_log_q", "negative_ids")
+            given = [inputs.get(name) for name in names]
+            if kind == "rows":
+                given = [None if one is None else one[i] for one in given]
+            parts.append(tuple(given))
     chosen, chosen_log_q, places, count = [], [], [], 0
     for number, (embeddings, part_log_q, ids) in enumerate(parts):
         for j in range(len(embeddings)):
@@ -122,8 +134,15 @@ def row_of(kind: str, inputs: dict[str, Any], i: int, padded: list[bool]) -> Row
             of_batch = in_batch and number == 0
             q = query.new_zeros(()) if part_log_q is None else part_log_q[j]
             id = None if ids is None else int(ids[j])
-            gone = bool(q == torch.inf) or (of_batch and (q == -torch.inf or j == i or padded[j]))
-            gone |= id is not None and id == own_id and id != -1
+            ignored = id is not None and id == inputs.get("ignore_index")
+            id = item_of.get(id, id)
+            gone = ignored or bool(q == torch.inf)
+            gone |= of_batch and (bool(q == -torch.inf) or j == i or padded[j])
+            if of_batch and "query_ids" in inputs:
+                of_query = inputs["query_ids"].tolist()
+                gone |= of_query[j] == of_query[i] != -1
+            keeps = not inputs.get("remove_accidental_hits", True)
+            gone |= id is not None and id == own_id and id != -1 and not keeps
             gone |= kind.startswith("indexed") and id == -1
             if not gone:
                 chosen.append(embeddings[j])

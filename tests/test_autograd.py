@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map
 import dwl_kernels
 from dwl_kernels import ops
 from dwl_kernels.core import build as builders
+from dwl_kernels.core import drawn
 
 BY_NAME = {case.name: case for case in cases.CASES}
 
@@ -35,7 +36,9 @@ def _op_arguments(
         build = builders.full_problem
         defaults = {"reduction": "mean", "ignore_index": -100, "skip_threshold": 1e-3}
     elif case.kind == "indexed_rows":
-        build = builders.per_row_problem
+        build = drawn.per_row_problem
+        for ids, rows in (("positive_ids", "positive_rows"), ("negative_ids", "negative_rows")):
+            inputs[rows] = inputs.pop(ids)
     elif case.kind == "dual":
         defaults["dual"] = dwl_kernels.core.problem.DualScale(1.0, 0.5, 4, 1.0)
     problem = build(**{**defaults, **inputs})
@@ -57,6 +60,8 @@ def _op_arguments(
         "dual scale, everything",
         "by row, everything",
         "by row, none",
+        "embeddings by row, everything",
+        "mixed, positives of a query, everything",
     ],
 )
 def test_registered_op_passes_opcheck(backend: str, name: str) -> None:
@@ -223,6 +228,7 @@ def test_autocast_runs_in_its_dtype_and_returns_float32(dtype: torch.dtype) -> N
     ("name", "reduction"),
     [
         ("mixed, everything", "mean"),
+        ("full softmax", "mean"),
         ("full softmax, past the tile", "none"),
         ("dual scale, everything", "mean"),
         ("indexed, everything", "none"),

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dwl_kernels import backends
-from dwl_kernels.core import build, candidates
+from dwl_kernels.core import build, candidates, drawn
 from dwl_kernels.core.problem import Problem
 
 LOGITS, NUMBERS = 200, 4000  # at once, of shared candidates, and where each row has its own
@@ -31,7 +31,7 @@ def test_rows_in_several_blocks_are_the_reference(
 ) -> None:
     if (reason := backends.unavailable_reason(name, "cpu")) is not None:
         pytest.skip(reason)
-    most = NUMBERS if case.kind == "indexed_rows" else LOGITS
+    most = NUMBERS if case.kind in ("indexed_rows", "rows") else LOGITS
     monkeypatch.setattr(candidates, "BLOCK_ELEMENTS", {"cpu": most})
     cases.check(case, name, dtype)
 
@@ -46,7 +46,7 @@ def problem_of(rows: int, num_candidates: int, dim: int, per_row: bool) -> Probl
         ids = {"positive_ids": None, "negative_ids": None}
         return build.sampled_problem(query, query, table, **options, **ids)
     ids = torch.zeros(rows, num_candidates, dtype=torch.int64)
-    return build.per_row_problem(query, table, ids[:, 0], ids, **options)
+    return drawn.per_row_problem(query, table, ids[:, 0], ids, **options)
 
 
 @pytest.mark.parametrize("per_row", [False, True])

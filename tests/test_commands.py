@@ -31,8 +31,8 @@ ROOT = Path(__file__).parent.parent
 COMMANDS = [
     *("dwl_kernels", "dwl_kernels.examples.two_tower", "dwl_kernels.examples.sasrec"),
     *("benchmarks.speed", "benchmarks.quality"),
-    *("benchmarks.demo", "benchmarks.training_step"),
-    *("benchmarks.machine_code", "benchmarks.host", "benchmarks.readme", "benchmarks.devices"),
+    *("benchmarks.demo", "benchmarks.training_step", "benchmarks.devices"),
+    *("benchmarks.machine_code", "benchmarks.host", "benchmarks.readme", "benchmarks.clients"),
 ]
 
 

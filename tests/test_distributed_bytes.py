@@ -68,6 +68,14 @@ def test_committed_predictions_are_those_of_the_formulas():
     assert readme.read(readme.DEVICES)["predicted"] == predicted, "run python -m benchmarks.devices"
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_one_rank_sends_nothing_and_a_catalogue_may_be_one_item(way):
+    alone = replace(TRAINING, ranks=1, items=1)
+    assert WAYS[way].sent(alone).total() == 0
+    assert alone.fetched == 1
+    assert seconds(WAYS[way], alone) > 0
+
+
 def test_way_to_take_has_room_and_is_quick():
     assert winner(replace(TRAINING, items=10**5)) == "sharded"  # all items compete
     assert winner(replace(TRAINING, items=10**9)) == "indexed"

@@ -17,10 +17,10 @@ import dwl_kernels
 
 PER_ROW = {
     *("query", "positive", "positive_log_q", "log_q", "ids", "positive_ids"),
-    *("domain_ids", "example_weights", "target"),
+    *("domain_ids", "example_weights", "target", "query_ids"),
 }
 KINDS = {
-    "gathered": {"sampled", "in_batch", "mixed", "dual"},
+    "gathered": {"sampled", "rows", "in_batch", "mixed", "dual"},
     "ring": {"sampled", "in_batch", "mixed"},
     "replicated_negatives": {"sampled", "mixed", "dual"},
     "sharded": {"full", "indexed", "indexed_rows"},
@@ -41,12 +41,12 @@ def part_of(
     """What of an input this rank holds."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     of_rows = name in PER_ROW or (name == "temperature" and value.dim() > 0)
-    of_rows |= name.startswith("negative") and case.kind == "indexed_rows"
+    of_rows |= name.startswith("negative") and case.kind in ("indexed_rows", "rows")
     if of_rows and how != "replicated_rows":
         found = cuts(len(inputs["query"]), ranks, seed + 1)
     elif name.startswith("negative") and case.kind != "indexed" and how in ("gathered", "ring"):
         found = cuts(len(inputs["negative"]), ranks, seed + 2)
-    elif name in ("table", "bias"):
+    elif name in ("table", "bias", "table_ids"):
         found = cuts(len(inputs["table"]), ranks, seed + 3)
     else:
         return slice(None)
@@ -227,6 +227,18 @@ def mistake(kind: str) -> str:
     if kind in ("target", "shard"):
         function = dwl_kernels.full_softmax_loss
         call = {"query": query, **table, "process_group": dist.group.WORLD}
+    if kind in ("sparse", "indexed backend"):
+        function = dwl_kernels.indexed_sampled_softmax_loss
+        ids = {"positive_ids": torch.arange(4), "negative_ids": torch.arange(5)}
+        call = {"query": query, "table": query, **ids, "process_group": dist.group.WORLD}
+    if kind == "bias":
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.tensor import Replicate, distribute_tensor
+
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        split_otherwise = distribute_tensor(torch.zeros(10), mesh, [Replicate()])
+        function = dwl_kernels.full_softmax_loss
+        call = {"query": query, **table, "process_group": mesh, "bias": torch.zeros(5)}
     if last:
         if kind == "dtype":
             call |= {"query": query.double(), "positive": query.double()}
@@ -245,8 +257,14 @@ def mistake(kind: str) -> str:
             call |= {"negative": query}
         elif kind == "shape":
             call |= {"positive": torch.randn(3, 8)}
-        elif kind == "backend":
+        elif kind in ("backend", "indexed backend"):
             call |= {"backend": "nope"}
+        elif kind == "sparse":
+            call |= {"sparse_grad": 1}
+        elif kind == "bias":
+            call |= {"bias": split_otherwise}
+        elif kind == "twice":
+            call |= {"ids": torch.arange(4), "positive_ids": torch.arange(4)}
         elif kind == "flag":
             call |= {"ring": "yes"}
         elif kind == "none":
@@ -278,6 +296,10 @@ def mistake(kind: str) -> str:
         ("weights", "weight of row 0 is -1|example_weights: None on rank 0"),
         ("target", "target holds 99 on rank 1"),
         ("backend", "backend is 'nope'; wanted one of"),
+        ("indexed backend", "backend is 'nope'; wanted one of"),
+        ("sparse", "sparse_grad is a int; wanted True or False"),
+        ("bias", r"bias is a DTensor that is not split.*redistribute\(placements=\[Shard"),
+        ("twice", "ids and positive_ids are the same argument"),
         ("flag", "ring is a str; wanted True or False"),
         ("none", "query is None; wanted a torch.Tensor"),
         ("shard", "table has shape"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from typing import Any
 
 import pytest
@@ -172,3 +173,66 @@ def test_counts_of_other_sizes_raise_on_all_ranks(two_ranks):
     for message in two_ranks(unlike, seconds=20.0):
         assert "width=64" in message
         assert "width=65" in message
+
+
+def other_seed(kind: str) -> str:
+    counts = MAKERS[kind](process_group=dist.group.WORLD, seed=dist.get_rank())
+    try:
+        counts.update(torch.tensor([1]))
+    except ValueError as problem:
+        return str(problem)
+    return "nothing"
+
+
+@pytest.mark.parametrize("kind", ["frequency", "sketch"])
+def test_counts_of_other_hashes_raise_on_all_ranks(two_ranks, kind):
+    for message in two_ranks(other_seed, kind, seconds=20.0):
+        assert "seed=0" in message
+        assert "seed=1" in message
+
+
+def refused(kind: str, sync_every: int) -> tuple[str, bool]:
+    """The error of an interval with a wrong update on one rank, and whether it left no trace."""
+    counts = MAKERS[kind](process_group=dist.group.WORLD, sync_every=sync_every)
+    twin = MAKERS[kind]()
+    good = torch.tensor([0, 1])
+    message = "nothing"
+    try:
+        counts.update(good.float() if dist.get_rank() else good)
+        for _ in range(sync_every - 1):
+            counts.update(good)
+    except (TypeError, RuntimeError) as problem:
+        message = str(problem)
+    for _ in range(sync_every):
+        counts.update(good[dist.get_rank() :][:1])
+        if kind.startswith("frequency"):
+            twin.update(good)
+    if not kind.startswith("frequency"):
+        twin.update(good.repeat(sync_every))
+        if hasattr(twin, "steps"):
+            twin.steps += sync_every - 1
+    state = counts.state_dict()
+    same = [torch.equal(state[name], value) for name, value in twin.state_dict().items()]
+    return message, all(same)
+
+
+@pytest.mark.parametrize("sync_every", [1, 2])
+@pytest.mark.parametrize("kind", [*MAKERS])
+def test_update_that_is_wrong_on_one_rank_raises_on_all(two_ranks, kind, sync_every):
+    (there, untouched), (here, too) = two_ranks(refused, kind, sync_every, seconds=20.0)
+    assert re.search("rank 1 of the process group raised TypeError: .*float32", there)
+    assert re.search("^(domain_)?ids has dtype torch.float32", here)
+    assert untouched
+    assert too
+
+
+def inferred() -> list[int]:
+    weights = DomainWeights(2, process_group=dist.group.WORLD)
+    with torch.inference_mode():
+        weights.update(torch.tensor([0]))
+    weights.update(torch.tensor([1]))
+    return weights.interactions.tolist()
+
+
+def test_first_update_may_be_in_inference_mode(two_ranks):
+    assert two_ranks(inferred) == [[2, 2], [2, 2]]

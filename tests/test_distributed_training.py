@@ -161,6 +161,21 @@ def test_cumulative_cross_entropy_takes_a_table_in_shards(ranks, calibration):
         torch.testing.assert_close(of_table, table.grad)
 
 
+def whole_table() -> str:
+    """The error of ranks that all pass the whole table as their shard."""
+    states, table, target, options = sequence()
+    try:
+        CumulativeCrossEntropy(**options, process_group=dist.group.WORLD)(states, table, target)
+    except ValueError as problem:
+        return str(problem)
+    return "nothing"
+
+
+def test_whole_table_is_no_shard_of_known_items(two_ranks):
+    for message in two_ranks(whole_table):
+        assert "table has 22 rows but item_domains has 11" in message
+
+
 def streams() -> list[Tensor]:
     sampler = dwl_kernels.UniformSampler(1000)
     group = dist.group.WORLD

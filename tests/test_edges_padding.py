@@ -174,3 +174,60 @@ def test_row_of_weight_zero_is_no_anomaly() -> None:
         )
         loss.backward()
     assert loss.isfinite()
+
+
+@pytest.mark.parametrize("value", [NAN, INF])
+@pytest.mark.parametrize("kind", ["shared", "rows", "mixed", "dual", "full", "indexed_rows"])
+def test_what_is_taken_out_reaches_nothing(backend: str, kind: str, value: float) -> None:
+    """By its id, by its log-Q, or as a row of a table that is no item."""
+    if backend == "cuda" and kind == "dual":
+        pytest.skip("it does not take the dual scale")
+    expected, got = taken_out(kind, backend, 0.0), taken_out(kind, backend, value)
+    for right, found in zip(expected, got, strict=True):
+        assert right.isfinite().all()
+        assert torch.equal(found, right)
+
+
+def taken_out(kind: str, backend: str, value: float) -> list[Tensor]:
+    """The loss and all gradients with `value` in what is taken out."""
+    torch.manual_seed(0)
+    query, positive = torch.randn(2, 4, 8)
+    candidates = torch.randn(4, 6, 8) if kind == "rows" else torch.randn(6, 8)
+    candidates[..., 1, :], candidates[..., 4, 3] = value, value
+    tau = torch.full((4,), 0.5)
+    for leaf in (query, positive, candidates, tau):
+        leaf.requires_grad_()
+    own, ids = torch.tensor([10, 11, 12, 13]), torch.tensor([2, 7, 3, 5, 6, 12])
+    log_q, negative_log_q = torch.full((4,), -1.0), torch.full((6,), -2.0)
+    negative_log_q[4] = INF
+    options = {"temperature": tau, "backend": backend}
+    if kind == "full":
+        items, bias = torch.tensor([2, -1, 3, 5, 6, 12]), -negative_log_q
+        options |= {"table_ids": items, "bias": bias}
+        loss = dwl_kernels.full_softmax_loss(
+            query, candidates, torch.tensor([0, 2, 3, 5]), **options
+        )
+    elif kind == "indexed_rows":
+        drawn = torch.tensor([1, 7, 3, 5, 4, 2]).expand(4, 6)
+        options |= {"positive_log_q": log_q, "negative_log_q": negative_log_q.expand(4, 6)}
+        options |= {"ignore_index": 7, "table_ids": torch.tensor([2, -1, 3, 5, 6, 12])}
+        loss = dwl_kernels.indexed_sampled_softmax_loss(
+            query, candidates, torch.tensor([0, 2, 3, 5]), drawn, **options
+        )
+    else:
+        options |= {"ignore_index": 7, "positive_ids": own, "positive_log_q": log_q}
+        shape = candidates.shape[:-1]
+        options |= {"negative_ids": ids.expand(shape)}
+        options |= {"negative_log_q": negative_log_q.expand(shape)}
+        function = dwl_kernels.sampled_softmax_loss
+        if kind == "mixed":
+            function = dwl_kernels.in_batch_softmax_loss
+            options["negative"] = candidates
+        elif kind == "dual":
+            function = dwl_kernels.dual_scale_softmax_loss
+        own_negatives = () if kind == "mixed" else (candidates,)
+        loss = function(query, positive, *own_negatives, **options)
+    leaves = [query, candidates, tau]
+    if kind not in ("full", "indexed_rows"):
+        leaves.append(positive)
+    return [loss.detach(), *torch.autograd.grad(loss, leaves)]

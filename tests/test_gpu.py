@@ -46,7 +46,7 @@ def step(inputs: dict, kernel: str, **options: object) -> tuple[torch.Tensor, ..
 def test_kernel_is_as_exact_as_eager(kernel: str, case: cases.Case, dtype: torch.dtype) -> None:
     if kernel == "triton" and dtype == torch.float64:
         pytest.skip("it takes float64 in the interpreter only")
-    backend = "chunked" if kernel == "cuda" and case.kind in cases.NOT_IN_CUDA else kernel
+    backend = "chunked" if kernel == "cuda" and not case.in_cuda else kernel
     cases.check(case, backend, dtype, device="cuda")
 
 

@@ -273,7 +273,7 @@ def test_dual_scale_leaves_out_what_is_no_item_where_values_are_not_looked_at(
         return module(query, table=items, **draws)
 
     few = loss(far != -1)
-    monkeypatch.setattr("dwl_kernels.core.build.checks_values", lambda tensor: False)
+    monkeypatch.setattr("dwl_kernels.core.drawn.checks_values", lambda tensor: False)
     all_of_them = loss(far == far)
     torch.testing.assert_close(all_of_them, few, rtol=1e-6, atol=1e-6)
     for x, y in zip(
@@ -287,7 +287,7 @@ def test_one_log_q_alone_raises_where_values_are_not_looked_at(
     monkeypatch: pytest.MonkeyPatch, missing: str
 ) -> None:
     """As on CUDA, where a log-Q of +inf may leave negatives out."""
-    monkeypatch.setattr("dwl_kernels.core.build.checks_values", lambda tensor: False)
+    monkeypatch.setattr("dwl_kernels.core.drawn.checks_values", lambda tensor: False)
     draws = {"positive_log_q": torch.full((3,), -1.0), "negative_log_q": torch.full((2,), -1.0)}
     draws[missing] = None
     ids = torch.tensor([0, 1, 2]), torch.tensor([3, 4])

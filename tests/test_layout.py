@@ -98,3 +98,17 @@ def test_import_leaves_the_compiler_of_torch_alone() -> None:
     """It takes seconds. Asked in a process of its own, since tests compile."""
     script = "import sys, dwl_kernels; sys.exit('torch._dynamo' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], cwd=ROOT).returncode == 0
+
+
+def test_loss_over_ranks_leaves_the_compiler_of_torch_alone() -> None:
+    script = """
+import sys, torch
+import torch.distributed as dist
+from dwl_kernels import DynamicWeightedSampledSoftmax
+dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+loss = DynamicWeightedSampledSoftmax(3, process_group=dist.group.WORLD, backend="eager")
+query, positive = torch.ones(2, 4, 8, requires_grad=True)
+loss(query, positive, domain_ids=torch.arange(4) % 3).backward()
+sys.exit("torch._dynamo" in sys.modules)
+"""
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT).returncode == 0

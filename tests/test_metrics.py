@@ -54,6 +54,7 @@ def test_no_rows_have_no_mean() -> None:
         ({"domain_ids": torch.zeros(3, dtype=torch.int64)}, ValueError, "a domain per rank"),
         ({"domain_ids": torch.full((2, 3), 4), "num_domains": 4}, IndexError, "holds 4"),
         ({"domain_ids": torch.full((2, 3), -2)}, IndexError, "holds -2"),
+        ({"domain_ids": torch.zeros(2, 3, 2).long()}, ValueError, "names domain 0 twice in row 0"),
         ({"domain_ids": torch.zeros(2, 3)}, TypeError, "domain_ids has dtype"),
     ],
 )

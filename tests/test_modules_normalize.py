@@ -250,3 +250,20 @@ def test_wrong_dtype_is_named_as_without_normalising(dtype: torch.dtype) -> None
     loss_fn = dwl_kernels.DynamicWeightedSampledSoftmax(normalize=True)
     with pytest.raises(TypeError, match=r"positive has dtype .*; wanted float32"):
         loss_fn(torch.ones(2, 3), torch.ones(2, 3, dtype=dtype))
+
+
+@pytest.mark.parametrize("shape", [(3,), (4, 3)])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_negatives_that_are_left_out_take_no_gradient(shape: tuple[int, ...], value: float) -> None:
+    torch.manual_seed(0)
+    query, positive, negative = torch.randn(4, 8), torch.randn(4, 8), torch.randn(*shape, 8)
+    negative[..., 1, :] = value
+    ids = torch.tensor([6, 7, 2]).expand(shape)
+    leaves = [one.requires_grad_() for one in (query, positive, negative)]
+    module = dwl_kernels.DynamicWeightedSampledSoftmax(
+        normalize=True, ignore_index=7, backend="eager"
+    )
+    loss = module(*leaves, positive_ids=torch.arange(4), negative_ids=ids)
+    found = torch.autograd.grad(loss, leaves)
+    assert all(one.isfinite().all() for one in (loss, *found))
+    assert not found[2][..., 1, :].any()

@@ -318,11 +318,6 @@ def test_minus_one_has_no_domain_and_other_negative_ids_index_nothing(side):
             "in_batch=True.*pass \\[N",
         ),
         (
-            {"remove_accidental_hits": False},
-            {"negative_ids": torch.zeros(B, 2).long()},
-            r"pass \[N\], or leave remove_accidental_hits out",
-        ),
-        (
             {"normalize": True, "sparse_grad": True},
             {"negative_ids": torch.zeros(B, 2).long()},
             r"pass \[N\], or sparse_grad=False",

@@ -99,7 +99,7 @@ RAISED = [case for case in PARTS if case.name.startswith("rising")]
 
 
 @pytest.mark.parametrize("case", PARTS, ids=lambda case: case.name)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_parts_and_groups_of_threads_are_as_exact(
     threads: int, case: cases.Case, dtype: torch.dtype
 ) -> None:

@@ -33,8 +33,8 @@ def sampled_softmax(**changed: Any) -> tuple[Tensor, ...]:
         "candidate_log_q": torch.zeros(5),
         "score": None,
         "shift": None,
-        "positive_ids": None,
-        "candidate_ids": None,
+        "row_ids": [],
+        "candidate_ids": [],
         "skip_below": None,
         "active": None,
         "refined": False,
@@ -49,6 +49,7 @@ def indexed_softmax(**changed: Any) -> tuple[Tensor, ...]:
     arguments = {
         "query": torch.ones(3, 4),
         "table": torch.ones(5, 4),
+        "positive": None,
         "positive_ids": torch.tensor([0, 1, 2]),
         "candidate_ids": torch.tensor([[3, 4], [3, 4], [3, 4]]),
         "tau": torch.ones(3),
@@ -119,7 +120,8 @@ WRONG: dict[Callable[..., Any], list[tuple[dict[str, Any], str]]] = {
             "embeddings of size 0",
         ),
         ({"query": torch.ones(4)}, "must be matrices"),
-        ({"query": torch.ones(3, 4).half()}, "wanted float32 or float64"),
+        ({"query": torch.ones(3, 4).half()}, "got Half in Float"),
+        ({"query": torch.ones(3, 4).bfloat16()}, "positive: wanted"),
         ({"query": torch.ones(4, 3).T}, "query: wanted a contiguous"),
         ({"positive": torch.ones(2, 4)}, "positive: wanted"),
         ({"positive": torch.ones(3, 4).double()}, "positive: wanted"),
@@ -133,10 +135,10 @@ WRONG: dict[Callable[..., Any], list[tuple[dict[str, Any], str]]] = {
         ({"candidate_log_q": None}, "no candidate_log_q to differentiate"),
         ({"score": torch.ones(3, 5)}, "score: wanted"),
         ({"shift": torch.ones(4)}, "shift: wanted"),
-        ({"positive_ids": torch.arange(3)}, "positive_ids and candidate_ids"),
-        ({"candidate_ids": torch.arange(5)}, "positive_ids and candidate_ids"),
+        ({"row_ids": [torch.arange(3)]}, "row_ids and candidate_ids"),
+        ({"candidate_ids": [torch.arange(5)]}, "row_ids and candidate_ids"),
         (
-            {"positive_ids": torch.arange(3), "candidate_ids": torch.arange(5).int()},
+            {"row_ids": [torch.arange(3)], "candidate_ids": [torch.arange(5).int()]},
             "candidate_ids: wanted",
         ),
         ({"skip_below": torch.ones(5)}, "skip_below: wanted"),
@@ -155,12 +157,14 @@ WRONG: dict[Callable[..., Any], list[tuple[dict[str, Any], str]]] = {
         ({"table": torch.ones(0, 4)}, "positive_ids out of range in row 0"),
         ({"positive_ids": torch.tensor([0, 1, 5])}, "positive_ids out of range in row 2"),
         (
-            {"candidate_ids": torch.tensor([[3, 4], [-1, 4], [3, 4]])},
+            {"candidate_ids": torch.tensor([[3, 4], [-2, 4], [3, 4]])},
             "candidate_ids out of range in row 1",
         ),
         ({"candidate_ids": torch.zeros(2, 2, dtype=torch.int64)}, "candidate_ids: wanted"),
         ({"candidate_ids": torch.zeros(3, dtype=torch.int64)}, "must be matrices"),
         ({"candidate_log_q": torch.zeros(2)}, "candidate_log_q: wanted"),
+        ({"positive": torch.ones(3, 4)}, "wanted positive or positive_ids"),
+        ({"positive": torch.ones(2, 4), "positive_ids": None}, "positive: wanted"),
         ({"tau": torch.zeros(3)}, "tau is 0 in row 0"),
     ],
     table_gradient: [
@@ -231,3 +235,20 @@ def test_op_writes_the_gradients_of_empty_problems() -> None:
         assert not values.any()
         assert ids.shape == (0,)
     assert table_gradient(table_rows=0)[0].shape == (0, 4)
+
+
+def test_memory_of_a_large_gradient_is_taken_over_when_nobody_holds_it() -> None:
+    """One of 16 MB and more, whose pages the system would have to clear for every step."""
+
+    def gradient(value: float) -> Tensor:
+        coefficients = [torch.full((3, 2), value)]
+        values, _ = table_gradient(table_rows=1 << 20, coefficients=coefficients)
+        assert float(values.sum()) == 4 * 6 * value
+        return values
+
+    first = gradient(1.0)
+    second = gradient(2.0)
+    assert float(first.sum()) == 24
+    place = second.data_ptr()
+    del second
+    assert gradient(3.0).data_ptr() == place

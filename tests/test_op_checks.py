@@ -31,6 +31,8 @@ def softmax_loss(**changed):
         "candidate_log_q": torch.zeros(N),
         "positive_ids": torch.arange(B),
         "candidate_ids": torch.arange(N),
+        "query_ids": torch.arange(B),
+        "candidate_query_ids": torch.arange(N),
         "domain_ids": torch.zeros(B, 1, dtype=INT),
         "domain_weights": torch.ones(2),
         "example_weights": torch.ones(B),
@@ -50,7 +52,8 @@ def softmax_loss(**changed):
     return torch.ops.dwl_kernels.softmax_loss(*arguments.values())
 
 
-NOTHING = dict.fromkeys(("positive_log_q", "positive_ids", "candidate_ids"))
+IDS = ("positive_ids", "candidate_ids", "query_ids", "candidate_query_ids")
+NOTHING = dict.fromkeys(("positive_log_q", *IDS))
 FULL = {
     **{**NOTHING, "positive": None, "target": torch.tensor([0, 1, 4])},
     "wanted": [True, False, True, True, True, True],
@@ -169,7 +172,7 @@ WRONG = {
         ({"backend": "cuda2"}, ValueError, "backend is 'cuda2'"),
         ({"skip_threshold": 0.1}, ValueError, "skip_threshold is 0.1"),
         ({"dual": [1.0, 1.0]}, ValueError, "dual has 2 numbers; wanted 4"),
-        ({"dual": [1.0, -1.0, 4.0, 1.0]}, ValueError, "wanted strengths that are finite"),
+        ({"dual": [1.0, float("nan"), 4.0, 1.0]}, ValueError, "wanted finite strengths"),
         ({"dual": [1.0, 1.0, 0.0, 1.0]}, ValueError, "a slate of at least 1"),
         ({"dual": [1.0, 1.0, float("inf"), 1.0]}, (ValueError, OverflowError), "inf"),
         ({"row_grad": torch.ones(B)}, ValueError, "row_grad is given with reduction 'mean'"),
@@ -195,11 +198,6 @@ WRONG = {
         ({"positive_log_q": torch.zeros(B)}, ValueError, "positive_log_q is given together"),
         ({"dual": [1.0, 1.0, 4.0, 1.0]}, ValueError, "the dual scale takes no target"),
         ({"skip_threshold": -1.0}, ValueError, "skip_threshold is -1.0"),
-        (
-            {"positive_ids": torch.arange(B), "candidate_ids": torch.arange(N)},
-            ValueError,
-            "ids are given together with target",
-        ),
     ],
     per_row: [
         ({"candidate_rows": torch.zeros(N, K, dtype=INT)}, ValueError, "candidate_rows has shape"),
@@ -207,6 +205,11 @@ WRONG = {
         ({"candidate_rows": torch.full((B, K), N)}, IndexError, "negative_ids holds 5"),
         ({"target": torch.full((B,), -1)}, IndexError, "positive_ids holds -1"),
         ({"target": None}, ValueError, "candidate_rows is given without target"),
+        (
+            {"positive_ids": torch.arange(B), "candidate_ids": torch.arange(N)},
+            ValueError,
+            "ids are given together with candidate_rows",
+        ),
         ({"candidate_log_q": torch.zeros(N)}, ValueError, "candidate_log_q has shape [5]"),
         (
             {"candidate_log_q": torch.zeros(B, K), "wanted": [True] * 6},
@@ -282,7 +285,10 @@ def test_ops_of_empty_lists_and_sizes():
         assert not len(distinct)
     assert table_gradient(table_rows=0)[0].shape == (0, D)
     loss, *gradients = softmax_loss(
-        candidates=torch.ones(0, D), candidate_log_q=torch.ones(0), candidate_ids=torch.arange(0)
+        candidates=torch.ones(0, D),
+        candidate_log_q=torch.ones(0),
+        candidate_ids=torch.arange(0),
+        candidate_query_ids=torch.arange(0),
     )
     assert loss == 0
     assert not any(gradient.any() for gradient in gradients)
@@ -294,7 +300,7 @@ OF_ROWS = RowOptions(
 )
 PROBLEMS = [
     SharedProblem(
-        *(torch.full((1,), float(place)) for place in range(8)),
+        *(torch.full((1,), float(place)) for place in range(10)),
         rows=OF_ROWS,
         skip_threshold=0.1,
         dual=DualScale(0.2, 0.4, 3, 0.6),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 ROWS, CANDIDATES, ROW = 19, 23, 7
 OWN_DOMAIN = 1  # of the row, and of no other
-KINDS = ("sampled", "in_batch", "mixed", "full", "dual", "indexed", "indexed_rows")
+KINDS = ("sampled", "in_batch", "mixed", "full", "dual", "indexed", "indexed_rows", "rows")
 NAN, INF = torch.nan, torch.inf
 FORMS = (
     {"temperature": "rows", "correction": "standard", "reduction": "mean"},
@@ -90,7 +90,7 @@ def what_it_alone_holds(kind: str, padded: bool) -> list[str]:
         names += ["positive", "log_q"]
     if padded:
         names.append("temperature")
-    if kind == "indexed_rows":
+    if kind in ("indexed_rows", "rows"):
         names += ["candidates", "negative_log_q"]
     return names
 
@@ -100,7 +100,8 @@ def poison(inputs: cases.Inputs, name: str, value: float) -> None:
         if name == "log_q":
             inputs["log_q" if "log_q" in inputs else "positive_log_q"][ROW] = value
         elif name == "candidates":
-            inputs["table"][cases.TABLE_ROWS - 1] = value
+            own = inputs["table"][cases.TABLE_ROWS - 1] if "table" in inputs else None
+            (inputs["negative"][ROW, 3:5] if own is None else own).fill_(value)
         elif name == "positive" and "table" in inputs:
             inputs["table"][inputs["positive_ids"][ROW]] = value
         elif name == "query" and value == INF:

@@ -358,6 +358,11 @@ def test_number_of_draws_is_checked(name: str) -> None:
             sampler.sample(n)
 
 
+def test_flag_of_a_generator_is_looked_at_without_a_group_too() -> None:
+    with pytest.raises(TypeError, match="same_on_all_ranks is a str"):
+        UniformSampler(4).generator(0, same_on_all_ranks="no")  # type: ignore[arg-type]
+
+
 def test_generator_of_another_device_is_refused() -> None:
     with pytest.raises(ValueError, match="generator is on cpu, the sampler on meta"):
         UniformSampler(4).to("meta").sample(2, generator=torch.Generator())

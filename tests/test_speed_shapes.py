@@ -48,7 +48,7 @@ def test_shrunk_shape_is_named_a_twin_and_stays_square_in_a_batch() -> None:
 
 
 def test_shapes_of_a_cpu_have_a_counterpart_and_are_named_twins_where_smaller() -> None:
-    for own in CPU[2:]:  # the first are its own
+    for own in CPU[4:]:  # the first are its own
         (shape,) = (s for s in GPU if s.name == own.name)
         smaller = (own.rows, own.candidates, own.dim) != (shape.rows, shape.candidates, shape.dim)
         assert own.kind == shape.kind

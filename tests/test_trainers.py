@@ -281,7 +281,7 @@ class Row(NamedTuple):
 
 ONCE = r"differentiable once, in reverse mode|transforms of torch\.func .* by autograd"
 COMMON = "test_modules_common.py::test_compiled_training_step_equals_eager"
-RANK_STEPS = "test_distributed_losses.py::test_training_of_ranks_follows_that_of_one_process"
+RANK_STEPS = "test_distributed_training.py::test_training_of_ranks_follows_that_of_one_process"
 EXPORT = "test_export.py::test_exported_program_takes_any_batch_of_sequences"
 EXPORT_COUNTS = "test_export.py::test_exported_program_counts_what_its_module_would"
 EXPORT_GROUP = "test_export.py::test_loss_over_a_process_group_is_not_exported"

@@ -37,7 +37,7 @@ from dwl_kernels.core.problem import GradMask, Problem
 REASON = backends.unavailable_reason("triton", "cpu")
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 BY_NAME = {case.name: case for case in cases.CASES}
-OTHER_FORM = ("indexed_rows",)  # kinds that it does not take
+OTHER_FORM = ("indexed_rows", "rows")  # kinds that it does not take
 WIDE = [case for case in cases.CASES if case.kind not in OTHER_FORM]
 # Between them they have every path through the kernels.
 AT_ANY_WIDTH = pytest.mark.usefixtures("asked")

@@ -48,7 +48,9 @@ class Setting:
         if self.different is not None:
             return self.different
         drawn = self.rows + self.negatives
-        return -self.items * math.expm1(drawn * math.log1p(-1 / self.items)) if self.items else 0
+        if self.items < 2:
+            return min(self.items, drawn)
+        return -self.items * math.expm1(drawn * math.log1p(-1 / self.items))
 
 
 def aligned(size: int) -> int:
@@ -82,7 +84,8 @@ def sent_round(s: Setting) -> Sent:
     """A ring: candidates go round twice, and their gradients once, the last step home."""
     gradient = s.rows * s.dim * s.wide
     forward = [HEADER * s.others, *[block(s)] * s.others, SUMS * s.others]
-    return Sent(forward, [*[block(s), gradient] * s.others, gradient])
+    home = [gradient] if s.others else []
+    return Sent(forward, [*[block(s), gradient] * s.others, *home])
 
 
 def sent_sharded(s: Setting) -> Sent:

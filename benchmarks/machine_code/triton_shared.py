@@ -63,7 +63,9 @@ def example(
     names = ("positive_log_q", "negative_log_q", "positive_ids", "negative_ids")
     more: dict[str, Any] = dict(zip(names, (log_q, log_q, ids, ids), strict=True))
     more["dual"] = DualScale(1.0, 1.0, 16, 1.0) if kind == "dual" else None
-    return sampled_problem(query, positive, negative, **more, **common), wanted
+    shared = sampled_problem(query, positive, negative, **more, **common)
+    assert isinstance(shared, SharedProblem)  # as its negatives are
+    return shared, wanted
 
 
 class Launch(NamedTuple):

@@ -95,7 +95,7 @@ def overview(report: Report) -> Figure:
     time.text(1, 1.01, "bound", transform=time.get_xaxis_transform(), ha="center", fontsize=8)
     time.set_xlabel("forward and backward, times the bound (log); left is better", fontsize=8)
     memory.set_xlabel("peak memory above inputs and gradients, MB (log; ≤ 1 as 1)", fontsize=8)
-    time.set_yticks(range(len(points)), [axis_label(p) for p in points])
+    time.set_yticks(range(len(points)), [axis_label(p, points) for p in points])
     time.set_ylim(len(points) - 0.5, -0.6)
     for axis in (time, memory):
         log_axis(axis, "x", (1, 2, 5) if axis is time else (1,))
@@ -129,9 +129,12 @@ def mark(axis: Axes, y: float, values: dict[str, float], form: str) -> None:
         )  # fmt: skip
 
 
-def axis_label(point: Report) -> str:
+def axis_label(point: Report, points: list[Report]) -> str:
+    """The shape of a point, with its dtype where the points differ in it."""
     name, _, sizes = point["label"].partition(": ")
-    return f"{name}\n{sizes.removesuffix(', float32').removesuffix(', bfloat16')}"
+    dtypes = {p["shape"]["dtype"] for p in points}
+    own = f", {point['shape']['dtype']}"
+    return f"{name}{own if len(dtypes) > 1 else ''}\n{sizes.replace(own, '')}"
 
 
 def versions_of(points: list[Report]) -> list[str]:
@@ -288,7 +291,10 @@ def ladder(report: Report) -> Figure:
         goal, 1.01, f"goal, {goal:.0f}%", transform=axis.get_xaxis_transform(), ha="center",
         fontsize=8, color="#b5476b",
     )  # fmt: skip
-    names = [axis_label(p) + (f"\n{kernel}" if several else "") for p, kernel, _ in bars]
+    names = [
+        axis_label(p, report["shapes"]) + (f"\n{kernel}" if several else "")
+        for p, kernel, _ in bars
+    ]
     axis.set_yticks(range(len(bars)), names)
     axis.set_ylim(len(bars) - 0.5, -0.5)
     axis.set_xlabel("time over the plain loss, %; line: quartiles of the rounds")

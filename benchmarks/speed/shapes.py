@@ -158,13 +158,17 @@ GPU = (
 )
 CPU = (
     Shape("cpu", "shared", 4096, 8192, 64),
+    Shape("cpu", "shared", 4096, 8192, 64, dtype=_BF16),
     Shape("cpu", "shared", 4096, 8192, 128),
+    Shape("cpu", "shared", 4096, 8192, 128, dtype=_BF16),
     Shape("small", "in-batch", 512, 512, 64),
     Shape("two-tower", "in-batch", 4096, 4096, 128, twin=True),
     Shape("sequence", "shared", 16_384, 2048, 128, twin=True),
     Shape("wide", "shared", 4096, 4096, 256, twin=True),
+    Shape("wide", "shared", 4096, 4096, 256, dtype=_BF16, twin=True),
     Shape("catalogue", "full", 4096, 65_536, 64, twin=True),
     Shape("per-example", "per-example", 16_384, 128, 64, table=1 << 18, twin=True),
+    Shape("per-example", "per-example", 16_384, 128, 64, table=1 << 18, dtype=_BF16, twin=True),
 )
 # For the tests: one of each kind, in odd sizes, so that swapped dimensions do not fit.
 TINY = (

@@ -35,7 +35,7 @@ from benchmarks.speed.report import Report
 from benchmarks.speed.shapes import SIDES, Shape, Side
 
 FORMAT = 2  # of the JSON file
-SCALED = "cpu"  # the shapes of this name are measured with logits of every scale
+SCALED = "cpu"  # the shapes of this name in float32 are measured with logits of every scale
 CHECKED_ROWS = 256  # of these
 QUICK = ("two-tower", "catalogue", "per-example")  # and the first
 SHARE_OF_MEMORY = 0.8  # a version that needs more of the machine is not run
@@ -88,7 +88,8 @@ def plan(device: str, mode: Mode, names: Sequence[str] = ()) -> Plan:
         rounds = (Rounds(0, 1), Rounds(0, 1), Rounds(0, 1))
     if names:
         chosen, growth = tuple(s for s in chosen if s.name in names), {}
-    scales = [scaled for s in chosen if s.name == SCALED for scaled in shapes.scales(s)]
+    scaled = [s for s in chosen if s.name == SCALED and s.dtype == torch.float32]
+    scales = [scale for s in scaled for scale in shapes.scales(s)]
     return Plan(device, mode, chosen, growth, *rounds, scales)
 
 

@@ -38,7 +38,8 @@ AT_MOST = {
     "cuda": {"two-tower": 1 / 0.45, "sequence": 1 / 0.45, "wide": 1 / 0.55, "per-example": 1 / 0.6},
     "cpu": {"cpu": 1.1, "catalogue": 1.25, "per-example": 5.0},
 }[DEVICE]
-# Times as fast as these, at the shapes named `cpu`, or on every shape of a GPU.
+AT_MOST_BFLOAT16 = 1.3  # on a CPU with products of bfloat16, candidates that rows share
+# Times as fast as these, at the shapes named `cpu` in float32, or on every shape of a GPU.
 FASTER = {
     "cuda": [("eager", 4.0), ("torch.compile", 2.0)],
     "cpu": [("eager", 4.5), ("torch.compile", 2.3)],
@@ -110,13 +111,16 @@ def test_step(
 
 
 def test_kernel_stays_near_the_bound(shape: Shape, kernel: str, timings: dict[str, Timing]) -> None:
-    if shape.name not in AT_MOST:
-        pytest.skip(f"no goal for {shape.name}")
-    assert timings[kernel].ratio <= AT_MOST[shape.name], asdict(timings[kernel])
+    most = AT_MOST.get(shape.name)
+    if DEVICE == "cpu" and shape.dtype == torch.bfloat16:
+        most = AT_MOST_BFLOAT16 if shape.kind != "per-example" else None
+    if most is None:
+        pytest.skip(f"no goal for {shape}")
+    assert timings[kernel].ratio <= most, asdict(timings[kernel])
 
 
 def test_logits_of_every_scale_take_the_same_time(shape: Shape, kernel: str, runs: int) -> None:
-    if shape.name != SCALED:
+    if shape.name != SCALED or shape.dtype != torch.float32:
         pytest.skip(f"no goal for {shape.name}")
     own = {kernel: losses(shape, DEVICE)[kernel]}
     for scaled in scales(shape):
@@ -129,8 +133,8 @@ def test_logits_of_every_scale_take_the_same_time(shape: Shape, kernel: str, run
 def test_kernel_is_faster_than_pytorch(
     shape: Shape, kernel: str, timings: dict[str, Timing], rival: str, factor: float
 ) -> None:
-    if DEVICE == "cpu" and shape.name != "cpu":
-        pytest.skip(f"no goal for {shape.name}")
+    if DEVICE == "cpu" and (shape.name != "cpu" or shape.dtype != torch.float32):
+        pytest.skip(f"no goal for {shape}")
     assert timings[rival].ratio / timings[kernel].ratio >= factor
 
 

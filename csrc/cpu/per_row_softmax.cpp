@@ -31,14 +31,22 @@ __attribute__((noinline)) T dot_stored(const T* q, const S* c, int64_t n) {
   return sum;
 }
 
+// Rows of a table by id; in the place of id -1, whose e is 0, stands the positive.
+template <typename S>
+struct Rows {
+  const S *table, *positive;
+  int64_t dim;
+  const S* operator[](int64_t id) const { return id < 0 ? positive : table + id * dim; }
+};
+
 // sum [D] = sum_j e_j c_j, four candidates at a time so that the sum is read and written less.
 template <typename T, typename S>
-void weighted_sum(const T* e, const S* table, const int64_t* ids, int64_t n, int64_t dim, T* sum) {
+void weighted_sum(const T* e, const Rows<S>& c, const int64_t* ids, int64_t n, T* sum) {
+  const int64_t dim = c.dim;
   std::fill(sum, sum + dim, T(0));
   int64_t j = 0;
   for (; j + 4 <= n; j += 4) {
-    const S *c0 = table + ids[j] * dim, *c1 = table + ids[j + 1] * dim;
-    const S *c2 = table + ids[j + 2] * dim, *c3 = table + ids[j + 3] * dim;
+    const S *c0 = c[ids[j]], *c1 = c[ids[j + 1]], *c2 = c[ids[j + 2]], *c3 = c[ids[j + 3]];
     const T e0 = e[j], e1 = e[j + 1], e2 = e[j + 2], e3 = e[j + 3];
 #pragma omp simd
     for (int64_t k = 0; k < dim; ++k) {
@@ -47,21 +55,13 @@ void weighted_sum(const T* e, const S* table, const int64_t* ids, int64_t n, int
     }
   }
   for (; j < n; ++j) {
-    const S* c = table + ids[j] * dim;
+    const S* own = c[ids[j]];
 #pragma omp simd
-    for (int64_t k = 0; k < dim; ++k) sum[k] += e[j] * static_cast<T>(c[k]);
+    for (int64_t k = 0; k < dim; ++k) sum[k] += e[j] * static_cast<T>(own[k]);
   }
 }
 
-constexpr int64_t kAhead = 8;  // candidates between the fetch of a row and its use
-
-template <typename S>
-void fetch(const S* row, int64_t dim) {
-  const char* bytes = reinterpret_cast<const char*>(row);
-  for (int64_t offset = 0; offset < dim * int64_t(sizeof(S)); offset += 64) {
-    __builtin_prefetch(bytes + offset);
-  }
-}
+constexpr int64_t kAhead = 16;  // candidates between the fetch of a row and its use
 
 }  // namespace
 
@@ -77,6 +77,9 @@ void per_row_softmax_cpu(const PerRowProblem<T, S>& p, const PerRowGradients<T>&
   const auto solve_row = [&](int64_t i, const int64_t* next, T* s) {
     const T* query = p.query + i * dim;
     const int64_t* ids = p.candidate_ids + i * n;
+    const S* positive = p.positive != nullptr ? p.positive + i * dim : nullptr;
+    if (positive == nullptr) positive = p.table + p.positive_ids[i] * dim;
+    const Rows<S> candidates{p.table, positive, dim};
     const T* log_q = p.candidate_log_q != nullptr ? p.candidate_log_q + i * n : nullptr;
     Row<T> row{};
     row.tau = p.tau[i];
@@ -85,11 +88,11 @@ void per_row_softmax_cpu(const PerRowProblem<T, S>& p, const PerRowGradients<T>&
     row.refined = p.refined;
     for (int64_t j = 0; j < n; ++j) {
       if (j + kAhead < n) {
-        fetch(p.table + ids[j + kAhead] * dim, dim);
+        prefetch(candidates[ids[j + kAhead]], dim);
       } else if (next != nullptr && j + kAhead - n < n) {
-        fetch(p.table + next[j + kAhead - n] * dim, dim);
+        prefetch(candidates[next[j + kAhead - n]], dim);
       }
-      if (ids[j] == p.positive_ids[i]) {
+      if (ids[j] < 0) {
         s[j] = -kInfinity<T>;
         --row.count;
         continue;
@@ -99,7 +102,6 @@ void per_row_softmax_cpu(const PerRowProblem<T, S>& p, const PerRowGradients<T>&
       s[j] -= log_q[j];
       row.count -= log_q[j] == kInfinity<T>;
     }
-    const S* positive = p.table + p.positive_ids[i] * dim;
     row.z_positive = dot_stored(query, positive, dim) / row.tau;
     if (p.positive_log_q != nullptr) {
       row.positive_log_q = p.positive_log_q + i;
@@ -109,7 +111,7 @@ void per_row_softmax_cpu(const PerRowProblem<T, S>& p, const PerRowGradients<T>&
       int64_t ahead = 0;
       for (int64_t j = 0; j < n; ++j) {
         const bool removed = log_q != nullptr && log_q[j] == kInfinity<T>;
-        ahead += !(s[j] < row.z_positive) && ids[j] != p.positive_ids[i] && !removed;
+        ahead += !(s[j] < row.z_positive) && ids[j] >= 0 && !removed;
       }
       out.rank[i] = 1 + ahead;
     }
@@ -126,7 +128,7 @@ void per_row_softmax_cpu(const PerRowProblem<T, S>& p, const PerRowGradients<T>&
       T* d_query = out.query + i * dim;
       std::fill_n(d_query, dim, T(0));
       if (result.scale != 0) {
-        weighted_sum(s, p.table, ids, n, dim, d_query);
+        weighted_sum(s, candidates, ids, n, d_query);
         for (int64_t k = 0; k < dim; ++k) d_query[k] *= result.scale;
       }
       for (int64_t k = 0; k < dim && result.positive != 0; ++k) {

@@ -22,6 +22,7 @@
 namespace dwl {
 namespace {
 
+constexpr int64_t kTile = 512;  // items
 constexpr int64_t kRows = 128;  // of a block
 
 // A thread's memory.

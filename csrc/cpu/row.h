@@ -1,5 +1,5 @@
-// What sampled_softmax.cpp and per_row_softmax.cpp share: one row of logits, from products to
-// probabilities.
+// What the kernels of shared candidates and of candidates per row share: one row of logits, from
+// products to probabilities.
 #pragma once
 
 #include <algorithm>
@@ -35,7 +35,7 @@ class FlushToZero {
 template <typename T>
 constexpr T kInfinity = std::numeric_limits<T>::infinity();
 
-// e^x for x <= 0 to one unit in the last place, in a form that compilers vectorise: x = n ln 2 + r,
+// e^x for x < 88 to one unit in the last place, in a form that compilers vectorise: x = n ln 2 + r,
 // a polynomial for e^r times 2^n. 0 below -87, also for -inf; NaN stays NaN.
 inline float exp_below_one(float x) {
   // 1.5 * 2^23 + 127: adding it rounds to an integer, and leaves the exponent bits of 2^n in front.
@@ -129,20 +129,29 @@ T between(T from, T to) {
   return from == to ? T(1) : exp_below_one(from - to);
 }
 
+// Asks the caches for n numbers that are needed soon.
 template <typename T>
-T dot(const T* a, const T* b, int64_t n) {
+void prefetch(const T* values, int64_t n) {
+  const char* bytes = reinterpret_cast<const char*>(values);
+  for (int64_t offset = 0; offset < n * int64_t(sizeof(T)); offset += 64) {
+    __builtin_prefetch(bytes + offset);
+  }
+}
+
+template <typename T, typename S>
+T dot(const S* a, const S* b, int64_t n) {
   T sum = 0;
 #pragma omp simd reduction(+ : sum)
-  for (int64_t k = 0; k < n; ++k) sum += a[k] * b[k];
+  for (int64_t k = 0; k < n; ++k) sum += static_cast<T>(a[k]) * static_cast<T>(b[k]);
   return sum;
 }
 
 // to += a x, nothing where a is 0, whatever x holds.
-template <typename T>
-void add_scaled(T a, const T* x, int64_t n, T* to) {
+template <typename T, typename S>
+void add_scaled(T a, const S* x, int64_t n, T* to) {
   if (a == 0) return;
 #pragma omp simd
-  for (int64_t k = 0; k < n; ++k) to[k] += a * x[k];
+  for (int64_t k = 0; k < n; ++k) to[k] += a * static_cast<T>(x[k]);
 }
 
 // A row, beside its logits.

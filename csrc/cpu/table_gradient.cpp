@@ -1,23 +1,30 @@
 // The gradient of a table: a row's is the sum, over the places where it was drawn, of coefficient
-// times query. The places are listed as entries, sorted by id with a stable radix sort, and cut
-// into ranges of whole ids, one per thread. A thread sums an id's entries in their order and writes
-// the row once: no atomics, no order that changes from run to run.
+// times query. The places are listed as entries, in buckets of neighbouring rows of the table, as
+// many as stay in a core's cache while they are summed. A thread takes a bucket and adds its
+// entries up where the sums lie, in their order: no sort within a bucket, no atomics, no order that
+// changes from run to run. The entries of a bucket are in the order of the queries, which are
+// therefore read from front to back.
 
 #include <algorithm>
-#include <bit>
 #include <limits>
 #include <memory>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
 #include "../per_row_softmax.h"
+#include "row.h"
 
 namespace dwl {
 namespace {
 
-constexpr int64_t kAhead = 8;  // entries between the fetch of a source row and its use
+constexpr int64_t kAhead = 8;              // entries between the fetch of a query and its use
+constexpr int64_t kBucketBytes = 1 << 17;  // of sums
+constexpr int64_t kMostBuckets = 1 << 11;  // so many streams of writes stay within the TLB
+constexpr int kMostMarked = 16;            // bits of a bucket's rows that are marked one by one
+constexpr int64_t kBucketsOfThread = 8;    // at least, where the table has so many rows
 
-// I is 32 bits wide where that holds all ids and rows: the entries are what the sort moves.
+// I is 32 bits wide where that holds all ids and rows: the entries are what is moved.
 template <typename T, typename I>
 struct Entry {
   I id;
@@ -26,31 +33,27 @@ struct Entry {
 };
 
 template <typename Work>
-void in_parallel(int team, const Work& work) {
-#pragma omp parallel for num_threads(team) schedule(static, 1)
-  for (int part = 0; part < team; ++part) work(part);
-}
-
-// Turns counts [team, buckets] into the places where each thread's first entry of a bucket goes.
-void to_offsets(std::vector<int64_t>& counts, int team, int64_t buckets) {
-  int64_t sum = 0;
-  for (int64_t bucket = 0; bucket < buckets; ++bucket) {
-    for (int part = 0; part < team; ++part) {
-      sum += std::exchange(counts[part * buckets + bucket], sum);
-    }
-  }
+void in_parallel(int64_t count, int team, const Work& work) {
+#pragma omp parallel for num_threads(team) schedule(dynamic, 1)
+  for (int64_t k = 0; k < count; ++k) work(k);
 }
 
 template <typename T, typename I>
-class Entries {
+class Buckets {
  public:
-  Entries(const TableGradient<T>& p, int threads) {
+  Buckets(const TableGradient<T>& p, int threads) {
     int64_t most = 0;
     for (int k = 0; k < p.num_pieces; ++k) most += p.rows * p.pieces[k].width;
     team_ = static_cast<int>(std::clamp<int64_t>(most / 4096, 1, threads));
-    // Twice through the places: how many of each piece a thread has, then where they go.
-    std::vector<int64_t> starts(size_t(team_) * p.num_pieces);
-    const auto visit = [&](int part, int k, const auto& take) {
+    while (shift_ < kMostMarked && (p.dim * int64_t(sizeof(T)) << (shift_ + 1)) <= kBucketBytes)
+      ++shift_;
+    const auto buckets = [&] { return p.table_rows == 0 ? 0 : ((p.table_rows - 1) >> shift_) + 1; };
+    while (shift_ > 0 && buckets() < kBucketsOfThread * team_) --shift_;
+    while (buckets() > kMostBuckets) ++shift_;
+    count_ = buckets();
+
+    // Twice through the places: how many a thread has of each piece and bucket, then where they go.
+    const auto visit = [&](int64_t part, int k, const auto& take) {
       const Places<T>& piece = p.pieces[k];
       for (int64_t r = p.rows * part / team_; r < p.rows * (part + 1) / team_; ++r) {
         for (int64_t at = r * piece.width; at < (r + 1) * piece.width; ++at) {
@@ -61,125 +64,122 @@ class Entries {
         }
       }
     };
-    in_parallel(team_, [&](int part) {
+    std::vector<int64_t> places(size_t(p.num_pieces) * team_ * count_);
+    const auto places_of = [&](int64_t part, int k) {
+      return places.data() + (k * team_ + part) * count_;
+    };
+    in_parallel(team_, team_, [&](int64_t part) {
       for (int k = 0; k < p.num_pieces; ++k) {
-        int64_t count = 0;
-        visit(part, k, [&](const Entry<T, I>&) { ++count; });
-        starts[part * p.num_pieces + k] = count;
+        int64_t* own = places_of(part, k);
+        visit(part, k, [own, this](const Entry<T, I>& entry) { ++own[entry.id >> shift_]; });
       }
     });
-    for (int64_t count : starts) size_ += count;
-    to_offsets(starts, team_, p.num_pieces);
-    entries_.reset(new Entry<T, I>[size_]);
-    in_parallel(team_, [&](int part) {
+    starts_.reserve(count_ + 1);
+    int64_t sum = 0;
+    for (int64_t bucket = 0; bucket < count_; ++bucket) {
+      starts_.push_back(sum);
+      for (int64_t list = 0; list < p.num_pieces * team_; ++list) {
+        sum += std::exchange(places[list * count_ + bucket], sum);
+      }
+    }
+    starts_.push_back(sum);
+    entries_.reset(new Entry<T, I>[sum]);
+    in_parallel(team_, team_, [&](int64_t part) {
+      Entry<T, I>* to = entries_.get();
       for (int k = 0; k < p.num_pieces; ++k) {
-        Entry<T, I>* to = entries_.get() + starts[part * p.num_pieces + k];
-        visit(part, k, [&](const Entry<T, I>& entry) { *to++ = entry; });
+        int64_t* own = places_of(part, k);
+        visit(part, k,
+              [own, to, this](const Entry<T, I>& entry) { to[own[entry.id >> shift_]++] = entry; });
       }
     });
-    team_ = static_cast<int>(std::clamp<int64_t>(size_ / 4096, 1, team_));
-    sort(std::bit_width(static_cast<uint64_t>(std::max<int64_t>(p.table_rows - 1, 0))));
   }
 
   int team() const { return team_; }
-  int64_t size() const { return size_; }
-  const Entry<T, I>& operator[](int64_t k) const { return entries_[k]; }
-
-  // The first entry of a thread: about its share, but never in the middle of an id.
-  int64_t first(int part) const {
-    int64_t k = size_ * part / team_;
-    while (k > 0 && k < size_ && entries_[k].id == entries_[k - 1].id) ++k;
-    return k;
-  }
+  int64_t count() const { return count_; }
+  const Entry<T, I>* begin(int64_t bucket) const { return entries_.get() + starts_[bucket]; }
+  const Entry<T, I>* end(int64_t bucket) const { return entries_.get() + starts_[bucket + 1]; }
+  int64_t rows() const { return int64_t(1) << shift_; }  // of the table, in a bucket
 
  private:
-  // Least significant digit first, each pass stable.
-  void sort(int bits) {
-    const int passes = (bits + 10) / 11;  // 2^11 streams of writes stay within the TLB
-    if (passes == 0) return;
-    const int width = (bits + passes - 1) / passes;
-    const int64_t buckets = int64_t(1) << width;
-    std::vector<int64_t> to(size_t(team_) * buckets);
-    std::unique_ptr<Entry<T, I>[]> sorted(new Entry<T, I>[size_]);
-    for (int pass = 0; pass < passes; ++pass) {
-      std::fill(to.begin(), to.end(), 0);
-      // Everything the inner loops use is their own: they write, and the compiler must not suspect
-      // that they write to what they read.
-      const auto visit = [this, shift = pass * width, mask = buckets - 1](int part, auto take) {
-        const Entry<T, I>* entry = entries_.get() + size_ * part / team_;
-        const Entry<T, I>* end = entries_.get() + size_ * (part + 1) / team_;
-        const int by = shift;
-        const int64_t digits = mask;
-        for (; entry != end; ++entry) take(static_cast<int64_t>(entry->id >> by) & digits, *entry);
-      };
-      in_parallel(team_, [&](int part) {
-        int64_t* count = to.data() + part * buckets;
-        visit(part, [count](int64_t digit, const Entry<T, I>&) { ++count[digit]; });
-      });
-      to_offsets(to, team_, buckets);
-      in_parallel(team_, [&](int part) {
-        int64_t* place = to.data() + part * buckets;
-        Entry<T, I>* target = sorted.get();
-        visit(part, [place, target](int64_t digit, const Entry<T, I>& entry) {
-          target[place[digit]++] = entry;
-        });
-      });
-      std::swap(sorted, entries_);
-    }
-  }
-
-  int team_ = 1;
-  int64_t size_ = 0;
+  int team_ = 1, shift_ = 0;
+  int64_t count_ = 0;
+  std::vector<int64_t> starts_;
   std::unique_ptr<Entry<T, I>[]> entries_;
 };
 
 template <typename T, typename S, typename I>
 void sum_by_id(const TableGradient<T>& p, int threads,
                const std::function<TableRows<S>(int64_t)>& allocate) {
-  const Entries<T, I> entries(p, threads);
-  const int team = entries.team();
-  const int64_t size = entries.size(), dim = p.dim;
-  const auto begins = [&](int64_t k) { return k == 0 || entries[k].id != entries[k - 1].id; };
-  std::vector<int64_t> ranks(team + 1);  // how many ids come before a thread's
-  in_parallel(team, [&](int part) {
-    const int64_t last = entries.first(part + 1);
-    for (int64_t k = entries.first(part); k < last; ++k) ranks[part + 1] += begins(k);
-  });
-  for (int part = 0; part < team; ++part) ranks[part + 1] += ranks[part];
-
-  const TableRows<S> out = allocate(ranks[team]);
-  const bool dense = !out.compact;
-  std::unique_ptr<T[]> sums(new T[size_t(team) * dim]);
-  in_parallel(team, [&](int part) {
-    T* sum = sums.get() + part * dim;
-    const int64_t last = entries.first(part + 1);
-    int64_t k = entries.first(part), rank = ranks[part];
-    // The dense rows of a thread start at its first id, those of the first thread at 0.
-    int64_t row = k == 0 ? 0 : k < size ? int64_t(entries[k].id) : p.table_rows;
-    while (k < last) {
-      const int64_t id = entries[k].id;
-      std::fill(sum, sum + dim, T(0));
-      for (; k < last && entries[k].id == static_cast<I>(id); ++k) {
-        if (k + kAhead < last) {
-          const char* next =
-              reinterpret_cast<const char*>(p.source + int64_t(entries[k + kAhead].row) * dim);
-          for (int64_t at = 0; at < dim * int64_t(sizeof(T)); at += 64)
-            __builtin_prefetch(next + at);
-        }
-        const T coefficient = entries[k].coefficient;
-        const T* source = p.source + int64_t(entries[k].row) * dim;
-#pragma omp simd
-        for (int64_t d = 0; d < dim; ++d) sum[d] += coefficient * source[d];
-      }
-      if (dense) std::fill(out.values + row * dim, out.values + id * dim, S{});
-      S* to = out.values + (dense ? id : rank) * dim;
-      for (int64_t d = 0; d < dim; ++d) to[d] = static_cast<S>(sum[d]);
-      if (!dense) out.ids[rank] = id;
-      ++rank;
-      row = id + 1;
+  const Buckets<T, I> buckets(p, threads);
+  const int64_t dim = p.dim, bucket_rows = buckets.rows();
+  // The rows that a bucket has, in rising order, and where each of its rows stands among them; the
+  // second is empty where a bucket has too many rows for that.
+  struct Present {
+    std::vector<I> ids;
+    std::vector<int32_t> place;
+    int64_t of(I id, int64_t first) const {
+      if (!place.empty()) return place[id - first];
+      return std::lower_bound(ids.begin(), ids.end(), id) - ids.begin();
     }
-    const int64_t end = last < size ? int64_t(entries[last].id) : p.table_rows;
-    if (dense && row < end) std::fill(out.values + row * dim, out.values + end * dim, S{});
+  };
+  const auto present_in = [&](int64_t bucket) {
+    Present present;
+    const Entry<T, I>*entry = buckets.begin(bucket), *end = buckets.end(bucket);
+    const int64_t first = bucket * bucket_rows;
+    if (bucket_rows <= int64_t(1) << kMostMarked) {
+      present.place.resize(bucket_rows);
+      for (; entry != end; ++entry) present.place[entry->id - first] = 1;
+      for (int64_t row = 0; row < bucket_rows; ++row) {
+        if (present.place[row] == 0) continue;
+        present.place[row] = static_cast<int32_t>(present.ids.size());
+        present.ids.push_back(static_cast<I>(first + row));
+      }
+    } else {
+      for (; entry != end; ++entry) present.ids.push_back(entry->id);
+      std::sort(present.ids.begin(), present.ids.end());
+      present.ids.erase(std::unique(present.ids.begin(), present.ids.end()), present.ids.end());
+    }
+    return present;
+  };
+  // How many rows come before those of a bucket.
+  std::vector<int64_t> ranks(buckets.count() + 1);
+  in_parallel(p.compact ? buckets.count() : 0, buckets.team(), [&](int64_t bucket) {
+    ranks[bucket + 1] = static_cast<int64_t>(present_in(bucket).ids.size());
+  });
+  for (int64_t bucket = 0; bucket < buckets.count(); ++bucket) ranks[bucket + 1] += ranks[bucket];
+
+  const TableRows<S> out = allocate(p.compact ? ranks.back() : p.table_rows);
+  in_parallel(buckets.count(), buckets.team(), [&](int64_t bucket) {
+    const int64_t first = bucket * bucket_rows;
+    int64_t rows = std::min(bucket_rows, p.table_rows - first), start = first;
+    Present present;
+    if (p.compact) {
+      present = present_in(bucket);
+      rows = static_cast<int64_t>(present.ids.size()), start = ranks[bucket];
+      std::copy(present.ids.begin(), present.ids.end(), out.ids + start);
+    }
+    std::unique_ptr<T[]> own;
+    T* sums;
+    if constexpr (std::is_same_v<T, S>) {
+      sums = out.values + start * dim;
+    } else {
+      own.reset(new T[rows * dim]);
+      sums = own.get();
+    }
+    std::fill_n(sums, rows * dim, T(0));
+    const Entry<T, I>* end = buckets.end(bucket);
+    for (const Entry<T, I>* entry = buckets.begin(bucket); entry != end; ++entry) {
+      if (end - entry > kAhead) prefetch(p.source + int64_t(entry[kAhead].row) * dim, dim);
+      T* sum = sums + (p.compact ? present.of(entry->id, first) : entry->id - first) * dim;
+      const T coefficient = entry->coefficient;
+      const T* source = p.source + int64_t(entry->row) * dim;
+#pragma omp simd
+      for (int64_t d = 0; d < dim; ++d) sum[d] += coefficient * source[d];
+    }
+    if constexpr (!std::is_same_v<T, S>) {
+      S* to = out.values + start * dim;
+      for (int64_t k = 0; k < rows * dim; ++k) to[k] = static_cast<S>(sums[k]);
+    }
   });
 }
 

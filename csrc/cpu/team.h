@@ -16,15 +16,17 @@
 
 namespace dwl {
 
-// Measured for N = 8,192 and 65,536 at D = 64 and 128 on two AVX-512 cores: tiles of 256 to 2,048
-// candidates and blocks of 64 to 256 rows are within 5% of these. Blocks are shorter where 128 rows
-// would be more than 3% of all: e of a block has to be small beside the logits of the problem.
-// A stride that is a power of two would send a column of a tile to few sets of the cache: product 3
-// reads columns and ran at 75 instead of 98 GFLOP/s a core at D = 64, at 87 instead of 101 at 128.
-constexpr int64_t kTile = 512, kMostRows = 128, kLeastRows = 64;
-constexpr int64_t kPart = 1024;    // candidates that are worth a thread of their own
-constexpr int64_t kSegment = 128;  // candidates whose gradients are left out together
-constexpr int64_t kNoItem = -1;    // the id of what is no item: it is nobody's hit
+// How a kernel cuts its problem. Blocks are shorter where that many rows would be more than 3% of
+// all: e of a block has to be small beside the logits of the problem.
+struct Cut {
+  int64_t tile;        // candidates at once, at most
+  int64_t most_rows;   // of a block
+  int64_t least_rows;  // of a block, where there are so many
+  int64_t grain;       // tiles and parts are multiples of so many candidates
+};
+
+constexpr int64_t kPart = 1024;  // candidates that are worth a thread of their own
+constexpr int64_t kNoItem = -1;  // the id of what is no item: it is nobody's hit
 
 // Uninitialised memory from a cache line on: a product is bitwise the same from run to run only
 // where its matrices are aligned alike.
@@ -110,82 +112,70 @@ struct Report {
   Buffer<T> dq;                // [b, D] e c over its candidates, with the reference m
 };
 
+// What a kernel has beside this it adds, and allocates before its threads start.
 template <typename T>
 struct Worker {
   int group, part;
   int64_t first, last;                // its candidates
   int64_t tile;                       // at most so many at once
-  int64_t stride;                     // numbers between the rows of a tile
+  int64_t tiles;                      // how many that makes
   std::vector<int64_t> row;           // [b] the rows of the block
   std::vector<Row<T>> rows;           // [b]
   std::vector<Mark<T>> marks;         // [b] of their positives, where ranks are wanted
   std::vector<T> m;                   // [b] largest logits of all
-  std::vector<T> factor;              // [b] from the references of a tile to m
-  std::vector<IdIndex::Hits> hits;    // [b] those to come
   std::vector<RowResult<T>> results;  // [b]
-  Buffer<T> query, scaled;            // [b, D] what scores; q times the scale of the row
-  Buffer<T> e;                        // [tiles, b, stride], or of one tile
   std::vector<T> reference;           // [tiles, b] what e is relative to
-  std::vector<T> segment_top;         // [tiles, segments, b] largest e, or empty
   // By turns, so that a worker may begin a block before the others have read the last report.
   Report<T> reports[2];
+
+  // [b] those to come, of each kind of ids.
+  std::vector<IdIndex::Hits> hits[2];
 
   Report<T>& report(int64_t round) { return reports[round % 2]; }
   const Report<T>& report(int64_t round) const { return reports[round % 2]; }
 };
 
-// What the workers need memory for.
-struct Needs {
-  bool all_e;         // of a block; else of one tile
-  bool dq;            // gradients of the queries
-  bool segment_tops;  // to leave segments out
-};
-
-template <typename T>
+// W is the kernel's Worker<T>.
+template <typename T, typename W>
 class Team {
  public:
   // Everything is allocated here, because an exception must not leave a parallel region.
-  Team(std::vector<int64_t> rows, int64_t candidates, int64_t dim, int threads, Needs needs)
-      : rows_(std::move(rows)), needs_(needs) {
+  Team(std::vector<int64_t> rows, int64_t candidates, int64_t dim, int threads, Cut cut, bool dq)
+      : rows_(std::move(rows)) {
     const int64_t num_rows = static_cast<int64_t>(rows_.size());
     parts_ = static_cast<int>(std::clamp<int64_t>(candidates / kPart, 1, threads));
     while (threads % parts_ != 0) --parts_;
     groups_ = static_cast<int>(std::clamp<int64_t>(num_rows / 16, 1, threads / parts_));
-    const int64_t most = std::clamp<int64_t>(num_rows / 32, kLeastRows, kMostRows);
+    const int64_t most = std::clamp<int64_t>(num_rows / 32, cut.least_rows, cut.most_rows);
     const int64_t group_rows = (num_rows + groups_ - 1) / groups_;
     rounds_ = (group_rows + most - 1) / most;
     block_ = rounds_ == 0 ? 0 : (group_rows + rounds_ - 1) / rounds_;
     workers_.resize(groups_ * parts_);
     for (int k = 0; k < size(); ++k) {
-      Worker<T>& w = workers_[k];
+      W& w = workers_[k];
       w.group = k / parts_;
       w.part = k % parts_;
       const auto bound = [&](int64_t part) {
-        return part == parts_ ? candidates : candidates * part / parts_ / 16 * 16;
+        return part == parts_ ? candidates : candidates * part / parts_ / cut.grain * cut.grain;
       };
       w.first = bound(w.part);
       w.last = bound(w.part + 1);
-      const int64_t tiles = (w.last - w.first + kTile - 1) / kTile;
-      // Of about equal size, in whole vectors.
-      w.tile = tiles == 0 ? 0 : ((w.last - w.first + tiles - 1) / tiles + 15) / 16 * 16;
-      w.stride = w.tile % 32 == 0 ? w.tile + 16 : w.tile;  // see kTile
-      w.e = buffer<T>((needs.all_e ? tiles : std::min<int64_t>(tiles, 1)) * block_ * w.stride);
-      w.reference.resize(tiles * block_);
-      if (needs.segment_tops) w.segment_top.resize(tiles * (kTile / kSegment) * block_);
-      w.query = buffer<T>(block_ * dim);
-      w.scaled = buffer<T>(block_ * dim);
+      w.tiles = (w.last - w.first + cut.tile - 1) / cut.tile;
+      // Of about equal size.
+      const int64_t even = w.tiles == 0 ? 0 : (w.last - w.first + w.tiles - 1) / w.tiles;
+      w.tile = (even + cut.grain - 1) / cut.grain * cut.grain;
+      w.reference.resize(w.tiles * block_);
       w.row.reserve(block_);
       w.rows.resize(block_);
       w.marks.resize(block_);
       w.m.resize(block_);
-      w.factor.resize(block_);
-      w.hits.resize(block_);
+      for (auto& hits : w.hits) hits.resize(block_);
       w.results.resize(block_);
       for (Report<T>& report : w.reports) {
         report.m.resize(block_);
         report.sum.resize(block_);
         report.ahead.resize(block_);
-        if (needs.dq) report.dq = buffer<T>(block_ * dim);
+        if (dq) report.dq = buffer<T>(block_ * dim);
       }
     }
   }
@@ -194,8 +184,10 @@ class Team {
   int parts() const { return parts_; }
   int groups() const { return groups_; }
   int64_t rounds() const { return rounds_; }
+  int64_t block() const { return block_; }
   const std::vector<int64_t>& rows() const { return rows_; }
-  Worker<T>& mate(const Worker<T>& w, int part) { return workers_[w.group * parts_ + part]; }
+  std::vector<W>& workers() { return workers_; }
+  W& mate(const W& w, int part) { return workers_[w.group * parts_ + part]; }
 
   // Runs a phase on all workers; inside a parallel region. A team of threads may come out smaller
   // than asked for: the workers are dealt out, not assumed. Each stays with its thread, so nobody
@@ -207,7 +199,7 @@ class Team {
     for (int k = 0; k < team; ++k) phase(workers_[k]);
   }
 
-  void take_block(Worker<T>& w, int64_t round) {
+  void take_block(W& w, int64_t round) {
     const int64_t num_rows = static_cast<int64_t>(rows_.size());
     const int64_t start = num_rows * w.group / groups_;
     const int64_t count = num_rows * (w.group + 1) / groups_ - start;
@@ -215,31 +207,24 @@ class Team {
                  rows_.begin() + start + count * (round + 1) / rounds_);
   }
 
-  // Calls visit(first candidate, past the last one, tile, e [b, width]) for the tiles of a worker.
+  // Calls visit(first candidate, past the last one, tile) for the tiles of a worker.
   template <typename Visit>
-  void for_tiles(Worker<T>& w, Visit visit) {
+  void for_tiles(W& w, Visit visit) {
     if (w.row.empty()) return;
-    T* e = w.e.get();
     int64_t tile = 0;
     for (int64_t j = w.first; j < w.last; j += w.tile, ++tile) {
-      visit(j, std::min(j + w.tile, w.last), tile, e);
-      if (needs_.all_e) e += block_ * w.stride;
+      visit(j, std::min(j + w.tile, w.last), tile);
     }
   }
 
   // [b] what e of a tile is relative to, in each row.
-  T* reference(Worker<T>& w, int64_t tile) { return w.reference.data() + tile * block_; }
-  // [b] the largest e of each row in a segment of a tile.
-  T* segment_top(Worker<T>& w, int64_t tile, int64_t segment) {
-    return w.segment_top.data() + (tile * (kTile / kSegment) + segment) * block_;
-  }
+  T* reference(W& w, int64_t tile) { return w.reference.data() + tile * block_; }
 
  private:
   std::vector<int64_t> rows_;  // the active ones
-  Needs needs_;
-  int parts_, groups_;              // of the candidates, of the rows
-  int64_t rounds_, block_;          // blocks that a group takes, rows of the longest
-  std::vector<Worker<T>> workers_;  // [groups, parts]
+  int parts_, groups_;         // of the candidates, of the rows
+  int64_t rounds_, block_;     // blocks that a group takes, rows of the longest
+  std::vector<W> workers_;     // [groups, parts]
 };
 
 }  // namespace dwl

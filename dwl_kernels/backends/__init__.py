@@ -286,6 +286,9 @@ def scaled(
     """
     if upstream.is_cuda and unavailable_reason("triton", "cuda") is None:
         return triton_backend.scaled(gradients, upstream, dtypes, in_place)
+    # As `loss.backward()` has it. Looking costs nothing on a CPU, a pass over the gradients does.
+    if in_place and upstream.device.type == "cpu" and upstream.dim() == 0 and upstream.item() == 1:
+        return [g.to(dtype) for g, dtype in zip(gradients, dtypes, strict=True)]
     products = []
     for gradient, dtype in zip(gradients, dtypes, strict=True):
         if in_place and gradient.dtype == dtype == upstream.dtype:

@@ -153,7 +153,7 @@ def logits(
         z -= log_q[block] if problem.per_row else log_q
     excludes = problem.per_row or (counted and log_q is not None)
     if isinstance(problem, SharedProblem):
-        excludes |= problem.positive is None or problem.positive_ids is not None
+        excludes |= problem.positive is None or bool(problem.id_pairs())
     if not excludes:
         return z, c, None
     excluded = excluded_candidates(problem, active, block)

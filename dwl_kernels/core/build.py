@@ -13,11 +13,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from dwl_kernels.core.arguments import check_dense, flag, integer, integers, number
+from dwl_kernels.core.arguments import flag, integer, integers, number
 from dwl_kernels.core.checks import (
-    Calibrated,
     as_given,
-    autocast_dtype,
     both_or_none,
     check_embeddings,
     check_shape,
@@ -25,15 +23,20 @@ from dwl_kernels.core.checks import (
     flat_log_q,
     flat_rows,
     floating,
+    leave_out,
+    padded_by_id,
     row_arguments,
 )
+from dwl_kernels.core.drawn import checked_table_ids, item_ids, without_taken_out
 from dwl_kernels.core.problem import (
+    DTYPES,
     NO_ITEM,
     DualScale,
     PerRowProblem,
+    Problem,
     SharedProblem,
 )
-from dwl_kernels.core.values import checks_values, ids_outside, no_autocast
+from dwl_kernels.core.values import checks_values
 
 
 def sampled_problem(
@@ -41,34 +44,62 @@ def sampled_problem(
     positive: Tensor,
     negative: Tensor,
     *,
-    positive_log_q: Tensor | None,
-    negative_log_q: Tensor | None,
+    positive_log_q: Any,  # a tensor, or `checks.Calibrated`
+    negative_log_q: Any,
     positive_ids: Tensor | None,
     negative_ids: Tensor | None,
+    remove_accidental_hits: bool = True,
+    ignore_index: int | None = None,
     dual: DualScale | None = None,
     **row_options: Any,
-) -> SharedProblem:
-    """The problem of ``sampled_softmax_loss``: candidates ``[N, D]`` shared by all rows."""
+) -> Problem:
+    """The problem of ``sampled_softmax_loss``: candidates that all rows share, or of every row."""
     query, positive, negative = check_embeddings(query, positive=positive, negative=negative)
-    leading = query.shape[:-1]
-    both_or_none("positive_ids", positive_ids, "negative_ids", negative_ids)
-    ids = flat_ids(
-        query,
-        positive_ids=(positive_ids, leading),
-        negative_ids=(negative_ids, negative.shape[:1]),
-    )
+    leading, drawn, per_row = query.shape[:-1], negative.shape[:-1], negative.dim() != 2
+    if dual is not None:
+        check_shared("the dual scale", negative)
+    if remove_accidental_hits:
+        both_or_none("positive_ids", positive_ids, "negative_ids", negative_ids)
+    example = row_options["example_weights"]
+    example = padded_by_id("positive_ids", positive_ids, query, ignore_index, example)
+    row_options["example_weights"] = example
+    ids = flat_ids(query, positive_ids=(positive_ids, leading), negative_ids=(negative_ids, drawn))
     rows = row_arguments(query, **row_options)
-    given = positive_log_q, negative_log_q
-    positive_log_q = flat_log_q(
-        "positive_log_q", positive_log_q, leading, query, rows.example_weights
-    )
-    negative_log_q = flat_log_q("negative_log_q", negative_log_q, negative.shape[:1], query)
+    weights, given = rows.example_weights, (positive_log_q, negative_log_q)
+    ignored = None if ignore_index is None or ids[1] is None else ids[1].long() == ignore_index
+    if ignored is not None and not per_row:
+        negative_log_q = leave_out(ignored, negative_log_q)
+    if not remove_accidental_hits:
+        ids = [None, None]
+    positive_log_q = flat_log_q("positive_log_q", positive_log_q, leading, query, weights)
+    of_rows = weights if per_row else None
+    negative_log_q = flat_log_q("negative_log_q", negative_log_q, drawn, query, of_rows)
     if (positive_log_q is None) != (negative_log_q is None):
         both_or_none("positive_log_q", as_given(given[0]), "negative_log_q", as_given(given[1]))
+    if per_row:
+        shape = (math.prod(leading), drawn[-1])
+        places = torch.arange(math.prod(shape), device=query.device).view(shape)
+        if ids[0] is not None and ids[1] is not None:
+            hits = (ids[1].view(shape) == ids[0][:, None]) & (ids[0] != NO_ITEM)[:, None]
+            places = places.masked_fill(hits, NO_ITEM)
+        if ignored is not None:
+            places = places.masked_fill(ignored.view(shape), NO_ITEM)
+        if negative_log_q is not None:
+            negative_log_q = negative_log_q.view(shape)
+        return PerRowProblem(
+            query=flat_rows(query),
+            item_table=flat_rows(negative),
+            positive_rows=None,
+            candidate_rows=without_taken_out(places, negative_log_q),
+            positive=flat_rows(positive),
+            positive_log_q=positive_log_q,
+            candidate_log_q=negative_log_q,
+            rows=rows,
+        )
     return SharedProblem(
         query=flat_rows(query),
         positive=flat_rows(positive),
-        candidates=negative,
+        candidates=zero_where_taken_out(negative, negative_log_q, ignored is not None),
         positive_log_q=positive_log_q,
         candidate_log_q=negative_log_q,
         positive_ids=ids[0],
@@ -76,6 +107,36 @@ def sampled_problem(
         dual=None if dual is None else effective_dual(dual),
         rows=rows,
     )
+
+
+def zero_where_taken_out(
+    candidates: Tensor,  # [N, D]
+    log_q: Tensor | None,  # [N], +inf takes a candidate out
+    always: bool = False,
+) -> Tensor:
+    """Candidates whose numbers leak nowhere if they are taken out: 0 times NaN is NaN.
+
+    Where values are looked at, only what would leak makes a copy. Elsewhere one is made `always`,
+    for padding, which may hold anything, or never.
+    """
+    if log_q is None:
+        return candidates
+    looks = checks_values(candidates) and checks_values(log_q)
+    if not looks and not always:
+        return candidates
+    absent = log_q.detach() == math.inf
+    if looks and (not absent.any() or candidates.detach()[absent].isfinite().all()):
+        return candidates
+    return candidates.masked_fill(absent[:, None], 0)
+
+
+def check_shared(what: str, negative: Tensor) -> None:
+    """ValueError for negatives of every row's own."""
+    if negative.dim() != 2:
+        raise ValueError(
+            f"negative has shape {list(negative.shape)}, negatives per row, and {what} take those "
+            "that all rows share: pass [N, D]"
+        )
 
 
 def effective_dual(dual: DualScale) -> DualScale | None:
@@ -96,8 +157,11 @@ def in_batch_problem(
     log_q: Tensor | None,
     ids: Tensor | None,
     negative: Tensor | None,
-    negative_log_q: Tensor | None,
+    negative_log_q: Any,
     negative_ids: Tensor | None,
+    remove_accidental_hits: bool = True,
+    query_ids: Tensor | None = None,
+    ignore_index: int | None = None,
     dual: DualScale | None = None,
     prefix: str = "",
     **row_options: Any,
@@ -116,18 +180,33 @@ def in_batch_problem(
         query, positive = check_embeddings(query, positive=positive)
     else:
         query, positive, negative = check_embeddings(query, positive=positive, negative=negative)
-        both_or_none(ids_name, ids, "negative_ids", negative_ids)
+        if remove_accidental_hits:
+            both_or_none(ids_name, ids, "negative_ids", negative_ids)
         both_or_none(log_q_name, as_given(log_q), "negative_log_q", as_given(negative_log_q))
+        check_shared("in-batch candidates", negative)
     leading = query.shape[:-1]
     more = () if negative is None else negative.shape[:1]
+    example = padded_by_id(ids_name, ids, query, ignore_index, row_options["example_weights"])
+    row_options["example_weights"] = example
     both = flat_ids(query, **{ids_name: (ids, leading), "negative_ids": (negative_ids, more)})
+    (of_query,) = flat_ids(query, query_ids=(query_ids, leading))
     rows = row_arguments(query, **row_options)
+    ignores = ignore_index is not None and both[1] is not None
+    if ignore_index is not None and both[1] is not None:
+        negative_log_q = leave_out(both[1].long() == ignore_index, negative_log_q)
+    if not remove_accidental_hits:
+        both = [None, None]
     positive_log_q = flat_log_q(log_q_name, log_q, leading, query, rows.example_weights)
     more_log_q = flat_log_q("negative_log_q", negative_log_q, more, query)
     positives = flat_rows(positive)
+    if negative is not None:
+        negative = zero_where_taken_out(negative, more_log_q, ignores)
     of_batch = positive_log_q
     if of_batch is None and more_log_q is not None:  # which only takes negatives out
         of_batch = more_log_q.new_zeros(len(positives))
+    of_candidates = of_query
+    if of_query is not None and negative is not None:
+        of_candidates = torch.cat((of_query, of_query.new_full(more, NO_ITEM)))
     return SharedProblem(
         query=flat_rows(query),
         positive=None,
@@ -136,6 +215,8 @@ def in_batch_problem(
         candidate_log_q=joined(of_batch, more_log_q),
         positive_ids=both[0],
         candidate_ids=joined(both[0], both[1]),
+        query_ids=of_query,
+        candidate_query_ids=of_candidates,
         dual=None if dual is None else effective_dual(dual),
         rows=rows,
     )
@@ -153,16 +234,28 @@ def dual_problem(
     in_batch: bool | None,
     positive_log_q: Tensor | None,
     positive_ids: Tensor | None,
+    query_ids: Tensor | None,
     **others: Any,
-) -> SharedProblem:
+) -> Problem:
     """The problem of ``dual_scale_softmax_loss``."""
     others["dual"] = DualScale(hardness, similarity, slate_size, competition)
     if takes_batch(in_batch, negative is not None):
         of_batch: dict[str, Any] = {"log_q": positive_log_q, "ids": positive_ids}
+        of_batch["query_ids"] = query_ids
         named = {**of_batch, **others, "prefix": "positive_"}
         return in_batch_problem(query, positive, negative=negative, **named)
+    check_of_batch(query_ids)
     named = {"positive_log_q": positive_log_q, "positive_ids": positive_ids, **others}
     return sampled_problem(query, positive, cast("Tensor", negative), **named)
+
+
+def check_of_batch(query_ids: Tensor | None) -> None:
+    """ValueError for ids of queries where no positives of other rows are candidates."""
+    if query_ids is not None:
+        raise ValueError(
+            "query_ids tell which positives of a batch are of the same query, and here no positive "
+            "is a candidate of another row; leave them out, or pass in_batch=True"
+        )
 
 
 def takes_batch(in_batch: bool | None, negatives: bool) -> bool:
@@ -185,6 +278,7 @@ def full_problem(
     bias: Tensor | None,
     ignore_index: int,
     skip_threshold: float,
+    table_ids: Tensor | None = None,
     whole_table: bool = True,
     **row_options: Any,
 ) -> SharedProblem:
@@ -205,12 +299,19 @@ def full_problem(
         bias = -floating("bias", bias, query, differentiable=True)
     rows = row_arguments(query, correction="standard", **row_options)
     rows = rows._replace(ignore_index=ignore_index)
+    target, table_ids = target.long(), checked_table_ids(table_ids, table, query)
+    if table_ids is not None:
+        if bias is None:
+            bias = table.new_zeros(len(table), dtype=DTYPES[query.dtype].accumulate)
+        bias = bias.masked_fill(table_ids == NO_ITEM, torch.inf)
     return SharedProblem(
         query=flat_rows(query),
         positive=None,
-        candidates=table,
-        target=target.long(),
+        candidates=zero_where_taken_out(table, bias),
+        target=target,
         candidate_log_q=bias,
+        positive_ids=item_ids(target, table_ids) if table_ids is not None and whole_table else None,
+        candidate_ids=table_ids,
         skip_threshold=skip_threshold,
         rows=rows,
     )
@@ -224,123 +325,6 @@ def checked_skip_threshold(skip_threshold: float) -> float:
             "to leave nothing out"
         )
     return skip_threshold
-
-
-def per_row_problem(
-    query: Tensor,
-    table: Tensor,
-    positive_ids: Tensor,
-    negative_ids: Tensor,
-    *,
-    positive_log_q: Tensor | None,
-    negative_log_q: Tensor | None,
-    **row_options: Any,
-) -> PerRowProblem:
-    """The problem of ``indexed_sampled_softmax_loss`` where every row has negatives of its own.
-
-    The ids have been through :func:`table_ids`.
-    """
-    query, table = query_and_table(query, table)
-    leading, width = query.shape[:-1], negative_ids.shape[-1]
-    rows = row_arguments(query, **row_options)
-    weights = rows.example_weights
-    positive_log_q = flat_log_q("positive_log_q", positive_log_q, leading, query, weights)
-    negative_log_q = flat_log_q("negative_log_q", negative_log_q, (*leading, width), query, weights)
-    both_or_none("positive_log_q", positive_log_q, "negative_log_q", negative_log_q)
-    shape = (math.prod(leading), width)
-    return PerRowProblem(
-        query=flat_rows(query),
-        item_table=table,
-        positive_rows=positive_ids.reshape(-1),
-        candidate_rows=negative_ids.reshape(shape),
-        positive_log_q=positive_log_q,
-        candidate_log_q=None if negative_log_q is None else negative_log_q.reshape(shape),
-        rows=rows,
-    )
-
-
-def table_ids(
-    query: Tensor,
-    table: Tensor,
-    positive_ids: Tensor,
-    negative_ids: Tensor,
-    example_weights: Tensor | None,
-    whole_table: bool = True,
-) -> tuple[Tensor, Tensor]:
-    """The ids of ``indexed_sampled_softmax_loss``, checked, as int64 in their shapes.
-
-    Whether they are rows of a table that is not here as a whole, others look at.
-
-    Raises:
-        IndexError: shared negatives, or their positives, outside the table, where values are looked
-            at. Those of negatives per row are left to `rows.prepare`.
-    """
-    query_and_table(query, table)
-    if whole_table and table.shape[0] == 0:
-        raise ValueError("table has no rows; wanted at least one item to draw")
-    leading = query.shape[:-1]
-    positive_ids = integers("positive_ids", positive_ids, query.device)
-    negative_ids = integers("negative_ids", negative_ids, query.device)
-    check_shape("positive_ids", positive_ids, leading, query)
-    shared = negative_ids.dim() == 1
-    if not shared and (negative_ids.dim() == 0 or negative_ids.shape[:-1] != leading):
-        raise ValueError(
-            f"negative_ids has shape {list(negative_ids.shape)}; wanted [N], the same for all "
-            f"rows, or {[*leading, 'K']}, those of each row, for query {list(query.shape)}"
-        )
-    check_shape("negative_ids", negative_ids, negative_ids.shape, query)
-    if example_weights is not None:
-        check_dense("example_weights", example_weights)
-    if shared and whole_table and checks_values(query):
-        active = None
-        if example_weights is not None and example_weights.shape == leading:
-            active = example_weights.reshape(-1) != 0
-        ids_outside("positive_ids", positive_ids.reshape(-1), table.shape[0], active)
-        ids_outside("negative_ids", negative_ids, table.shape[0], least=NO_ITEM)
-    positive_ids, negative_ids = positive_ids.long(), negative_ids.long()
-    if not shared:  # what is no item is left out as a hit is
-        absent = negative_ids == NO_ITEM
-        negative_ids = torch.where(absent, positive_ids[..., None], negative_ids)
-    return positive_ids, negative_ids
-
-
-def leave_out_no_items(
-    negative_ids: Tensor,  # [N]
-    positive_log_q: Any,  # [...], perhaps calibrated
-    negative_log_q: Any,  # [N]
-) -> tuple[Tensor, Any]:
-    """Shared negatives without those that are no items.
-
-    Where values are not looked at, and sizes must not depend on them, these get a log-Q of +inf.
-    """
-    absent = negative_ids == NO_ITEM
-    if not checks_values(absent):
-        given = as_given(positive_log_q), as_given(negative_log_q)
-        both_or_none("positive_log_q", given[0], "negative_log_q", given[1])
-        tilt = torch.zeros_like(absent, dtype=torch.float32)
-        if isinstance(negative_log_q, Calibrated):
-            negative_log_q, tilt = negative_log_q
-        tilt = tilt.masked_fill(absent, -torch.inf)
-        return negative_ids.masked_fill(absent, 0), Calibrated(negative_log_q, tilt)
-    if not bool(absent.any()):
-        return negative_ids, negative_log_q
-    kept = ~absent
-    if isinstance(negative_log_q, Calibrated):
-        log_q, tilt = negative_log_q
-        return negative_ids[kept], Calibrated(log_q if log_q is None else log_q[kept], tilt[kept])
-    if negative_log_q is not None and negative_log_q.shape == kept.shape:  # else the loss raises
-        negative_log_q = negative_log_q[kept]
-    return negative_ids[kept], negative_log_q
-
-
-def query_and_table(query: Tensor, table: Tensor) -> list[Tensor]:
-    """Both, checked. Autocast leaves a table as it is: a cast would read and write all of it."""
-    for name, value in (("query", query), ("table", table)):
-        check_dense(name, value)
-    if autocast_dtype(query) is None:
-        return check_embeddings(query, table=table)
-    with no_autocast(query.device.type):
-        return check_embeddings(query.to(table.dtype), table=table)
 
 
 def joined(first: Tensor | None, second: Tensor | None) -> Tensor | None:

@@ -38,30 +38,31 @@ def row_candidates(
     """The candidates of a block of rows, ``[N, D]`` or, each row its own, ``[rows, K, D]``."""
     if isinstance(problem, SharedProblem):
         return candidates
-    ids = problem.candidate_rows[block].clamp(0, len(candidates) - 1)
-    own = candidates[ids].to(problem.dtypes.accumulate)
+    rows = problem.candidate_rows[block]
+    own = candidates[rows.clamp(0, len(candidates) - 1)].to(problem.dtypes.accumulate)
+    nothing = rows == NO_ITEM
     if active is not None:
-        own.masked_fill_(~active[block, None, None], 0)
-    return own
+        nothing |= ~active[block, None]
+    return own.masked_fill_(nothing[:, :, None], 0)
 
 
 def excluded_candidates(problem: Problem, active: Tensor | None, block: slice) -> Tensor:
     """Which candidates a block of rows does not compete with, bool ``[rows, N]``.
 
     Hits, those that a log-Q of +inf takes out, a row's own positive, and in a batch the positives
-    of padded rows.
+    of padded rows and others of its query.
     """
     log_q = log_q_of_candidates(problem)
     if not isinstance(problem, SharedProblem):
-        excluded = problem.candidate_rows[block] == problem.positive_rows[block, None]
+        excluded = problem.candidate_rows[block] == NO_ITEM
         return excluded if log_q is None else excluded | (log_q[block] == torch.inf)
     shape = block.stop - block.start, problem.num_candidates
     excluded = torch.zeros(shape, dtype=torch.bool, device=problem.query.device)
     if log_q is not None:
         excluded |= log_q == torch.inf
-    if problem.positive_ids is not None and problem.candidate_ids is not None:
-        ids = problem.positive_ids[block, None]
-        excluded |= (ids == problem.candidate_ids) & (ids != NO_ITEM)
+    for row_ids, candidate_ids in problem.id_pairs():
+        ids = row_ids[block, None]
+        excluded |= (ids == candidate_ids) & (ids != NO_ITEM)
     if problem.positive is None:
         excluded.scatter_(1, problem.own_columns()[block, None], True)
     if problem.in_batch and active is not None:
@@ -76,6 +77,8 @@ def log_q_of_positives(problem: Problem) -> Tensor | None:  # [B]
         return log_q
     if log_q is not None or of_candidates is None:
         return log_q
+    if problem.in_batch:
+        return of_candidates[: problem.query.shape[0]]
     return of_candidates[problem.own_columns()]
 
 
@@ -87,8 +90,10 @@ def log_q_of_candidates(problem: Problem) -> Tensor | None:  # [N] or [B, K]
     log_q = problem.candidate_log_q
     if log_q is None or not problem.in_batch:
         return log_q
-    of_batch = torch.arange(len(log_q), device=log_q.device) < problem.query.shape[0]
-    return log_q.masked_fill(of_batch & (log_q == -torch.inf), torch.inf)
+    rows = problem.query.shape[0]
+    of_batch = log_q[:rows]
+    of_batch = of_batch.masked_fill(of_batch == -torch.inf, torch.inf)
+    return of_batch if len(log_q) == rows else torch.cat((of_batch, log_q[rows:]))
 
 
 class Scaled(NamedTuple):

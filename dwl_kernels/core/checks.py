@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dwl_kernels.core.arguments import check_dense, integers, number
+from dwl_kernels.core.arguments import check_dense, integer, integers, number
 from dwl_kernels.core.double_backward import refuse_jit
 from dwl_kernels.core.problem import (
     DTYPES,
@@ -21,7 +21,7 @@ from dwl_kernels.core.problem import (
     Reduction,
     RowOptions,
 )
-from dwl_kernels.core.values import autocasting, checks_values
+from dwl_kernels.core.values import autocasting, checks_values, no_autocast
 
 
 def check_embeddings(query: Tensor, **others: Tensor) -> list[Tensor]:
@@ -50,8 +50,13 @@ def check_embeddings(query: Tensor, **others: Tensor) -> list[Tensor]:
             fits = value.shape == shape
         else:
             fits = value.dim() == 2 and value.shape[-1] == shape[-1]
+            if name == "negative":  # or every row has its own
+                fits |= value.shape[:-2] == shape[:-1] and value.shape[-1] == shape[-1]
         if not fits:
-            wanted = list(shape) if letter is None else f"[{letter}, {shape[-1]}]"
+            wanted = f"{list(shape)}" if letter is None else f"[{letter}, {shape[-1]}]"
+            if name == "negative" and value.dim() > 2:
+                own = ", ".join(map(str, (*shape[:-1], "K", shape[-1])))
+                wanted += f", or [{own}] of every row's own,"
             raise ValueError(
                 f"{name} has shape {list(value.shape)}; wanted {wanted} to match query "
                 f"{list(shape)}"
@@ -66,6 +71,16 @@ def check_embeddings(query: Tensor, **others: Tensor) -> list[Tensor]:
                 "run under torch.autocast"
             )
     return [*given.values()]
+
+
+def query_and_table(query: Tensor, table: Tensor) -> list[Tensor]:
+    """Both, checked. Autocast leaves a table as it is: a cast would read and write all of it."""
+    for name, value in (("query", query), ("table", table)):
+        check_dense(name, value)
+    if autocast_dtype(query) is None:
+        return check_embeddings(query, table=table)
+    with no_autocast(query.device.type):
+        return check_embeddings(query.to(table.dtype), table=table)
 
 
 _NAMES = [str(dtype).removeprefix("torch.") for dtype in FLOATS]
@@ -190,6 +205,39 @@ def flat_log_q(
     log_q = flat(floating(name, value, query))
     _check_log_q(name, log_q, example_weights)
     return log_q
+
+
+def leave_out(absent: Tensor, negative_log_q: Any) -> Calibrated:  # [N] bool
+    """Log-Q of negatives, perhaps calibrated, that leaves some of them out."""
+    tilt = torch.zeros_like(absent, dtype=torch.float32)
+    if isinstance(negative_log_q, Calibrated):
+        negative_log_q, tilt = negative_log_q
+    return Calibrated(negative_log_q, tilt.masked_fill(absent, -torch.inf))
+
+
+def padded_by_id(
+    name: str,
+    ids: Tensor | None,
+    query: Tensor,
+    ignore_index: int | None,
+    example_weights: Tensor | None,
+) -> Tensor | None:
+    """Example weights that are 0 where the id of the positive is `ignore_index`."""
+    if ignore_index is None:
+        return example_weights
+    ignore_index = integer("ignore_index", ignore_index)
+    if ids is None:
+        raise ValueError(
+            f"ignore_index is given without {name}, in which it marks padding; pass both, or "
+            "example_weights that are 0 in padded rows"
+        )
+    ids, leading = integers(name, ids, query.device), query.shape[:-1]
+    check_shape(name, ids, leading, query)
+    kept = ids.long() != ignore_index
+    if example_weights is None:
+        return kept
+    check_shape("example_weights", example_weights, leading, query)
+    return example_weights.masked_fill(~kept, 0)
 
 
 # What rounding may leave of the log of a probability of nearly 1.

@@ -97,6 +97,8 @@ class SharedProblem(NamedTuple):
     candidate_log_q: Tensor | None = None  # [N]; or minus a bias, with a gradient
     positive_ids: Tensor | None = None  # [B] int32 or int64, both or none of the two
     candidate_ids: Tensor | None = None  # [N]
+    query_ids: Tensor | None = None  # [B] int32 or int64, both or none of the two
+    candidate_query_ids: Tensor | None = None  # [N], of the row whose positive a candidate is
     rows: RowOptions = RowOptions()
     skip_threshold: float = 0.0  # see `rows.skippable_below`
     dual: DualScale | None = None
@@ -144,6 +146,16 @@ class SharedProblem(NamedTuple):
         mine = self.query, self.positive, self.candidates, self.candidate_log_q
         return (*mine, rows.temperature, rows.domain_weights)
 
+    def id_pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """Ids of rows ``[B]`` and of candidates ``[N]``, of items, of queries, as far as given.
+
+        A candidate that has an id of the row, and not -1, is no candidate of it.
+        """
+        items = self.positive_ids, self.candidate_ids
+        queries = self.query_ids, self.candidate_query_ids
+        pairs = [(a, b) for a, b in (items, queries) if a is not None and b is not None]
+        return pairs
+
     def own_columns(self) -> Tensor:
         """Which candidate is the positive of each row where there is no ``positive``, ``[B]``."""
         if self.target is None:
@@ -154,15 +166,18 @@ class SharedProblem(NamedTuple):
 class PerRowProblem(NamedTuple):
     """``B`` queries, each with a positive and ``K`` candidates of its own, rows of a table.
 
-    ``c_ij`` is row ``candidate_rows[i, j]`` of the table, a hit where that is ``positive_rows[i]``,
-    and the positive is row ``positive_rows[i]``. A backend gives the gradient of the products,
-    ``dL/d<q_i, c_ij>``, from which that of the table follows.
+    ``c_ij`` is row ``candidate_rows[i, j]`` of the table, and -1 stands in the place of what is no
+    candidate: a hit, or no item. The positive is row ``positive_rows[i]``, or ``positive[i]`` where
+    the table has none, because its rows are the embeddings that a user gave, ``B K`` of them. A
+    backend gives the gradients of the products, ``dL/d<q_i, c_ij>``, from which those of the
+    embeddings follow.
     """
 
     query: Tensor  # [B, D]
     item_table: Tensor  # [V, D], of the dtype and device of the query
-    positive_rows: Tensor  # [B] int64
+    positive_rows: Tensor | None  # [B] int64
     candidate_rows: Tensor  # [B, K] int64
+    positive: Tensor | None = None  # [B, D], in the place of `positive_rows`
     positive_log_q: Tensor | None = None  # [B]
     candidate_log_q: Tensor | None = None  # [B, K]
     rows: RowOptions = RowOptions()
@@ -204,9 +219,17 @@ class PerRowProblem(NamedTuple):
         return PerRowProblem._make((*tensors[:_PER_ROW], rows))
 
     def sources(self) -> tuple[Tensor | None, ...]:
-        """What `GradMask` speaks of, in its order; that of the positives is part of the table's."""
+        """What `GradMask` speaks of; the gradient of positives in the table is part of its own."""
         rows = self.rows
-        return self.query, None, self.item_table, None, rows.temperature, rows.domain_weights
+        mine = self.query, self.positive, self.item_table, None
+        return (*mine, rows.temperature, rows.domain_weights)
+
+    def positives(self) -> Tensor:
+        """The positive of each row, ``[B, D]``."""
+        if self.positive_rows is None:
+            assert self.positive is not None
+            return self.positive
+        return self.item_table[self.positive_rows.clamp(0, self.item_table.shape[0] - 1)]
 
 
 Problem: TypeAlias = SharedProblem | PerRowProblem

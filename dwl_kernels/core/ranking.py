@@ -15,8 +15,14 @@ import torch
 from torch import Tensor
 
 from dwl_kernels.core.arguments import check_dense, integer, integers
-from dwl_kernels.core.build import query_and_table
-from dwl_kernels.core.checks import check_device, check_shape, flat_ids, flat_rows, floating
+from dwl_kernels.core.checks import (
+    check_device,
+    check_shape,
+    flat_ids,
+    flat_rows,
+    floating,
+    query_and_table,
+)
 from dwl_kernels.core.problem import NO_ITEM, RankProblem
 from dwl_kernels.core.values import checks_values, ids_outside
 

@@ -142,15 +142,16 @@ def skippable_below(problem: SharedProblem, weight: Tensor) -> Tensor | None:
     return problem.skip_threshold / weight if problem.skip_threshold > 0 else None
 
 
-def embeddings(problem: Problem, active: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, positive and candidates in the accumulation dtype, padded rows set to zero.
+def embeddings(
+    problem: Problem, active: Tensor | None, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, positive and candidates in `dtype`, or that of sums, padded rows set to zero.
 
     A table from which every row draws its own stays as it is, to be read by `row_candidates`.
     """
-    dtype, query = problem.dtypes.accumulate, problem.query
+    dtype, query = dtype or problem.dtypes.accumulate, problem.query
     if not isinstance(problem, SharedProblem):
-        ids = problem.positive_rows.clamp(0, problem.item_table.shape[0] - 1)
-        candidates, positive = problem.item_table, problem.item_table[ids].to(dtype)
+        candidates, positive = problem.item_table, problem.positives().to(dtype)
     else:
         candidates = problem.candidates.to(dtype)
         if problem.positive is None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dwl_kernels.core.double_backward import transforms_active
-from dwl_kernels.core.problem import Problem, SharedProblem
+from dwl_kernels.core.problem import NO_ITEM, Problem, SharedProblem
 
 
 def checks_values(tensor: Tensor) -> bool:
@@ -112,6 +112,9 @@ def check_distinct(
             )
 
 
+_LEAST = {"negative_ids": NO_ITEM}
+
+
 def wrong_rows(problem: Problem, active: Tensor | None) -> Tensor | None:  # [B] bool
     """Which rows have an id outside the table or an impossible temperature; None where none can.
 
@@ -125,7 +128,7 @@ def wrong_rows(problem: Problem, active: Tensor | None) -> Tensor | None:  # [B]
         named = {"positive_ids": problem.positive_rows, "negative_ids": problem.candidate_rows}
         table_rows = problem.item_table.shape[0]
     found = [
-        None if ids is None else ids_outside(name, ids, table_rows, active)
+        None if ids is None else ids_outside(name, ids, table_rows, active, _LEAST.get(name, 0))
         for name, ids in named.items()
     ]
     found.append(wrong_temperatures(problem.rows.temperature, active))

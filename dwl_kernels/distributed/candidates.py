@@ -119,6 +119,7 @@ def _same(name: str, problem: Problem, across: Across) -> dict[str, Any]:
         return same
     return same | {
         "ids": kind_of(problem.candidate_ids),
+        "query_ids": kind_of(problem.candidate_query_ids),
         "the options of the dual scale": problem.dual,
         "ring": across.ring,
         "replicated_negatives": across.replicated_negatives,
@@ -134,13 +135,15 @@ def with_all_candidates(
     padded = padded_positives(problem)
     call = (problem.candidates, *told, padded, tuple(shared), group)
     embeddings, *others = _OfAllRanks.apply(*call)
-    ids, log_q = (t if b is not None else None for t, b in zip(others, told[1:], strict=True))
-    own_ids, own_log_q = problem.candidate_ids, problem.candidate_log_q
+    found = (t if b is not None else None for t, b in zip(others, told[1:], strict=True))
+    ids, query_ids, log_q = found
+    own_log_q = problem.candidate_log_q
     if log_q is not None and own_log_q is None:
         own_log_q = log_q.new_zeros(own)
     return problem._replace(
         candidates=embeddings,
-        candidate_ids=joined(own_ids, ids),
+        candidate_ids=joined(problem.candidate_ids, ids),
+        candidate_query_ids=joined(problem.candidate_query_ids, query_ids),
         candidate_log_q=joined(own_log_q, log_q),
     )
 
@@ -154,12 +157,13 @@ class _OfAllRanks(torch.autograd.Function):
         own: Tensor,  # [n, D]
         told: Tensor,  # [m, D], what the others are told of them
         ids: Tensor | None,  # [m]
+        query_ids: Tensor | None,  # [m]
         log_q: Tensor | None,  # [m]
         padded: Tensor | None,  # [n] bool, positives of padded rows: no gradient
         shared: tuple[int, ...],
         group: Group,
     ) -> tuple[Tensor, ...]:
-        blocks = gathered_blocks([told, ids, log_q], shared, group)
+        blocks = gathered_blocks([told, ids, query_ids, log_q], shared, group)
         del blocks[group.rank]
         columns = list(zip(*blocks, strict=True))
         empty = own.new_empty(0)
@@ -182,4 +186,4 @@ class _OfAllRanks(torch.autograd.Function):
         gradient = torch.cat((received, grad[told:own]))
         if ctx.saved_tensors:
             gradient.masked_fill_(ctx.saved_tensors[0], 0)
-        return once(gradient, grad), None, None, None, None, None, None
+        return once(gradient, grad), *(None,) * 7

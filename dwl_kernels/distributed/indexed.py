@@ -14,17 +14,21 @@ from torch import Tensor
 from dwl_kernels import backends
 from dwl_kernels.autograd import softmax_loss
 from dwl_kernels.core.arguments import flag
-from dwl_kernels.core.build import (
+from dwl_kernels.core.build import sampled_problem
+from dwl_kernels.core.checks import padded_by_id
+from dwl_kernels.core.drawn import (
+    checked_table_ids,
+    item_ids,
     leave_out_no_items,
+    left_out,
     per_row_problem,
-    sampled_problem,
-    table_ids,
+    table_rows,
 )
 from dwl_kernels.core.problem import NO_ITEM, Problem
 from dwl_kernels.core.rows import Prepared, prepare
 from dwl_kernels.core.untraced import untraced
 from dwl_kernels.core.values import checks_values
-from dwl_kernels.distributed.exchange import agree
+from dwl_kernels.distributed.exchange import agree, exchanged
 from dwl_kernels.distributed.group import Group
 from dwl_kernels.distributed.lookup import compact, fetched, routed
 from dwl_kernels.distributed.reduction import same_of_rows, whole_loss
@@ -40,15 +44,23 @@ class _Draws:
         shard: Tensor,
         positive_ids: Tensor,
         negative_ids: Tensor,
+        *,
+        table_ids: Tensor | None,
+        remove_accidental_hits: bool,
+        ignore_index: int | None,
         row_arguments: dict[str, Any],
     ) -> None:
         weights = row_arguments["example_weights"]
-        ids = table_ids(query, shard, positive_ids, negative_ids, weights, whole_table=False)
-        self.shared = ids[1].dim() == 1
-        positive, negative = ids
-        if self.shared:
-            log_q = row_arguments["positive_log_q"], row_arguments["negative_log_q"]
-            negative, row_arguments["negative_log_q"] = leave_out_no_items(negative, *log_q)
+        weights = padded_by_id("positive_ids", positive_ids, query, ignore_index, weights)
+        row_arguments = {**row_arguments, "example_weights": weights}
+        positive, negative = table_rows(
+            query, shard, positive_ids, negative_ids, weights, ignore_index, whole_table=False
+        )
+        self.table_ids, self.hits = (
+            checked_table_ids(table_ids, shard, query),
+            remove_accidental_hits,
+        )
+        self.shared = negative.dim() == 1
         if weights is not None and weights.shape == positive.shape:
             padded = weights == 0
             _check_not_negative(positive[~padded])
@@ -72,14 +84,18 @@ class _Draws:
             )
         return high + 1
 
-    def problem(self, table: Tensor, sparse_grad: bool, backend: str) -> Problem:
+    def problem(self, table: Tensor, table_ids: Tensor | None, backend: str) -> Problem:
         """The problem of this rank's rows with the rows that were fetched."""
+        given = dict(self.row_arguments)
+        drawn = left_out(self.positive, self.negative, table_ids, self.hits)
         if not self.shared:
-            ids = self.positive, self.negative
-            return per_row_problem(self.query, table, *ids, **self.row_arguments)
-        positive, negative = shared_rows(table, self.positive, self.negative, False, backend)
-        named: dict[str, Any] = {"positive_ids": self.positive, "negative_ids": self.negative}
-        return sampled_problem(self.query, positive, negative, **named, **self.row_arguments)
+            return per_row_problem(self.query, table, self.positive, drawn, **given)
+        log_q = given["positive_log_q"], given["negative_log_q"]
+        drawn, given["negative_log_q"] = leave_out_no_items(drawn, *log_q)
+        positive, negative = shared_rows(table, self.positive, drawn, False, backend)
+        for name, rows in (("positive_ids", self.positive), ("negative_ids", drawn)):
+            given[name] = item_ids(rows, table_ids) if self.hits else None
+        return sampled_problem(self.query, positive, negative, **given)
 
 
 def _check_not_negative(positive_ids: Tensor) -> None:
@@ -100,20 +116,37 @@ def indexed_loss(
     *,
     replicated_rows: bool,
     sparse_grad: bool,
+    of_dtensor: bool,
     backend: str,
+    table_ids: Tensor | None,
+    remove_accidental_hits: bool,
+    ignore_index: int | None,
     **row_arguments: Any,
 ) -> Tensor:
     """The loss of `indexed_sampled_softmax_loss` with the shard of this rank for a table."""
 
     def local() -> tuple[tuple[_Draws, Problem, Prepared], dict[str, Any], list[int]]:
-        draws = _Draws(query, shard, positive_ids, negative_ids, row_arguments)
+        if flag("sparse_grad", sparse_grad) and of_dtensor:
+            raise ValueError(
+                "sparse_grad=True does not go with a DTensor, whose gradient is a DTensor too; "
+                "pass table.to_local() and process_group, or sparse_grad=False"
+            )
+        backends.check_name(backend)
+        draws = _Draws(
+            *(query, shard, positive_ids, negative_ids),
+            table_ids=table_ids,
+            remove_accidental_hits=flag("remove_accidental_hits", remove_accidental_hits),
+            ignore_index=ignore_index,
+            row_arguments=row_arguments,
+        )
         # The rows come later: with zeros in their place all that can be wrong here raises here.
         nothing = shard.new_zeros(1, 1).expand(max(len(draws.wanted), 1), shard.shape[-1])
-        problem = draws.problem(nothing, False, backend)
+        problem = draws.problem(nothing, None, backend)
         same = same_of_rows("indexed_sampled_softmax_loss", problem)
         same["negatives"] = "shared, [N]" if draws.shared else "per row, [B, K]"
+        same["table_ids"] = None if table_ids is None else "[V]"
+        same["remove_accidental_hits"] = remove_accidental_hits
         same["whether table requires a gradient"] = shard.requires_grad
-        backends.check_name(backend)
         backends.pick(backend, problem)  # raises if it cannot run
         same["replicated_rows"] = flag("replicated_rows", replicated_rows)
         same["sparse_grad"] = sparse_grad
@@ -128,11 +161,15 @@ def indexed_loss(
                 f"positive_ids or negative_ids holds {least - 1} on rank {rank} of the process "
                 f"group, but the shards of the table have {sum(items)} rows together"
             )
-    table = fetched(shard, routed(draws.wanted, items, group), sparse_grad, backend)
+    route = routed(draws.wanted, items, group)
+    table, of_rows = fetched(shard, route, sparse_grad, backend), draws.table_ids
+    if of_rows is not None:
+        of_rows = exchanged(of_rows[route.places], route.sent, route.asked, group)
     if not len(table):
         table = torch.cat((table, table.new_zeros(1, shard.shape[-1])))
+        of_rows = None
     reduction = problem.rows.reduction
-    problem = draws.problem(table, False, backend)
+    problem = draws.problem(table, of_rows, backend)
     if reduction != "none" and not replicated_rows:
         problem = problem._replace(rows=problem.rows._replace(reduction="sum"))
     own = softmax_loss(problem, backend)

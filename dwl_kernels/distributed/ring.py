@@ -141,7 +141,7 @@ class _Ring:
 
     def _with(self, buffer: Tensor, count: int) -> SharedProblem:
         problem = self.problem
-        candidates, ids, log_q = self.layout.views(buffer, count)
+        candidates, ids, query_ids, log_q = self.layout.views(buffer, count)
         assert candidates is not None
         return SharedProblem(
             query=problem.query.detach(),
@@ -151,6 +151,8 @@ class _Ring:
             candidate_log_q=log_q,
             positive_ids=None if ids is None else problem.positive_ids,
             candidate_ids=ids,
+            query_ids=problem.query_ids,
+            candidate_query_ids=query_ids,
             rows=self._rows(),
         )
 
@@ -176,15 +178,34 @@ def num_competing(problem: SharedProblem, active: Tensor | None) -> Tensor:  # [
             there[:rows] &= log_q[:rows] != -torch.inf
         if active is not None:
             there[:rows] &= active
-    own = there[:rows].long() if problem.in_batch else 0
-    if problem.positive_ids is None or problem.candidate_ids is None:
-        return there.sum() - own + torch.zeros_like(problem.query[:, 0], dtype=torch.int64)
-    # Hits by sorting, and not by comparing all pairs.
-    ids = problem.candidate_ids[there].sort()[0]
-    first = torch.searchsorted(ids, problem.positive_ids)
-    hits = torch.searchsorted(ids, problem.positive_ids, right=True) - first
-    nobody = problem.positive_ids == NO_ITEM  # hits nothing, but is not its own candidate
+    own = torch.zeros_like(problem.query[:, 0], dtype=torch.int64)
+    if problem.in_batch:
+        own += there[:rows]
+    pairs = problem.id_pairs()
+    if len(pairs) == 2:
+        pairs.append(_both(*pairs))
+    hits, nobody = torch.zeros_like(own), torch.ones_like(own, dtype=torch.bool)
+    for number, (row_ids, candidate_ids) in enumerate(pairs):
+        # By sorting, and not by comparing all pairs.
+        ids = candidate_ids[there].sort()[0]
+        first = torch.searchsorted(ids, row_ids)
+        found = torch.searchsorted(ids, row_ids, right=True) - first
+        found = found.masked_fill(row_ids == NO_ITEM, 0)
+        hits += found if number < 2 else -found  # those of both were counted twice
+        nobody &= row_ids == NO_ITEM  # hits nothing, but is not its own candidate
     return there.sum() - torch.where(nobody, own, hits)
+
+
+def _both(
+    items: tuple[Tensor, Tensor], queries: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:  # [B], [N]
+    """Ids that are the same where those of both kinds are; -1 where one is."""
+    kinds = [torch.cat(pair).long() for pair in (items, queries)]
+    numbers = torch.stack(kinds, 1).unique(dim=0, return_inverse=True)[1]
+    nobody = (kinds[0] == NO_ITEM) | (kinds[1] == NO_ITEM)
+    numbers = numbers.masked_fill(nobody, NO_ITEM)
+    rows = len(items[0])
+    return numbers[:rows], numbers[rows:]
 
 
 class _Odds(torch.autograd.Function):

@@ -74,6 +74,7 @@ def full_loss(
         same = same_of_rows("full_softmax_loss", problem)
         same["replicated_rows"] = flag("replicated_rows", replicated_rows)
         same["bias"] = kind_of(problem.candidate_log_q)
+        same["table_ids"] = kind_of(problem.candidate_ids)
         same["skip_threshold"] = problem.skip_threshold
         backends.check_name(backend)
         backends.pick(backend, problem)  # raises if it cannot run
@@ -154,6 +155,7 @@ class _Scored(NamedTuple):
     target: Tensor  # [T] rows of the shard, -1 where it does not have them
     tau: Tensor | None  # [T] or []
     known: Tensor  # [T] the logit of what stands for the positive
+    item: Tensor | None  # [T] the item of the target, wherever it is, where rows have items
 
 
 class _Odds(torch.autograd.Function):
@@ -214,9 +216,10 @@ def _scored(call: _Call) -> tuple[_Scored, Tensor]:
     shard, minus_bias = problem.candidates.detach(), problem.candidate_log_q
     here = (local >= 0) & (local < len(shard)) & (target >= 0)
     local = local.masked_fill(~here, NO_ITEM)
+    items = _items_of_targets(problem.candidate_ids, local, shards.group)
     if not len(shard):
         known = query.new_zeros(len(query), dtype=problem.dtypes.accumulate)
-        return _Scored(query, local, tau, known), known.double() - torch.inf
+        return _Scored(query, local, tau, known, items), known.double() - torch.inf
     # Where the target is elsewhere, an item of this shard stands for it, so that no sum of
     # exponentials is lost however far the logits are from 0.
     item = local.new_zeros(()) if minus_bias is None else minus_bias.detach().argmin()
@@ -228,7 +231,23 @@ def _scored(call: _Call) -> tuple[_Scored, Tensor]:
     logit = score if minus_bias is None else score - minus_bias.detach()[place]
     positive = torch.where(here, logit.double(), -torch.inf)
     # A bias may be infinite, and what others are measured by must not be.
-    return _Scored(query, local, tau, torch.where(logit.isinf(), score, logit)), positive
+    return _Scored(query, local, tau, torch.where(logit.isinf(), score, logit), items), positive
+
+
+def _items_of_targets(
+    table_ids: Tensor | None,  # [V_r]
+    local: Tensor,  # [T] rows of the shard, -1 where it does not have them
+    group: Group,
+) -> Tensor | None:  # [T]
+    """The items of the targets, which their owners tell. 8 bytes for every row and rank."""
+    if table_ids is None:
+        return None
+    unknown = torch.full_like(local, torch.iinfo(torch.int64).min)
+    if len(table_ids):
+        unknown = torch.where(local == NO_ITEM, unknown, table_ids[local.clamp(min=0)])
+    every = unknown.new_empty((group.size, len(unknown)))
+    all_gather(every, unknown, group)
+    return every.amax(0)
 
 
 def _problem_of_shard(call: _Call, scored: _Scored) -> SharedProblem:
@@ -242,8 +261,10 @@ def _problem_of_shard(call: _Call, scored: _Scored) -> SharedProblem:
         candidates=shard,
         positive_log_q=-scored.known,
         candidate_log_q=minus_bias.detach(),
-        positive_ids=scored.target,
-        candidate_ids=torch.arange(len(shard), device=shard.device),
+        positive_ids=scored.target if scored.item is None else scored.item,
+        candidate_ids=torch.arange(len(shard), device=shard.device)
+        if scored.item is None
+        else problem.candidate_ids,
         rows=RowOptions(temperature=scored.tau, tau=problem.rows.tau, reduction="none"),
     )
 

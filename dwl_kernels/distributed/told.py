@@ -17,6 +17,7 @@ class Told(NamedTuple):
 
     embeddings: Tensor  # [m, D], zeros for the positives of padded rows
     ids: Tensor | None  # [m]
+    query_ids: Tensor | None  # [m]
     log_q: Tensor | None  # [m], +inf for those positives and for what is never drawn
 
 
@@ -39,6 +40,5 @@ def told_of(problem: SharedProblem, count: int) -> Told:
         if log_q is None:
             log_q = candidates.new_zeros(len(candidates), dtype=problem.dtypes.accumulate)
         log_q = log_q.masked_fill(padded, torch.inf)
-    ids = problem.candidate_ids
-    ids = None if ids is None else ids[:count]
-    return Told(candidates.detach()[:count], ids, None if log_q is None else log_q[:count])
+    told = problem.candidate_ids, problem.candidate_query_ids, log_q
+    return Told(candidates.detach()[:count], *(t if t is None else t[:count] for t in told))

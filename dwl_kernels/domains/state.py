@@ -158,7 +158,7 @@ class DomainState(Counts):
             check_distinct("domain_ids", ids)
         counted = (ids >= 0) & (ids < self.num_domains)
         if not self._alone():
-            self._see(ids, counted)
+            self._keep(ids, counted)
             return
         rows = self._count(ids, counted, self.interactions, self.shares)
         # From `rows`: what depends on no input would run while `torch.export` traces, and count.

@@ -19,6 +19,7 @@ from dwl_kernels.core.batching import counting
 from dwl_kernels.core.buffers import on_host
 from dwl_kernels.core.rows import mean_domain_weight
 from dwl_kernels.core.values import check_distinct, checks_values, has_values
+from dwl_kernels.counts import for_all_ranks
 from dwl_kernels.domains.ids import check_range, constant_weights, names_of, slots_of
 from dwl_kernels.domains.state import DomainState
 from dwl_kernels.domains.table import table_of
@@ -282,7 +283,7 @@ class DomainWeights(DomainState):
                 built._register_constant(name, values.clone())
         return built
 
-    @torch.no_grad()
+    @for_all_ranks
     def update(self, domain_ids: Tensor) -> None:
         """Count the domains of a batch and move the weights; no wait for the device.
 

@@ -15,11 +15,8 @@ from dwl_kernels.core.build import dual_problem, full_problem, in_batch_problem,
 from dwl_kernels.core.checks import either
 from dwl_kernels.core.problem import Problem, SoftmaxStatistics
 from dwl_kernels.core.ranking import rank_problem
-from dwl_kernels.functional.sampled import (
-    dual_scale_softmax_loss,
-    in_batch_softmax_loss,
-    sampled_softmax_loss,
-)
+from dwl_kernels.functional.dual_scale import dual_scale_softmax_loss
+from dwl_kernels.functional.sampled import in_batch_softmax_loss, sampled_softmax_loss
 from dwl_kernels.functional.table import (
     full_softmax_loss,
     indexed_problem,

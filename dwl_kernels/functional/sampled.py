@@ -1,4 +1,4 @@
-"""The losses of candidates that all rows share: sampled, in-batch and dual-scale softmax."""
+"""The losses of embeddings: sampled and in-batch softmax."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor
 
 from dwl_kernels.autograd import loss_of
 from dwl_kernels.backends import Backend
-from dwl_kernels.core.build import dual_problem, in_batch_problem, sampled_problem
+from dwl_kernels.core.build import in_batch_problem, sampled_problem
 from dwl_kernels.core.checks import either
-from dwl_kernels.core.problem import Correction, Reduction, SharedProblem
+from dwl_kernels.core.problem import Correction, Problem, Reduction, SharedProblem
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -27,6 +27,7 @@ def sampled_softmax_loss(
     negative_log_q: Tensor | None = None,
     positive_ids: Tensor | None = None,
     negative_ids: Tensor | None = None,
+    ignore_index: int | None = None,
     domain_ids: Tensor | None = None,
     domain_weights: Tensor | None = None,
     example_weights: Tensor | None = None,
@@ -38,7 +39,7 @@ def sampled_softmax_loss(
     ring: bool = False,
     replicated_negatives: bool = False,
 ) -> Tensor:
-    r"""Log-Q corrected sampled softmax over negatives that all rows share, weighted by domain.
+    r"""Log-Q corrected sampled softmax over sampled negatives, weighted by domain.
 
     .. math::
         z_{ij} = \langle q_i, c_j \rangle / \tau_i - \log Q_j, \qquad
@@ -56,14 +57,19 @@ def sampled_softmax_loss(
         query: ``[B, D]``, the embeddings of the queries or time steps; float32, float64, bfloat16
             or float16. With ``[..., D]``, what is ``[B]`` below is ``[...]``.
         positive: ``[B, D]``, the embedding each query should score highest, of the same dtype.
-        negative: ``[N, D]``, the embeddings of the sampled negatives, of the same dtype.
+        negative: ``[N, D]``, the embeddings of the sampled negatives, of the same dtype, shared by
+            all rows; or ``[B, K, D]`` (``[..., K, D]`` with leading dimensions), ``K`` of every
+            row's own, to which ``[N]`` below is ``[B, K]``. No copy of them is made. Those that are
+            rows of a table :func:`indexed_sampled_softmax_loss` reads by id, in less memory.
         positive_log_q: ``[B]``, log-probability (nats) that one draw of the sampler gives the
             positive; with ``negative_log_q``, pass both or neither. From the log of an expected
             count subtract the log of the number of draws.
         negative_log_q: ``[N]``, the same for every negative; ``+inf`` takes a negative out.
         positive_ids: ``[B]`` integers, the item ids of the positives. A negative with the id of a
             row's positive (an accidental hit) is removed from that row.
-        negative_ids: ``[N]`` integers, the item ids of the negatives.
+        negative_ids: ``[N]`` integers, the item ids of the negatives. -1 is no item: nobody's hit.
+        ignore_index: the id that marks padding: a row with that positive is padded, as by
+            ``example_weights`` 0, and a negative of that id is left out. Needs the ids.
         domain_ids: ``[B]`` or ``[B, G]`` integers, the domain, or the ``G`` domains, of each row,
             each named once; -1 means none. :func:`domains_from_multi_hot` makes them of flags. Ids
             and domains may be NumPy arrays or pandas columns.
@@ -87,7 +93,8 @@ def sampled_softmax_loss(
             which of them work here, ``python -m dwl_kernels`` says.
         process_group, ring, replicated_negatives: candidates of all ranks, as for
             :func:`in_batch_softmax_loss`: here the negatives of all ranks, or with
-            ``replicated_negatives=True`` those that all ranks hold.
+            ``replicated_negatives=True`` those that all ranks hold; negatives per row stay those of
+            their row.
 
     Returns:
         The loss, ``[]``, or ``[B]`` (``[...]``) for ``"none"``: float32, or float64 for float64
@@ -126,6 +133,7 @@ def sampled_softmax_loss(
         negative_log_q=negative_log_q,
         positive_ids=positive_ids,
         negative_ids=negative_ids,
+        ignore_index=ignore_index,
         domain_ids=domain_ids,
         domain_weights=domain_weights,
         example_weights=example_weights,
@@ -136,7 +144,7 @@ def sampled_softmax_loss(
     if process_group is None:
         return loss_of(build(), query, backend)
     options = {"replicated_negatives": replicated_negatives}
-    return _across(
+    return loss_over_ranks(
         "sampled_softmax_loss", build, query, process_group, backend, ring=ring, **options
     )
 
@@ -150,6 +158,8 @@ def in_batch_softmax_loss(
     negative: Tensor | None = None,
     negative_log_q: Tensor | None = None,
     negative_ids: Tensor | None = None,
+    query_ids: Tensor | None = None,
+    ignore_index: int | None = None,
     domain_ids: Tensor | None = None,
     domain_weights: Tensor | None = None,
     example_weights: Tensor | None = None,
@@ -171,8 +181,9 @@ def in_batch_softmax_loss(
 
     Row ``i`` competes with ``positive[k]`` for all ``k != i``, and with the negatives ``j``, whose
     ``z_ij`` is that of :func:`sampled_softmax_loss`. With ``ids``, rows of the same id as
-    row ``i`` are no candidates of it; without, only its own positive is removed. The positives of
-    padded rows (``example_weights`` 0) are nobody's candidates.
+    row ``i`` are no candidates of it; without, only its own positive is removed, as are with
+    ``query_ids`` those of its query. The positives of padded rows (``example_weights`` 0) are
+    nobody's candidates.
 
     Args:
         query: ``[B, D]``, or ``[..., D]``, the embeddings of the queries.
@@ -186,6 +197,9 @@ def in_batch_softmax_loss(
             neither.
         negative_ids: ``[N]`` integers, their ids; with ``negative``, pass both this and ``ids``, or
             neither.
+        query_ids: ``[B]`` integers, the user or query of every row, -1 for none. Positives of the
+            same query, another click of the same user say, are no candidates of the row.
+        ignore_index: the id that marks padding, as for :func:`sampled_softmax_loss`; needs ``ids``.
         positive_log_q, positive_ids: ``[B]``, ``log_q`` and ``ids`` under the names that they have
             in the other losses.
         domain_ids, domain_weights: ``[B]`` or ``[B, G]`` integers, and ``[num_domains]``, the
@@ -225,144 +239,37 @@ def in_batch_softmax_loss(
         >>> in_batch_softmax_loss(query, query, ids=torch.tensor([4, 4, 9]), reduction="none")
         tensor([0.3133, 0.3133, 0.5514])
     """
-    build = functools.partial(
-        in_batch_problem,
-        query,
-        positive,
-        log_q=either("log_q", log_q, "positive_log_q", positive_log_q),
-        ids=either("ids", ids, "positive_ids", positive_ids),
-        negative=negative,
-        negative_log_q=negative_log_q,
-        negative_ids=negative_ids,
-        domain_ids=domain_ids,
-        domain_weights=domain_weights,
-        example_weights=example_weights,
-        temperature=temperature,
-        correction=correction,
-        reduction=reduction,
-    )
+
+    def build() -> SharedProblem:
+        return in_batch_problem(
+            query,
+            positive,
+            log_q=either("log_q", log_q, "positive_log_q", positive_log_q),
+            ids=either("ids", ids, "positive_ids", positive_ids),
+            negative=negative,
+            negative_log_q=negative_log_q,
+            negative_ids=negative_ids,
+            query_ids=query_ids,
+            ignore_index=ignore_index,
+            domain_ids=domain_ids,
+            domain_weights=domain_weights,
+            example_weights=example_weights,
+            temperature=temperature,
+            correction=correction,
+            reduction=reduction,
+        )
+
     if process_group is None:
         return loss_of(build(), query, backend)
     options = {"replicated_negatives": replicated_negatives}
-    return _across(
+    return loss_over_ranks(
         "in_batch_softmax_loss", build, query, process_group, backend, ring=ring, **options
     )
 
 
-def dual_scale_softmax_loss(
-    query: Tensor,
-    positive: Tensor,
-    negative: Tensor | None = None,
-    *,
-    hardness: float = 1.0,
-    similarity: float = 1.0,
-    slate_size: int = 16,
-    competition: float = 1.0,
-    in_batch: bool | None = None,
-    positive_log_q: Tensor | None = None,
-    negative_log_q: Tensor | None = None,
-    positive_ids: Tensor | None = None,
-    negative_ids: Tensor | None = None,
-    domain_ids: Tensor | None = None,
-    domain_weights: Tensor | None = None,
-    example_weights: Tensor | None = None,
-    temperature: float | Tensor | None = None,
-    correction: Correction = "standard",
-    reduction: Reduction = "mean",
-    backend: Backend = "auto",
-    process_group: ProcessGroup | None = None,
-    replicated_negatives: bool = False,
-) -> Tensor:
-    r"""Sampled softmax on two scales: candidates weighed by hardness, rows by their competition.
-
-    .. math::
-        \kappa_{ij} = n_i \, \mathrm{softmax}_j\big((h \langle q_i, c_j \rangle
-            + s \langle p_i, c_j \rangle) / \tau\big), \qquad
-        z_{ij} = \langle q_i, c_j \rangle / \tau_i + \log \kappa_{ij} - \log Q_j
-
-        \tau_i \propto \tau \, \mathrm{clip}(1 + k (g_i - \bar g), 1/2, 2), \qquad
-        g_i = \mathrm{mean}_{j \in slate_i} \, \sigma(z_{ij} - z_i^+)
-
-    The weights have mean one over the ``n_i`` candidates of a row that are no hits and not taken
-    out by a log-Q of ``+inf``, the temperatures have mean ``tau`` over the batch, and both are
-    detached. With all strengths 0 it is :func:`sampled_softmax_loss`, exactly.
-
-    The form is this package's own. It has every property that the abstract of the paper names, and
-    claims no reproduction of the paper's equations.
-
-    Args:
-        query: ``[B, D]``, or ``[..., D]``, the embeddings of the queries or time steps.
-        positive: ``[B, D]``, the embedding each query should score highest.
-        negative: ``[N, D]``, the embeddings of the sampled negatives; without, the positives of the
-            other rows are the candidates, as for :func:`in_batch_softmax_loss`.
-        hardness: ``h``, how much more a candidate weighs that the query itself scores high; below
-            0, how much less, like the other two strengths: any finite number keeps the loss finite.
-        similarity: ``s``, how much more a candidate weighs that is like the positive.
-        slate_size: candidates fall, in their order, into so many equal groups; the strongest of
-            each make the slate of a row. Candidates drawn at random make this a stochastic top-K.
-        competition: ``k``, how much warmer a row gets whose slate competes harder than others'.
-        in_batch: True takes the positives of the other rows as candidates next to ``negative``.
-            ``positive_log_q`` and ``positive_ids`` then describe their two roles. None does so
-            where there is no ``negative``.
-        positive_log_q, negative_log_q: ``[B]`` and ``[N]``, log-probability (nats) of one draw, as
-            for :func:`sampled_softmax_loss`.
-        positive_ids, negative_ids: ``[B]`` and ``[N]`` integers, the item ids, likewise.
-        domain_ids, domain_weights: ``[B]`` or ``[B, G]`` integers, and ``[num_domains]``, the
-            domains of the rows and what they weigh, as for :func:`sampled_softmax_loss`.
-        example_weights, temperature: ``[B]``, and a number, ``[]`` or ``[B]``, likewise.
-        correction, reduction, backend: as for :func:`sampled_softmax_loss`.
-        process_group, replicated_negatives: candidates of all ranks, as for
-            :func:`in_batch_softmax_loss`; the means are over the rows of all ranks.
-
-    Returns:
-        The loss, ``[]``, or ``[B]`` for ``"none"``, of the dtype that :func:`sampled_softmax_loss`
-        gives.
-
-    Raises:
-        ValueError: an infinite strength, an empty slate, or as :func:`sampled_softmax_loss`.
-        TypeError, IndexError, RuntimeError: as :func:`sampled_softmax_loss`.
-
-    Source: after Sahyouni et al. 2026, arXiv 2602.07206.
-
-    Example:
-        >>> import torch
-        >>> from dwl_kernels import dual_scale_softmax_loss
-        >>> query, negative = torch.eye(2), torch.tensor([[1.0, 0.0], [0.0, 0.0]])
-        >>> dual_scale_softmax_loss(query, query, negative, slate_size=1, reduction="none")
-        tensor([1.0504, 0.4981])
-    """
-    build = functools.partial(
-        dual_problem,
-        query,
-        positive,
-        negative,
-        hardness=hardness,
-        similarity=similarity,
-        slate_size=slate_size,
-        competition=competition,
-        in_batch=in_batch,
-        positive_log_q=positive_log_q,
-        negative_log_q=negative_log_q,
-        positive_ids=positive_ids,
-        negative_ids=negative_ids,
-        domain_ids=domain_ids,
-        domain_weights=domain_weights,
-        example_weights=example_weights,
-        temperature=temperature,
-        correction=correction,
-        reduction=reduction,
-    )
-    if process_group is None:
-        return loss_of(build(), query, backend)
-    options = {"replicated_negatives": replicated_negatives}
-    return _across(
-        "dual_scale_softmax_loss", build, query, process_group, backend, ring=False, **options
-    )
-
-
-def _across(
+def loss_over_ranks(
     name: str,
-    build: Callable[[], SharedProblem],
+    build: Callable[[], Problem],
     query: Tensor,
     process_group: ProcessGroup,
     backend: Backend,

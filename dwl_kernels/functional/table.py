@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -10,14 +9,17 @@ from torch import Tensor
 from dwl_kernels.autograd import loss_of
 from dwl_kernels.backends import Backend, check_name
 from dwl_kernels.core.arguments import flag, is_distributed
-from dwl_kernels.core.build import (
-    full_problem,
+from dwl_kernels.core.build import full_problem, sampled_problem
+from dwl_kernels.core.checks import padded_by_id
+from dwl_kernels.core.drawn import (
+    checked_table_ids,
+    item_ids,
     leave_out_no_items,
+    left_out,
     per_row_problem,
-    sampled_problem,
-    table_ids,
+    table_rows,
 )
-from dwl_kernels.core.problem import Correction, Problem, Reduction
+from dwl_kernels.core.problem import Correction, Problem, Reduction, SharedProblem
 from dwl_kernels.gather import shared_rows
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ def full_softmax_loss(
     target: Tensor,
     *,
     bias: Tensor | None = None,
+    table_ids: Tensor | None = None,
     ignore_index: int = -100,
     domain_ids: Tensor | None = None,
     domain_weights: Tensor | None = None,
@@ -59,6 +62,9 @@ def full_softmax_loss(
         table: ``[V, D]``, the embeddings of all items.
         target: ``[T]`` integers, the row of the table that each query should score highest.
         bias: ``[V]``, added to the logit of every item, with a gradient.
+        table_ids: ``[V]`` integers, the item ids of the rows of the table, where an item may stand
+            in several: other rows of the item of a row's target are no candidates of that row. -1
+            marks a row that is no item: nobody's candidate, and as a target of infinite loss.
         ignore_index: the target that marks a padded row: it gives exact zeros, does not count in
             any norm, and NaN in its embedding does not leak.
         domain_ids, domain_weights: ``[T]`` or ``[T, G]`` integers, and ``[num_domains]``, the
@@ -70,10 +76,13 @@ def full_softmax_loss(
             probability of item ``v`` and ``w_i`` the weight of the row before the norm divides it.
             The loss is exact, and the target's own entry always counts. 0 leaves nothing out, as
             does a table in shards.
-        process_group: the ranks that the table is spread over. ``table`` (and ``bias``) are then
-            the shard of this rank: consecutive rows, in the order of the ranks, as many as you
-            like. A ``DTensor`` with ``Shard(0)`` needs no group. ``target`` is a row of the whole
-            table.
+        process_group: the ranks that the table is spread over. ``table``, and what describes its
+            rows, are then the shard of this rank: consecutive rows, in the order of the ranks, as
+            many as you like. A ``DTensor`` with ``Shard(0)`` needs no group. ``target`` is a row of
+            the whole table. Weights that FSDP2 has gathered are no shard, and with a group every
+            item would count once for each rank: pass them as the ``DTensor`` that they are when
+            sharded, which the root of ``fully_shard`` is after a forward with
+            ``reshard_after_forward=True``.
         replicated_rows: whether all ranks pass the same rows, as in tensor parallelism; else each
             passes rows of its own.
 
@@ -116,24 +125,30 @@ def full_softmax_loss(
         tensor(0.5514)
     """
     whole_table = process_group is None and not is_distributed(table)
+    group: Any = None
     if not whole_table:
         table, group = shard_of(table, process_group)
-        bias = None if bias is None else shard_of(bias, group)[0]
-    build = functools.partial(
-        full_problem,
-        query,
-        table,
-        target,
-        bias=bias,
-        ignore_index=ignore_index,
-        domain_ids=domain_ids,
-        domain_weights=domain_weights,
-        example_weights=example_weights,
-        temperature=temperature,
-        reduction=reduction,
-        skip_threshold=skip_threshold,
-        whole_table=whole_table,
-    )
+
+    def build() -> SharedProblem:
+        here = bias
+        if bias is not None and not whole_table:
+            here, _ = shard_of(bias, group, "bias")
+        return full_problem(
+            query,
+            table,
+            target,
+            bias=here,
+            table_ids=table_ids,
+            ignore_index=ignore_index,
+            domain_ids=domain_ids,
+            domain_weights=domain_weights,
+            example_weights=example_weights,
+            temperature=temperature,
+            reduction=reduction,
+            skip_threshold=skip_threshold,
+            whole_table=whole_table,
+        )
+
     if whole_table:
         return loss_of(build(), query, backend)
     from dwl_kernels.distributed.sharded import full_loss
@@ -147,6 +162,9 @@ def indexed_sampled_softmax_loss(
     positive_ids: Tensor,
     negative_ids: Tensor,
     *,
+    table_ids: Tensor | None = None,
+    remove_accidental_hits: bool = True,
+    ignore_index: int | None = None,
     sparse_grad: bool = False,
     positive_log_q: Tensor | None = None,
     negative_log_q: Tensor | None = None,
@@ -178,8 +196,15 @@ def indexed_sampled_softmax_loss(
         positive_ids: ``[B]`` integers, the row of the table that each query should score highest.
         negative_ids: integers, rows of the table that are negatives: ``[N]`` of all queries, or
             ``[B, K]`` (``[..., K]`` with leading dimensions), ``K`` of every query's own. A
-            negative that is the positive of a row (an accidental hit) is always removed from that
-            row. A negative of id -1 is no item, and left out; so is one of log-Q ``+inf``.
+            negative that is the positive of a row (an accidental hit) is removed from that row. A
+            negative of id -1 is no item, and left out, as padding of rows of different lengths may
+            be; so is one of log-Q ``+inf``.
+        table_ids: ``[V]`` integers, the item ids of the rows of the table, where an item may stand
+            in several, as in a cache of embeddings: a negative of the item of a row's positive is a
+            hit too. -1 marks a row that is no item, and left out as a negative.
+        remove_accidental_hits: whether hits are removed; False keeps them as candidates.
+        ignore_index: the id that marks padding: a row with that positive is padded, as by
+            ``example_weights`` 0, and a negative of that id is left out.
         sparse_grad: whether the gradient of the table is a coalesced sparse COO tensor of the rows
             that were used, as ``torch.optim.SparseAdam`` takes it, or dense. Rows whose gradient is
             zero, as of padding, are not among them. ``torch.compile`` does not trace sparse
@@ -214,9 +239,10 @@ def indexed_sampled_softmax_loss(
         >>> indexed_sampled_softmax_loss(query, table, positive_ids, negative_ids, reduction="none")
         tensor([0.5514, 0.3133])
     """
-    check_name(backend)
-    sparse_grad = flag("sparse_grad", sparse_grad)
     arguments: dict[str, Any] = {
+        "table_ids": table_ids,
+        "remove_accidental_hits": remove_accidental_hits,
+        "ignore_index": ignore_index,
         "positive_log_q": positive_log_q,
         "negative_log_q": negative_log_q,
         "domain_ids": domain_ids,
@@ -230,17 +256,16 @@ def indexed_sampled_softmax_loss(
     }
     ids = positive_ids, negative_ids
     if process_group is None and not is_distributed(table):
+        check_name(backend)
+        arguments["sparse_grad"] = sparse_grad = flag("sparse_grad", sparse_grad)
         problem = indexed_problem(query, table, *ids, **arguments)
         return loss_of(problem, query, backend, sparse_grad)
     from dwl_kernels.distributed.indexed import indexed_loss
 
-    if sparse_grad and is_distributed(table):
-        raise ValueError(
-            "sparse_grad=True does not go with a DTensor, whose gradient is a DTensor too; pass "
-            "table.to_local() and process_group, or sparse_grad=False"
-        )
     shard, group = shard_of(table, process_group)
-    return indexed_loss(query, shard, *ids, group, replicated_rows=replicated_rows, **arguments)
+    of_dtensor = is_distributed(table)
+    arguments |= {"replicated_rows": replicated_rows, "of_dtensor": of_dtensor}
+    return indexed_loss(query, shard, *ids, group, **arguments)
 
 
 def indexed_problem(
@@ -249,25 +274,39 @@ def indexed_problem(
     positive_ids: Tensor,
     negative_ids: Tensor,
     *,
+    table_ids: Tensor | None,
+    remove_accidental_hits: bool,
+    ignore_index: int | None,
     sparse_grad: bool,
     backend: str,
     negative_log_q: Tensor | None,
     **others: Any,
 ) -> Problem:
     """The problem of ``indexed_sampled_softmax_loss``; negatives that all rows share are read."""
-    ids = table_ids(query, table, positive_ids, negative_ids, others["example_weights"])
-    if ids[1].dim() != 1:
-        return per_row_problem(query, table, *ids, negative_log_q=negative_log_q, **others)
-    drawn, negative_log_q = leave_out_no_items(ids[1], others["positive_log_q"], negative_log_q)
-    positive, negative = shared_rows(table, ids[0], drawn, sparse_grad, backend)
-    named: dict[str, Any] = {"positive_ids": ids[0], "negative_ids": drawn}
-    return sampled_problem(
-        query, positive, negative, negative_log_q=negative_log_q, **named, **others
+    weights = others["example_weights"]
+    weights = padded_by_id("positive_ids", positive_ids, query, ignore_index, weights)
+    others["example_weights"] = weights
+    ids = table_rows(query, table, positive_ids, negative_ids, weights, ignore_index)
+    table_ids = checked_table_ids(table_ids, table, query)
+    remove_accidental_hits = flag("remove_accidental_hits", remove_accidental_hits)
+    drawn = left_out(*ids, table_ids, remove_accidental_hits)
+    if drawn.dim() != 1:
+        others["negative_log_q"] = negative_log_q
+        return per_row_problem(query, table, ids[0], drawn, **others)
+    drawn, others["negative_log_q"] = leave_out_no_items(
+        drawn, others["positive_log_q"], negative_log_q
     )
+    positive, negative = shared_rows(table, ids[0], drawn, sparse_grad, backend)
+    names, rows = ("positive_ids", "negative_ids"), (ids[0], drawn)
+    for name, one in zip(names, rows, strict=True):
+        others[name] = item_ids(one, table_ids) if remove_accidental_hits else None
+    return sampled_problem(query, positive, negative, **others)
 
 
-def shard_of(table: Tensor, process_group: ProcessGroup | Group | None) -> tuple[Tensor, Any]:
-    """The rows of the table that are here, and the group over which the others are."""
+def shard_of(
+    table: Tensor, process_group: ProcessGroup | Group | None, name: str = "table"
+) -> tuple[Tensor, Any]:
+    """The rows of the table, or of its bias, that are here, and the group of the others."""
     from dwl_kernels.distributed.table import shard_of
 
-    return shard_of(table, process_group)
+    return shard_of(table, process_group, name)

@@ -162,12 +162,14 @@ class CumulativeCrossEntropy(WeightedLoss):
         group = self.process_group
         if group is not None or is_distributed(table):
             table, group = shard_of(table, group)
-            bias = shard_of(bias, group)[0] if bias is not None else None
 
-        def check() -> tuple[Tensor, Tensor | None, Tensor]:
+        def check() -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
             check_dense("query", query)
             check_dense("table", table)
-            check_tensors(bias=bias, example_weights=example_weights)
+            own = bias
+            if bias is not None and group is not None:
+                own, _ = shard_of(bias, group, "bias")
+            check_tensors(bias=own, example_weights=example_weights)
             checked = checked_ids(query, target=target, domain_ids=domain_ids)
             targets, leading = cast("Tensor", checked[0]), query.shape[:-1]
             if group is None:
@@ -178,16 +180,18 @@ class CumulativeCrossEntropy(WeightedLoss):
             padded = padded if weightless is None else padded | weightless
             items = "target", targets
             domains = self._domains_of_rows(("domain_ids", checked[1]), items, query, padded)
-            if bias is not None:
-                check_rows("bias", bias, table.shape[:1])
-            return targets, domains, padded
+            if own is not None:
+                check_rows("bias", own, table.shape[:1])
+            return targets, domains, padded, own
 
         num_items = len(table) if isinstance(table, Tensor) and table.dim() else 0
-        (target, domain_ids, padded), items = self._on_all_ranks(group, query, check, num_items)
+        checked, items = self._on_all_ranks(group, query, check, num_items)
+        target, domain_ids, padded, bias = checked
+        if group is not None:
+            self._check_items(table, sum(items))
         weights = self._weigh(domain_ids, query)
         if weights is not None and self.calibration:
             assert self.item_domains is not None  # the constructor has looked
-            self._check_items(table, sum(items))
             first = 0 if group is None else sum(items[: group.rank])
             tilt = self._tilt(self.item_domains[first : first + num_items], weights)
             bias = tilt if bias is None else bias + tilt

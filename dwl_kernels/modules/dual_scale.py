@@ -65,7 +65,7 @@ class DualScaleSampledSoftmax(DynamicWeightedSampledSoftmax):
             learned.
         calibration, normalize, correction, reduction: These, and what stands above without a
             letter, as for :class:`DynamicWeightedSampledSoftmax`.
-        remove_accidental_hits, in_batch, sparse_grad, backend: Likewise.
+        remove_accidental_hits, ignore_index, in_batch, sparse_grad, backend: Likewise.
         process_group, ring, replicated_negatives: Likewise. Means are over the rows of all ranks,
             and a ring raises in :meth:`forward`, unless all strengths are 0.
 
@@ -104,6 +104,7 @@ class DualScaleSampledSoftmax(DynamicWeightedSampledSoftmax):
         correction: Correction = "standard",
         reduction: Reduction = "mean",
         remove_accidental_hits: bool = True,
+        ignore_index: int | None = None,
         in_batch: bool | None = None,
         sparse_grad: bool = False,
         backend: Backend = "auto",
@@ -123,6 +124,7 @@ class DualScaleSampledSoftmax(DynamicWeightedSampledSoftmax):
             correction=correction,
             reduction=reduction,
             remove_accidental_hits=remove_accidental_hits,
+            ignore_index=ignore_index,
             in_batch=in_batch,
             sparse_grad=sparse_grad,
             backend=backend,

@@ -21,8 +21,9 @@ def normalised(
 ) -> Tensor:  # [..., D]
     """Every embedding scaled to length 1; zero, without a gradient, where it is zero or padded.
 
-    With `drawn` they are a table of which a part is drawn: a row that holds NaN or Inf then takes
-    no gradient, and without, NaN. Lengths are taken in float32, in float64 of float64.
+    With `drawn` they are negatives, or a table, of which a part is left out: a row that holds NaN
+    or Inf then takes no gradient, and without, NaN. Lengths are taken in float32, in float64 of
+    float64.
     """
     # A wrong shape is left to the loss, which names it.
     if not embedding.dim() or not embedding.shape[-1]:

@@ -2,14 +2,17 @@
 // every option, ids of -1, logits up to the largest numbers, NaN. Every array has a block of memory
 // of its own, of exactly its size. What the kernels return is checked for where it was written.
 
+#include <bit>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <limits>
 #include <memory>
 #include <random>
+#include <type_traits>
 #include <vector>
 
+#include "bfloat16_products.h"
 #include "per_row_softmax.h"
 #include "rank_targets.h"
 #include "sampled_softmax.h"
@@ -45,6 +48,27 @@ void dgemm_(const char* ta, const char* tb, const int* m, const int* n, const in
   multiply(*ta == 'T', *tb == 'T', *m, *n, *k, a, *lda, b, *ldb, *beta, c, *ldc);
 }
 }
+
+namespace dwl {
+bool has_bfloat16_products() {
+  return true;
+}
+void bfloat16_product(int64_t m, int64_t n, int64_t k, const BFloat16* a, int64_t lda,
+                      const uint32_t* b, int64_t ldb, float* c, int64_t ldc, bool add) {
+  for (int64_t i = 0; i < m; ++i) {
+    for (int64_t j = 0; j < n; ++j) {
+      float sum = add ? c[i * ldc + j] : 0;
+      for (int64_t l = 0; l < k; ++l) {
+        const uint32_t two = b[l / 2 * ldb + j];
+        const uint32_t one = l % 2 == 0 ? two << 16 : two & 0xffff0000;
+        sum += float(a[i * lda + l]) * std::bit_cast<float>(one);
+      }
+      c[i * ldc + j] = sum;
+    }
+  }
+}
+void release_bfloat16_products() {}
+}  // namespace dwl
 
 namespace {
 
@@ -126,21 +150,24 @@ double scale() {
   return chance(0.2) ? largest<T>() : std::pow(10, integer(-3, 3));
 }
 
-template <typename T>
+template <typename S>
+constexpr bool kNarrow = std::is_same_v<S, dwl::BFloat16>;
+
+template <typename T, typename S = T>
 void shared_candidates() {
   const bool wide = chance(0.1);
   const int64_t b = wide ? integer(0, 300) : integer(0, 20),
-                d = wide ? integer(0, 3) : integer(0, 9);
+                d = (wide ? integer(0, 3) : integer(0, 9)) * (kNarrow<S> ? 2 : 1);
   int64_t n = wide ? integer(0, 3500) : integer(0, 40);
   const int kind = static_cast<int>(integer(0, 2));  // positives given, in a batch, targets
   if (kind == 1) n += b;
   const bool odd = chance(0.2), pads = chance(0.4);
 
-  dwl::Problem<T> p{};
+  dwl::Problem<T, S> p{};
   p.rows = b, p.candidates = n, p.dim = d, p.refined = chance(0.4);
   const double size = scale<T>();
-  Array<T> query(b * d), positive(b * d), candidate(n * d), tau(b), coefficient(b), score(b * d),
-      shift(b), positive_log_q(b), candidate_log_q(n), skip_below(b);
+  Array<S> query(b * d), positive(b * d), candidate(n * d), score(b * d);
+  Array<T> tau(b), coefficient(b), shift(b), positive_log_q(b), candidate_log_q(n), skip_below(b);
   Array<int64_t> target(b), positive_ids(b), candidate_ids(n);
   Array<bool> active(b);
   for (const auto* one : {&query, &positive, &candidate, &score}) fill(*one, size, odd);
@@ -155,8 +182,8 @@ void shared_candidates() {
   for (bool& one : active) one = chance(0.6) && n > 0;
   for (int64_t i = 0; i < b && pads; ++i) {
     if (active[i]) continue;
-    for (int64_t k = 0; k < d; ++k) query[i * d + k] = positive[i * d + k] = std::nan("");
-    for (int64_t k = 0; k < d && kind == 1; ++k) candidate[i * d + k] = 0;
+    for (int64_t k = 0; k < d; ++k) query[i * d + k] = positive[i * d + k] = S(std::nan(""));
+    for (int64_t k = 0; k < d && kind == 1; ++k) candidate[i * d + k] = S(0);
     tau[i] = 0, target[i] = -100;
   }
   p.query = query.get(), p.candidate = candidate.get(), p.tau = tau.get();
@@ -165,10 +192,12 @@ void shared_candidates() {
   if (kind == 2) p.target = target.get();
   if (kind == 2 && n == 0 && !pads) return;
   if (pads) p.active = active.get();
-  if (chance(0.3)) p.score = score.get(), p.shift = shift.get();
+  if (!kNarrow<S> && chance(0.3)) p.score = score.get(), p.shift = shift.get();
   if (chance(0.5)) p.positive_log_q = positive_log_q.get();
   if (chance(0.5)) p.candidate_log_q = candidate_log_q.get();
-  if (chance(0.5)) p.positive_ids = positive_ids.get(), p.candidate_ids = candidate_ids.get();
+  for (int kinds = integer(0, 2), kind = 0; kind < kinds; ++kind) {
+    p.row_ids[kind] = positive_ids.get(), p.candidate_ids[kind] = candidate_ids.get();
+  }
   if (chance(0.2)) p.skip_below = skip_below.get();
 
   Array<T> row_loss(b), d_query(b * d), d_positive(b * d), d_candidate(n * d), d_log_q(n);
@@ -183,12 +212,16 @@ void shared_candidates() {
   if (p.candidate_log_q != nullptr && chance(0.7)) out.candidate_log_q = d_log_q.get();
   Array<T> log_sum_exp(b), log_probability(b);
   Array<int64_t> rank(b);
-  if (chance(0.5)) {
+  if (!kNarrow<S> && chance(0.5)) {
     out.log_sum_exp = log_sum_exp.get(), out.log_probability = log_probability.get();
     out.rank = rank.get();
     fill_ids(rank, -1, -1);
   }
-  dwl::sampled_softmax_cpu(p, out, kThreads);
+  if constexpr (kNarrow<S>) {
+    dwl::sampled_softmax_bfloat16(p, out, kThreads);
+  } else {
+    dwl::sampled_softmax_cpu(p, out, kThreads);
+  }
   expect_ranks(rank, n, out.rank == nullptr ? nullptr : active.get(), !pads);
 
   expect_written(row_loss, b, p.active);
@@ -205,7 +238,7 @@ void candidates_per_row() {
   const double size = scale<T>();
   Array<T> query(b * d), tau(b), coefficient(b), positive_log_q(b), candidate_log_q(b * k),
       values(v * d);
-  Array<S> table(v * d);
+  Array<S> table(v * d), positive(b * d);
   Array<int64_t> positive_ids(b), candidate_ids(b * k);
   Array<bool> active(b);
   fill(query, size, odd);
@@ -214,7 +247,8 @@ void candidates_per_row() {
   for (const auto* one : {&coefficient, &positive_log_q, &candidate_log_q}) fill(*one, 1.0, odd);
   for (T& value : tau) value = static_cast<T>(std::pow(10, integer(-2, 2)));
   fill_ids(positive_ids, 0, v - 1);
-  fill_ids(candidate_ids, 0, v - 1);
+  fill_ids(candidate_ids, -1, v - 1);
+  for (S& value : positive) value = static_cast<S>(T(0.5));
   for (bool& one : active) one = chance(0.6);
   for (int64_t i = 0; i < b && pads; ++i) {
     if (active[i]) continue;
@@ -225,7 +259,12 @@ void candidates_per_row() {
   p.rows = b, p.candidates = k, p.dim = d, p.refined = chance(0.4);
   p.query = query.get(), p.table = table.get(), p.tau = tau.get();
   p.coefficient = coefficient.get();
-  p.positive_ids = positive_ids.get(), p.candidate_ids = candidate_ids.get();
+  p.candidate_ids = candidate_ids.get();
+  if (chance(0.7)) {
+    p.positive_ids = positive_ids.get();
+  } else {
+    p.positive = positive.get();
+  }
   if (chance(0.5)) p.positive_log_q = positive_log_q.get();
   if (chance(0.5)) p.candidate_log_q = candidate_log_q.get();
   if (pads) p.active = active.get();
@@ -275,13 +314,13 @@ void gradient_of_a_table() {
     fill(*coefficients.back(), 1.0, false);
     piece.coefficient = weighted ? coefficients.back()->get() : nullptr;
   }
-  const dwl::TableGradient<T> p{r, d, v, source.get(), pieces.data(), num_pieces};
+  const dwl::TableGradient<T> p{r, d, v, source.get(), pieces.data(), num_pieces, compact};
   std::unique_ptr<Array<S>> values;
   std::unique_ptr<Array<int64_t>> distinct;
   dwl::table_gradient_cpu<T, S>(p, kThreads, [&](int64_t count) {
-    values = std::make_unique<Array<S>>((compact ? count : v) * d);
+    values = std::make_unique<Array<S>>(count * d);
     distinct = std::make_unique<Array<int64_t>>(compact ? count : 0);
-    return dwl::TableRows<S>{values->get(), compact ? distinct->get() : nullptr, compact};
+    return dwl::TableRows<S>{values->get(), compact ? distinct->get() : nullptr};
   });
   for (int64_t k = 0; k < distinct->size(); ++k) {
     const int64_t id = (*distinct)[k], before = k == 0 ? -1 : (*distinct)[k - 1];
@@ -332,6 +371,7 @@ int main(int, char** arguments) {
   for (int k = 0; k < problems; ++k) {
     shared_candidates<float>();
     shared_candidates<double>();
+    shared_candidates<float, dwl::BFloat16>();
     candidates_per_row<float, float>();
     candidates_per_row<float, dwl::BFloat16>();
     candidates_per_row<double, double>();

@@ -107,8 +107,8 @@ def _run_shared(
         candidate_log_q=_contiguous(log_q_of_candidates(problem)),
         score=_contiguous(score),
         shift=_contiguous(shift),
-        positive_ids=_contiguous(problem.positive_ids, torch.int64),
-        candidate_ids=_contiguous(problem.candidate_ids, torch.int64),
+        row_ids=[ids.long().contiguous() for ids, _ in problem.id_pairs()],
+        candidate_ids=[ids.long().contiguous() for _, ids in problem.id_pairs()],
         skip_below=skippable_below(problem, prepared.weight),
         active=prepared.active,
         refined=refined,
@@ -130,7 +130,8 @@ def _run_per_row(
     return query, torch.ops.dwl_kernels_native.indexed_softmax(
         query=query,
         table=problem.item_table.contiguous(),
-        positive_ids=problem.positive_rows.contiguous(),
+        positive=_contiguous(problem.positive),
+        positive_ids=_contiguous(problem.positive_rows),
         candidate_ids=problem.candidate_rows.contiguous(),
         tau=prepared.tau.contiguous(),
         coefficient=prepared.coefficient.contiguous(),
@@ -139,17 +140,19 @@ def _run_per_row(
         active=prepared.active,
         refined=problem.rows.correction == "refined",
         want_query=wanted.query or wanted.temperature,
-        want_table=wanted.candidates,
+        want_table=wanted.candidates or wanted.positive,
         want_statistics=want_statistics,
     )
 
 
 def _embeddings(problem: SharedProblem, active: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """As `rows.embeddings`, without copies of positives that the kernel finds itself."""
+    dtype = problem.dtypes.accumulate
+    if problem.query.dtype == torch.bfloat16 and problem.dual is None:
+        dtype = torch.bfloat16  # of which the kernel makes float32 where it has to
     padded_batch = problem.in_batch and active is not None
     if problem.positive is not None or problem.dual is not None or padded_batch:
-        return embeddings(problem, active)
-    dtype = problem.dtypes.accumulate
+        return embeddings(problem, active, dtype)
     query, candidates = problem.query.to(dtype), problem.candidates.to(dtype)
     if active is not None:
         query = query.masked_fill(~active[:, None], 0)
@@ -204,30 +207,30 @@ def table_gradient(
     return values, distinct
 
 
-def _contiguous(tensor: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
-    return None if tensor is None else tensor.to(dtype or tensor.dtype).contiguous()
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
 
 
 def _register_fake() -> None:
-    def known(query, wanted):  # type: ignore[no-untyped-def]
-        rows = query.shape[0] if wanted else 0
-        dtypes = (query.dtype, query.dtype, torch.int64)
-        return [query.new_empty(rows, dtype=dtype) for dtype in dtypes]
+    def known(tau, wanted):  # type: ignore[no-untyped-def]
+        rows = tau.shape[0] if wanted else 0
+        dtypes = (tau.dtype, tau.dtype, torch.int64)
+        return [tau.new_empty(rows, dtype=dtype) for dtype in dtypes]
 
     @torch.library.register_fake("dwl_kernels_native::sampled_softmax")
-    def fake(query, positive, candidates, *rest):  # type: ignore[no-untyped-def]
+    def fake(query, positive, candidates, target, tau, *rest):  # type: ignore[no-untyped-def]
         *_, want_query, want_positive, want_candidates, want_log_q, want_statistics = rest
         return (
-            query.new_empty(query.shape[0]),
-            query.new_empty(query.shape if want_query else 0),
-            query.new_empty(query.shape if want_positive else 0),
-            query.new_empty(candidates.shape if want_candidates else 0),
-            query.new_empty(candidates.shape[0] if want_log_q else 0),
-            *known(query, want_statistics),
+            tau.new_empty(query.shape[0]),
+            tau.new_empty(query.shape if want_query else 0),
+            tau.new_empty(query.shape if want_positive else 0),
+            tau.new_empty(candidates.shape if want_candidates else 0),
+            tau.new_empty(candidates.shape[0] if want_log_q else 0),
+            *known(tau, want_statistics),
         )
 
     @torch.library.register_fake("dwl_kernels_native::indexed_softmax")
-    def fake_indexed(query, table, positive_ids, candidate_ids, *rest):  # type: ignore[no-untyped-def]
+    def fake_indexed(query, table, positive, positive_ids, candidate_ids, *rest):  # type: ignore[no-untyped-def]
         *_, want_query, want_table, want_statistics = rest
         return (
             query.new_empty(query.shape[0]),

@@ -68,6 +68,8 @@ def unsupported_reason(problem: Problem) -> str | None:
         return f"it does not take {problem.query.dtype}; backend='chunked' does"
     if problem.dual is not None:
         return "it does not take the dual scale; backend='chunked' does"
+    if len(problem.id_pairs()) > 1:
+        return "it does not take ids of items and of queries at once; backend='chunked' does"
     for name in _UNKNOWN_OPTIONS:
         if getattr(problem.rows, name) is not None:
             return f"it does not take {name}; backend='chunked' does"
@@ -101,7 +103,8 @@ def solve(
         removed = log_q == torch.inf
         if p.in_batch and prepared.active is not None:  # padding is no candidate anyway
             removed[: len(p.query)] &= prepared.active
-    items = _items(p.positive_ids, p.candidate_ids, removed)
+    row_ids, candidate_ids = next(iter(p.id_pairs()), (None, None))
+    items = _items(row_ids, candidate_ids, removed)
     half = p.query.dtype == torch.float16
     narrowing = _narrowing(prepared.coefficient, prepared.tau) if half else None
 
@@ -132,7 +135,7 @@ def solve(
         "coefficient": _take(prepared.coefficient, order),
         "positive_log_q": _take(p.positive_log_q if refined else log_q_of_positives(p), order),
         "candidate_log_q": _take(log_q, candidate_order),
-        "row_ids": _take(p.positive_ids, order, torch.int64),
+        "row_ids": _take(row_ids, order, torch.int64),
         "candidate_ids": _take(items, candidate_order),
         "removed": None if removed is None else removed.sum(dtype=torch.int64).view(1),
         "narrowing": narrowing,

@@ -3,7 +3,7 @@
 For row ``i`` of ``B`` queries ``q``, its positive ``p_i`` and candidate ``j`` of ``N``, ``c_j``, or
 ``c_ij`` where every row has candidates of its own::
 
-    z_ij  = <q_i, c_j> / tau_i - log Q_j       -inf where j is a hit of row i (the same id)
+    z_ij  = <q_i, c_j> / tau_i - log Q_j       -inf where j has the id, or query, of row i
     z_i+  = <q_i, p_i> / tau_i - log Q+_i
     lse_i = log(exp z_i+ + sum_j exp z_ij)
     l_i   = lse_i - z_i+

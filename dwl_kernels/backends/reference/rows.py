@@ -103,9 +103,10 @@ def _positive_and_candidates(
     dtype = p.dtypes.accumulate
     if not isinstance(p, SharedProblem):
         last = len(p.item_table) - 1
-        positive = p.item_table[p.positive_rows.clamp(0, last)].to(dtype)
+        positive = p.positives().to(dtype)
         candidates = p.item_table[p.candidate_rows.clamp(0, last)].to(dtype)
-        return positive.masked_fill(padded, 0), candidates.masked_fill(padded[:, :, None], 0)
+        nothing = padded | (p.candidate_rows == NO_ITEM)
+        return positive.masked_fill(padded, 0), candidates.masked_fill(nothing[:, :, None], 0)
     candidates = leaves.get("candidates", p.candidates.to(dtype))
     if p.in_batch:
         others = padded.new_zeros(len(candidates) - len(padded), 1)
@@ -135,14 +136,13 @@ def _log_q(p: Problem, leaves: dict[str, Tensor]) -> tuple[Tensor, Tensor]:  # [
 
 
 def _excluded(p: Problem, active: Tensor, log_q: Tensor) -> Tensor:  # [B, N] bool
-    """Hits, the row's own positive, positives of padded rows, and what log-Q of +inf takes out."""
+    """Hits, the row's own positive and others of its query, those of padded rows, log-Q +inf."""
     out = (log_q == INF).expand(len(active), p.num_candidates)
     if not isinstance(p, SharedProblem):
-        return out | (p.candidate_rows == p.positive_rows[:, None])
+        return out | (p.candidate_rows == NO_ITEM)
     columns = torch.arange(p.num_candidates, device=out.device)
-    if p.positive_ids is not None and p.candidate_ids is not None:
-        ids = p.positive_ids[:, None]
-        out = out | ((ids == p.candidate_ids) & (ids != NO_ITEM))
+    for row_ids, candidate_ids in p.id_pairs():
+        out = out | ((row_ids[:, None] == candidate_ids) & (candidate_ids != NO_ITEM))
     if p.positive is None:
         out = out | (columns == p.own_columns()[:, None])
     if p.in_batch:

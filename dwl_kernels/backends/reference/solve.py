@@ -48,7 +48,7 @@ def solve(
     accumulate, gradient = problem.dtypes
     sources = dict(zip(GradMask._fields, problem.sources(), strict=True))
     if problem.per_row:
-        del sources["candidates"]  # the gradients are those of the products
+        del sources["positive"], sources["candidates"]  # the gradients are those of the products
     with _autograd():
         leaves = {
             name: source.detach().to(accumulate).requires_grad_()
@@ -63,8 +63,9 @@ def solve(
         (gradients["domain_weights"],) = torch.autograd.grad(
             of_weights, [leaf], row_grad, materialize_grads=True
         )
-    if problem.per_row and wanted.candidates:
-        leaves |= {"positive": s_positive, "candidates": s}
+    if problem.per_row:
+        of_products = {"positive": s_positive, "candidates": s}
+        leaves |= {name: one for name, one in of_products.items() if getattr(wanted, name)}
     if leaves:
         found = torch.autograd.grad(loss, [*leaves.values()], row_grad, materialize_grads=True)
         gradients |= dict(zip(leaves, found, strict=True))

@@ -287,7 +287,7 @@ def _tiles(
             for tiles, fits in zip(tried, ready, strict=True)
         ]
 
-    ids = [None if t is None else t.dtype for t in (problem.positive_ids, problem.candidate_ids)]
+    ids = [t.dtype for pair in problem.id_pairs() for t in pair]
     target = None if problem.target is None else problem.target.dtype
     sizes = problem.query.shape[0], problem.candidates.shape[0]
     device = torch.cuda.get_device_name(problem.query.device)

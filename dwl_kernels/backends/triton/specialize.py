@@ -75,8 +75,8 @@ def load_of(problem: SharedProblem, row_grad: Tensor | None) -> Load:
     if p.skip_threshold > 0:
         return "skip"
     of_row = temperature is not None and temperature.dim() > 0
-    given = (p.target, p.candidate_log_q, p.candidate_ids, p.rows.example_weights, p.dual, row_grad)
-    return "options" if of_row or any(one is not None for one in given) else "plain"
+    given = (p.target, p.candidate_log_q, p.rows.example_weights, p.dual, row_grad)
+    return "options" if of_row or p.id_pairs() or any(t is not None for t in given) else "plain"
 
 
 def constants_of(problem: Problem) -> tuple[float, ...]:
@@ -93,6 +93,15 @@ def strengths_of(dual: DualScale | None, num_candidates: int) -> tuple[float, fl
     return float(dual.hardness), float(dual.similarity), float(dual.competition), slate
 
 
+_NOTHING: tuple[Tensor | None, Tensor | None] = (None, None)
+
+
+def id_pairs_of(problem: SharedProblem) -> list[tuple[Tensor | None, Tensor | None]]:
+    """Both pairs of ids; where there is one, of whatever kind, it is the first."""
+    pairs = problem.id_pairs()
+    return [*pairs, *[_NOTHING] * (2 - len(pairs))]
+
+
 def inputs_of(problem: Problem, row_grad: Tensor | None) -> Any:
     """The tensors of the problem as `common.Inputs`."""
     p, rows = problem, problem.rows
@@ -102,14 +111,14 @@ def inputs_of(problem: Problem, row_grad: Tensor | None) -> Any:
         rows = rows._replace(temperature=tau)
     if isinstance(p, SharedProblem):
         positive, candidates, target = p.positive, p.candidates, p.target
-        positive_ids, candidate_ids = p.positive_ids, p.candidate_ids
-    else:  # the positives lie in the table
-        positive = candidates = p.item_table
-        positive_ids, candidate_ids, target = p.positive_rows, p.candidate_rows, None
+        (positive_ids, candidate_ids), others = id_pairs_of(p)
+    else:  # the positives may lie in the table
+        positive, candidates, target = p.positive, p.item_table, None
+        positive_ids, candidate_ids, others = p.positive_rows, p.candidate_rows, _NOTHING
     # In the order of `Inputs`, so that a new option of the rows passes through by itself.
     given = common().Inputs(
         *(p.query, positive, candidates, p.positive_log_q, p.candidate_log_q),
-        *(positive_ids, candidate_ids),
+        *(positive_ids, candidate_ids, *others),
         *rows[: len(ROW_TENSORS)],
         *(row_grad, target),
     )
@@ -118,47 +127,57 @@ def inputs_of(problem: Problem, row_grad: Tensor | None) -> Any:
     return given
 
 
+_OF_ROWS = -1  # a number of every row, ``dL/d<q_i, p_i>``
+
+
 class Results(NamedTuple):
     """The outputs of a call that have no memory yet."""
 
     loss: tuple[int, ...]  # its shape
     sums: torch.dtype  # of the loss and of all that is summed
     # Of the fields of `Output` but the loss, the place of the input that has the shape of
-    # the gradient, and its dtype; None where it is not wanted.
+    # the gradient, or _OF_ROWS, and its dtype; None where it is not wanted.
     gradients: tuple[tuple[int, torch.dtype] | None, ...]
 
 
 def results_of(problem: Problem, wanted: GradMask, inputs: Any) -> Results:
     (sums, gradient), products = problem.dtypes, problem.candidate_gradient
-    # Per row the gradients are those of the products.
-    positive = "positive_ids" if problem.per_row else "positive"
-    candidates = "candidate_ids" if problem.per_row else "candidates"
     sources = {
         "query": ("query", gradient),
-        "positive": (positive, products),
-        "candidates": (candidates, products),
+        "positive": ("positive", products),
+        "candidates": ("candidates", products),
         "temperature": ("temperature", sums),
         "domain_weights": ("domain_weights", sums),
         "candidate_log_q": ("candidate_log_q", sums),
     }
+    if problem.per_row:  # the gradients of the products
+        sources |= {"positive": ("", products), "candidates": ("candidate_ids", products)}
     return Results(
         loss=problem.query.shape[:1] if problem.rows.reduction == "none" else (),
         sums=sums,
         gradients=tuple(
-            (inputs._fields.index(sources[name][0]), sources[name][1])
-            if getattr(wanted, name) and getattr(inputs, sources[name][0]) is not None
-            else None
+            _place(inputs, *sources[name]) if getattr(wanted, name) else None
             for name in Output._fields[1:]
         ),
     )
 
 
+def _place(inputs: Any, like: str, dtype: torch.dtype) -> tuple[int, torch.dtype] | None:
+    if not like:
+        return _OF_ROWS, dtype
+    return None if getattr(inputs, like) is None else (inputs._fields.index(like), dtype)
+
+
+def _new(inputs: Any, place: int, dtype: torch.dtype) -> Tensor:
+    if place == _OF_ROWS:
+        return inputs.query.new_empty(len(inputs.query), dtype=dtype)
+    return torch.empty_like(inputs[place], dtype=dtype)
+
+
 def outputs_of(results: Results, inputs: Any) -> Output:
     """New memory for the results."""
     loss = inputs.query.new_empty(results.loss, dtype=results.sums)
-    gradients = [
-        like and torch.empty_like(inputs[like[0]], dtype=like[1]) for like in results.gradients
-    ]
+    gradients = [like and _new(inputs, *like) for like in results.gradients]
     outputs = Output(loss, *gradients)
     if polls():
         for output in outputs:
@@ -179,7 +198,7 @@ def is_even(problem: Problem) -> bool:
         return True
     # At D = 256 they cost the last registers, so that without ids there is nothing to gain.
     rows, d = problem.query.shape
-    return rows % 16 == 0 and (d <= 128 or problem.candidate_ids is not None)
+    return rows % 16 == 0 and (d <= 128 or bool(problem.id_pairs()))
 
 
 def fenced(capability: int) -> bool:
@@ -345,5 +364,6 @@ def workspace_integers(problem: Problem, workers: int) -> int:
     rows = -(-problem.query.shape[0] // 64) * 64 + common().ROOM.value
     arrays = 1
     if isinstance(problem, SharedProblem):
-        arrays = 4 if problem.candidate_ids is not None else 2 if problem.target is not None else 1
+        ids = len(problem.id_pairs())
+        arrays = 2 + 2 * ids if ids else 2 if problem.target is not None else 1
     return -(-workers // 64) * 64 + arrays * rows

@@ -26,6 +26,7 @@ from dwl_kernels.backends.triton.launch import entry_of, launch
 from dwl_kernels.backends.triton.specialize import (
     common,
     form_of,
+    id_pairs_of,
     inputs_of,
     interpreting,
     power_of_two,
@@ -305,15 +306,16 @@ def columns_of(problem: SharedProblem, active: Tensor | None, stride: int) -> An
         shift[:n] = 0 if log_q is None else log_q if is_exact(p) else log_q * (1 / math.log(2))
         if padded is not None:
             shift[: len(padded)].masked_fill_(padded, torch.inf)
-    ids = p.candidate_ids
-    if ids is not None and stride > n:
-        ids = torch.nn.functional.pad(ids, (0, stride - n))
+    ids = [one if one is None else one.contiguous() for _, one in id_pairs_of(p)]
+    if stride > n:
+        pad = torch.nn.functional.pad
+        ids = [one if one is None else pad(one, (0, stride - n)) for one in ids]
     if p.rows.correction == "refined":
         counts = torch.zeros(stride, dtype=dtype, device=device)
         counts[:n] = 1 if log_q is None else (log_q != torch.inf)
         if padded is not None:
             counts[: len(padded)].masked_fill_(padded, 0)
-    return device_side().Columns(shift, None if ids is None else ids.contiguous(), counts)
+    return device_side().Columns(shift, *ids, counts)
 
 
 def is_exact(problem: Problem) -> bool:

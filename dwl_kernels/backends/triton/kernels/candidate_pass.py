@@ -33,6 +33,7 @@ from dwl_kernels.backends.triton.kernels.memory import (
     candidate_at,
     candidate_log_q,
     embeddings,
+    other_row_ids,
     positives,
     row_at,
     row_ids,
@@ -75,6 +76,8 @@ def candidate_tile(tile, first, stop, part, shift, APART: tl.constexpr, ctx):
         bias = candidate_log_q(j, ctx) * unit_of(ctx)
     if ctx.inputs.candidate_ids is not None:
         candidate_id = tl.load(ctx.inputs.candidate_ids + j)
+    if ctx.inputs.other_candidate_ids is not None:
+        other_id = tl.load(ctx.inputs.other_candidate_ids + j)
     if not ctx.form.ROW_SCALE:
         scale = scale_of(temperature_of(j, ctx), ctx)
     gradient = tl.zeros([ctx.form.BLOCK_N2, ctx.form.BLOCK_D], dtype)
@@ -131,6 +134,12 @@ def candidate_tile(tile, first, stop, part, shift, APART: tl.constexpr, ctx):
                 else:
                     row_id = tl.load(ctx.inputs.positive_ids + row)
                 p = without_hits(p, candidate_id[:, None], row_id[None, :], 0.0, ctx)
+            if ctx.inputs.other_candidate_ids is not None:
+                if ctx.form.PACKED:
+                    row_id = tl.load(other_row_ids(ctx) + place)
+                else:
+                    row_id = tl.load(ctx.inputs.other_row_ids + row)
+                p = without_hits(p, other_id[:, None], row_id[None, :], 0.0, ctx)
             edge = start + ctx.form.BLOCK_M2 > sizes.count
             if ctx.inputs.target is not None:
                 own = tl.load(row_integers(OWN_CANDIDATE, ctx) + place)

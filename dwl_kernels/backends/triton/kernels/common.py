@@ -55,6 +55,7 @@ ALIGN = tl.constexpr(64)
 ORDER = tl.constexpr(0)  # the row
 OWN_CANDIDATE = tl.constexpr(1)  # of the full softmax
 ID = tl.constexpr(2)  # and 3: 64 bits
+OTHER_ID = tl.constexpr(4)  # and 5
 ROOM = tl.constexpr(128)
 
 
@@ -66,8 +67,10 @@ class Inputs(NamedTuple):
     candidates: Any  # [N, D]
     positive_log_q: Any  # [B]
     candidate_log_q: Any  # [N]
-    positive_ids: Any  # [B]
+    positive_ids: Any  # [B] of items, or of queries where there are no others
     candidate_ids: Any  # [N]
+    other_row_ids: Any  # [B] of queries, where there are ids of items too
+    other_candidate_ids: Any  # [N]
     domain_ids: Any  # [B, SLOTS]
     domain_weights: Any  # [num_domains]
     example_weights: Any  # [B]

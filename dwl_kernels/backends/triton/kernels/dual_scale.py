@@ -115,6 +115,8 @@ def competing_tile(tile, ctx):
     z_positive -= positive_log_q(row, ctx) * unit_of(ctx)
     if ctx.inputs.candidate_ids is not None:
         row_id = tl.load(ctx.inputs.positive_ids + row)
+    if ctx.inputs.other_candidate_ids is not None:
+        other_id = tl.load(ctx.inputs.other_row_ids + row)
     top = finite(tl.full([ctx.form.BLOCK_M1], float("-inf"), dtype), ctx)
     total = tl.zeros([ctx.form.BLOCK_M1], dtype)
     valid = tl.zeros([ctx.form.BLOCK_M1], dtype)
@@ -157,6 +159,10 @@ def competing_tile(tile, ctx):
             id = tl.load(ctx.inputs.candidate_ids + j)[None, :]
             x = without_hits(x, row_id[:, None], id, float("-inf"), ctx)
             z = without_hits(z, row_id[:, None], id, float("-inf"), ctx)
+        if ctx.inputs.other_candidate_ids is not None:
+            id = tl.load(ctx.inputs.other_candidate_ids + j)[None, :]
+            x = without_hits(x, other_id[:, None], id, float("-inf"), ctx)
+            z = without_hits(z, other_id[:, None], id, float("-inf"), ctx)
         edge = stop < start + SIZE
         if ctx.form.IN_BATCH:
             edge = edge | (start < sizes.rows)

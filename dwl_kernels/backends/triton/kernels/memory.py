@@ -9,7 +9,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dwl_kernels.backends.triton.kernels.common import ID, MANY, ORDER, ROOM, narrow
+from dwl_kernels.backends.triton.kernels.common import (
+    ID,
+    MANY,
+    ORDER,
+    OTHER_ID,
+    ROOM,
+    narrow,
+)
 
 
 @triton.jit
@@ -56,9 +63,15 @@ def row_integers(which: tl.constexpr, ctx):
 
 @triton.jit
 def row_ids(ctx):
-    """Where the ids of the positives lie in the packed order."""
+    """Where the ids of the rows lie in the packed order."""
     pointer = row_integers(ID, ctx)
     return tl.cast(pointer, tl.pointer_type(ctx.inputs.positive_ids.dtype.element_ty))
+
+
+@triton.jit
+def other_row_ids(ctx):
+    pointer = row_integers(OTHER_ID, ctx)
+    return tl.cast(pointer, tl.pointer_type(ctx.inputs.other_row_ids.dtype.element_ty))
 
 
 @triton.jit

@@ -22,6 +22,7 @@ import triton.language as tl
 from dwl_kernels.backends.triton.kernels.common import (
     ALIGN,
     CHUNK,
+    NO_ITEM,
     Context,
     Outputs,
     Sizes,
@@ -44,21 +45,34 @@ from dwl_kernels.backends.triton.kernels.row_results import (
 )
 from dwl_kernels.backends.triton.kernels.schedule import slice_of
 
+NO_ROW = tl.constexpr(-2)  # in the place of an id that is no row of the table
+
 
 @triton.jit
 def checked(id, ctx):
-    """Ids as the kernel keeps them: -1 where the table has no such row."""
-    id = tl.where((id >= 0) & (id < ctx.sizes.candidates), id, -1)
+    """Ids as the kernel keeps them: NO_ROW where the table has no such row, but for NO_ITEM."""
+    id = tl.where((id >= NO_ITEM) & (id < ctx.sizes.candidates), id, NO_ROW)
     return id.to(tl.int32) if ctx.form.NARROW else id
 
 
 @triton.jit
-def draws(row, positive_id, start, ctx):
-    """The ids of BLOCK_N1 candidates of each row from `start` on; past the end, of the positive."""
+def draws(row, start, ctx):
+    """The ids of BLOCK_N1 candidates of each row from `start` on; past the end, NO_ITEM."""
     j = start + tl.arange(0, ctx.form.BLOCK_N1)[:, None]
     at = row.to(tl.int64)[None, :] * ctx.sizes.places + j
-    id = tl.load(ctx.inputs.candidate_ids + at, mask=j < ctx.sizes.places, other=0)
-    return tl.where(j < ctx.sizes.places, checked(id, ctx), positive_id[None, :])
+    id = tl.load(ctx.inputs.candidate_ids + at, mask=j < ctx.sizes.places, other=NO_ITEM)
+    return checked(id, ctx)
+
+
+@triton.jit
+def row_positives(row, ctx):
+    """The positives of some rows, and whether the table has them."""
+    if ctx.inputs.positive_ids is not None:
+        id = tl.load(ctx.inputs.positive_ids + row)
+        inside = (id >= 0) & (id < ctx.sizes.candidates)
+        return embeddings(ctx.inputs.candidates, tl.where(inside, id, 0), ctx), inside
+    else:
+        return embeddings(ctx.inputs.positive, row, ctx), row >= 0
 
 
 @triton.jit
@@ -70,9 +84,7 @@ def draw_tile(tile, ctx):
     inside = place < sizes.count
     row = row_at(tl.minimum(place, sizes.count - 1), ctx)
     q = embeddings(ctx.inputs.query, row, ctx).to(dtype)
-    positive_id = checked(tl.load(ctx.inputs.positive_ids + row), ctx)
-    least = positive_id  # of the ids of the row
-    p = embeddings(ctx.inputs.candidates, tl.maximum(positive_id, 0), ctx)
+    p, found = row_positives(row, ctx)
     scale = scale_of(temperatures_of(row, ctx), ctx)
     z_positive = scaled(tl.sum(q * p.to(dtype), 1), scale, ctx)
     reference = finite(tl.full([ctx.form.BLOCK_M1], float("-inf"), dtype), ctx)
@@ -84,17 +96,18 @@ def draw_tile(tile, ctx):
     compete = tl.zeros([ctx.form.BLOCK_M1], dtype)
     weighted = tl.zeros([ctx.form.BLOCK_M1, ctx.form.BLOCK_D], dtype)
     column = tl.arange(0, ctx.form.BLOCK_D)[None, None, :]
-    id = draws(row, positive_id, 0, ctx)
+    id = draws(row, 0, ctx)
+    least = tl.where(found, NO_ITEM, NO_ROW).to(id.dtype)  # of the ids of the row
     for start in range(0, sizes.places, ctx.form.BLOCK_N1):
         # The ids of the next step are under way while the candidates of this one are.
-        next_id = draws(row, positive_id, start + ctx.form.BLOCK_N1, ctx)
+        next_id = draws(row, start + ctx.form.BLOCK_N1, ctx)
         least = tl.minimum(least, tl.min(id, 0))
+        gone = id < 0
         lies = tl.maximum(id, 0).to(tl.int64)[:, :, None] * ctx.form.D + column
-        if ctx.form.D == ctx.form.BLOCK_D:
-            c = tl.load(ctx.inputs.candidates + lies)
-        else:
-            c = tl.load(ctx.inputs.candidates + lies, mask=column < ctx.form.D, other=0.0)
-        c = c.to(dtype)
+        there = ~gone[:, :, None]
+        if ctx.form.D != ctx.form.BLOCK_D:
+            there = there & (column < ctx.form.D)
+        c = tl.load(ctx.inputs.candidates + lies, mask=there, other=0.0).to(dtype)
         z = scaled(tl.sum(q[None, :, :] * c, 2), scale[None, :], ctx)
         j = start + tl.arange(0, ctx.form.BLOCK_N1)[:, None]
         at = row.to(tl.int64)[None, :] * sizes.places + j
@@ -102,12 +115,10 @@ def draw_tile(tile, ctx):
         if ctx.inputs.candidate_log_q is not None:
             log_q = tl.load(ctx.inputs.candidate_log_q + at, mask=here, other=0.0)
             z -= log_q * unit_of(ctx)
-        hit = id == positive_id[None, :]
-        z = tl.where(hit, float("-inf"), z)
+        z = tl.where(gone, float("-inf"), z)
         if ctx.outputs.candidates is not None:
             tl.store(ctx.outputs.candidates + at, z, mask=here)
         if ctx.form.REFINED:
-            gone = hit
             if ctx.inputs.candidate_log_q is not None:
                 gone = gone | (log_q == float("inf"))
             compete += tl.sum(tl.where(gone, 0.0, 1.0).to(dtype), 0)
@@ -121,7 +132,7 @@ def draw_tile(tile, ctx):
         id = next_id
 
     results = row_results(row, Sums(z_positive, reference, total, compete), ctx)
-    results = mark_lost(results, least < 0, ctx)
+    results = mark_lost(results, least == NO_ROW, ctx)
     store_losses(place, row, inside, results, ctx)
     if (ctx.outputs.query is not None) or (ctx.outputs.temperature is not None):
         store_query(place, row, inside, p, weighted, results, ctx)

@@ -60,7 +60,8 @@ class Rows(NamedTuple):
     ratio: Any  # [BLOCK_M1], what p weighs beside q
     scale: Any  # [BLOCK_M1], for `scaled`
     id: Any  # [BLOCK_M1], for hits
-    known: Any  # [BLOCK_M1], whether the positive is an item
+    known: Any  # [BLOCK_M1], whether that is an id
+    other_id: Any  # [BLOCK_M1], likewise
     own: Any  # [BLOCK_M1], the candidate that is the positive and that no id excludes
     below: Any  # [BLOCK_M1], the probability under which a pair may be left out
 
@@ -171,6 +172,7 @@ def load_rows(place, row, ctx):
     ratio = scale
     id = row
     known = row >= 0
+    other_id = row
     own = place
     below = scale
     if ctx.form.SIMILARITY:
@@ -179,13 +181,17 @@ def load_rows(place, row, ctx):
     if ctx.inputs.candidate_ids is not None:
         id = tl.load(ctx.inputs.positive_ids + row)
         known = id != NO_ITEM
+        hit = known
+        if ctx.inputs.other_candidate_ids is not None:
+            other_id = tl.load(ctx.inputs.other_row_ids + row)
+            hit = hit | (other_id != NO_ITEM)
         if ctx.form.OWN:
-            own = tl.where(known, NOWHERE, place)  # its own column is a hit
+            own = tl.where(hit, NOWHERE, place)  # its own column is a hit
     if ctx.inputs.target is not None:
         own = own_candidate(row, ctx)
     if ctx.form.SKIP:
         below = skippable_below(row, ctx)
-    return Rows(q, p, ratio, scale, id, known, own, below)
+    return Rows(q, p, ratio, scale, id, known, other_id, own, below)
 
 
 @triton.jit
@@ -226,8 +232,13 @@ def row_logits(rows, log_q, reference, start, coming, ctx):
         # The own column in the batch of a row that has an id is a hit as well.
         id = tl.load(ctx.inputs.candidate_ids + j)[None, :]
         z = without_hits(z, rows.id[:, None], id, float("-inf"), ctx)
+        if ctx.inputs.other_candidate_ids is not None:
+            other = tl.load(ctx.inputs.other_candidate_ids + j)[None, :]
+            z = without_hits(z, rows.other_id[:, None], other, float("-inf"), ctx)
         if ctx.form.REFINED:
             hit = (rows.id[:, None] == id) & rows.known[:, None]
+            if ctx.inputs.other_candidate_ids is not None:
+                hit = hit | ((rows.other_id[:, None] == other) & (other != NO_ITEM))
             there = (at >= start) & (at < sizes.places)
             if ctx.inputs.candidate_log_q is not None:
                 there = there & stays(tl.load(log_q + j), ctx)

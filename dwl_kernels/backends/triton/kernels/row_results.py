@@ -31,6 +31,7 @@ from dwl_kernels.backends.triton.kernels.dual_scale import dual_factor, dual_rat
 from dwl_kernels.backends.triton.kernels.memory import (
     candidate_log_q,
     embeddings,
+    other_row_ids,
     own_candidate,
     positives,
     row_at,
@@ -132,6 +133,8 @@ def finish_rows(place, sums, weighted, ctx):
             counted = row >= 0
             if ctx.inputs.candidate_ids is not None:
                 counted = tl.load(ctx.inputs.positive_ids + row) == NO_ITEM
+            if ctx.inputs.other_candidate_ids is not None:
+                counted = counted & (tl.load(ctx.inputs.other_row_ids + row) == NO_ITEM)
             if ctx.inputs.candidate_log_q is not None:
                 counted = counted & (candidate_log_q(row, ctx) != float("inf"))
             compete -= tl.where(counted, 1.0, 0.0)
@@ -172,6 +175,9 @@ def finish_rows(place, sums, weighted, ctx):
         if ctx.form.PACKED and (ctx.inputs.candidate_ids is not None):
             id = tl.load(ctx.inputs.positive_ids + row)
             tl.store(row_ids(ctx) + place, id, mask=inside)
+        if ctx.form.PACKED and (ctx.inputs.other_candidate_ids is not None):
+            id = tl.load(ctx.inputs.other_row_ids + row)
+            tl.store(other_row_ids(ctx) + place, id, mask=inside)
         if ctx.inputs.target is not None:
             own = own_candidate(row, ctx)
             tl.store(row_integers(OWN_CANDIDATE, ctx) + place, own, mask=inside)

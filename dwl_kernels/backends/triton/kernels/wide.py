@@ -59,6 +59,7 @@ class Columns(NamedTuple):
 
     shift: Any  # what is subtracted from their logits; infinite where there is no candidate
     ids: Any
+    other_ids: Any
     counts: Any  # 1, or 0 where there is no candidate; for the refined correction
 
 
@@ -117,10 +118,16 @@ def exponentials(ctx, columns, block, shape, first, stop, num_rows, steps):
     scale = scale_of(tl.load(ctx.inputs.temperature + row), ctx)
     id = row
     known = inside
+    other_id = row
+    own_is_hit = inside
     if columns.ids is not None:
         id = tl.load(ctx.inputs.positive_ids + row)
         known = id != NO_ITEM
-    rows = Rows(block.logits + offset, scale, id, known)
+        own_is_hit = known
+    if columns.other_ids is not None:
+        other_id = tl.load(ctx.inputs.other_row_ids + row)
+        own_is_hit = own_is_hit | (other_id != NO_ITEM)
+    rows = Rows(block.logits + offset, scale, id, known, other_id)
     if ctx.inputs.positive is None:  # so that nobody has to look for it among the others
         nobody = tl.full([shape.BM], float("-inf"), ctx.form.DTYPE)
         tl.store(rows.logits + own_column(row, block, shape), nobody, mask=inside)
@@ -169,7 +176,7 @@ def exponentials(ctx, columns, block, shape, first, stop, num_rows, steps):
     if ctx.form.REFINED and (ctx.inputs.positive is None):
         own = tl.load(columns.counts + own_column(row, block, shape))
         if columns.ids is not None:
-            own = tl.where(known, 0.0, own)  # where it is known it was a hit
+            own = tl.where(own_is_hit, 0.0, own)
         compete -= own
     sums = Sums(z_positive, reference, total, compete)
     results = row_results(row, sums, ctx)

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from dwl_kernels.backends.triton.kernels.common import (
+    NO_ITEM,
     narrow,
     power,
     scaled,
@@ -73,7 +74,8 @@ class Rows(NamedTuple):
     logits: Any  # where they lie
     scale: Any  # for `scaled`
     id: Any  # for hits
-    known: Any  # whether the positive is an item
+    known: Any  # whether that is an id
+    other_id: Any  # likewise
 
 
 @triton.jit
@@ -89,6 +91,9 @@ def block_logits(rows, columns, start, ctx, shape):
         counts = tl.load(columns.counts + j)[None, :]
     if columns.ids is not None:
         hit = (rows.id[:, None] == tl.load(columns.ids + j)[None, :]) & rows.known[:, None]
+        if columns.other_ids is not None:
+            other = tl.load(columns.other_ids + j)[None, :]
+            hit = hit | ((rows.other_id[:, None] == other) & (other != NO_ITEM))
         z = tl.where(hit, float("-inf"), z)
         if columns.counts is not None:
             counts = tl.where(hit, 0.0, counts)
