@@ -114,6 +114,39 @@ def test_metrics_come_from_the_ranks_where_the_file_lost_them(
         quality.main(command(folder, "--methods", "plain", "--steps", "4"))
 
 
+def test_another_command_may_add_runs_to_the_file_meanwhile(
+    folder: Path, trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = folder.parent / "out" / "tiny.json"
+    whole = runs.finished
+
+    def meanwhile(*call: Any) -> dict[str, Any]:
+        if call[3] == "fixed":
+            document = json.loads(path.read_text())
+            document["runs"].append({**document["runs"][0], "method": "ramped"})
+            path.write_text(json.dumps(document))
+        return whole(*call)
+
+    monkeypatch.setattr(runs, "finished", meanwhile)
+    assert quality.main(command(folder, "--methods", "fixed")) == 0
+    found = [run["method"] for run in json.loads(path.read_text())["runs"]]
+    assert found == ["plain", "ramped", "fixed"]
+
+
+def test_dial_by_hand_raises_the_sparsest_quarter(folder: Path) -> None:
+    split = runs.split_of(str(folder), "domains")
+    config = Config(steps=2, max_length=12, dim=8, negatives=16)
+    found = {}
+    for bonus in ("dynamic", "fixed"):
+        method = Method(bonus=bonus)  # type: ignore[arg-type]
+        _, ranks = runs.trained_ranks(method, split, "domains", config, 0, folder)
+        found[bonus] = runs.summary(ranks["test"], split, "test", "domains")["sparsest ¼"]
+    still = runs.STRENGTHS.index(0.0)
+    assert found["dynamic"]["NDCG@10"][still] == found["fixed"]["NDCG@10"][still]
+    assert found["fixed"]["Recall@10"][-1] >= found["dynamic"]["Recall@10"][-1]
+    assert found["fixed"]["Recall@10"][-1] > found["fixed"]["Recall@10"][0]
+
+
 def test_metrics_are_means_over_the_users_of_a_group(folder: Path) -> None:
     split = runs.split_of(str(folder), "domains")
     ranks = np.zeros((len(runs.STRENGTHS), 40), np.int64)
@@ -173,7 +206,7 @@ def test_bad_data_is_an_error_without_traceback(
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        (["--methods", "plain;magic"], "'magic' is none of plain; from the start;"),
+        (["--methods", "plain;magic"], "'magic' is none of plain; plain, dial by hand;"),
         (["--steps", "0"], "'0' is no positive integer"),
         (["--setting", "speed"], "invalid choice: 'speed'"),
     ],

@@ -26,7 +26,7 @@ from dwl_kernels.examples.synthetic import synthetic
 from . import factors
 from .metrics import LeaveOneOut, make_groups, ndcg, rank_targets, recall
 from .settings import METHODS, Config, Method, Setting
-from .train import Trained, measure_domains, train
+from .train import Trained, by_hand, measure_domains, train
 
 # Of the bonus of the default weights: the dial of a plain model costs 10% over all before 8, and
 # weights in (1, 16) are taken back at -4.
@@ -64,10 +64,10 @@ def finished(
     """The metrics of a run, from its ranks where they are kept, else by training it."""
     path = ranks / f"{method.replace(', ', '-').replace(' ', '-')}-{seed}.npz"
     one = METHODS[setting][method]
-    made = json.dumps({"config": asdict(config), "method": asdict(one)})
+    made = {"config": asdict(config), "method": asdict(one)}
     split = split_of(data, setting)
     kept = dict(np.load(path)) if path.exists() else {}
-    if str(kept.get("made")) != made:
+    if not kept or with_defaults(json.loads(str(kept["made"]))) != made:
         trained, found = trained_ranks(one, split, setting, config, seed, ranks)
         about = record(
             method=method,
@@ -77,11 +77,19 @@ def finished(
             checkpoints=[round(value, 5) for value in trained.validation],
         )
         del about["machine"]
-        kept = {"made": np.array(made), "about": np.array(json.dumps(about)), **found}
+        kept = {"made": np.array(json.dumps(made)), "about": np.array(json.dumps(about)), **found}
         with replacing(path) as partial, partial.open("wb") as file:
             np.savez_compressed(file, **kept)
     about = json.loads(str(kept["about"]))
     return about | {part: summary(kept[part], split, part, setting) for part in PARTS}
+
+
+def with_defaults(made: dict[str, Any]) -> dict[str, Any]:
+    """How a run was made, with the fields that came later."""
+    return {
+        "config": asdict(Config(0)) | made["config"],
+        "method": asdict(Method()) | made.get("method", {}),
+    }
 
 
 def trained_ranks(
@@ -99,7 +107,9 @@ def trained_ranks(
         trained: Trained[Any] = factored
     else:
         trained = train(method, split, config, seed, states=states)
-        bonus = measure_domains(split).log_weight(torch.from_numpy(split.data.item_domains))
+        weights = measure_domains(split)
+        weights = by_hand(weights) if method.bonus == "fixed" else weights
+        bonus = weights.log_weight(torch.from_numpy(split.data.item_domains))
         bonuses = [strength * bonus for strength in strengths_of(setting)]
         found = {part: rank_targets(trained.model, split, part, *bonuses) for part in PARTS}
     return trained, {part: ranks.astype(np.int32) for part, ranks in found.items()}
@@ -161,7 +171,7 @@ def complete(
     name = split.data.name
     path = out / (f"{name}.json" if setting == "domains" else f"{name}-{setting}.json")
     document = read(path) if path.exists() else head(split, setting, config)
-    if document["config"] != json.loads(json.dumps(asdict(config))):
+    if with_defaults(document)["config"] != asdict(config):
         raise ValueError(f"{path} holds runs of another configuration; name another --out")
     order = {method: place for place, method in enumerate(METHODS[setting])}
     runs: dict[Key, Any] = {(run["seed"], run["method"]): run for run in document["runs"]}
@@ -175,6 +185,9 @@ def complete(
     with Progress() as progress:
         progress(f"{name}: {len(missing)} runs to train")
         for key, run in in_processes(finished, missing, min(jobs, len(missing)) or 1, one_thread):
+            if path.exists():  # another command may have added runs
+                document = read(path)
+                runs = {(run["seed"], run["method"]): run for run in document["runs"]}
             runs[key], done = run, done + 1
             document["runs"] = [
                 runs[one]

@@ -34,6 +34,7 @@ class Method:
     calibration: float = 0.0
     tail: float = 1.0
     backbone: Backbone = "transformer"
+    bonus: Literal["dynamic", "fixed"] = "dynamic"  # whose weights the dial adds to the scores
     temperature: float | None = None  # in place of that of the configuration
     hardness: float = 0.0
     similarity: float = 0.0
@@ -79,7 +80,7 @@ STEPS = 3000  # on any other data set
 
 def _domains() -> dict[str, Method]:
     """In the order in which they are run."""
-    plain = {"plain": Method()}
+    plain = {"plain": Method(), "plain, dial by hand": Method(bonus="fixed")}
     weighted = {
         f"{when}{'' if high == 4 else f' to {high:g}'}{', calibrated' * calibrated}": Method(
             "dynamic", high, schedule, float(calibrated)

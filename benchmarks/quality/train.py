@@ -256,7 +256,7 @@ def train(
     schedule = one_cycle(optimizer, config.learning_rate, config.steps)
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
     fork = round(DEFERRED * config.steps)
-    shared = states and states / f"{seed}.pt"
+    shared = states and states / f"{method.backbone}-{seed}.pt"
     begin = 0
     if shared and first_weighted_step(method, config) and _restore(shared, parts, config):
         begin = fork
@@ -282,7 +282,7 @@ def train(
         step += 1
         seconds += time.process_time() - started
         progress(f"{step / config.steps:.0%}")
-        if shared and step == fork and method == Method():
+        if shared and step == fork and method.loss == "plain":
             _keep(shared, parts, config, objective.generator)
         if step in checkpoints:
             validation.append(float(ndcg(rank_targets(model, split, "validation")).mean()))
