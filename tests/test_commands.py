@@ -126,7 +126,7 @@ def test_line_comes_again_while_a_step_takes_its_time(
         while said.count("\n") < 2:
             time.sleep(0.01)
             said += capsys.readouterr().out
-    for line in said.splitlines():
+    for line in said.splitlines()[:2]:  # another may have begun
         assert re.fullmatch(r"\d+ s: 3 of 4, a long name .*", line)
         assert len(line) == 60
 
