@@ -57,10 +57,12 @@ class Progress:
     def _repeat(self) -> None:
         while not self._end.wait(1 if self._terminal else EVERY):
             with self._lock:
+                if not self._text:
+                    continue
                 line = f"{time.monotonic() - self._begun:.0f} s: {self._text}"[:WIDTH]
-                if self._text and self._terminal:
+                if self._terminal:
                     print(f"\033[K{line}", end="\r", flush=True)
-                elif not self._terminal:
+                else:
                     print(line, flush=True)
 
 
