@@ -55,14 +55,15 @@ def sampled_problem(
 ) -> Problem:
     """The problem of ``sampled_softmax_loss``: candidates that all rows share, or of every row."""
     query, positive, negative = check_embeddings(query, positive=positive, negative=negative)
-    leading, drawn, per_row = query.shape[:-1], negative.shape[:-1], negative.dim() != 2
+    leading, drawn, per_row = query.shape[:-1], negative.shape[:-1], negative.ndim != 2
     if dual is not None:
         check_shared("the dual scale", negative)
     if remove_accidental_hits:
         both_or_none("positive_ids", positive_ids, "negative_ids", negative_ids)
     example = row_options["example_weights"]
-    example = padded_by_id("positive_ids", positive_ids, query, ignore_index, example)
-    row_options["example_weights"] = example
+    if ignore_index is not None:
+        example = padded_by_id("positive_ids", positive_ids, query, ignore_index, example)
+        row_options["example_weights"] = example
     ids = flat_ids(query, positive_ids=(positive_ids, leading), negative_ids=(negative_ids, drawn))
     rows = row_arguments(query, **row_options)
     weights, given = rows.example_weights, (positive_log_q, negative_log_q)
@@ -121,10 +122,10 @@ def zero_where_taken_out(
     """
     if log_q is None:
         return candidates
-    looks = checks_values(candidates) and checks_values(log_q)
+    looks = checks_values(log_q)
     if not looks and not always:
         return candidates
-    absent = log_q.detach() == math.inf
+    absent = log_q == math.inf
     if looks and (not absent.any() or candidates.detach()[absent].isfinite().all()):
         return candidates
     return candidates.masked_fill(absent[:, None], 0)

@@ -75,8 +75,9 @@ def load_of(problem: SharedProblem, row_grad: Tensor | None) -> Load:
     if p.skip_threshold > 0:
         return "skip"
     of_row = temperature is not None and temperature.dim() > 0
-    given = (p.target, p.candidate_log_q, p.rows.example_weights, p.dual, row_grad)
-    return "options" if of_row or p.id_pairs() or any(t is not None for t in given) else "plain"
+    ids = p.positive_ids, p.query_ids
+    given = (p.target, p.candidate_log_q, *ids, p.rows.example_weights, p.dual, row_grad)
+    return "options" if of_row or any(t is not None for t in given) else "plain"
 
 
 def constants_of(problem: Problem) -> tuple[float, ...]:
@@ -96,10 +97,11 @@ def strengths_of(dual: DualScale | None, num_candidates: int) -> tuple[float, fl
 _NOTHING: tuple[Tensor | None, Tensor | None] = (None, None)
 
 
-def id_pairs_of(problem: SharedProblem) -> list[tuple[Tensor | None, Tensor | None]]:
+def id_pairs_of(problem: SharedProblem) -> tuple[tuple[Tensor | None, Tensor | None], ...]:
     """Both pairs of ids; where there is one, of whatever kind, it is the first."""
-    pairs = problem.id_pairs()
-    return [*pairs, *[_NOTHING] * (2 - len(pairs))]
+    items = problem.positive_ids, problem.candidate_ids
+    queries = problem.query_ids, problem.candidate_query_ids
+    return (queries, _NOTHING) if items[0] is None else (items, queries)
 
 
 def inputs_of(problem: Problem, row_grad: Tensor | None) -> Any:
@@ -168,16 +170,19 @@ def _place(inputs: Any, like: str, dtype: torch.dtype) -> tuple[int, torch.dtype
     return None if getattr(inputs, like) is None else (inputs._fields.index(like), dtype)
 
 
-def _new(inputs: Any, place: int, dtype: torch.dtype) -> Tensor:
-    if place == _OF_ROWS:
-        return inputs.query.new_empty(len(inputs.query), dtype=dtype)
-    return torch.empty_like(inputs[place], dtype=dtype)
-
-
 def outputs_of(results: Results, inputs: Any) -> Output:
     """New memory for the results."""
-    loss = inputs.query.new_empty(results.loss, dtype=results.sums)
-    gradients = [like and _new(inputs, *like) for like in results.gradients]
+    query = inputs.query
+    loss = query.new_empty(results.loss, dtype=results.sums)
+    gradients = [  # written out: a function for each would be seen in the time of a step
+        like
+        and (
+            query.new_empty(len(query), dtype=like[1])
+            if like[0] == _OF_ROWS
+            else torch.empty_like(inputs[like[0]], dtype=like[1])
+        )
+        for like in results.gradients
+    ]
     outputs = Output(loss, *gradients)
     if polls():
         for output in outputs:
