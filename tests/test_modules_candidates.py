@@ -327,6 +327,7 @@ sampled, dynamic = sampled_softmax_loss, DynamicWeightedSampledSoftmax
             "ignore_index is given without ids",
         ),
         (lambda: dynamic(ignore_index=0.5), TypeError, "ignore_index is a float"),
+        (lambda: dynamic(ignore_index=2**63), ValueError, "an integer that int64 holds"),
         (
             lambda: in_batch_softmax_loss(QUERY, QUERY, query_ids=torch.arange(3)),
             ValueError,

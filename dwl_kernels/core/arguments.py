@@ -37,6 +37,14 @@ def integer(name: str, value: Any, wanted: str = "an integer", *, least: int | N
     return value
 
 
+def ignored_id(value: Any) -> int:
+    """`ignore_index` as an int that an id can be."""
+    value = integer("ignore_index", value)
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"ignore_index is {value}; wanted an integer that int64 holds")
+    return value
+
+
 def number(name: str, value: Any, wanted: str = "a number") -> float:
     """`value` as a float."""
     if type(value) is float:

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from dwl_kernels.core.arguments import flag, integer, integers, number
+from dwl_kernels.core.arguments import flag, ignored_id, integer, integers, number
 from dwl_kernels.core.checks import (
     as_given,
     both_or_none,
@@ -187,21 +187,22 @@ def in_batch_problem(
         check_shared("in-batch candidates", negative)
     leading = query.shape[:-1]
     more = () if negative is None else negative.shape[:1]
-    example = padded_by_id(ids_name, ids, query, ignore_index, row_options["example_weights"])
-    row_options["example_weights"] = example
+    example = row_options["example_weights"]
+    if ignore_index is not None:
+        row_options["example_weights"] = padded_by_id(ids_name, ids, query, ignore_index, example)
     both = flat_ids(query, **{ids_name: (ids, leading), "negative_ids": (negative_ids, more)})
     (of_query,) = flat_ids(query, query_ids=(query_ids, leading))
     rows = row_arguments(query, **row_options)
-    ignores = ignore_index is not None and both[1] is not None
-    if ignore_index is not None and both[1] is not None:
-        negative_log_q = leave_out(both[1].long() == ignore_index, negative_log_q)
+    ignored = None if ignore_index is None or both[1] is None else both[1].long() == ignore_index
+    if ignored is not None:
+        negative_log_q = leave_out(ignored, negative_log_q)
     if not remove_accidental_hits:
         both = [None, None]
     positive_log_q = flat_log_q(log_q_name, log_q, leading, query, rows.example_weights)
     more_log_q = flat_log_q("negative_log_q", negative_log_q, more, query)
     positives = flat_rows(positive)
     if negative is not None:
-        negative = zero_where_taken_out(negative, more_log_q, ignores)
+        negative = zero_where_taken_out(negative, more_log_q, ignored is not None)
     of_batch = positive_log_q
     if of_batch is None and more_log_q is not None:  # which only takes negatives out
         of_batch = more_log_q.new_zeros(len(positives))
@@ -288,7 +289,7 @@ def full_problem(
     Of a table that is not here as a whole, the shard that is here may have no rows.
     """
     skip_threshold = checked_skip_threshold(skip_threshold)
-    ignore_index = integer("ignore_index", ignore_index)
+    ignore_index = ignored_id(ignore_index)
     query, table = check_embeddings(query, table=table)
     if whole_table and table.shape[0] == 0:
         raise ValueError("table has no rows; wanted at least one item to score")

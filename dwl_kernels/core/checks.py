@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dwl_kernels.core.arguments import check_dense, integer, integers, number
+from dwl_kernels.core.arguments import check_dense, ignored_id, integers, number
 from dwl_kernels.core.double_backward import refuse_jit
 from dwl_kernels.core.problem import (
     DTYPES,
@@ -225,7 +225,7 @@ def padded_by_id(
     """Example weights that are 0 where the id of the positive is `ignore_index`."""
     if ignore_index is None:
         return example_weights
-    ignore_index = integer("ignore_index", ignore_index)
+    ignore_index = ignored_id(ignore_index)
     if ids is None:
         raise ValueError(
             f"ignore_index is given without {name}, in which it marks padding; pass both, or "

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dwl_kernels.core.arguments import check_dense, integer, integers
+from dwl_kernels.core.arguments import check_dense, ignored_id, integers
 from dwl_kernels.core.checks import (
     Calibrated,
     as_given,
@@ -61,7 +61,7 @@ def table_rows(
     check_shape("negative_ids", negative_ids, negative_ids.shape, query)
     positive_ids, negative_ids = positive_ids.long(), negative_ids.long()
     if ignore_index is not None:
-        ignored = negative_ids == integer("ignore_index", ignore_index)
+        ignored = negative_ids == ignored_id(ignore_index)
         negative_ids = negative_ids.masked_fill(ignored, NO_ITEM)
     if example_weights is not None:
         check_dense("example_weights", example_weights)

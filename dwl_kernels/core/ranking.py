@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from dwl_kernels.core.arguments import check_dense, integer, integers
+from dwl_kernels.core.arguments import check_dense, ignored_id, integers
 from dwl_kernels.core.checks import (
     check_device,
     check_shape,
@@ -42,7 +42,7 @@ def rank_problem(
         IndexError: a target or a seen id that is no row of the table, where values are looked at.
         TypeError, ValueError: an argument of a wrong type, dtype, shape or device.
     """
-    ignore_index = integer("ignore_index", ignore_index)
+    ignore_index = ignored_id(ignore_index)
     query, table = query_and_table(query, table)
     items = table.shape[0]
     if items == 0:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import Tensor
 
 from dwl_kernels.backends import Backend
-from dwl_kernels.core.arguments import check_dense, flag, integer, is_distributed
+from dwl_kernels.core.arguments import check_dense, flag, ignored_id, is_distributed
 from dwl_kernels.core.build import checked_skip_threshold
 from dwl_kernels.core.problem import Reduction
 from dwl_kernels.domains import DomainWeights
@@ -119,7 +119,7 @@ class CumulativeCrossEntropy(WeightedLoss):
                 "calibration needs the domains of all items, which are the candidates; pass "
                 "item_domains"
             )
-        self.ignore_index = integer("ignore_index", ignore_index)
+        self.ignore_index = ignored_id(ignore_index)
         self.skip_threshold = checked_skip_threshold(skip_threshold)
         self.replicated_rows = flag("replicated_rows", replicated_rows)
         if self.replicated_rows and self.domain_weights is not None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dwl_kernels.autograd import loss_of
 from dwl_kernels.backends import Backend
-from dwl_kernels.core.arguments import flag, integer
+from dwl_kernels.core.arguments import flag, ignored_id
 from dwl_kernels.core.checks import check_choice
 from dwl_kernels.core.problem import Correction, Problem, Reduction
 from dwl_kernels.domains import DomainWeights
@@ -157,7 +157,7 @@ class DynamicWeightedSampledSoftmax(CandidateLoss):
         self.remove_accidental_hits = flag("remove_accidental_hits", remove_accidental_hits)
         self.ignore_index = None
         if ignore_index is not None:
-            self.ignore_index = integer("ignore_index", ignore_index)
+            self.ignore_index = ignored_id(ignore_index)
         self.in_batch = None if in_batch is None else flag("in_batch", in_batch)
         self.sparse_grad = flag("sparse_grad", sparse_grad)
         self.ring = flag("ring", ring)
