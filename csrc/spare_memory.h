@@ -6,8 +6,8 @@
 namespace dwl {
 
 // As `like.new_empty(sizes, dtype)`. New memory comes from the system page by page, and each is
-// cleared: for the gradient of a table of 64 MB that took a quarter of a step. One block of at most
-// 256 MB is kept.
+// cleared, which for the gradient of a table is a good part of a step. One block of at most 256 MB
+// is kept.
 at::Tensor new_large(const at::Tensor& like, at::IntArrayRef sizes, at::ScalarType dtype);
 
 }  // namespace dwl
