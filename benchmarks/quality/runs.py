@@ -1,17 +1,18 @@
 """All runs of a data set and setting: those that are kept already, and those still to train.
 
-`__main__` calls `complete`. A finished run is kept twice: as the rank of every target in a folder
-that is not committed, and as metrics in one JSON file per data set and setting, which is; tables
-and pictures are made from that file alone.
+`__main__` calls `complete`. A finished run is kept twice: as its model and the rank of every target
+in a folder that is not committed, and as metrics in one JSON file per data set and setting, which
+is; tables and pictures are made from that file alone.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from dwl_kernels.examples.synthetic import synthetic
 from . import factors
 from .metrics import LeaveOneOut, make_groups, ndcg, rank_targets, recall
 from .settings import METHODS, Config, Method, Setting
-from .train import Trained, by_hand, measure_domains, train
+from .train import Trained, by_hand, make_model, measure_domains, train
 
 # Of the bonus of the default weights: the dial of a plain model costs 10% over all before 8, and
 # weights in (1, 16) are taken back at -4.
@@ -106,13 +107,31 @@ def trained_ranks(
         found = {part: factors.rank_pairs(factored.model, split, part) for part in PARTS}
         trained: Trained[Any] = factored
     else:
-        trained = train(method, split, config, seed, states=states)
+        trained = train_once(method, split, config, seed, states)
         weights = measure_domains(split)
         weights = by_hand(weights) if method.bonus == "fixed" else weights
         bonus = weights.log_weight(torch.from_numpy(split.data.item_domains))
         bonuses = [strength * bonus for strength in strengths_of(setting)]
         found = {part: rank_targets(trained.model, split, part, *bonuses) for part in PARTS}
     return trained, {part: ranks.astype(np.int32) for part, ranks in found.items()}
+
+
+def train_once(
+    method: Method, split: LeaveOneOut, config: Config, seed: int, states: Path
+) -> Trained[Any]:
+    """Train, or take the model of a run that differs by what the dial adds alone."""
+    made = asdict(config) | asdict(replace(method, bonus="dynamic")) | {"seed": seed}
+    digest = hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()
+    path = states / f"model-{digest[:16]}.pt"
+    if path.exists():
+        kept = torch.load(path)
+        model = make_model(method, split, config)
+        model.load_state_dict(kept.pop("model"))
+        return Trained(model.eval(), **kept)
+    trained = train(method, split, config, seed, states=states)
+    with replacing(path) as partial:
+        torch.save(vars(trained) | {"model": trained.model.state_dict()}, partial)
+    return trained
 
 
 def strengths_of(setting: Setting) -> tuple[float, ...]:
@@ -178,7 +197,7 @@ def complete(
     missing = {
         (seed, method): (data, setting, config, method, seed, ranks / name / setting)
         for seed in range(seeds)
-        for method in methods
+        for method in sorted(methods, key=lambda one: METHODS[setting][one].bonus != "dynamic")
         if (seed, method) not in runs
     }
     begun, done = time.monotonic(), 0

@@ -221,6 +221,11 @@ def draw(
     }
 
 
+def make_model(method: Method, split: LeaveOneOut, config: Config) -> SequenceModel:
+    kind = Recurrent if method.backbone == "gru" else Transformer
+    return kind(split.data.num_items, config)
+
+
 def train(
     method: Method,
     split: LeaveOneOut,
@@ -247,8 +252,7 @@ def train(
         FloatingPointError: the loss became NaN or infinite.
     """
     torch.manual_seed(seed)
-    kind = Recurrent if method.backbone == "gru" else Transformer
-    model = kind(split.data.num_items, config)
+    model = make_model(method, split, config)
     objective = Objective(method, split, config, seed)
     optimizer = torch.optim.AdamW(
         model.parameters(), betas=(0.9, 0.98), weight_decay=0.0, fused=True
