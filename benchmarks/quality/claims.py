@@ -217,7 +217,7 @@ def dial_table(documents: Documents) -> str:
             [
                 f"{name}, {counted(found.gain.seeds)}, {users} users in the sparsest ¼",
                 f"{np.mean(plain):.4f}",
-                f"{found.strength.value:.2g}",
+                f"{found.strength:.2g}",
                 str(found.overall),
                 str(found.gain),
             ]

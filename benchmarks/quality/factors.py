@@ -79,6 +79,10 @@ class Factors(nn.Module):
             nn.init.normal_(table.weight, std=0.1)
 
 
+def make_model(method: Method, split: RandomSplit, config: Config) -> Factors:
+    return Factors(split.data.num_users, split.data.num_items, config.dim)
+
+
 def train_factors(
     method: Method, split: RandomSplit, config: Config, seed: int
 ) -> Trained[Factors]:
@@ -89,7 +93,7 @@ def train_factors(
     """
     torch.manual_seed(seed)
     data = split.data
-    model = Factors(data.num_users, data.num_items, config.dim)
+    model = make_model(method, split, config)
     loss_fn = DualScaleSampledSoftmax(
         normalize=True,
         temperature=method.temperature or config.temperature,

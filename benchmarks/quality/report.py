@@ -60,12 +60,20 @@ def both(document: Document, method: str) -> list[tuple[Document, Document]]:
     return [(found[method, seed], found[first, seed]) for seed in seeds]
 
 
-def curve(run: Document, part: str, group: str, metric: str = "NDCG@10") -> np.ndarray:
-    return np.array(run[part][group][metric])  # [strengths]
+def curve(
+    run: Document, part: str, group: str, metric: str = "NDCG@10", dial: str = SPARSEST
+) -> np.ndarray:  # [strengths]
+    served = run if dial == SPARSEST else run["dials"][dial]
+    return np.array(served[part][group][metric])
 
 
 def changes(
-    document: Document, pair: tuple[Document, Document], part: str, group: str, metric: str
+    document: Document,
+    pair: tuple[Document, Document],
+    part: str,
+    group: str,
+    metric: str,
+    dial: str = SPARSEST,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Of all and of a group at every strength, against the plain model without the dial.
 
@@ -74,11 +82,11 @@ def changes(
     """
     run, plain = pair
     still = document["strengths"].index(0.0)
-    of_seed = curve(plain, part, "all")[still]
+    of_seed = curve(plain, part, "all", dial=dial)[still]
     every = [one for _, one in both(document, plain["method"])]
-    usual = np.mean([curve(one, part, group, metric)[still] for one in every])
-    change = curve(run, part, group, metric) - curve(plain, part, group, metric)[still]
-    return curve(run, part, "all") / of_seed - 1, change / (usual or float("nan"))
+    usual = np.mean([curve(one, part, group, metric, dial)[still] for one in every])
+    change = curve(run, part, group, metric, dial) - curve(plain, part, group, metric, dial)[still]
+    return curve(run, part, "all", dial=dial) / of_seed - 1, change / (usual or float("nan"))
 
 
 def gains(
@@ -89,11 +97,12 @@ def gains(
     part: str = "test",
     metric: str = "NDCG@10",
     prices: Sequence[float] = PRICES,
+    dial: str = SPARSEST,
 ) -> np.ndarray:  # [seeds, prices]
     """The gain of a group at every price, along the curve of every seed."""
     found = []
     for pair in both(document, method):
-        overall, inside = changes(document, pair, part, group, metric)
+        overall, inside = changes(document, pair, part, group, metric, dial)
         places = np.linspace(0, len(overall) - 1, FINE * (len(overall) - 1) + 1)
         strengths = np.arange(len(overall))
         along, gained = (np.interp(places, strengths, one) for one in (overall, inside))
@@ -105,7 +114,7 @@ def gains(
 class Chosen(NamedTuple):
     """What a dial that was chosen on validation items does to the test items."""
 
-    strength: Mean
+    strength: float
     overall: Mean
     gain: Mean
 
@@ -116,26 +125,31 @@ def chosen(
     price: float,
     group: str = SPARSEST,
     metric: str = "NDCG@10",
+    dial: str = SPARSEST,
 ) -> Chosen:
-    """For every seed the strength of the largest gain on validation items at the price."""
-    strengths, overalls, found = [], [], []
-    for pair in both(document, method):
-        overall, inside = changes(document, pair, "validation", SPARSEST, "NDCG@10")
-        allowed = np.flatnonzero(overall >= -price)
-        # A method that cannot keep the price on validation items is served where it costs least.
-        best = allowed[inside[allowed].argmax()] if len(allowed) else overall.argmax()
-        overall, inside = changes(document, pair, "test", group, metric)
-        strengths.append(document["strengths"][best])
-        overalls.append(overall[best])
-        found.append(inside[best])
-    return Chosen(mean(strengths), mean(overalls), mean(found))
+    """At the strength of the largest gain on the validation items of all seeds at the price."""
+    pairs = both(document, method)
+
+    def found(part: str, group: str, metric: str) -> np.ndarray:  # [2, seeds, strengths]
+        every = [changes(document, pair, part, group, metric, dial) for pair in pairs]
+        return np.array(every).swapaxes(0, 1)
+
+    overall, inside = found("validation", group if dial == group else SPARSEST, "NDCG@10").mean(1)
+    allowed = np.flatnonzero(overall >= -price)
+    # A method that cannot keep the price on validation items is served where it costs least.
+    best = allowed[inside[allowed].argmax()] if len(allowed) else overall.argmax()
+    overall, inside = found("test", group, metric)[:, :, best]
+    return Chosen(document["strengths"][best], mean(overall), mean(inside))
 
 
-def best_method(document: Document, group: str, metric: str, price: float) -> str:
+def best_method(
+    document: Document, group: str, metric: str, price: float, dial: str = SPARSEST
+) -> str:
     """The one with the largest mean gain on validation items."""
 
     def gain(method: str) -> float:
         options: dict[str, Any] = {"part": "validation", "metric": metric, "prices": [price]}
+        options["dial"] = dial
         return mean(gains(document, method, group, **options)[:, 0]).value
 
     return max(methods(document), key=lambda method: np.nan_to_num(gain(method), nan=-1.0))

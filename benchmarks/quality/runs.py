@@ -1,8 +1,8 @@
 """All runs of a data set and setting: those that are kept already, and those still to train.
 
-`__main__` calls `complete`. A finished run is kept twice: as its model and the rank of every target
-in a folder that is not committed, and as metrics in one JSON file per data set and setting, which
-is; tables and pictures are made from that file alone.
+`__main__` calls `complete`. A finished run is kept twice: as its model in a folder that is not
+committed, so that another dial or metric needs no training, and as metrics in one JSON file per
+data set and setting, which is; tables and pictures are made from that file alone.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ import functools
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from benchmarks.progress import Progress, in_processes
 from benchmarks.record import record, replacing
@@ -25,13 +26,15 @@ from dwl_kernels.examples.data import Interactions, load
 from dwl_kernels.examples.synthetic import synthetic
 
 from . import factors
-from .metrics import LeaveOneOut, make_groups, ndcg, rank_targets, recall
+from .metrics import SPARSEST, Group, LeaveOneOut, make_groups, ndcg, rank_targets, recall
 from .settings import METHODS, Config, Method, Setting
-from .train import Trained, by_hand, make_model, measure_domains, train
+from .train import Trained, make_sequence_model, measure_domains, train
 
-# Of the bonus of the default weights: the dial of a plain model costs 10% over all before 8, and
-# weights in (1, 16) are taken back at -4.
-STRENGTHS = (-4.0, -3.0, -2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
+# Of the bonus, in nats; weighted training is taken back on the negative side.
+STRENGTHS = (-2.0, -1.0, -0.5, -0.25, 0.0, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
+DOMAINS = ("domains", "beyond")  # settings with dials, and metrics of every domain
+AIMED = ("Film-Noir", "Documentary")  # domains that have a dial of their own
+TILT = "log weight"  # the dial that gives or takes what the default weights would
 PARTS = ("validation", "test")
 METRICS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "NDCG@10": ndcg,
@@ -49,7 +52,7 @@ def load_data(name: str) -> Interactions:
 
 @functools.cache
 def split_of(name: str, setting: Setting) -> LeaveOneOut | factors.RandomSplit:
-    if setting in ("domains", "cumulative"):
+    if setting in ("domains", "beyond", "cumulative"):
         return LeaveOneOut(load_data(name))
     return factors.RandomSplit(load_data(name), shifted=setting == "dual-scale-shifted")
 
@@ -60,96 +63,98 @@ def one_thread() -> None:
 
 
 def finished(
-    data: str, setting: Setting, config: Config, method: str, seed: int, ranks: Path
+    data: str, setting: Setting, config: Config, method: str, seed: int, models: Path
 ) -> dict[str, Any]:
-    """The metrics of a run, from its ranks where they are kept, else by training it."""
-    path = ranks / f"{method.replace(', ', '-').replace(' ', '-')}-{seed}.npz"
-    one = METHODS[setting][method]
-    made = {"config": asdict(config), "method": asdict(one)}
-    split = split_of(data, setting)
-    kept = dict(np.load(path)) if path.exists() else {}
-    if not kept or with_defaults(json.loads(str(kept["made"]))) != made:
-        trained, found = trained_ranks(one, split, setting, config, seed, ranks)
-        about = record(
-            method=method,
-            seed=seed,
-            seconds=round(trained.seconds, 1),
-            best_step=trained.best_step,
-            checkpoints=[round(value, 5) for value in trained.validation],
-        )
-        del about["machine"]
-        kept = {"made": np.array(json.dumps(made)), "about": np.array(json.dumps(about)), **found}
-        with replacing(path) as partial, partial.open("wb") as file:
-            np.savez_compressed(file, **kept)
-    about = json.loads(str(kept["about"]))
-    return about | {part: summary(kept[part], split, part, setting) for part in PARTS}
+    """The metrics of a run, from its model where that is kept, else by training it."""
+    one, split = METHODS[setting][method], split_of(data, setting)
+    trained, about = trained_once(one, split, config, seed, models)
+    run: dict[str, Any] = {"method": method, "seed": seed, **about}
+    if isinstance(split, factors.RandomSplit):
+        for part in PARTS:
+            found = factors.metrics(factors.rank_pairs(trained, split, part), split, part)
+            run[part] = {"all": {name: [round(value, 5)] for name, value in found.items()}}
+    elif setting in DOMAINS:
+        first, *others = (dial_of(name, split, trained) for name in dials(split))
+        run |= first | {"dials": dict(zip(dials(split)[1:], others, strict=True))}
+    else:
+        for part in PARTS:
+            everyone = make_groups(split, part)[:1]
+            run[part] = summary(rank_targets(trained, split, part)[None], everyone, METRICS)
+    return run
 
 
-def with_defaults(made: dict[str, Any]) -> dict[str, Any]:
-    """How a run was made, with the fields that came later."""
-    return {
-        "config": asdict(Config(0)) | made["config"],
-        "method": asdict(Method()) | made.get("method", {}),
-    }
-
-
-def trained_ranks(
+def trained_once(
     method: Method,
     split: LeaveOneOut | factors.RandomSplit,
-    setting: Setting,
     config: Config,
     seed: int,
-    states: Path,
-) -> tuple[Trained[Any], dict[str, np.ndarray]]:
-    """Of both parts the rank of every target, at every strength of the dial where there is one."""
-    if isinstance(split, factors.RandomSplit):
-        factored = factors.train_factors(method, split, config, seed)
-        found = {part: factors.rank_pairs(factored.model, split, part) for part in PARTS}
-        trained: Trained[Any] = factored
-    else:
-        trained = train_once(method, split, config, seed, states)
-        weights = measure_domains(split)
-        weights = by_hand(weights) if method.bonus == "fixed" else weights
-        bonus = weights.log_weight(torch.from_numpy(split.data.item_domains))
-        bonuses = [strength * bonus for strength in strengths_of(setting)]
-        found = {part: rank_targets(trained.model, split, part, *bonuses) for part in PARTS}
-    return trained, {part: ranks.astype(np.int32) for part, ranks in found.items()}
-
-
-def train_once(
-    method: Method, split: LeaveOneOut, config: Config, seed: int, states: Path
-) -> Trained[Any]:
-    """Train, or take the model of a run that differs by what the dial adds alone."""
-    made = asdict(config) | asdict(replace(method, bonus="dynamic")) | {"seed": seed}
+    models: Path,
+) -> tuple[Any, dict[str, Any]]:
+    """A model and how it came about, from an earlier command where it is kept."""
+    shifted = isinstance(split, factors.RandomSplit) and split.shifted
+    made = {"config": asdict(config), "method": asdict(method), "seed": seed, "shifted": shifted}
     digest = hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()
-    path = states / f"model-{digest[:16]}.pt"
+    path = models / f"{digest[:16]}.pt"
     if path.exists():
         kept = torch.load(path)
         model = make_model(method, split, config)
-        model.load_state_dict(kept.pop("model"))
-        return Trained(model.eval(), **kept)
-    trained = train(method, split, config, seed, states=states)
+        model.load_state_dict(kept["model"])
+        return model.eval(), kept["about"]
+    trained: Trained[Any]
+    if isinstance(split, factors.RandomSplit):
+        trained = factors.train_factors(method, split, config, seed)
+    else:
+        trained = train(method, split, config, seed, states=models)
+    about = record(
+        seconds=round(trained.seconds, 1),
+        best_step=trained.best_step,
+        checkpoints=[round(value, 5) for value in trained.validation],
+    )
+    del about["machine"]
     with replacing(path) as partial:
-        torch.save(vars(trained) | {"model": trained.model.state_dict()}, partial)
-    return trained
+        torch.save({"model": trained.model.state_dict(), "about": about}, partial)
+    return trained.model, about
 
 
-def strengths_of(setting: Setting) -> tuple[float, ...]:
-    return STRENGTHS if setting == "domains" else (0.0,)
+def make_model(
+    method: Method, split: LeaveOneOut | factors.RandomSplit, config: Config
+) -> nn.Module:
+    if isinstance(split, factors.RandomSplit):
+        return factors.make_model(method, split, config)
+    return make_sequence_model(method, split, config)
+
+
+def dials(split: LeaveOneOut) -> list[str]:
+    """What the scores of may be raised; the first is the one that methods are compared with."""
+    return [SPARSEST, TILT, *(name for name in AIMED if name in split.data.domain_names)]
+
+
+def dial_of(dial: str, split: LeaveOneOut, model: Any) -> dict[str, Any]:
+    """Of both parts the metrics at every strength: of all groups with the first dial."""
+    domains, weights = torch.from_numpy(split.data.item_domains), measure_domains(split)
+    if dial == TILT:
+        bonus = weights.log_weight(domains)
+        bonus = bonus / bonus.std()
+    elif dial == SPARSEST:
+        bonus = weights.sparsest(domains).float()
+    else:
+        bonus = (domains == split.data.domain_names.index(dial)).any(1).float()
+    found = {}
+    for part in PARTS:
+        groups = make_groups(split, part)
+        if dial != SPARSEST:
+            groups = [one for one in groups if one.name in ("all", SPARSEST, dial)]
+        ranks = rank_targets(model, split, part, *(one * bonus for one in STRENGTHS))
+        found[part] = summary(ranks, groups, list(METRICS)[:2])
+    return found
 
 
 def summary(
-    ranks: np.ndarray,  # [strengths, E], or [P] of the dual scale
-    split: LeaveOneOut | factors.RandomSplit,
-    part: str,
-    setting: Setting,
+    ranks: np.ndarray,  # [strengths, E]
+    groups: Sequence[Group],
+    names: Iterable[str],
 ) -> dict[str, dict[str, list[float]]]:
     """The mean of every metric by group, a number for each strength of the dial."""
-    if isinstance(split, factors.RandomSplit):
-        found = factors.metrics(ranks, split, part)
-        return {"all": {name: [round(value, 5)] for name, value in found.items()}}
-    groups = make_groups(split, part) if setting == "domains" else make_groups(split, part)[:1]
-    names = [name for name in METRICS if setting == "cumulative" or name != "NDCG@5"]
     return {
         group.name: {
             name: [round(float(one), 5) for one in METRICS[name](ranks[:, group.members]).mean(1)]
@@ -167,7 +172,7 @@ def complete(
     seeds: int,
     jobs: int,
     out: Path,
-    ranks: Path,
+    models: Path,
     say: Callable[[str], object],
 ) -> Path:
     """Train what is missing, the seeds outermost; the file holds every run as soon as it is done.
@@ -177,7 +182,7 @@ def complete(
         setting, config, methods, seeds: what to run.
         jobs: how many trainings at once, each of one thread.
         out: the folder of the JSON files.
-        ranks: the folder of the ranks, and of the states that deferred runs begin with.
+        models: the folder of the models, and of the states that deferred runs begin with.
         say: told of each finished run.
 
     Returns:
@@ -190,14 +195,14 @@ def complete(
     name = split.data.name
     path = out / (f"{name}.json" if setting == "domains" else f"{name}-{setting}.json")
     document = read(path) if path.exists() else head(split, setting, config)
-    if with_defaults(document)["config"] != asdict(config):
+    if asdict(Config(0)) | document["config"] != asdict(config):
         raise ValueError(f"{path} holds runs of another configuration; name another --out")
     order = {method: place for place, method in enumerate(METHODS[setting])}
     runs: dict[Key, Any] = {(run["seed"], run["method"]): run for run in document["runs"]}
     missing = {
-        (seed, method): (data, setting, config, method, seed, ranks / name / setting)
+        (seed, method): (data, setting, config, method, seed, models / name)
         for seed in range(seeds)
-        for method in sorted(methods, key=lambda one: METHODS[setting][one].bonus != "dynamic")
+        for method in methods
         if (seed, method) not in runs
     }
     begun, done = time.monotonic(), 0
@@ -240,7 +245,7 @@ def head(
             "interactions": len(data.items),
         },
         "users": users,
-        "strengths": strengths_of(setting),
+        "strengths": STRENGTHS if setting in DOMAINS else (0.0,),
         "config": asdict(config),
         "runs": [],
     }

@@ -5,10 +5,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-Setting = Literal["domains", "cumulative", "dual-scale", "dual-scale-shifted"]
+Setting = Literal["domains", "beyond", "cumulative", "dual-scale", "dual-scale-shifted"]
 Loss = Literal[
     "plain",  # sampled softmax with log-Q; all examples weigh alike
     "dynamic",  # examples weigh by the measured sparsity of their domains
@@ -34,7 +34,11 @@ class Method:
     calibration: float = 0.0
     tail: float = 1.0
     backbone: Backbone = "transformer"
-    bonus: Literal["dynamic", "fixed"] = "dynamic"  # whose weights the dial adds to the scores
+    weighed: Literal["domain", "item", "excess"] = "domain"  # what the weights are measured of
+    thinned: bool = False  # rows are left out in proportion, in place of weights
+    frozen: bool = False  # the item table, once deferred weights have begun
+    late_rate: float = 1.0  # what the learning rate is then multiplied by
+    candidates: float = 0.0  # power of an item's weight by which it is drawn as a candidate
     temperature: float | None = None  # in place of that of the configuration
     hardness: float = 0.0
     similarity: float = 0.0
@@ -80,7 +84,6 @@ STEPS = 3000  # on any other data set
 
 def _domains() -> dict[str, Method]:
     """In the order in which they are run."""
-    plain = {"plain": Method(), "plain, dial by hand": Method(bonus="fixed")}
     weighted = {
         f"{when}{'' if high == 4 else f' to {high:g}'}{', calibrated' * calibrated}": Method(
             "dynamic", high, schedule, float(calibrated)
@@ -89,7 +92,11 @@ def _domains() -> dict[str, Method]:
         for calibrated in (False, True)
         for when, schedule in SCHEDULES.items()
     }
-    return plain | weighted | {"CVaR": Method("cvar", tail=0.7), "fixed": Method("fixed")}
+    return (
+        {"plain": Method()}
+        | weighted
+        | {"CVaR": Method("cvar", tail=0.7), "fixed": Method("fixed")}
+    )
 
 
 TEMPERATURES = (0.1, 0.15, 0.3)  # beside that of `FACTORS`
@@ -106,8 +113,28 @@ def _dual_scale() -> dict[str, Method]:
     return methods
 
 
+def _beyond() -> dict[str, Method]:
+    """What training may add to the dial; deferred runs begin with the state of the plain one."""
+    late = Method("dynamic", schedule="deferred")
+    return {
+        "plain": Method(),
+        "deferred": late,
+        "deferred, table frozen": replace(late, frozen=True),
+        "deferred, a quarter of the rate": replace(late, late_rate=0.25),
+        "by item": Method("dynamic", weighed="item"),
+        "by item, deferred": replace(late, weighed="item"),
+        "by excess loss": Method("dynamic", weighed="excess"),
+        "by excess loss, deferred": replace(late, weighed="excess"),
+        "rows left out": Method("dynamic", thinned=True),
+        "rows left out, deferred": replace(late, thinned=True),
+        "sparse candidates": Method(candidates=1.0),
+        "sparse candidates, weighed": Method("dynamic", candidates=1.0),
+    }
+
+
 METHODS: dict[Setting, dict[str, Method]] = {
     "domains": _domains(),
+    "beyond": _beyond(),
     "cumulative": {
         "SASRec, binary": Method("binary"),
         "SASRec, cumulative": Method("cross-entropy"),
@@ -121,6 +148,6 @@ METHODS: dict[Setting, dict[str, Method]] = {
 
 def config_of(setting: Setting, data: str) -> Config:
     """How a data set is trained on, by its name."""
-    if setting in ("domains", "cumulative"):
+    if setting in ("domains", "beyond", "cumulative"):
         return CONFIGS.get(data, Config(steps=STEPS))
     return FACTORS.get(data, Config(STEPS, batch_size=2048, learning_rate=1e-2, temperature=0.2))
