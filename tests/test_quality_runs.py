@@ -13,7 +13,15 @@ import torch
 
 from benchmarks.quality import __main__ as quality
 from benchmarks.quality import factors, runs
-from benchmarks.quality.factors import Factors, RandomSplit, batches, rank_pairs, train_factors
+from benchmarks.quality.factors import (
+    Factors,
+    LightGCN,
+    RandomSplit,
+    batches,
+    rank_pairs,
+    train_factors,
+)
+from benchmarks.quality.metrics import LeaveOneOut, make_groups
 from benchmarks.quality.settings import METHODS, Config, Method
 from dwl_kernels.examples.synthetic import synthetic
 
@@ -64,7 +72,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> Trained:
 
 def command(folder: Path, *more: str) -> list[str]:
     out = folder.parent / "out"
-    return ["--data", str(folder), "--steps", "3", "--out", str(out), "--ranks", f"{out}/r", *more]
+    return ["--data", str(folder), "--steps", "3", "--out", str(out), "--models", f"{out}/m", *more]
 
 
 def test_runs_are_kept_and_a_later_command_adds_what_is_missing(
@@ -98,7 +106,7 @@ def test_runs_are_kept_and_a_later_command_adds_what_is_missing(
             assert [len(values) for values in group.values()] == [len(runs.STRENGTHS)] * 2
 
 
-def test_metrics_come_from_the_ranks_where_the_file_lost_them(
+def test_metrics_come_from_the_models_where_the_file_lost_them(
     folder: Path, trained: Trained, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert quality.main(command(folder, "--methods", "plain")) == 0
@@ -108,7 +116,7 @@ def test_metrics_come_from_the_ranks_where_the_file_lost_them(
     monkeypatch.setattr(runs, "train", lambda *_, **__: pytest.fail("it was trained before"))
     assert quality.main(command(folder, "--methods", "plain")) == 0
     assert path.read_text() == first
-    # Ranks of another configuration are of no use.
+    # Models of another configuration are of no use.
     path.unlink()
     with pytest.raises(pytest.fail.Exception):
         quality.main(command(folder, "--methods", "plain", "--steps", "4"))
@@ -133,25 +141,30 @@ def test_another_command_may_add_runs_to_the_file_meanwhile(
     assert found == ["plain", "ramped", "fixed"]
 
 
-def test_dial_by_hand_raises_the_sparsest_quarter(folder: Path) -> None:
+def test_every_dial_raises_what_it_is_for(folder: Path) -> None:
     split = runs.split_of(str(folder), "domains")
+    assert isinstance(split, LeaveOneOut)
     config = Config(steps=2, max_length=12, dim=8, negatives=16)
-    found = {}
-    for bonus in ("dynamic", "fixed"):
-        method = Method(bonus=bonus)  # type: ignore[arg-type]
-        _, ranks = runs.trained_ranks(method, split, "domains", config, 0, folder)
-        found[bonus] = runs.summary(ranks["test"], split, "test", "domains")["sparsest ¼"]
-    still = runs.STRENGTHS.index(0.0)
-    assert found["dynamic"]["NDCG@10"][still] == found["fixed"]["NDCG@10"][still]
-    assert found["fixed"]["Recall@10"][-1] >= found["dynamic"]["Recall@10"][-1]
-    assert found["fixed"]["Recall@10"][-1] > found["fixed"]["Recall@10"][0]
+    model, _ = runs.trained_once(Method(), split, config, 0, folder)
+    still, most = runs.STRENGTHS.index(0.0), len(runs.STRENGTHS) - 1
+    found = {dial: runs.dial_of(dial, split, model)["test"] for dial in runs.dials(split)}
+    assert list(found) == [runs.SPARSEST, runs.TILT]
+    for dial in found.values():
+        raised = dial[runs.SPARSEST]["Recall@10"]
+        assert raised[most] >= raised[still] >= raised[0]
+        assert raised[most] > raised[0]
+        assert dial["all"]["NDCG@10"][still] == found[runs.TILT]["all"]["NDCG@10"][still]
+    assert set(found[runs.TILT]) == {"all", runs.SPARSEST} < set(found[runs.SPARSEST])
+    aimed = runs.dial_of(split.data.domain_names[0], split, model)["test"]
+    assert aimed[split.data.domain_names[0]]["Recall@10"][most] > 0.5
 
 
 def test_metrics_are_means_over_the_users_of_a_group(folder: Path) -> None:
     split = runs.split_of(str(folder), "domains")
+    assert isinstance(split, LeaveOneOut)
     ranks = np.zeros((len(runs.STRENGTHS), 40), np.int64)
     ranks[3, :10] = 20
-    found = runs.summary(ranks, split, "test", "domains")
+    found = runs.summary(ranks, make_groups(split, "test"), ["NDCG@10"])
     assert found["all"]["NDCG@10"] == [0.75 if n == 3 else 1.0 for n in range(len(ranks))]
 
 
@@ -181,7 +194,7 @@ def test_interrupted_run_leaves_those_before_it(
     assert not list(folder.parent.rglob("*.tmp"))
 
 
-@pytest.mark.parametrize("setting", ["cumulative", "dual-scale", "dual-scale-shifted"])
+@pytest.mark.parametrize("setting", ["beyond", "cumulative", "dual-scale", "dual-scale-shifted"])
 def test_other_settings_have_files_and_tables_of_their_own(
     setting: str, folder: Path, trained: Trained, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -189,9 +202,9 @@ def test_other_settings_have_files_and_tables_of_their_own(
     call = command(folder, "--setting", setting, "--methods", ";".join(names), "--seeds", "2")
     assert quality.main(call) == 0
     document = json.loads((folder.parent / "out" / f"tiny-{setting}.json").read_text())
-    assert document["strengths"] == [0.0]
     assert {run["method"] for run in document["runs"]} == set(names)
-    assert list(document["runs"][0]["test"]) == ["all"]
+    assert document["strengths"] == [0.0] or setting == "beyond"
+    assert list(document["runs"][0]["test"]) == ["all"] or setting == "beyond"
     assert names[1] in capsys.readouterr().out
 
 
@@ -206,7 +219,7 @@ def test_bad_data_is_an_error_without_traceback(
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        (["--methods", "plain;magic"], "'magic' is none of plain; plain, dial by hand;"),
+        (["--methods", "plain;magic"], "'magic' is none of plain; from the start;"),
         (["--steps", "0"], "'0' is no positive integer"),
         (["--setting", "speed"], "invalid choice: 'speed'"),
     ],
@@ -282,7 +295,37 @@ def test_metrics_of_several_items_follow_their_formulas() -> None:
     assert factors.metrics(ranks + 20, SPLIT, "test") == {"NDCG@20": 0, "Recall@20": 0}
 
 
-@pytest.mark.parametrize("name", ["softmax", "hardness -0.5", "similarity -0.5", "competition -1"])
+def test_graph_mixes_neighbours_by_their_degrees() -> None:
+    torch.manual_seed(0)
+    model = LightGCN(SPLIT, 8)
+    users, items = SPLIT.pairs("training")
+    nodes = SPLIT.data.num_users + SPLIT.data.num_items
+    edges = torch.zeros(nodes, nodes, dtype=torch.float64)
+    edges[users, items + SPLIT.data.num_users] = 1
+    edges += edges.T.clone()
+    degree = edges.sum(1).clamp(min=1)
+    step = edges / (degree[:, None] * degree).sqrt()
+    first = torch.cat([model.users.weight, model.items.weight]).detach().double()
+    layers = [first, step @ first, step @ step @ first, step @ step @ step @ first]
+    wanted = torch.stack(layers).mean(0)
+    found = torch.cat(model())
+    torch.testing.assert_close(found.double(), wanted, atol=1e-6, rtol=1e-5)
+    toward = torch.randn_like(found)
+    found.backward(toward)
+    mixed = toward.double()
+    wanted = torch.stack([mixed, step @ mixed, step @ step @ mixed, step @ step @ step @ mixed])
+    assert model.users.weight.grad is not None
+    torch.testing.assert_close(
+        model.users.weight.grad.double(),
+        wanted.mean(0)[: SPLIT.data.num_users],
+        atol=1e-6,
+        rtol=1e-5,
+    )
+
+
+@pytest.mark.parametrize(
+    "name", ["softmax", "LightGCN softmax", "hardness -0.5", "similarity -0.5", "competition -1"]
+)
 def test_factors_learn_with_every_strength(name: str) -> None:
     config = Config(steps=150, batch_size=256, learning_rate=1e-2, dim=16, temperature=0.2)
     trained = train_factors(METHODS["dual-scale"][name], SPLIT, config, 0)

@@ -26,7 +26,7 @@ from .report import (
     methods,
     metric_lines,
 )
-from .runs import read
+from .runs import AIMED, PARTS, TILT, read
 
 DATA = ("ml-1m", "amazon-beauty", "lastfm", "ml-latest-small")
 SHIFTED = ("", "-shifted")
@@ -92,25 +92,35 @@ def tables(documents: Documents) -> str:
             continue
         document = documents[name]
         parts.append(f"## {name}: {seeds_of(document)}\n")
-        for group in (SPARSEST, "Film-Noir", "Documentary"):
-            if group not in document["users"]["test"]:
-                continue
-            users = document["users"]["test"][group]
-            for metric in CLAIMED if group == "Film-Noir" else ("NDCG@10",):
-                header = [f"{group} ({users} users), {metric}, gain in % at a price of"]
-                header += [f"{price:.0%}" for price in PRICES]
-                rows = [
-                    [method, *map(str, map(mean, gains(document, method, group, metric=metric).T))]
-                    for method in methods(document)
-                ]
-                parts.append(markdown(header, rows))
-        header, rows = against_the_dial(document)
-        parts.append(markdown(header, rows))
+        parts.append(gain_table(document, SPARSEST, SPARSEST))
+        parts.append(markdown(*against_the_dial(document)))
+        parts.append(gain_table(document, SPARSEST, TILT))
+        for group in AIMED:
+            if group in document["users"]["test"]:
+                for dial in (SPARSEST, TILT, group):
+                    parts.append(gain_table(document, group, dial))
+                parts.append(gain_table(document, group, group, "Recall@10"))
     for name, document in documents.items():
-        if document["setting"] != "domains":
-            parts.append(f"## {name}: {seeds_of(document)}\n")
+        if document["setting"] == "domains":
+            continue
+        parts.append(f"## {name}: {seeds_of(document)}\n")
+        if document["setting"] == "beyond":
+            parts.append(gain_table(document, SPARSEST, SPARSEST))
+            parts += [markdown(*against_the_dial(document, part)) for part in PARTS]
+        else:
             parts.append(markdown(*metric_lines(document)))
     return "\n".join(parts)
+
+
+def gain_table(document: Document, group: str, dial: str, metric: str = "NDCG@10") -> str:
+    """The gain of a group at every price, a line per method, each with that dial."""
+    users = document["users"]["test"][group]
+    header = [f"{group} ({users} users), {metric}, dial on {dial}: gain in % at a price of"]
+    found = {
+        name: gains(document, name, group, metric=metric, dial=dial) for name in methods(document)
+    }
+    rows = [[name, *map(str, map(mean, values.T))] for name, values in found.items()]
+    return markdown(header + [f"{price:.0%}" for price in PRICES], rows)
 
 
 def seeds_of(document: Document) -> str:
@@ -132,19 +142,21 @@ def verdict(found: Mean, claimed: float) -> str:
 
 
 def domain_claim(document: Document | None) -> str:
-    if document is None or "Film-Noir" not in document["users"]["test"]:
+    group = "Film-Noir"
+    if document is None or group not in document["users"]["test"]:
         return "not run yet"
     cells = []
     for price in (0.03, 0.1):
-        method = best_method(document, "Film-Noir", "NDCG@10", price)
+        options: dict[str, Any] = {"dial": group, "prices": [price]}
+        method = best_method(document, group, "NDCG@10", price, dial=group)
         found = {
-            metric: mean(gains(document, method, "Film-Noir", metric=metric, prices=[price])[:, 0])
+            metric: mean(gains(document, method, group, metric=metric, **options)[:, 0])
             for metric in CLAIMED
         }
         values = ", ".join(f"{metric} {value}" for metric, value in found.items())
         said = verdict(found["NDCG@10"], CLAIMED["NDCG@10"])
         cells.append(f"{values} at a price of {price:.0%} ({method}): {said}")
-    return f"ml-1m, {seeds_of(document)}, in %: " + "; ".join(cells)
+    return f"ml-1m, {seeds_of(document)}, dial on the domain, in %: " + "; ".join(cells)
 
 
 def relative(document: Document, method: str, base: str, metric: str) -> Mean:

@@ -1,4 +1,4 @@
-"""Matrix factorisation on cosines, where the dual scale belongs: split, training, ranks, metrics.
+"""Cosines of users and items, where the dual scale belongs: split, models, training, metrics.
 
 `runs` calls it for the settings of the dual scale.
 """
@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import copy
 import time
+import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,10 +23,14 @@ from dwl_kernels.examples.data import Interactions
 
 from .metrics import ndcg, recall
 from .settings import Config, Method
-from .train import CHECKPOINTS, Trained, one_cycle
+from .train import CHECKPOINTS, Trained, bfloat16_products, one_cycle
 
 K = 20
 PAIRS_PER_BATCH = 4096
+LAYERS = 3  # of LightGCN, steps over the graph
+# Its times the rows of a batch, and the learning rate: by NDCG@20 of the softmax loss on validation
+# items of ml-1m, and by what a processor can do.
+GRAPH_ROWS, GRAPH_RATE = 4, 3.0
 
 
 @dataclass(frozen=True)
@@ -70,7 +76,7 @@ class RandomSplit:
 
 
 class Factors(nn.Module):
-    """A vector for every user and item; the score is their cosine."""
+    """Matrix factorisation: a vector for every user and item; the score is their cosine."""
 
     def __init__(self, users: int, items: int, dim: int) -> None:
         super().__init__()
@@ -78,8 +84,57 @@ class Factors(nn.Module):
         for table in (self.users, self.items):
             nn.init.normal_(table.weight, std=0.1)
 
+    def forward(self) -> tuple[Tensor, Tensor]:  # of all users [U, D], of all items [V, D]
+        return self.users.weight, self.items.weight
+
+
+class LightGCN(Factors):
+    """The mean of the vectors and of what `LAYERS` steps over the graph make of them (2002.02126).
+
+    A step adds up the neighbours of a node, each divided by the root of both their degrees.
+    """
+
+    graph: Tensor  # [U + V, U + V] sparse, symmetric
+
+    def __init__(self, split: RandomSplit, dim: int) -> None:
+        data = split.data
+        super().__init__(data.num_users, data.num_items, dim)
+        users, items = (torch.from_numpy(one) for one in split.pairs("training"))
+        ends = torch.stack([users, items + data.num_users])
+        ends = torch.cat([ends, ends.flip(0)], 1)
+        nodes = data.num_users + data.num_items
+        degree = torch.bincount(ends[0], minlength=nodes).float()
+        weights = (degree[ends[0]] * degree[ends[1]]).rsqrt()
+        graph = torch.sparse_coo_tensor(ends, weights, (nodes, nodes), check_invariants=True)
+        with warnings.catch_warnings():  # that CSR tensors are new
+            warnings.simplefilter("ignore", UserWarning)
+            self.register_buffer("graph", graph.coalesce().to_sparse_csr(), persistent=False)
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        layers = [torch.cat([self.users.weight, self.items.weight])]
+        for _ in range(LAYERS):
+            layers.append(_Step.apply(self.graph, layers[-1]))
+        mixed = torch.stack(layers).mean(0)
+        users, items = mixed.split((len(self.users.weight), len(self.items.weight)))
+        return users, items
+
+
+class _Step(torch.autograd.Function):
+    """`graph @ x`. PyTorch's own backward transposes the graph anew, which is symmetric."""
+
+    @staticmethod
+    def forward(ctx: Any, graph: Tensor, x: Tensor) -> Tensor:
+        ctx.graph = graph
+        return graph @ x
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:
+        return None, ctx.graph @ gradients[0]
+
 
 def make_model(method: Method, split: RandomSplit, config: Config) -> Factors:
+    if method.backbone == "graph":
+        return LightGCN(split, config.dim)
     return Factors(split.data.num_users, split.data.num_items, config.dim)
 
 
@@ -92,7 +147,11 @@ def train_factors(
         FloatingPointError: the loss became NaN or infinite.
     """
     torch.manual_seed(seed)
-    data = split.data
+    if method.backbone == "graph":  # a step over the graph costs more than the rows do
+        more = GRAPH_ROWS
+        steps, rate = config.steps // more, GRAPH_RATE * config.learning_rate
+        rows = config.batch_size * more
+        config = replace(config, steps=steps, batch_size=rows, learning_rate=rate)
     model = make_model(method, split, config)
     loss_fn = DualScaleSampledSoftmax(
         normalize=True,
@@ -101,7 +160,7 @@ def train_factors(
         similarity=method.similarity,
         competition=method.competition,
     )
-    sampler, generator = UniformSampler(data.num_items), torch.Generator().manual_seed(seed)
+    sampler, generator = UniformSampler(split.data.num_items), torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
     schedule = one_cycle(optimizer, config.learning_rate, config.steps)
     checkpoints = {max(round(part * config.steps), 1) for part in CHECKPOINTS}
@@ -110,13 +169,15 @@ def train_factors(
     for step, (users, items) in enumerate(batches(split, config, seed), 1):
         started = time.process_time()
         negative, _ = sampler.sample(config.negatives, generator=generator)
-        value = loss_fn(
-            model.users(users),
-            model.items(items),
-            model.items(negative),
-            positive_ids=items,
-            negative_ids=negative,
-        )
+        user_table, item_table = model()
+        with bfloat16_products():
+            value = loss_fn(
+                nn.functional.embedding(users, user_table),
+                nn.functional.embedding(items, item_table),
+                nn.functional.embedding(negative, item_table),
+                positive_ids=items,
+                negative_ids=negative,
+            )
         if not value.isfinite():
             raise FloatingPointError(f"loss {value.item()} in step {step}")
         optimizer.zero_grad()
@@ -150,9 +211,7 @@ def rank_pairs(model: Factors, split: RandomSplit, part: str) -> np.ndarray:  # 
     """Rank every held-out item among all that its user has not seen before; 0 is the best."""
     users, items = split.pairs(part)
     seen = split.seen(part)
-    queries, table = (
-        nn.functional.normalize(one.weight, dim=1) for one in (model.users, model.items)
-    )
+    queries, table = (nn.functional.normalize(one, dim=1) for one in model())
     ranks = []
     for start in range(0, len(users), PAIRS_PER_BATCH):
         asked = users[start : start + PAIRS_PER_BATCH]

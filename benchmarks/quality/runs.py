@@ -99,7 +99,7 @@ def trained_once(
         kept = torch.load(path)
         model = make_model(method, split, config)
         model.load_state_dict(kept["model"])
-        return model.eval(), kept["about"]
+        return model.eval(), json.loads(kept["about"])
     trained: Trained[Any]
     if isinstance(split, factors.RandomSplit):
         trained = factors.train_factors(method, split, config, seed)
@@ -112,7 +112,7 @@ def trained_once(
     )
     del about["machine"]
     with replacing(path) as partial:
-        torch.save({"model": trained.model.state_dict(), "about": about}, partial)
+        torch.save({"model": trained.model.state_dict(), "about": json.dumps(about)}, partial)
     return trained.model, about
 
 

@@ -20,7 +20,7 @@ Loss = Literal[
     "bpr",  # GRU4Rec's own: ranked above the targets of the other sequences at the same step
 ]
 Schedule = Literal["start", "ramped", "deferred"]
-Backbone = Literal["transformer", "gru"]
+Backbone = Literal["transformer", "gru", "factors", "graph"]  # the last two of the dual scale
 DEFERRED = 0.6  # of the steps are over when deferred weights begin
 
 
@@ -104,12 +104,19 @@ TEMPERATURES = (0.1, 0.15, 0.3)  # beside that of `FACTORS`
 
 def _dual_scale() -> dict[str, Method]:
     """The softmax loss at several temperatures, then the strengths at the best of them."""
-    methods = {"softmax": Method()}
-    methods |= {f"softmax at {tau:g}": Method(temperature=tau) for tau in TEMPERATURES}
-    for strength in (0.5, -0.5):
-        methods[f"hardness {strength:+g}"] = Method(hardness=strength)
-        methods[f"similarity {strength:+g}"] = Method(similarity=strength)
-        methods[f"competition {2 * strength:+g}"] = Method(competition=2 * strength)
+    methods = {}
+    backbones: dict[str, Backbone] = {"": "factors", "LightGCN ": "graph"}
+    for name, backbone in backbones.items():
+        plain = Method(backbone=backbone)
+        methods[f"{name}softmax"] = plain
+        for tau in TEMPERATURES:
+            methods[f"{name}softmax at {tau:g}"] = replace(plain, temperature=tau)
+        for strength in (0.5, -0.5):
+            methods[f"{name}hardness {strength:+g}"] = replace(plain, hardness=strength)
+            methods[f"{name}similarity {strength:+g}"] = replace(plain, similarity=strength)
+            methods[f"{name}competition {2 * strength:+g}"] = replace(
+                plain, competition=2 * strength
+            )
     return methods
 
 
