@@ -95,8 +95,8 @@ def turn_the_dial(
     split: LeaveOneOut, weights: DomainWeights, options: argparse.Namespace, progress: Progress
 ) -> None:
     """Train one model, choose the strength of the bonus on validation items, show test items."""
-    print("3. the dial: scores + strength x log weight of the item's")
-    print("   domains, when serving; training itself has no weights", flush=True)
+    print("3. the dial: scores + a strength for the items of the")
+    print("   sparsest quarter of the domains, when serving", flush=True)
     data = split.data
     epochs = options.epochs
     if epochs is None:
@@ -107,10 +107,10 @@ def turn_the_dial(
     run = train(Method(), split, config, 0, progress.of("the model"))
     progress("ranks of the items")
     domains = torch.from_numpy(data.item_domains)
-    bonus, sparse = weights.log_weight(domains), weights.sparsest(domains)
+    sparse = weights.sparsest(domains)
 
     def ranks(part: str, strengths: Sequence[float]) -> dict[float, Tensor]:
-        found = rank_targets(run.model, split, part, *(one * bonus for one in strengths))
+        found = rank_targets(run.model, split, part, *(one * sparse for one in strengths))
         return dict(zip(strengths, torch.from_numpy(found), strict=True))
 
     validation = ranks("validation", STRENGTHS)

@@ -1,9 +1,13 @@
 """The dial: how much the scores of sparse domains are raised when a trained model is served.
 
-A model that is served with ``score + strength * DomainWeights.log_weight(item_domains)`` shows more
-of the sparse domains the larger the strength, and less the smaller, with no training at all. Too
-much costs everybody. The strength is chosen on validation items: the one that lifts the sparse
-domains most at a price over all items that one is ready to pay.
+A model that is served with ``score + strength * DomainWeights.sparsest(item_domains)`` shows more of
+the sparse domains the larger the strength, and less the smaller, with no training at all. Too much
+costs everybody. The strength is chosen on validation items: the one that lifts the sparse domains
+most at a price over all items that one is ready to pay.
+
+The bonus may be any number per item. 1 for the items that are to be raised and 0 for the others
+buys more for the same price than `DomainWeights.log_weight`, which is the tilt that weighted
+training gives: that also pays for domains in the middle.
 """
 
 from __future__ import annotations
@@ -171,7 +175,8 @@ def ranks_with_bonus(
     Args:
         scores: ``[E, V]``, what the model gives every item for every validation user.
         targets: ``[E]`` integers, the item that each user took.
-        bonus: ``[V]``, ``weights.log_weight(item_domains)``.
+        bonus: ``[V]`` numbers or bools, ``weights.sparsest(item_domains)``, or ``item_domains == d``
+            for one domain.
         strengths: the grid, 0 among them for :func:`choose_bonus`.
         seen: ``[E, V]`` bools, items that are not shown to a user; the target is.
 

@@ -156,7 +156,8 @@ def test_every_dial_raises_what_it_is_for(folder: Path) -> None:
         assert dial["all"]["NDCG@10"][still] == found[runs.TILT]["all"]["NDCG@10"][still]
     assert set(found[runs.TILT]) == {"all", runs.SPARSEST} < set(found[runs.SPARSEST])
     aimed = runs.dial_of(split.data.domain_names[0], split, model)["test"]
-    assert aimed[split.data.domain_names[0]]["Recall@10"][most] > 0.5
+    raised = aimed[split.data.domain_names[0]]["Recall@10"]
+    assert raised[most] > raised[still] > raised[0]
 
 
 def test_metrics_are_means_over_the_users_of_a_group(folder: Path) -> None:

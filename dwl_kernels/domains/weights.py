@@ -36,7 +36,7 @@ class DomainWeights(DomainState):
         weights = DomainWeights.from_interactions(users, items, domains)  # [M], [M], [M] or [M, G]
         weights.update(domain_ids)                    # counts a batch, [B] or [B, G]
         weights()                                     # [num_domains], for the loss
-        scores + weights.log_weight(item_domains)     # [..., V] and [V], when serving
+        scores + c * weights.sparsest(item_domains)   # [..., V] and [V], when serving
 
     All domains start at weight 1. :meth:`from_interactions` measures all three parts of the
     sparsity at once; :meth:`update` streams domain ids during training and refreshes the counts
@@ -341,7 +341,7 @@ class DomainWeights(DomainState):
 
         Add ``c * log_weight(item_domains)`` to the scores of a plain or calibrated model to favour
         sparse domains when serving, or subtract it to take the tilt of an uncalibrated one back.
-        :func:`choose_bonus` finds a good ``c``.
+        To raise the sparsest domains alone, :meth:`sparsest` buys more for the same price.
 
         Args:
             domain_ids: ``[V]`` or ``[V, G]`` integers, the domains of every item, -1 = none.
@@ -368,7 +368,7 @@ class DomainWeights(DomainState):
             part: What part of the domains, in (0, 1], rounded up; a quarter by default.
 
         Returns:
-            ``[V]`` bools.
+            ``[V]`` bools: the bonus of the dial, whose strength :func:`choose_bonus` finds.
 
         Raises:
             TypeError, ValueError, IndexError: As for :meth:`update`, or if ``part`` is no number in
