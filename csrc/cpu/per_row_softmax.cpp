@@ -13,7 +13,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <memory>
+#include <type_traits>
 #include <vector>
 
 #include "row.h"
@@ -22,13 +24,72 @@
 namespace dwl {
 namespace {
 
-// Not inlined: candidates with the embedding of the positive get its product to the last bit.
+constexpr int kAtOnce = 4;  // candidates that share what is read of a query, and their summing up
+
+// A register's worth of numbers, which compilers make smaller where the processor's are.
+typedef float Floats __attribute__((vector_size(64)));
+typedef double Doubles __attribute__((vector_size(64)));
+typedef uint32_t Words __attribute__((vector_size(64)));
+typedef uint16_t HalfWords __attribute__((vector_size(32)));
+template <typename T>
+using Vector = std::conditional_t<std::is_same_v<T, float>, Floats, Doubles>;
+template <typename T>
+constexpr int kLanes = 64 / sizeof(T);
+
+template <typename T>
+Vector<T> load(const T* from) {
+  Vector<T> to;
+  std::memcpy(&to, from, sizeof to);
+  return to;
+}
+inline Floats load(const BFloat16* from) {
+  HalfWords narrow;
+  std::memcpy(&narrow, from, sizeof narrow);
+  return (Floats)(__builtin_convertvector(narrow, Words) << 16);
+}
+
+// to_l = the sum of x_l.
+template <typename V, typename T>
+void add_lanes(const V* x, T* to) {
+  for (int l = 0; l < kAtOnce; ++l) {
+    T sum = 0;
+    for (int k = 0; k < kLanes<T>; ++k) sum += x[l][k];
+    to[l] = sum;
+  }
+}
+#if __has_builtin(__builtin_shufflevector)
+inline void add_lanes(const Floats* x, float* to) {
+  Floats half[2];  // of two x each, eight lanes of either
+  for (int l = 0; l < 2; ++l) {
+    const Floats a = x[2 * l], b = x[2 * l + 1];
+    half[l] =
+        __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+        __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+  }
+  const Floats a = half[0], b = half[1];
+  Floats sum =  // of four, four lanes of each
+      __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+      __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+  sum += __builtin_shufflevector(sum, sum, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+  sum += __builtin_shufflevector(sum, sum, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+  for (int l = 0; l < kAtOnce; ++l) to[l] = sum[4 * l];
+}
+#endif
+
+// to_l = <q, c_l>. Not inlined, so that a candidate with the embedding of the positive gets its
+// product to the last bit.
 template <typename T, typename S>
-__attribute__((noinline)) T dot_stored(const T* q, const S* c, int64_t n) {
-  T sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t k = 0; k < n; ++k) sum += q[k] * static_cast<T>(c[k]);
-  return sum;
+__attribute__((noinline)) void products(const T* q, const S* const c[kAtOnce], int64_t n, T* to) {
+  Vector<T> sum[kAtOnce] = {};
+  int64_t k = 0;
+  for (; k + kLanes<T> <= n; k += kLanes<T>) {
+    const Vector<T> own = load(q + k);
+    for (int l = 0; l < kAtOnce; ++l) sum[l] += own * load(c[l] + k);
+  }
+  add_lanes(sum, to);
+  for (; k < n; ++k) {
+    for (int l = 0; l < kAtOnce; ++l) to[l] += q[k] * static_cast<T>(c[l][k]);
+  }
 }
 
 // Rows of a table by id; in the place of id -1, whose e is 0, stands the positive.
@@ -39,29 +100,64 @@ struct Rows {
   const S* operator[](int64_t id) const { return id < 0 ? positive : table + id * dim; }
 };
 
-// sum [D] = sum_j e_j c_j, four candidates at a time so that the sum is read and written less.
+// to [D] = scale sum_j e_j c_j, as many columns at a time as stay in registers.
 template <typename T, typename S>
-void weighted_sum(const T* e, const Rows<S>& c, const int64_t* ids, int64_t n, T* sum) {
-  const int64_t dim = c.dim;
-  std::fill(sum, sum + dim, T(0));
-  int64_t j = 0;
-  for (; j + 4 <= n; j += 4) {
-    const S *c0 = c[ids[j]], *c1 = c[ids[j + 1]], *c2 = c[ids[j + 2]], *c3 = c[ids[j + 3]];
-    const T e0 = e[j], e1 = e[j + 1], e2 = e[j + 2], e3 = e[j + 3];
-#pragma omp simd
-    for (int64_t k = 0; k < dim; ++k) {
-      sum[k] += (e0 * static_cast<T>(c0[k]) + e1 * static_cast<T>(c1[k])) +
-                (e2 * static_cast<T>(c2[k]) + e3 * static_cast<T>(c3[k]));
+void weighted_sum(const T* e, const Rows<S>& c, const int64_t* ids, int64_t n, T scale, T* to) {
+  constexpr int64_t kColumns = kAtOnce * kLanes<T>;
+  int64_t k = 0;
+  for (; k + kColumns <= c.dim; k += kColumns) {
+    Vector<T> sum[kAtOnce] = {};
+    for (int64_t j = 0; j < n; ++j) {
+      const S* own = c[ids[j]] + k;
+      for (int l = 0; l < kAtOnce; ++l) sum[l] += e[j] * load(own + l * kLanes<T>);
     }
+    for (int l = 0; l < kAtOnce; ++l) sum[l] *= scale;
+    std::memcpy(to + k, sum, sizeof sum);
   }
-  for (; j < n; ++j) {
+  if (k == c.dim) return;
+  std::fill(to + k, to + c.dim, T(0));
+  for (int64_t j = 0; j < n; ++j) {
     const S* own = c[ids[j]];
 #pragma omp simd
-    for (int64_t k = 0; k < dim; ++k) sum[k] += e[j] * static_cast<T>(own[k]);
+    for (int64_t d = k; d < c.dim; ++d) to[d] += e[j] * static_cast<T>(own[d]);
   }
+  for (; k < c.dim; ++k) to[k] *= scale;
 }
 
-constexpr int64_t kAhead = 16;  // candidates between the fetch of a row and its use
+// Bytes of the table that are on their way while a candidate is read, a quarter of a core's nearest
+// cache: with half of that the memory waits, with twice that the row in use is driven out.
+constexpr int64_t kAheadBytes = 12288;
+
+// The candidates of the rows of a thread, one after the other, some way ahead of their use.
+template <typename S>
+class Fetches {
+ public:
+  template <typename T>
+  Fetches(const PerRowProblem<T, S>& p, const int64_t* row, const int64_t* end)
+      : ids_(p.candidate_ids),
+        width_(p.candidates),
+        table_(p.table),
+        dim_(p.dim),
+        row_(row),
+        end_(width_ > 0 ? end : row) {
+    if (row_ != end_) next_ = ids_ + *row_ * width_, last_ = next_ + width_;
+    const int64_t ahead = kAheadBytes / int64_t(dim_ * sizeof(S));
+    for (int64_t k = std::clamp<int64_t>(ahead, 4, 128); k > 0; --k) fetch();
+  }
+
+  void fetch() {
+    if (next_ == last_) return;
+    const int64_t id = *next_++;
+    if (id >= 0) prefetch(table_ + id * dim_, dim_);
+    if (next_ == last_ && ++row_ != end_) next_ = ids_ + *row_ * width_, last_ = next_ + width_;
+  }
+
+ private:
+  const int64_t *ids_, width_;
+  const S* table_;
+  const int64_t dim_;
+  const int64_t *row_, *end_, *next_ = nullptr, *last_ = nullptr;
+};
 
 }  // namespace
 
@@ -74,7 +170,7 @@ void per_row_softmax_cpu(const PerRowProblem<T, S>& p, const PerRowGradients<T>&
   std::unique_ptr<T[]> scratch;  // [team, K], where the gradient has no place for a row's logits
   if (out.candidate == nullptr) scratch.reset(new T[size_t(team) * n]);
 
-  const auto solve_row = [&](int64_t i, const int64_t* next, T* s) {
+  const auto solve_row = [&](int64_t i, Fetches<S>& fetches, T* s) {
     const T* query = p.query + i * dim;
     const int64_t* ids = p.candidate_ids + i * n;
     const S* positive = p.positive != nullptr ? p.positive + i * dim : nullptr;
@@ -86,23 +182,44 @@ void per_row_softmax_cpu(const PerRowProblem<T, S>& p, const PerRowGradients<T>&
     row.coefficient = p.coefficient[i];
     row.count = n;
     row.refined = p.refined;
-    for (int64_t j = 0; j < n; ++j) {
-      if (j + kAhead < n) {
-        prefetch(candidates[ids[j + kAhead]], dim);
-      } else if (next != nullptr && j + kAhead - n < n) {
-        prefetch(candidates[next[j + kAhead - n]], dim);
-      }
-      if (ids[j] < 0) {
-        s[j] = -kInfinity<T>;
-        --row.count;
-        continue;
-      }
-      s[j] = dot_stored(query, p.table + ids[j] * dim, dim) / row.tau;
-      if (log_q == nullptr) continue;
-      s[j] -= log_q[j];
-      row.count -= log_q[j] == kInfinity<T>;
+    prefetch(positive, dim);
+    const S* read[kAtOnce];
+    T product[kAtOnce];
+    int64_t j = 0;
+    for (; j + kAtOnce <= n; j += kAtOnce) {
+      for (int l = 0; l < kAtOnce; ++l) read[l] = candidates[ids[j + l]];
+      for (int l = 0; l < kAtOnce; ++l) fetches.fetch();
+      products(query, read, dim, s + j);
     }
-    row.z_positive = dot_stored(query, positive, dim) / row.tau;
+    for (; j < n; ++j) {
+      std::fill_n(read, kAtOnce, candidates[ids[j]]);
+      fetches.fetch();
+      products(query, read, dim, product);
+      s[j] = product[0];
+    }
+    std::fill_n(read, kAtOnce, positive);
+    products(query, read, dim, product);
+    row.z_positive = product[0] / row.tau;
+    const T tau = row.tau;
+    int64_t none = 0;
+#pragma omp simd reduction(+ : none)
+    for (int64_t k = 0; k < n; ++k) none += ids[k] < 0;
+    row.count -= none;
+    if (log_q == nullptr) {
+#pragma omp simd
+      for (int64_t k = 0; k < n; ++k) s[k] /= tau;
+    } else {
+      int64_t removed = 0;
+#pragma omp simd reduction(+ : removed)
+      for (int64_t k = 0; k < n; ++k) {
+        s[k] = s[k] / tau - log_q[k];
+        removed += ids[k] >= 0 && log_q[k] == kInfinity<T>;
+      }
+      row.count -= removed;
+    }
+    for (int64_t k = 0; k < n && none > 0; ++k) {
+      if (ids[k] < 0) s[k] = -kInfinity<T>;
+    }
     if (p.positive_log_q != nullptr) {
       row.positive_log_q = p.positive_log_q + i;
       if (!p.refined) row.z_positive -= p.positive_log_q[i];
@@ -126,10 +243,10 @@ void per_row_softmax_cpu(const PerRowProblem<T, S>& p, const PerRowGradients<T>&
     }
     if (out.query != nullptr) {
       T* d_query = out.query + i * dim;
-      std::fill_n(d_query, dim, T(0));
       if (result.scale != 0) {
-        weighted_sum(s, candidates, ids, n, d_query);
-        for (int64_t k = 0; k < dim; ++k) d_query[k] *= result.scale;
+        weighted_sum(s, candidates, ids, n, result.scale, d_query);
+      } else {
+        std::fill_n(d_query, dim, T(0));
       }
       for (int64_t k = 0; k < dim && result.positive != 0; ++k) {
         d_query[k] += result.positive * static_cast<T>(positive[k]);
@@ -145,10 +262,10 @@ void per_row_softmax_cpu(const PerRowProblem<T, S>& p, const PerRowGradients<T>&
   for (int part = 0; part < team; ++part) {
     const FlushToZero flush;
     const int64_t last = num_rows * (part + 1) / team;
+    Fetches<S> fetches(p, rows.data() + num_rows * part / team, rows.data() + last);
     for (int64_t r = num_rows * part / team; r < last; ++r) {
       const int64_t i = rows[r];
-      const int64_t* next = r + 1 < last ? p.candidate_ids + rows[r + 1] * n : nullptr;
-      solve_row(i, next,
+      solve_row(i, fetches,
                 out.candidate != nullptr ? out.candidate + i * n : scratch.get() + part * n);
     }
   }
