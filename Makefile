@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test demo bench clients tables lint format build clean
+.PHONY: help venv test demo bench quality clients tables lint format build clean
 
 help:
 	@echo "make demo            what log-Q, domain weights and the dial for sparse domains do on a"
@@ -17,6 +17,8 @@ help:
 	@echo "make bench           measure speed, memory and accuracy against all rivals, write figures and"
 	@echo "                     pictures to benchmarks/results/ and the README (under 15 minutes)"
 	@echo "make bench QUICK=1   a look at smaller shapes (2 minutes); COMPARE=old.json adds ratios"
+	@echo "make quality DATA=\"path path\"  train every loss and schedule on real ratings, several seeds, and"
+	@echo "                     write tables, a picture and the README (hours; goes on where it stopped)"
 	@echo "make clients         run the examples inside other packages' trainers, each in an environment of"
 	@echo "                     its own, and compare with their losses (10 minutes, 4 GB; HSTU=checkout)"
 	@echo "make tables          compile the kernels for GPUs, with no need of one, and write the tables of"
@@ -58,6 +60,14 @@ bench: $(READY)
 		--disable-pip-version-check -c constraints.txt --no-build-isolation --editable '.[bench]'; fi
 	$(BIN)/python -m benchmarks.speed $(if $(QUICK),--quick) $(if $(COMPARE),--compare "$(COMPARE)")
 	$(if $(QUICK),,$(BIN)/python -m benchmarks.readme)
+
+# Finished runs are kept: the same command goes on where it was stopped.
+QUALITY = $(BIN)/python -m benchmarks.quality --data $(DATA) --jobs 2 --out benchmarks/results/quality
+quality: $(READY)
+	$(QUALITY) --seeds 5
+	for setting in beyond cumulative dual-scale dual-scale-shifted; do \
+		$(QUALITY) --seeds 3 --setting $$setting || exit 1; done
+	$(BIN)/python -m benchmarks.readme
 
 clients: $(READY)
 	$(BIN)/python -m benchmarks.clients

@@ -209,13 +209,15 @@ void per_row_softmax_cpu(const PerRowProblem<T, S>& p, const PerRowGradients<T>&
 #pragma omp simd
       for (int64_t k = 0; k < n; ++k) s[k] /= tau;
     } else {
-      int64_t removed = 0;
-#pragma omp simd reduction(+ : removed)
+      int32_t removed = 0;
+#pragma omp simd reduction(| : removed)
       for (int64_t k = 0; k < n; ++k) {
         s[k] = s[k] / tau - log_q[k];
-        removed += ids[k] >= 0 && log_q[k] == kInfinity<T>;
+        removed |= log_q[k] == kInfinity<T>;
       }
-      row.count -= removed;
+      for (int64_t k = 0; k < n && removed; ++k) {
+        row.count -= ids[k] >= 0 && log_q[k] == kInfinity<T>;
+      }
     }
     for (int64_t k = 0; k < n && none > 0; ++k) {
       if (ids[k] < 0) s[k] = -kInfinity<T>;
