@@ -1,7 +1,7 @@
 """The dial: how much the scores of sparse domains are raised when a trained model is served.
 
-A model that is served with ``score + strength * DomainWeights.sparsest(item_domains)`` shows more of
-the sparse domains the larger the strength, and less the smaller, with no training at all. Too much
+A model that is served with ``score + strength * weights.sparsest(item_domains)`` shows more of the
+sparse domains the larger the strength, and less the smaller, with no training at all. Too much
 costs everybody. The strength is chosen on validation items: the one that lifts the sparse domains
 most at a price over all items that one is ready to pay.
 
@@ -175,8 +175,8 @@ def ranks_with_bonus(
     Args:
         scores: ``[E, V]``, what the model gives every item for every validation user.
         targets: ``[E]`` integers, the item that each user took.
-        bonus: ``[V]`` numbers or bools, ``weights.sparsest(item_domains)``, or ``item_domains == d``
-            for one domain.
+        bonus: ``[V]`` numbers or bools: ``weights.sparsest(item_domains)``, or for one domain
+            ``item_domains == d``.
         strengths: the grid, 0 among them for :func:`choose_bonus`.
         seen: ``[E, V]`` bools, items that are not shown to a user; the target is.
 
