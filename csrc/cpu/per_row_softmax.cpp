@@ -26,55 +26,53 @@ namespace {
 
 constexpr int kAtOnce = 4;  // candidates that share what is read of a query, and their summing up
 
-// A register's worth of numbers, which compilers make smaller where the processor's are.
-typedef float Floats __attribute__((vector_size(64)));
-typedef double Doubles __attribute__((vector_size(64)));
-typedef uint32_t Words __attribute__((vector_size(64)));
-typedef uint16_t HalfWords __attribute__((vector_size(32)));
+// A register's worth of numbers, of the widest registers that there are.
+#if defined(__AVX512F__)
+constexpr int kRegister = 64;
+#elif defined(__AVX__)
+constexpr int kRegister = 32;
+#else
+constexpr int kRegister = 16;
+#endif
+typedef float Floats __attribute__((vector_size(kRegister)));
+typedef double Doubles __attribute__((vector_size(kRegister)));
+typedef uint32_t Words __attribute__((vector_size(kRegister)));
+typedef uint16_t HalfWords __attribute__((vector_size(kRegister / 2)));
 template <typename T>
 using Vector = std::conditional_t<std::is_same_v<T, float>, Floats, Doubles>;
 template <typename T>
-constexpr int kLanes = 64 / sizeof(T);
+constexpr int kLanes = kRegister / sizeof(T);
 
 template <typename T>
-Vector<T> load(const T* from) {
-  Vector<T> to;
+void load(const T* from, Vector<T>& to) {
   std::memcpy(&to, from, sizeof to);
-  return to;
 }
-inline Floats load(const BFloat16* from) {
+inline void load(const BFloat16* from, Floats& to) {
   HalfWords narrow;
   std::memcpy(&narrow, from, sizeof narrow);
-  return (Floats)(__builtin_convertvector(narrow, Words) << 16);
+  to = (Floats)(__builtin_convertvector(narrow, Words) << 16);
 }
 
-// to_l = the sum of x_l.
-template <typename V, typename T>
-void add_lanes(const V* x, T* to) {
-  for (int l = 0; l < kAtOnce; ++l) {
-    T sum = 0;
-    for (int k = 0; k < kLanes<T>; ++k) sum += x[l][k];
-    to[l] = sum;
+// The sum of a register's numbers: its halves are added up until they are as narrow as can be.
+template <typename T, int lanes>
+struct LaneSum {
+  typedef T Half __attribute__((vector_size(lanes / 2 * sizeof(T))));
+  static T of(const void* x) {
+    Half low, high;
+    std::memcpy(&low, x, sizeof low);
+    std::memcpy(&high, static_cast<const char*>(x) + sizeof low, sizeof high);
+    low += high;
+    return LaneSum<T, lanes / 2>::of(&low);
   }
-}
-#if __has_builtin(__builtin_shufflevector)
-inline void add_lanes(const Floats* x, float* to) {
-  Floats half[2];  // of two x each, eight lanes of either
-  for (int l = 0; l < 2; ++l) {
-    const Floats a = x[2 * l], b = x[2 * l + 1];
-    half[l] =
-        __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
-        __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+};
+template <typename T>
+struct LaneSum<T, 2> {
+  static T of(const void* x) {
+    T pair[2];
+    std::memcpy(pair, x, sizeof pair);
+    return pair[0] + pair[1];
   }
-  const Floats a = half[0], b = half[1];
-  Floats sum =  // of four, four lanes of each
-      __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
-      __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
-  sum += __builtin_shufflevector(sum, sum, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
-  sum += __builtin_shufflevector(sum, sum, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
-  for (int l = 0; l < kAtOnce; ++l) to[l] = sum[4 * l];
-}
-#endif
+};
 
 // to_l = <q, c_l>. Not inlined, so that a candidate with the embedding of the positive gets its
 // product to the last bit.
@@ -83,10 +81,14 @@ __attribute__((noinline)) void products(const T* q, const S* const c[kAtOnce], i
   Vector<T> sum[kAtOnce] = {};
   int64_t k = 0;
   for (; k + kLanes<T> <= n; k += kLanes<T>) {
-    const Vector<T> own = load(q + k);
-    for (int l = 0; l < kAtOnce; ++l) sum[l] += own * load(c[l] + k);
+    Vector<T> own, other;
+    load(q + k, own);
+    for (int l = 0; l < kAtOnce; ++l) {
+      load(c[l] + k, other);
+      sum[l] += own * other;
+    }
   }
-  add_lanes(sum, to);
+  for (int l = 0; l < kAtOnce; ++l) to[l] = LaneSum<T, kLanes<T>>::of(&sum[l]);
   for (; k < n; ++k) {
     for (int l = 0; l < kAtOnce; ++l) to[l] += q[k] * static_cast<T>(c[l][k]);
   }
@@ -109,7 +111,11 @@ void weighted_sum(const T* e, const Rows<S>& c, const int64_t* ids, int64_t n, T
     Vector<T> sum[kAtOnce] = {};
     for (int64_t j = 0; j < n; ++j) {
       const S* own = c[ids[j]] + k;
-      for (int l = 0; l < kAtOnce; ++l) sum[l] += e[j] * load(own + l * kLanes<T>);
+      for (int l = 0; l < kAtOnce; ++l) {
+        Vector<T> some;
+        load(own + l * kLanes<T>, some);
+        sum[l] += e[j] * some;
+      }
     }
     for (int l = 0; l < kAtOnce; ++l) sum[l] *= scale;
     std::memcpy(to + k, sum, sizeof sum);
