@@ -147,7 +147,7 @@ class Fetches {
         row_(row),
         end_(width_ > 0 ? end : row) {
     if (row_ != end_) next_ = ids_ + *row_ * width_, last_ = next_ + width_;
-    const int64_t ahead = kAheadBytes / int64_t(dim_ * sizeof(S));
+    const int64_t ahead = kAheadBytes / std::max<int64_t>(dim_ * sizeof(S), 1);
     for (int64_t k = std::clamp<int64_t>(ahead, 4, 128); k > 0; --k) fetch();
   }
 
