@@ -17,8 +17,9 @@ from torch import Tensor
 from benchmarks.progress import Progress
 from benchmarks.quality.__main__ import folder, positive
 from benchmarks.quality.metrics import LeaveOneOut, ndcg, rank_targets
+from benchmarks.quality.objective import measure_domains
 from benchmarks.quality.settings import Config, Method
-from benchmarks.quality.train import measure_domains, steps_per_epoch, train
+from benchmarks.quality.train import steps_per_epoch, train
 from benchmarks.record import replacing
 from benchmarks.speed import shapes
 from benchmarks.speed.accuracy import check

@@ -12,24 +12,25 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.quality import objective as objectives
 from benchmarks.quality import train as training
 from benchmarks.quality.metrics import LeaveOneOut, ndcg, rank_targets
-from benchmarks.quality.settings import METHODS, Config, Loss, Method
-from benchmarks.quality.train import (
+from benchmarks.quality.objective import (
+    Excess,
     Objective,
-    batches,
     by_hand,
     first_weighted_step,
     measure_domains,
-    one_cycle,
-    steps_per_epoch,
-    train,
 )
+from benchmarks.quality.settings import METHODS, Config, Loss, Method
+from benchmarks.quality.train import batches, one_cycle, steps_per_epoch, train
 from dwl_kernels import CumulativeCrossEntropy
 from dwl_kernels.examples.synthetic import synthetic
 
 CONFIG = Config(steps=4, max_length=12, batch_size=32, dim=16, blocks=1, negatives=64)
-SEQUENCE_METHODS = METHODS["domains"] | METHODS["cumulative"] | {"refined": Method("refined")}
+SEQUENCE_METHODS = (
+    METHODS["domains"] | METHODS["beyond"] | METHODS["cumulative"] | {"refined": Method("refined")}
+)
 
 
 @pytest.fixture(autouse=True)
@@ -82,13 +83,13 @@ def test_negatives_are_drawn_by_the_popularity_of_the_training_part(
     split: LeaveOneOut, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of the two last items of every user nothing is known."""
-    made, sampler = [], training.UnigramSampler
+    made, sampler = [], objectives.UnigramSampler
 
-    def make(counts: torch.Tensor, power: float) -> training.UnigramSampler:
+    def make(counts: torch.Tensor, power: float) -> objectives.UnigramSampler:
         made.append((counts, power))
         return sampler(counts, power)
 
-    monkeypatch.setattr(training, "UnigramSampler", make)
+    monkeypatch.setattr(objectives, "UnigramSampler", make)
     Objective(Method(), split, CONFIG, 0)
     ((counts, power),) = made
     expected = [1] * split.data.num_items  # every item can be drawn
@@ -121,9 +122,9 @@ def test_checkpoint_is_chosen_on_the_validation_items_alone(
 
 
 def test_draws_carry_their_ids_and_the_log_q_of_the_sampler(split: LeaveOneOut) -> None:
-    sampler = training.UnigramSampler(torch.arange(1, 121))
+    sampler = objectives.UnigramSampler(torch.arange(1, 121))
     table, targets = torch.randn(120, 4), torch.tensor([[3, 5], [7, 5]])
-    drawn = training.draw(sampler, table, targets, 50, torch.Generator().manual_seed(0))
+    drawn = objectives.draw(sampler, table, targets, 50, torch.Generator().manual_seed(0))
     ids = drawn["negative_ids"]
     assert ids.shape == (50,)
     assert torch.equal(drawn["positive_ids"], targets)
@@ -140,7 +141,9 @@ def test_negatives_of_the_binary_loss_are_new_to_the_user(
     objective = Objective(Method("binary"), split, CONFIG, 0)
     batch = next(iter(batches(split, CONFIG, 0)))
     asked = []
-    monkeypatch.setattr(training.F, "embedding", lambda ids, table: asked.append(ids) or table[ids])
+    monkeypatch.setattr(
+        objectives.F, "embedding", lambda ids, table: asked.append(ids) or table[ids]
+    )
     objective(torch.randn(*batch.targets.shape, 4), torch.randn(120, 4), batch)
     targets, drawn = asked
     assert torch.equal(targets, batch.targets)
@@ -244,7 +247,8 @@ def test_methods_differ_by_their_loss_and_its_options(split: LeaveOneOut) -> Non
     for name, loss in made.items():
         method = SEQUENCE_METHODS[name]
         weights = loss.domain_weights
-        assert (weights is not None) == (method.loss in ("dynamic", "fixed"))
+        apart = method.thinned or method.weighed == "excess"  # not by the weights of the loss
+        assert (weights is not None) == (method.loss in ("dynamic", "fixed") and not apart)
         assert isinstance(loss, CumulativeCrossEntropy) == (method.loss == "cross-entropy")
         assert ("refined" in repr(loss)) == (method.loss == "refined")
         assert loss.temperature == CONFIG.temperature
@@ -261,10 +265,10 @@ def test_value_at_risk_is_the_mean_of_the_largest_losses(split: LeaveOneOut) -> 
     plain = Objective(Method(), split, CONFIG, 0)(query, table, batch)
     torch.testing.assert_close(value, plain)
     half = Objective(Method("cvar", tail=0.5), split, CONFIG, 0)(query, table, batch)
-    drawn = training.draw(
+    drawn = objectives.draw(
         rows.sampler, table, batch.targets, CONFIG.negatives, torch.Generator().manual_seed(0)
     )
-    with training.bfloat16_products():
+    with objectives.bfloat16_products():
         each = rows.loss(query, **drawn, example_weights=batch.example_weights)
     real = each[batch.example_weights > 0].sort(descending=True).values
     torch.testing.assert_close(half, real[: round(len(real) / 2)].mean())
@@ -325,3 +329,74 @@ def test_learning_rate_rises_and_falls_in_runs_of_any_length(steps: int) -> None
     if steps >= 10:
         assert max(rates) > 0.45
         assert rates[-1] < 0.01
+
+
+def test_weights_of_items_rise_with_their_rarity(split: LeaveOneOut) -> None:
+    objective = Objective(Method("dynamic", weighed="item"), split, CONFIG, 0)
+    weights = objective.loss.domain_weights
+    assert weights is not None
+    counts = np.bincount(split.data.items[split.train_mask], minlength=split.data.num_items)
+    assert weights.interactions.tolist() == counts.tolist()
+    assert weights()[counts.argmin()] > weights()[counts.argmax()]
+
+
+def test_domains_of_a_larger_loss_come_to_weigh_more() -> None:
+    excess = Excess(4.0, torch.tensor([[0, -1], [1, -1], [1, 0], [-1, -1]]))
+    rows, targets = torch.tensor([1.0, 3.0, 2.0, 2.0]), torch.tensor([0, 1, 2, 3])
+    assert excess(rows, targets, weighed=False) == 2.0
+    for _ in range(20):
+        before = excess.log_weight.clone()
+        value = excess(rows.requires_grad_(), targets, weighed=True)
+        assert excess.log_weight[1] - excess.log_weight[0] > before[1] - before[0]
+    # Domain 0 is at the mean of rows 0 and 2, 1.5, domain 1 at 2.5, of all at 2.
+    assert excess.log_weight.tolist() == pytest.approx([0.0, 21 * Excess.RATE])
+    (slope,) = torch.autograd.grad(value, rows)
+    heavy = excess.log_weight[1].exp().item()
+    weights = torch.tensor([1.0, heavy, (1 + heavy) / 2, 1.0])
+    torch.testing.assert_close(slope, weights / weights.sum())
+    for _ in range(200):
+        excess(rows, targets, weighed=True)
+    assert excess.log_weight[1].exp().item() == pytest.approx(4.0)
+
+
+def test_rows_are_left_out_in_proportion_to_weights(split: LeaveOneOut) -> None:
+    objective = Objective(Method("dynamic", thinned=True), split, CONFIG, 0)
+    asked = []
+    objective.loss.forward = (  # type: ignore[method-assign]
+        lambda *_, example_weights, **__: asked.append(example_weights) or torch.tensor(0.0)
+    )
+    batch = next(iter(batches(split, CONFIG, 0)))
+    query, table = torch.randn(*batch.targets.shape, 8), torch.randn(120, 8)
+    for _ in range(300):
+        objective(query, table, batch)
+    found = torch.stack(asked).mean(0)
+    weight = measure_domains(split).example_weight(objective.item_domains)
+    wanted = weight[batch.targets] / weight.max() * batch.example_weights
+    torch.testing.assert_close(found, wanted, atol=0.15, rtol=0)
+    assert set(torch.stack(asked).unique().tolist()) == {0.0, 1.0}
+
+
+def test_candidates_of_sparse_domains_are_drawn_more_often_and_log_q_says_so(
+    split: LeaveOneOut,
+) -> None:
+    ids = torch.arange(split.data.num_items)
+    plain, sparse = (
+        Objective(Method(candidates=power), split, CONFIG, 0).sampler.log_q(ids)
+        for power in (0.0, 1.0)
+    )
+    bonus = measure_domains(split).log_weight(torch.from_numpy(split.data.item_domains))
+    torch.testing.assert_close(sparse, torch.log_softmax(plain + bonus, 0), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("change", [{"frozen": True}, {"late_rate": 0.0}])
+def test_deferred_run_can_leave_the_table_as_it_was(
+    change: dict[str, float], split: LeaveOneOut, tmp_path: Path
+) -> None:
+    """With the table frozen, or no rate, it is that of the plain run where weights began."""
+    config = replace(CONFIG, steps=10)
+    train(Method(), split, config, 0, states=tmp_path)
+    fork = torch.load(tmp_path / "transformer-0.pt")["model"]["items.weight"]
+    method = Method("dynamic", schedule="deferred", **change)  # type: ignore[arg-type]
+    for states in (tmp_path, None):
+        found = train(method, split, config, 0, states=states).model.items.weight
+        torch.testing.assert_close(found.detach(), fork, atol=0, rtol=0)

@@ -233,8 +233,8 @@ def dial_table(documents: Documents) -> str:
             cells += [f"{found.overall}", f"{found.gain}"]
         rows.append(cells)
     header = ["plain model, dial chosen on validation items", "NDCG@10 of all"]
-    for price in ("no price", "a price of 3%"):
-        header += [f"at {price}: all, %", "sparsest ¼, %"]
+    for named in ("no price", "a price of 3%"):
+        header += [f"at {named}: all, %", "sparsest ¼, %"]
     return markdown(header, rows)
 
 

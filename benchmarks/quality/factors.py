@@ -22,8 +22,9 @@ from dwl_kernels import DualScaleSampledSoftmax, UniformSampler
 from dwl_kernels.examples.data import Interactions
 
 from .metrics import ndcg, recall
+from .objective import bfloat16_products
 from .settings import Config, Method
-from .train import CHECKPOINTS, Trained, bfloat16_products, one_cycle
+from .train import CHECKPOINTS, Trained, one_cycle
 
 K = 20
 PAIRS_PER_BATCH = 4096

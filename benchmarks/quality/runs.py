@@ -27,8 +27,9 @@ from dwl_kernels.examples.synthetic import synthetic
 
 from . import factors
 from .metrics import SPARSEST, Group, LeaveOneOut, make_groups, ndcg, rank_targets, recall
+from .objective import measure_domains
 from .settings import METHODS, Config, Method, Setting
-from .train import Trained, make_sequence_model, measure_domains, train
+from .train import Trained, make_sequence_model, train
 
 # Of the bonus, in nats; weighted training is taken back on the negative side.
 STRENGTHS = (-2.0, -1.0, -0.5, -0.25, 0.0, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
