@@ -170,7 +170,7 @@ def test_long_command_says_what_it_does(
         call, wanted = lambda: speed.main(["--shapes", "small", *out]), "1/4 check small"
     elif name == "quality":
         monkeypatch.setattr(runs, "in_processes", slow)
-        call, wanted = lambda: quality.main(out), "synthetic: 16 runs to train"
+        call, wanted = lambda: quality.main(out), "synthetic: 15 runs to train"
     elif name == "demo":
         monkeypatch.setattr(demo.two_tower, "train", slow)
         call, wanted = lambda: demo.main(out), "two towers without log-Q"

@@ -135,6 +135,7 @@ def _beyond() -> dict[str, Method]:
         "rows left out": Method("dynamic", thinned=True),
         "rows left out, deferred": replace(late, thinned=True),
         "sparse candidates": Method(candidates=1.0),
+        "sparser candidates": Method(candidates=2.0),
         "sparse candidates, weighed": Method("dynamic", candidates=1.0),
     }
 
