@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dwl_kernels.core.arguments import check_dense, flags_of, integers, number, several_numbers
 
-STRENGTHS = (-1.0, -0.5, 0.0, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
+STRENGTHS = (-1.0, -0.5, 0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
 
 
 class Dial(NamedTuple):
