@@ -77,6 +77,17 @@ def test_error_is_the_standard_error_over_seeds() -> None:
     assert str(report.mean([0.1])) == "+10.0"
 
 
+@pytest.mark.parametrize(
+    ("t", "seeds", "p"), [(12.706, 2, 0.05), (2.776, 5, 0.05), (4.604, 5, 0.01)]
+)
+def test_p_values_are_those_of_the_tables_of_student(t: float, seeds: int, p: float) -> None:
+    values = np.arange(seeds, dtype=float)
+    values -= values.mean()
+    assert report.p_value(values + t * report.mean(values).error) == pytest.approx(p, rel=0.02)
+    assert np.isnan(report.p_value([0.1]))
+    assert np.isnan(report.p_value([float("nan"), 0.1]))
+
+
 def test_table_fits_60_columns() -> None:
     names = list(METHODS["domains"])
     found = [
@@ -111,7 +122,9 @@ def test_claims_name_what_was_not_run_and_what_was_not_reached() -> None:
         aimed = one["test"] | {"Film-Noir": one["test"][SPARSEST]}
         runs.append(one | {"dials": {"Film-Noir": {"test": aimed, "validation": aimed}}})
     found = {**document(*runs), "users": users}
-    assert "NDCG@10 +50.0 at a price of 10% (plain): not reached" in claims.domain_claim(found)
+    assert "NDCG@10 +50.0 at a price of 10% (plain, 1 seed): not reached" in claims.domain_claim(
+        found
+    )
     own, ours = (
         {"method": f"SASRec, {name}", "seed": 0, "test": {"all": {"NDCG@5": [value]}}}
         for name, value in (("binary", 0.1), ("cumulative", 0.18))

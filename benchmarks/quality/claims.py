@@ -24,6 +24,7 @@ from .report import (
     mean,
     methods,
     metric_lines,
+    p_value,
 )
 from .runs import AIMED, PARTS, TILT, read
 
@@ -80,8 +81,9 @@ def tables(documents: Documents) -> str:
         "# Quality: every table\n",
         "Written by `python -m benchmarks.readme` from the JSON files beside it, which "
         "`python -m benchmarks.quality` writes. Errors are standard errors over seeds; a gain is "
-        "relative to the plain model without the dial, at a price, what NDCG@10 over all loses.\n",
-        choice_table(documents),
+        "relative to the plain model without the dial, at a price, what NDCG@10 over all loses; p "
+        "is that of Student's test of differences paired by seed, two-sided.\n",
+        *(choice_table(documents, price) for price in (0.0, 0.03)),
     ]
     for name in DATA:
         if name not in documents:
@@ -246,21 +248,27 @@ def against_the_dial(document: Document, part: str = "test") -> tuple[list[str],
         seeds = [pair[0]["seed"] for pair in both(document, method)]
         of_seed = [pair[0]["seed"] for pair in both(document, "plain")]
         plain = gains(document, "plain", part=part)[[of_seed.index(seed) for seed in seeds]]
-        rows.append([method, *(str(mean(column)) for column in (own - plain).T)])
-    header = [f"{SPARSEST} less that of plain with the dial, {part}, points at a price of"]
+        rows.append([method, *map(with_p_value, (own - plain).T)])
+    header = [f"{SPARSEST} less that of plain with the dial, {part}, points (p) at a price of"]
     return [*header, *(f"{price:.0%}" for price in PRICES)], rows
 
 
-def choice_table(documents: Documents) -> str:
-    """On validation items, what weights add to the dial at no price; defaults follow from it."""
-    names = [name for name in DATA if name in documents]
+def with_p_value(differences: np.ndarray) -> str:
+    """A mean and its error, and the p of a paired test where there are several seeds."""
+    p = p_value(differences)
+    return str(mean(differences)) + ("" if np.isnan(p) else f" ({p:.2f})")
+
+
+def choice_table(documents: Documents, price: float) -> str:
+    """On validation items, what weights add to the dial at a price; defaults follow from it."""
+    names, column = [name for name in DATA if name in documents], 1 + PRICES.index(price)
     columns: dict[str, dict[str, Any]] = {
-        name: {row[0]: row[1] for row in against_the_dial(documents[name], "validation")[1]}
+        name: {row[0]: row[column] for row in against_the_dial(documents[name], "validation")[1]}
         for name in names
     }
     every = list(dict.fromkeys(method for name in names for method in columns[name]))
     rows = [
         [method, *(columns[name].get(method, "not run yet") for name in names)] for method in every
     ]
-    header = ["validation items: points above plain with the dial at no price", *names]
+    header = [f"validation items: points above plain with the dial (p), at {price:.0%}", *names]
     return markdown(header, rows)

@@ -48,6 +48,20 @@ def mean(values: Sequence[float] | np.ndarray) -> Mean:
     return Mean(float(many.mean()) if count else float("nan"), float(error), count)
 
 
+def p_value(differences: Sequence[float] | np.ndarray) -> float:
+    """Of Student's test of paired differences, two-sided: that their mean is 0; nan for one.
+
+    With ``x = sqrt(n - 1) tan(a)`` the density is that of ``cos(a)^(n - 2)``.
+    """
+    found = mean(differences)
+    if not found.error > 0:
+        return float("nan")
+    angles = np.linspace(0, np.pi / 2, 10_001)
+    density = np.cos(angles) ** (found.seeds - 2)
+    beyond = np.tan(angles) * (found.seeds - 1) ** 0.5 >= abs(found.value) / found.error
+    return float(density[beyond].sum() / density.sum())
+
+
 def methods(document: Document) -> list[str]:
     return list(dict.fromkeys(run["method"] for run in document["runs"]))
 
