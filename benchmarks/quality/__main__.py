@@ -75,7 +75,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--jobs", type=positive, default=1, help="trainings at once, of one thread each")
     add("--steps", type=positive, help="of a training, in place of those in settings.py")
     add("--out", type=folder, default=Path("results"), help="folder of JSON and pictures")
-    add("--models", type=folder, default=Path("results/models"), help="folder of models")
+    add("--models", type=folder, default=Path("results/models"), help="folder of kept models")
     return parser
 
 

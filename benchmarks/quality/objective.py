@@ -178,6 +178,8 @@ class Excess(nn.Module):
         self.log_weight = torch.zeros(int(item_domains.max()) + 1)
 
     def forward(self, rows: Tensor, targets: Tensor, weighed: bool) -> Tensor:  # both [R]
+        if not weighed:
+            return rows.mean()
         domains = self.item_domains[targets]  # [R, G]
         inside = torch.zeros(len(rows), len(self.log_weight) + 1)
         inside = inside.scatter_(1, domains.remainder(inside.shape[1]), 1.0)[:, :-1]
@@ -186,8 +188,6 @@ class Excess(nn.Module):
         self.log_weight += self.RATE * above
         self.log_weight -= self.log_weight.min()
         self.log_weight.clamp_(max=self.limit)
-        if not weighed:
-            return rows.mean()
         weights = inside @ self.log_weight.exp() / inside.sum(1)
         weights = weights.nan_to_num(1.0)
         return (rows * weights).sum() / weights.sum()

@@ -195,9 +195,8 @@ def complete(
     split = split_of(data, setting)
     name = split.data.name
     path = out / (f"{name}.json" if setting == "domains" else f"{name}-{setting}.json")
-    document = read(path) if path.exists() else head(split, setting, config)
-    if asdict(Config(0)) | document["config"] != asdict(config):
-        raise ValueError(f"{path} holds runs of another configuration; name another --out")
+    own = json.loads(json.dumps(head(split, setting, config)))
+    document = read_as(own, path)
     order = {method: place for place, method in enumerate(METHODS[setting])}
     runs: dict[Key, Any] = {(run["seed"], run["method"]): run for run in document["runs"]}
     missing = {
@@ -210,9 +209,8 @@ def complete(
     with Progress() as progress:
         progress(f"{name}: {len(missing)} runs to train")
         for key, run in in_processes(finished, missing, min(jobs, len(missing)) or 1, one_thread):
-            if path.exists():  # another command may have added runs
-                document = read(path)
-                runs = {(run["seed"], run["method"]): run for run in document["runs"]}
+            document = read_as(own, path)  # another command may have added runs
+            runs = {(run["seed"], run["method"]): run for run in document["runs"]}
             runs[key], done = run, done + 1
             document["runs"] = [
                 runs[one]
@@ -250,6 +248,15 @@ def head(
         "config": asdict(config),
         "runs": [],
     }
+
+
+def read_as(own: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The file, whose head is `own`; that alone where there is none yet."""
+    document = read(path) if path.exists() else own
+    config = asdict(Config(0)) | document["config"]
+    if (config, document["strengths"]) != (own["config"], own["strengths"]):
+        raise ValueError(f"{path} holds runs of another configuration; name another --out")
+    return document
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -155,7 +155,7 @@ def train(
         step += 1
         seconds += time.process_time() - started
         progress(f"{step / config.steps:.0%}")
-        if shared and step == fork and method.loss == "plain":
+        if shared and step == fork and method == Method(backbone=method.backbone):
             _keep(shared, parts, config, objective.generator)
         if step in checkpoints:
             validation.append(float(ndcg(rank_targets(model, split, "validation")).mean()))
