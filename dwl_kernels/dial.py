@@ -12,6 +12,7 @@ training gives: that also pays for domains in the middle.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any, NamedTuple
@@ -19,9 +20,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dwl_kernels.core.arguments import check_dense, flags_of, integers, number, several_numbers
+from dwl_kernels.core.arguments import (
+    check_dense,
+    flags_of,
+    integer,
+    integers,
+    number,
+    several_numbers,
+)
+from dwl_kernels.core.values import ids_outside
 
 STRENGTHS = (-1.0, -0.5, 0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
+
+
+_MANY = "several numbers"
 
 
 class Dial(NamedTuple):
@@ -88,6 +100,12 @@ class Dial(NamedTuple):
         return "\n".join(lines)
 
 
+def _finite(name: str, strengths: Sequence[float]) -> tuple[float, ...]:
+    if not all(map(math.isfinite, strengths)):
+        raise ValueError(f"{name} are {list(strengths)}; wanted finite numbers")
+    return tuple(strengths)
+
+
 def choose_bonus(
     ranks: Mapping[float, Tensor],
     sparse: Any,
@@ -104,20 +122,23 @@ def choose_bonus(
     Args:
         ranks: for every strength of a grid, 0 among them, ``[E]`` integers: the rank of each
             validation target among the items that its user has not seen, 0 the best, as
-            :func:`ranks_with_bonus` gives it.
+            :func:`ranks_with_bonus` gives it, or for a large table
+            ``rank_targets(..., bias=strength * sparse) - 1``.
         sparse: ``[E]`` flags, whether the target is of a sparse domain:
             ``weights.sparsest(item_domains)[targets]``.
         price: the part of NDCG over all targets that may be lost, in [0, 1); 0.03 is 3%.
-        k: how many items are shown.
+        k: how many items are shown, at least 1.
 
     Returns:
         The chosen strength, and the changes at all of them: ``print`` shows a table, and
         ``.plot(path)`` draws them. Ranks of several seeds are joined by ``torch.cat``.
 
     Raises:
-        TypeError: ranks are no integers, ``sparse`` no flags, or ``price`` no number.
-        ValueError: no strength 0, other numbers of targets, no target of a sparse domain, NDCG 0 at
-            strength 0, or a price that is not in [0, 1).
+        TypeError: ranks or ``k`` are no integers, ``sparse`` no flags, ``price`` or a strength no
+            number.
+        ValueError: no strength 0, or one that is not finite, other numbers of targets, a rank below
+            0, no target of a sparse domain, NDCG 0 at strength 0, or ``price`` or ``k`` out of
+            range.
 
     Source: this package's.
 
@@ -130,7 +151,8 @@ def choose_bonus(
     price = number("price", price, "a number in [0, 1)")
     if not 0 <= price < 1:
         raise ValueError(f"price is {price}; wanted a number in [0, 1)")
-    strengths = tuple(sorted(float(one) for one in ranks))
+    k = integer("k", k, least=1)
+    strengths = _finite("the strengths of ranks", sorted(several_numbers("ranks", [*ranks], _MANY)))
     if 0.0 not in strengths:
         raise ValueError(
             f"ranks has the strengths {list(strengths)}; wanted 0 among them, with which the "
@@ -145,10 +167,16 @@ def choose_bonus(
                 f"ranks[{strength:g}] has shape {list(rank.shape)} and sparse has "
                 f"{list(of_sparse.shape)}; wanted an entry per target in both"
             )
+        if rank.numel() and int(rank.min()) < 0:
+            raise ValueError(
+                f"ranks[{strength:g}] holds {int(rank.min())}; wanted ranks from 0 on, the best"
+            )
         gained = torch.where(rank < k, 1 / torch.log2(rank.double() + 2), 0.0)
         overall.append(float(gained.mean()))
         inside.append(float(gained[of_sparse.cpu()].mean()))
     at = strengths.index(0.0)
+    if not of_sparse.any():
+        raise ValueError("sparse marks no target; wanted validation targets of sparse domains")
     if not overall[at] > 0 or not inside[at] > 0:
         raise ValueError(
             f"no target {'' if not overall[at] > 0 else 'of a sparse domain '}is among the first "
@@ -185,9 +213,10 @@ def ranks_with_bonus(
         before it. Large catalogues go in parts, a batch of users at a time.
 
     Raises:
-        TypeError: an argument is no dense tensor, ``targets`` are no integers, or ``strengths`` no
-            numbers.
-        ValueError: shapes do not fit.
+        TypeError: an argument is no dense tensor, ``targets`` are no integers, ``strengths`` no
+            numbers, ``bonus`` no real ones, or ``seen`` no flags.
+        ValueError: shapes do not fit, or a strength is not finite.
+        IndexError: a target is not in ``[0, V)``.
 
     Example:
         >>> import torch
@@ -203,8 +232,18 @@ def ranks_with_bonus(
             f"scores has shape {list(scores.shape)}, targets {list(targets.shape)} and bonus "
             f"{list(bonus.shape)}; wanted [E, V], [E] and [V]"
         )
+    if bonus.is_complex():
+        raise TypeError(f"bonus has dtype {bonus.dtype}; wanted real numbers or bools")
+    ids_outside("targets", targets, scores.shape[1])
+    if seen is not None:
+        check_dense("seen", seen)
+        seen = flags_of("seen", seen)
+        if seen.shape != scores.shape:
+            raise ValueError(
+                f"seen has shape {list(seen.shape)}; wanted {list(scores.shape)} as scores"
+            )
     found = {}
-    for strength in several_numbers("strengths", strengths, "several numbers"):
+    for strength in _finite("strengths", several_numbers("strengths", strengths, _MANY)):
         served = scores + strength * bonus if strength else scores
         own = served.gather(1, targets[:, None])
         ahead = ~(served < own)

@@ -81,12 +81,54 @@ def test_picture_is_drawn(tmp_path: Path) -> None:
     [
         ({"ranks": {1.0: RANKS[1.0]}}, "wanted 0 among them"),
         ({"sparse": SPARSE[:2]}, "wanted an entry per target in both"),
-        ({"sparse": torch.zeros(4, dtype=torch.bool)}, "no target of a sparse domain is among"),
+        ({"sparse": torch.zeros(4, dtype=torch.bool)}, "sparse marks no target"),
+        ({"sparse": SPARSE, "k": 2}, "no target of a sparse domain is among the first 2"),
         ({"ranks": {0.0: torch.full((4,), 99)}}, "no target is among the first 10"),
+        ({"ranks": {**RANKS, 0.0: RANKS[0.0] - 1}}, r"ranks\[0\] holds -1"),
+        ({"ranks": {**RANKS, float("nan"): RANKS[0.0]}}, "wanted finite numbers"),
         ({"price": 1.0}, "price is 1.0"),
+        ({"k": 0}, "k is 0"),
     ],
 )
 def test_what_cannot_be_chosen_from_is_named(change: dict, message: str) -> None:
     arguments = {"ranks": RANKS, "sparse": SPARSE, **change}
     with pytest.raises(ValueError, match=message):
         choose_bonus(**arguments)
+
+
+@pytest.mark.parametrize("change", [{"k": 2.5}, {"k": "10"}, {"ranks": {"0": RANKS[0.0]}}])
+def test_what_is_no_number_is_a_type_error(change: dict) -> None:
+    with pytest.raises(TypeError):
+        choose_bonus(**{"ranks": RANKS, "sparse": SPARSE, **change})
+
+
+SCORES = torch.tensor([[3.0, 2.0, 1.0], [1.0, 2.0, 3.0]])
+TARGETS = torch.tensor([1, 0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32])
+def test_flags_and_numbers_raise_alike(dtype: torch.dtype) -> None:
+    bonus, seen = torch.tensor([0, 1, 0]).to(dtype), torch.tensor([[0, 0, 0], [0, 0, 1]])
+    for given in (seen, seen.bool()):
+        found = ranks_with_bonus(SCORES, TARGETS, bonus, strengths=(0.0, 1.5), seen=given)
+        assert {strength: ranks.tolist() for strength, ranks in found.items()} == {
+            0.0: [1, 1],
+            1.5: [0, 1],
+        }
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"seen": torch.zeros(3)}, ValueError, r"seen has shape \[3\]; wanted \[2, 3\]"),
+        ({"seen": torch.full((2, 3), 2)}, ValueError, "seen"),
+        ({"targets": torch.tensor([1, 3])}, IndexError, "targets"),
+        ({"targets": torch.tensor([1, -1])}, IndexError, "targets"),
+        ({"bonus": torch.ones(3, dtype=torch.complex64)}, TypeError, "wanted real numbers"),
+        ({"strengths": (0.0, float("inf"))}, ValueError, "wanted finite numbers"),
+    ],
+)
+def test_what_cannot_be_ranked_is_named(change: dict, error: type[Exception], message: str) -> None:
+    given = {"scores": SCORES, "targets": TARGETS, "bonus": torch.ones(3), **change}
+    with pytest.raises(error, match=message):
+        ranks_with_bonus(**given)

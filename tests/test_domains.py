@@ -315,3 +315,9 @@ def test_example_weight_is_the_mean_over_the_domains_that_are_there():
     assert weights.example_weight(ids).tolist() == [1.5, 6, 6, 1]
     torch.testing.assert_close(weights.log_weight(ids), torch.tensor([1.5, 6, 6, 1]).log())
     assert weights.example_weight(torch.tensor([2, -1])).tolist() == [6, 1]
+
+
+def test_nothing_is_sparsest_where_nothing_was_counted() -> None:
+    for weights in (DomainWeights(3), DomainWeights.constant([1.0, 2.0, 4.0])):
+        with pytest.raises(ValueError, match="nothing was counted"):
+            weights.sparsest(torch.tensor([0, 1, 2]))

@@ -175,6 +175,10 @@ def test_runs_of_another_configuration_are_not_mixed(
     assert quality.main(command(folder, "--methods", "plain")) == 0
     assert quality.main(command(folder, "--steps", "4")) == 1
     assert "tiny.json holds runs of another configuration" in capsys.readouterr().out
+    path = folder.parent / "out" / "tiny.json"
+    path.write_text(path.read_text().replace("-2.0,", "-4.0,", 1))  # of the strengths
+    assert quality.main(command(folder, "--methods", "fixed")) == 1
+    assert "tiny.json holds runs of another configuration" in capsys.readouterr().out
 
 
 def test_interrupted_run_leaves_those_before_it(
