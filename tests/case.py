@@ -128,7 +128,8 @@ class Case:
                 value = value.to(narrow)
             learned = name in DIFFERENTIABLE and name not in self.frozen
             inputs[name] = value.to(device).requires_grad_(learned)
-        return inputs | self.options
+        strengths = {"hardness": 1.0, "similarity": 1.0, "competition": 1.0}
+        return inputs | (strengths if self.kind == "dual" else {}) | self.options
 
     def loss(self, inputs: Inputs, backend: str | Formula) -> Tensor:
         if not isinstance(backend, str):

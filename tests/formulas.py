@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-DUAL = {"hardness": 1.0, "similarity": 1.0, "slate_size": 16, "competition": 1.0}  # defaults
+DUAL = {"hardness": 0.0, "similarity": 0.0, "slate_size": 16, "competition": 1.0}  # defaults
 
 
 class Row(NamedTuple):

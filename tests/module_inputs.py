@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from cases import each_once
 
@@ -64,7 +66,7 @@ KINDS = {
     "in-batch": DynamicWeightedSampledSoftmax,
     "table": DynamicWeightedSampledSoftmax,
     "by row": DynamicWeightedSampledSoftmax,
-    "dual scale": DualScaleSampledSoftmax,
+    "dual scale": functools.partial(DualScaleSampledSoftmax, hardness=1.0, similarity=1.0),
     "cross-entropy": CumulativeCrossEntropy,
 }
 

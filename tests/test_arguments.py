@@ -45,7 +45,8 @@ def loss(kind: str, ids: Any, negative_ids: Any, domain_ids: Any) -> torch.Tenso
         rows = np.stack([negative_ids] * B)
         return indexed_sampled_softmax_loss(QUERY, TABLE, ids, rows, **weights)
     if kind == "dual scale":
-        return dual_scale_softmax_loss(QUERY, POSITIVE, NEGATIVE, **both, **weights)
+        strengths = {"hardness": 1.0, "similarity": 1.0}
+        return dual_scale_softmax_loss(QUERY, POSITIVE, NEGATIVE, **both, **weights, **strengths)
     if kind == "module":
         loss_fn = DynamicWeightedSampledSoftmax(calibration=1.0, **module)
         candidates = {"positive": POSITIVE, "negative": NEGATIVE}

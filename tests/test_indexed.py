@@ -262,6 +262,8 @@ def test_dual_scale_leaves_out_what_is_no_item_where_values_are_not_looked_at(
         item_domains=[0, 1] * 10,
         calibration=calibration,
         correction=correction,
+        hardness=1.0,
+        similarity=1.0,
         slate_size=1,
         backend=backend,
     )

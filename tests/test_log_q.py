@@ -36,6 +36,7 @@ IDS, NEGATIVE_IDS = torch.arange(B), torch.arange(N) + 3
 ROWS = torch.stack([NEGATIVE_IDS.roll(k) for k in range(B)])
 DOMAINS = {"domain_ids": torch.tensor([0, 1, 1, 0])}
 OF_NEGATIVES = {"negative_domain_ids": torch.tensor([0, 1, 0, 1, 1])}
+STRENGTHS = {"hardness": 1.0, "similarity": 1.0}
 OPTIONS = {"weights": [0.25, 4.0], "calibration": 1.0}
 
 
@@ -51,9 +52,11 @@ BOTH = {
     ),
     "indexed": lambda **rest: indexed_sampled_softmax_loss(QUERY, TABLE, IDS, NEGATIVE_IDS, **rest),
     "by row": lambda **rest: indexed_sampled_softmax_loss(QUERY, TABLE, IDS, ROWS, **rest),
-    "dual scale": lambda **rest: dual_scale_softmax_loss(QUERY, POSITIVE, NEGATIVE, **rest),
+    "dual scale": lambda **rest: dual_scale_softmax_loss(
+        QUERY, POSITIVE, NEGATIVE, **STRENGTHS, **rest
+    ),
     "dual scale, mixed": lambda **rest: dual_scale_softmax_loss(
-        QUERY, POSITIVE, NEGATIVE, in_batch=True, **rest
+        QUERY, POSITIVE, NEGATIVE, in_batch=True, **STRENGTHS, **rest
     ),
     "mixed": lambda positive_log_q, **rest: in_batch_softmax_loss(
         QUERY, POSITIVE, log_q=positive_log_q, negative=NEGATIVE, **rest
@@ -84,7 +87,9 @@ POSITIVES = {
     "in-batch": lambda positive_log_q, **rest: in_batch_softmax_loss(
         QUERY, POSITIVE, log_q=positive_log_q, **rest
     ),
-    "dual scale, in-batch": lambda **rest: dual_scale_softmax_loss(QUERY, POSITIVE, **rest),
+    "dual scale, in-batch": lambda **rest: dual_scale_softmax_loss(
+        QUERY, POSITIVE, **STRENGTHS, **rest
+    ),
     "module, in-batch": lambda **rest: module()(QUERY, POSITIVE, **rest),
     "calibrated, in-batch": lambda **rest: module(**OPTIONS)(QUERY, POSITIVE, **DOMAINS, **rest),
 }

@@ -22,8 +22,8 @@ def dual_scale_softmax_loss(
     positive: Tensor,
     negative: Tensor | None = None,
     *,
-    hardness: float = 1.0,
-    similarity: float = 1.0,
+    hardness: float = 0.0,
+    similarity: float = 0.0,
     slate_size: int = 16,
     competition: float = 1.0,
     in_batch: bool | None = None,
@@ -58,7 +58,9 @@ def dual_scale_softmax_loss(
     detached. With all strengths 0 it is :func:`sampled_softmax_loss`, exactly.
 
     The form is this package's own. It has every property that the abstract of the paper names, and
-    claims no reproduction of the paper's equations.
+    claims no reproduction of the paper's equations. The default strengths are the best on
+    validation items, by matrix factorisation on cosines of MovieLens 1M and Last.fm: competition
+    alone helps.
 
     Args:
         query: ``[B, D]``, or ``[..., D]``, the embeddings of the queries or time steps.
@@ -101,7 +103,8 @@ def dual_scale_softmax_loss(
         >>> import torch
         >>> from dwl_kernels import dual_scale_softmax_loss
         >>> query, negative = torch.eye(2), torch.tensor([[1.0, 0.0], [0.0, 0.0]])
-        >>> dual_scale_softmax_loss(query, query, negative, slate_size=1, reduction="none")
+        >>> strengths = {"hardness": 1.0, "similarity": 1.0, "slate_size": 1}
+        >>> dual_scale_softmax_loss(query, query, negative, reduction="none", **strengths)
         tensor([1.0504, 0.4981])
     """
     build = functools.partial(

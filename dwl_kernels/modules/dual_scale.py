@@ -44,7 +44,9 @@ class DualScaleSampledSoftmax(DynamicWeightedSampledSoftmax):
     all three strengths 0 it is the base class, exactly.
 
     The form is this package's own. It has every property that the abstract of the paper names, and
-    claims no reproduction of the paper's equations.
+    claims no reproduction of the paper's equations. The default strengths are the best on
+    validation items, by matrix factorisation on cosines of MovieLens 1M and Last.fm: competition
+    alone helps.
 
     Args:
         num_domains: Number of domains, for weights that are measured while training.
@@ -78,7 +80,7 @@ class DualScaleSampledSoftmax(DynamicWeightedSampledSoftmax):
 
     Example:
         >>> import torch
-        >>> loss_fn = DualScaleSampledSoftmax(num_domains=2, slate_size=1)
+        >>> loss_fn = DualScaleSampledSoftmax(2, hardness=1.0, similarity=1.0, slate_size=1)
         >>> query, negative = torch.eye(2), torch.tensor([[1.0, 0.0], [0.0, 0.0]])
         >>> loss_fn(query, query, negative, domain_ids=torch.tensor([0, 1]))
         tensor(0.7743)
@@ -90,8 +92,8 @@ class DualScaleSampledSoftmax(DynamicWeightedSampledSoftmax):
         self,
         num_domains: int | None = None,
         *,
-        hardness: float = 1.0,
-        similarity: float = 1.0,
+        hardness: float = 0.0,
+        similarity: float = 0.0,
         slate_size: int = 16,
         competition: float = 1.0,
         weights: DomainWeights | Tensor | Sequence[float] | None = None,
