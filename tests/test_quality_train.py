@@ -85,9 +85,9 @@ def test_negatives_are_drawn_by_the_popularity_of_the_training_part(
     """Of the two last items of every user nothing is known."""
     made, sampler = [], objectives.UnigramSampler
 
-    def make(counts: torch.Tensor, power: float) -> objectives.UnigramSampler:
+    def make(counts: torch.Tensor, power: float, weights: None) -> objectives.UnigramSampler:
         made.append((counts, power))
-        return sampler(counts, power)
+        return sampler(counts, power, weights=weights)
 
     monkeypatch.setattr(objectives, "UnigramSampler", make)
     Objective(Method(), split, CONFIG, 0)

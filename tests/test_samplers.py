@@ -341,6 +341,37 @@ def test_counts_that_are_no_counts_are_refused(
         UnigramSampler(counts)
 
 
+@pytest.mark.parametrize("power", [0.0, 0.75, 3.0])
+def test_weights_multiply_what_is_drawn_and_log_q_says_so(power: float) -> None:
+    counts, weights = torch.tensor([6, 0, 2, 5]), torch.tensor([1.0, 2.0, 3.0, 0.0])
+    sampler = UnigramSampler(counts, power, weights=weights)
+    want = np.array([6.0**power, 0, 3 * 2.0**power, 0])
+    np.testing.assert_allclose(table_mass(sampler), want / want.sum(), rtol=2e-12)
+    found = sampler.log_q(torch.arange(4))
+    torch.testing.assert_close(found.exp().double(), torch.from_numpy(want / want.sum()))
+    assert found.tolist()[1::2] == [-math.inf, -math.inf]
+    # Only their ratios matter, and none overflows.
+    huge = UnigramSampler(counts * 10**15, power, weights=weights.double() * 1e300)
+    torch.testing.assert_close(huge.log_q(torch.arange(4)), found)
+    ids, log_q = sampler.sample(1000, generator=torch.Generator().manual_seed(0))
+    assert set(ids.tolist()) == {0, 2}
+    assert torch.equal(log_q, found[ids])
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ([1.0, -1.0, 1.0], "weights holds a negative"),
+        ([1.0, 1.0], r"weights is \(2,\), wanted \(3,\)"),
+        ([0.0, 1.0, 0.0], "weights is zero for every item that was counted"),
+        ([0.0, 0.0, 0.0], "weights is zero everywhere"),
+    ],
+)
+def test_weights_that_draw_nothing_are_refused(weights: list[float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        UnigramSampler(torch.tensor([3, 0, 2]), weights=weights)
+
+
 @pytest.mark.parametrize("power", [-0.5, math.nan, math.inf])
 def test_power_out_of_range_is_refused(power: float) -> None:
     with pytest.raises(ValueError, match="power is"):

@@ -107,10 +107,12 @@ class Objective(nn.Module):
             options["calibration"] = method.calibration
         counts = np.bincount(split.data.items[split.train_mask], minlength=split.data.num_items)
         drawn = torch.from_numpy(counts + 1)
+        factors = None
         if method.candidates:
-            bonus = measure_domains(split).log_weight(torch.from_numpy(split.data.item_domains))
-            drawn = drawn * (method.candidates / config.sampling_power * bonus).exp()
-        self.sampler = UnigramSampler(drawn, power=config.sampling_power)
+            weights = measure_domains(split)
+            factors = weights.example_weight(torch.from_numpy(split.data.item_domains))
+            factors = factors**method.candidates
+        self.sampler = UnigramSampler(drawn, power=config.sampling_power, weights=factors)
         if method.loss == "cross-entropy":
             self.loss: CumulativeCrossEntropy | DynamicWeightedSampledSoftmax
             self.loss = CumulativeCrossEntropy(**options)
