@@ -240,6 +240,8 @@ def plot(path: Path, document: Document, shown: Sequence[str] | None = None) -> 
                 continue
             middle = found.mean(0)
             label = method if method != "plain" else "plain: the dial alone"
+            if np.isnan(middle).all():
+                label += ": costs more"
             if len(found) < seeds:
                 label += f" ({len(found)} of {seeds} seeds)"
             axes.plot(prices, middle, color=colour, linewidth=1.8, label=label)
