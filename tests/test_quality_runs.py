@@ -100,10 +100,12 @@ def test_runs_are_kept_and_a_later_command_adds_what_is_missing(
     run = document["runs"][1]
     assert {"commit", "time", "versions", "seconds", "best_step", "checkpoints"} <= run.keys()
     assert document["users"]["test"]["all"] == 40
+    assert set(run["test"]) == set(document["users"]["test"])
+    assert list(run["validation"]) == ["all", runs.SPARSEST]
     for part in runs.PARTS:
-        assert list(run[part]) == list(document["users"][part])
         for group in run[part].values():
-            assert [len(values) for values in group.values()] == [len(runs.STRENGTHS)] * 2
+            assert {len(values) for values in group.values()} == {len(runs.STRENGTHS)}
+    assert list(run["test"]["all"]) == ["NDCG@10", "Recall@10"]
 
 
 def test_metrics_come_from_the_models_where_the_file_lost_them(
@@ -155,6 +157,7 @@ def test_every_dial_raises_what_it_is_for(folder: Path) -> None:
         assert raised[most] > raised[0]
         assert dial["all"]["NDCG@10"][still] == found[runs.TILT]["all"]["NDCG@10"][still]
     assert set(found[runs.TILT]) == {"all", runs.SPARSEST} < set(found[runs.SPARSEST])
+    assert len(found[runs.SPARSEST]) == 2 + len(split.data.domain_names)
     aimed = runs.dial_of(split.data.domain_names[0], split, model)["test"]
     raised = aimed[split.data.domain_names[0]]["Recall@10"]
     assert raised[most] > raised[still] > raised[0]
