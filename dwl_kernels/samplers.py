@@ -208,9 +208,8 @@ class LogUniformSampler(_Sampler):
 class UnigramSampler(_Sampler):
     """Draws ids in proportion to a power of their counts, by Walker's alias method.
 
-    ``Q_k = w_k counts_k^power / sum_j w_j counts_j^power``, with weights 1 where none are given. An
-    item with count zero is never drawn and has log-Q -inf, whatever the power: power 0 is uniform
-    over the items that were counted at all. So is an item of weight zero.
+    ``Q_k = w_k counts_k^power / sum_j w_j counts_j^power``. An item with count or weight zero is
+    never drawn and has log-Q -inf: power 0 is uniform over the items that were counted at all.
 
     Weights that draw items of sparse domains more often, :meth:`DomainWeights.example_weight`, let
     the loss learn more of them and tilt no score, because log-Q takes the weights back. That was
@@ -224,8 +223,7 @@ class UnigramSampler(_Sampler):
         counts: ``[num_items]`` occurrences of each item, non-negative, integer or floating, such as
             ``numpy.bincount(items, minlength=num_items)``; a tensor, array, or list.
         power: exponent of the counts, at least 0; word2vec takes 0.75.
-        weights: ``[num_items]``, ``w``, finite and not negative, such as
-            ``domain_weights.example_weight(item_domains)``; likewise a tensor, array, or list.
+        weights: ``[num_items]``, ``w``, such as ``domain_weights.example_weight(item_domains)``.
 
     Raises:
         TypeError: ``counts`` is neither integer nor floating, or ``power`` is no number.
@@ -380,16 +378,12 @@ def _checked_counts(name: str, counts: Any) -> Tensor:  # [V] -> float64 [V]
     check_order(name, counts, "item", "numpy.bincount(items, minlength=num_items)")
     counts = real_numbers(name, counts)
     if counts.dim() != 1 or counts.numel() == 0:
-        raise ValueError(
-            f"{name} is {tuple(counts.shape)}, wanted [num_items] with an item or more"
-        )
+        raise ValueError(f"{name} is {(*counts.shape,)}, wanted [num_items] with an item or more")
     counts = counts.detach().double()
     if not has_values(counts):
         return counts
     if not bool(((counts >= 0) & counts.isfinite()).all()):
-        raise ValueError(
-            f"{name} holds a negative, NaN or infinite value, wanted finite {name} >= 0"
-        )
+        raise ValueError(f"{name} holds a negative, NaN or infinite value, wanted finite ones >= 0")
     if not bool((counts > 0).any()):
         raise ValueError(f"{name} is zero everywhere, wanted a positive one for some item")
     return counts

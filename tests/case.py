@@ -128,8 +128,12 @@ class Case:
                 value = value.to(narrow)
             learned = name in DIFFERENTIABLE and name not in self.frozen
             inputs[name] = value.to(device).requires_grad_(learned)
-        strengths = {"hardness": 1.0, "similarity": 1.0, "competition": 1.0}
-        return inputs | (strengths if self.kind == "dual" else {}) | self.options
+        return inputs | self.strengths() | self.options
+
+    def strengths(self) -> dict[str, float]:
+        """Those of the dual scale, all on unless the options say otherwise."""
+        names = ("hardness", "similarity", "competition") if self.kind == "dual" else ()
+        return dict.fromkeys(names, 1.0)
 
     def loss(self, inputs: Inputs, backend: str | Formula) -> Tensor:
         if not isinstance(backend, str):

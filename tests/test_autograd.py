@@ -40,6 +40,8 @@ def _op_arguments(
         for ids, rows in (("positive_ids", "positive_rows"), ("negative_ids", "negative_rows")):
             inputs[rows] = inputs.pop(ids)
     elif case.kind == "dual":
+        for name in ("hardness", "similarity", "competition"):
+            del inputs[name]
         defaults["dual"] = dwl_kernels.core.problem.DualScale(1.0, 0.5, 4, 1.0)
     problem = build(**{**defaults, **inputs})
     upstream = torch.randn(case.rows) if row_grad else None

@@ -50,7 +50,9 @@ def model_of_files() -> nn.ModuleDict:
             learn_temperature=True,
             backend="eager",
         ),
-        "dual": DualScaleSampledSoftmax(hardness=0.5, learn_temperature=True, backend="eager"),
+        "dual": DualScaleSampledSoftmax(
+            hardness=0.5, similarity=1.0, learn_temperature=True, backend="eager"
+        ),
         "constant": CumulativeCrossEntropy(
             weights=[0.5, 1.0, 3.0], item_domains=ITEM_DOMAINS, backend="eager"
         ),

@@ -69,6 +69,8 @@ def test_modules_take_ids_of_two_dtypes(kind: str, first: torch.dtype, second: t
     else:
         given = {"positive": table[ids.long()], "negative": table[others.long()], **named}
         plain |= given
+        if kind == "dual scale":
+            plain |= {"hardness": 1.0, "similarity": 1.0}
         expected = formulas.loss("dual" if kind == "dual scale" else "sampled", plain)
     loss_fn = KINDS[kind](**options, item_domains=[0, 1] * 10, weights=[1.0, 1.0])
     torch.testing.assert_close(loss_fn(query, **given), expected)

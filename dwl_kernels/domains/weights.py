@@ -384,10 +384,7 @@ class DomainWeights(DomainState):
         if not 0 < part <= 1:
             raise ValueError(f"part is {part}; wanted a number in (0, 1]")
         if checks_values(self.interactions) and not self.interactions.any():
-            raise ValueError(
-                "nothing was counted, so no domain is sparser than another; measure them by "
-                "DomainWeights.from_interactions, or update"
-            )
+            raise ValueError("nothing was counted; measure by from_interactions, or update")
         by_count = self.interactions.argsort(descending=True, stable=True)
         sparse = torch.zeros(self.num_domains + 1, dtype=torch.bool, device=by_count.device)
         sparse[by_count[self.num_domains - math.ceil(part * self.num_domains) :]] = True
