@@ -58,9 +58,9 @@ def dual_scale_softmax_loss(
     detached. With all strengths 0 it is :func:`sampled_softmax_loss`, exactly.
 
     The form is this package's own. It has every property that the abstract of the paper names, and
-    claims no reproduction of the paper's equations. By default competition alone is on, the
-    only strength that helped on the validation items of MovieLens 1M, Amazon Beauty and Last.fm
-    alike, by matrix factorisation on cosines.
+    claims no reproduction of the paper's equations. By default competition alone is on, best on
+    average on validation items of MovieLens 1M, Amazon Beauty and Last.fm, by matrix factorisation
+    on cosines.
 
     Args:
         query: ``[B, D]``, or ``[..., D]``, the embeddings of the queries or time steps.

@@ -44,9 +44,9 @@ class DualScaleSampledSoftmax(DynamicWeightedSampledSoftmax):
     all three strengths 0 it is the base class, exactly.
 
     The form is this package's own. It has every property that the abstract of the paper names, and
-    claims no reproduction of the paper's equations. By default competition alone is on, the
-    only strength that helped on the validation items of MovieLens 1M, Amazon Beauty and Last.fm
-    alike, by matrix factorisation on cosines.
+    claims no reproduction of the paper's equations. By default competition alone is on, best on
+    average on validation items of MovieLens 1M, Amazon Beauty and Last.fm, by matrix factorisation
+    on cosines.
 
     Args:
         num_domains: Number of domains, for weights that are measured while training.
