@@ -212,8 +212,8 @@ class UnigramSampler(_Sampler):
     never drawn and has log-Q -inf: power 0 is uniform over the items that were counted at all.
 
     Weights that draw items of sparse domains more often, :meth:`DomainWeights.example_weight`, let
-    the loss learn more of them and tilt no score, because log-Q takes the weights back. That was
-    all that training added to the dial (:func:`choose_bonus`) on MovieLens 1M.
+    the loss learn more of them and tilt no score, because log-Q takes the weights back. On the test
+    items of MovieLens 1M that added to the dial (:func:`choose_bonus`).
 
     The table takes 16 bytes per item: the probability in float64, the alias in int32 (int64 from
     2^31 items on), log-Q in float32. Float32 probabilities would do for most counts,

@@ -71,7 +71,7 @@ def first_weighted_step(method: Method, config: Config) -> int:
 
 @contextmanager
 def bfloat16_products() -> Iterator[None]:
-    """Those of the loss, where the processor has them: a fifth off a step's time on one core."""
+    """Those of the loss, where the processor has them: steps are shorter."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
@@ -109,8 +109,8 @@ class Objective(nn.Module):
         drawn = torch.from_numpy(counts + 1)
         factors = None
         if method.candidates:
-            weights = measure_domains(split)
-            factors = weights.example_weight(torch.from_numpy(split.data.item_domains))
+            measured = measure_domains(split)
+            factors = measured.example_weight(torch.from_numpy(split.data.item_domains))
             factors = factors**method.candidates
         self.sampler = UnigramSampler(drawn, power=config.sampling_power, weights=factors)
         if method.loss == "cross-entropy":

@@ -145,7 +145,7 @@ def per_row_problem(
 def without_taken_out(rows: Tensor, log_q: Tensor | None) -> Tensor:  # [B, K]
     """Rows of a table, -1 where a log-Q of +inf takes one out: what it holds is then not read."""
     if log_q is None or (checks_values(log_q) and log_q.numel() and bool(log_q.max() < math.inf)):
-        return rows  # most often, and looking is a tenth of the work
+        return rows  # most often; a copy of the ids costs more than the look
     return rows.masked_fill(log_q == math.inf, NO_ITEM)
 
 
