@@ -27,7 +27,7 @@ using dwl::data;
 using dwl::output;
 using std::optional;
 
-constexpr const char* kDtypes = "wanted float32, bfloat16 in float32, or float64";
+constexpr const char* kDtypes = "wanted float32, bfloat16 or float16 in float32, or float64";
 
 // What the rows know: log-sum-exp, log-probability and rank; nothing where that is not wanted.
 struct Known {
@@ -70,8 +70,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sampl
   TORCH_CHECK(positive.has_value() || !want_positive, "the positive is a candidate");
   TORCH_CHECK(candidate_log_q.has_value() || !want_log_q, "no candidate_log_q to differentiate");
   const auto dtype = tau.scalar_type(), stored = query.scalar_type();
-  TORCH_CHECK((dtype == at::kFloat && (stored == dtype || stored == at::kBFloat16)) ||
-                  (dtype == at::kDouble && stored == dtype),
+  TORCH_CHECK(dtype == stored
+                  ? dtype == at::kFloat || dtype == at::kDouble
+                  : dtype == at::kFloat && (stored == at::kBFloat16 || stored == at::kHalf),
               kDtypes, "; got ", stored, " in ", dtype);
   check(query, "query", {rows, dim}, stored);
   check(positive, "positive", {rows, dim}, stored);
@@ -167,6 +168,8 @@ void dispatch(at::ScalarType computes, at::ScalarType stores, const Solve& solve
     solve(float{}, float{});
   } else if (computes == at::kFloat && stores == at::kBFloat16) {
     solve(float{}, dwl::BFloat16{});
+  } else if (computes == at::kFloat && stores == at::kHalf) {
+    solve(float{}, dwl::Float16{});
   } else {
     TORCH_CHECK(computes == at::kDouble && stores == at::kDouble, kDtypes, "; got ", stores, " in ",
                 computes);

@@ -54,7 +54,6 @@ FRESH_MEMORY = {
     "test_triton_wide.py",
 }
 INDEXED = {"test_indexed.py", "test_table_gradient.py"}
-NOT_TAKEN = ("cpu", torch.float16)
 BY_NAME = {case.name: case for case in CASES}
 
 
@@ -84,8 +83,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             return _interpreted(item, values)
         if "case" not in values:
             return True
-        # Eager is the reference itself: see `test_formulas`. In float16 `auto` takes chunked.
-        return values["backend"] != "eager" and (values["backend"], values["dtype"]) != NOT_TAKEN
+        return values["backend"] != "eager"  # the reference itself: see `test_formulas`
 
     config.hook.pytest_deselected(items=[item for item in items if not runs(item)])
     items[:] = [item for item in items if runs(item)]

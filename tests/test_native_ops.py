@@ -120,7 +120,8 @@ WRONG: dict[Callable[..., Any], list[tuple[dict[str, Any], str]]] = {
             "embeddings of size 0",
         ),
         ({"query": torch.ones(4)}, "must be matrices"),
-        ({"query": torch.ones(3, 4).half()}, "got Half in Float"),
+        ({"query": torch.ones(3, 4).int()}, "got Int in Float"),
+        ({"query": torch.ones(3, 4).half()}, "positive: wanted"),
         ({"query": torch.ones(3, 4).bfloat16()}, "positive: wanted"),
         ({"query": torch.ones(4, 3).T}, "query: wanted a contiguous"),
         ({"positive": torch.ones(2, 4)}, "positive: wanted"),
@@ -214,6 +215,43 @@ def test_op_looks_at_no_id_or_temperature_of_padding() -> None:
     torch.testing.assert_close(per_row[0], torch.tensor([math.log(3)] * 2 + [0.0]))
     assert not full[1][2].any()
     assert not any(gradient[2].any() for gradient in per_row[1:])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dim", [1, 64])  # one number at a time, and registers of them
+def test_kernel_reads_every_number_of_a_narrow_dtype(dtype: torch.dtype, dim: int) -> None:
+    """The logit of a sole candidate is its number; what float32 calls subnormal becomes 0."""
+    table = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(dtype)
+    table = table[~(table.float().abs() < torch.finfo(torch.float32).smallest_normal)]
+    if dim > 1:  # beside 0, infinity makes NaN
+        table = table[table.isfinite()]
+    ids = torch.arange(len(table))
+    rows = torch.zeros(len(table), dim, dtype=dtype)
+    rows[ids, ids % dim] = table
+    query = torch.zeros(len(table), dim)
+    query[ids, ids % dim] = 1
+    ones = torch.ones(len(table))
+    read = indexed_softmax(
+        **{"query": query, "table": rows, "positive_ids": ids, "candidate_ids": ids[:, None]},
+        **{"tau": ones, "coefficient": ones, "refined": True},
+    )[4]
+    torch.testing.assert_close(read, table.float(), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_kernel_rounds_to_a_narrow_dtype_as_pytorch_does(dtype: torch.dtype) -> None:
+    """Every exponent, ties, the largest numbers and what is beyond them."""
+    exponents = torch.arange(0, 1 << 9, dtype=torch.int64)[:, None] << 23
+    ends = torch.tensor([0, 1, 0xFFF, 0x1000, 0x1001, 0x3000, 0x8000, 0x18000, 0x7FF000, 0x7FFFFF])
+    source = (exponents + ends).reshape(-1, 1).to(torch.int32).view(torch.float32)
+    values, _ = table_gradient(
+        source=source,
+        ids=[torch.arange(len(source))[:, None]],
+        coefficients=[torch.ones(len(source), 1)],
+        table_rows=len(source),
+        dtype=dtype,
+    )
+    torch.testing.assert_close(values, source.to(dtype), rtol=0, atol=0, equal_nan=True)
 
 
 def test_op_writes_the_gradients_of_empty_problems() -> None:

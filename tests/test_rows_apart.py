@@ -151,8 +151,6 @@ def fits(form: dict[str, str], way: str) -> bool:
 def test_row_that_weighs_nothing_reaches_no_other_in_any_dtype(
     backend: str, kind: str, dtype: torch.dtype
 ) -> None:
-    if backend == "cpu" and dtype == torch.float16:
-        pytest.skip("it does not take float16")
     check(kind, "beside padding", FORMS[0], dtype, backend)
 
 

@@ -138,7 +138,7 @@ def test_gradient_of_no_places_is_zero(backend: str) -> None:
         assert torch.equal(got.to_dense() if compact else got, torch.zeros(5, 3))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_an_id_drawn_very_often_is_summed_in_a_fixed_order(
     backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:

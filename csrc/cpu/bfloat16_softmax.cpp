@@ -18,6 +18,10 @@
 #include <limits>
 #include <vector>
 
+#ifdef __AVX512BW__
+#include <immintrin.h>
+#endif
+
 #include "../bfloat16_products.h"
 #include "block_kernel.h"
 
@@ -43,10 +47,44 @@ inline uint32_t pair(uint32_t first, uint32_t second) {
   return first >> 16 | (second & 0xffff0000);
 }
 
+// Two lines of n floats to bfloat16: in pairs, and each for itself. n is a multiple of the grain.
+void round_lines(const float* a, const float* b, int64_t n, uint32_t* pairs, BFloat16* to_a,
+                 BFloat16* to_b) {
+#pragma omp simd
+  for (int64_t r = 0; r < n; ++r) {
+    const uint32_t first = rounded(a[r]), second = rounded(b[r]);
+    pairs[r] = pair(first, second);
+    to_a[r].bits = static_cast<uint16_t>(first >> 16);
+    to_b[r].bits = static_cast<uint16_t>(second >> 16);
+  }
+}
+
+#ifdef __AVX512BW__
+// The same by an instruction made for it, a third of the work.
+__attribute__((target("avx512bf16"))) void round_lines_at_once(const float* a, const float* b,
+                                                               int64_t n, uint32_t* pairs,
+                                                               BFloat16* to_a, BFloat16* to_b) {
+  alignas(64) uint16_t order[32];
+  for (uint16_t k = 0; k < 16; ++k) order[2 * k] = k, order[2 * k + 1] = 16 + k;
+  const __m512i pairing = _mm512_load_si512(order);
+  for (int64_t r = 0; r < n; r += 16) {
+    const auto both =
+        std::bit_cast<__m512i>(_mm512_cvtne2ps_pbh(_mm512_loadu_ps(b + r), _mm512_loadu_ps(a + r)));
+    _mm512_storeu_si512(pairs + r, _mm512_permutexvar_epi16(pairing, both));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to_a + r), _mm512_castsi512_si256(both));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to_b + r), _mm512_extracti64x4_epi64(both, 1));
+  }
+}
+const auto best_round_lines =
+    __builtin_cpu_supports("avx512bf16") ? round_lines_at_once : round_lines;
+#else
+const auto best_round_lines = round_lines;
+#endif
+
 struct Lanes {  // [b] of the rows of a block
-  Buffer<float> high, low, shift, top, sum, scale;
+  Buffer<float> high, low, shift, top, sum, scale, e0, e1;
   void allocate(int64_t size) {
-    for (Buffer<float>* one : {&high, &low, &shift, &top, &sum, &scale}) {
+    for (Buffer<float>* one : {&high, &low, &shift, &top, &sum, &scale, &e0, &e1}) {
       *one = buffer<float>(size);
     }
   }
@@ -71,7 +109,9 @@ class NarrowKernel : public BlockKernel<float, BFloat16, NarrowWorker> {
   NarrowKernel(const Problem<float, BFloat16>& p, const Gradients<float>& out, int threads)
       : BlockKernel(p, out, threads, kCut),
         lanes_(padded(team_.block())),
-        transposed_(buffer<BFloat16>(out.query == nullptr ? 0 : p.dim * padded(p.candidates))) {
+        transposed_(buffer<BFloat16>(out.query == nullptr ? 0 : p.dim * padded(p.candidates))),
+        zeros_(buffer<BFloat16>(p.dim)) {
+    std::fill_n(zeros_.get(), p.dim, BFloat16{});
     for (Part& w : team_.workers()) {
       w.lanes.allocate(lanes_);
       w.has_nan.resize(lanes_);
@@ -96,7 +136,7 @@ class NarrowKernel : public BlockKernel<float, BFloat16, NarrowWorker> {
   void begin_block(Part& w, int64_t round);
   void logits(Part& w, int64_t j0, int64_t j1);
   void move_references(Part& w, int64_t round, int64_t tile);
-  void round_exponentials(Part& w, int64_t width, BFloat16* e);
+  void round_exponentials(Part& w, int64_t j0, int64_t width, BFloat16* e);
   void look_at_sums(Part& w, int64_t width, float* reference);
   void scale_queries(Part& w);
   void add_d_log_q(Part& w, int64_t j0, int64_t width, const BFloat16* e);
@@ -111,6 +151,7 @@ class NarrowKernel : public BlockKernel<float, BFloat16, NarrowWorker> {
 
   const int64_t lanes_;          // rows of a block with padding
   Buffer<BFloat16> transposed_;  // by tiles, [D, width] each
+  Buffer<BFloat16> zeros_;       // [D]
 };
 
 // The groups share the transposed candidates, and the work.
@@ -216,26 +257,24 @@ void NarrowKernel::move_references(Part& w, int64_t round, int64_t tile) {
   }
 }
 
-// e of a tile, rounded, and the sums of the rows.
-void NarrowKernel::round_exponentials(Part& w, int64_t width, BFloat16* e) {
-  const int64_t n = lanes_;
-  float* sum = w.lanes.sum.get();
+// e of a tile, rounded, and the sums of the rows. Meanwhile the caches are asked for what the
+// product that follows needs, and the tile after it: in one go that would have to be waited for.
+void NarrowKernel::round_exponentials(Part& w, int64_t j0, int64_t width, BFloat16* e) {
+  const int64_t n = lanes_, d = p_.dim, next = std::min(j0 + w.tile, w.last);
+  float *sum = w.lanes.sum.get(), *e0 = w.lanes.e0.get(), *e1 = w.lanes.e1.get();
   const float* reference = w.lanes.top.get();
   std::fill_n(sum, n, 0.0f);
   for (int64_t j = 0; j < width; j += 2) {
     const float *z0 = w.s.get() + j * n, *z1 = z0 + n;
-    BFloat16 *to0 = e + j * n, *to1 = to0 + n;
-    uint32_t* pairs = w.pairs.get() + j / 2 * n;
+    if (out_.query != nullptr) prefetch(transposed_.get() + (j0 + j) * d, 2 * d);
+    prefetch(p_.candidate + (next + j) * d, std::clamp<int64_t>(w.last - next - j, 0, 2) * d);
 #pragma omp simd
     for (int64_t r = 0; r < n; ++r) {
-      const float e0 = exp_below_one(z0[r] - reference[r]);
-      const float e1 = exp_below_one(z1[r] - reference[r]);
-      sum[r] += e0 + e1;
-      const uint32_t r0 = rounded(e0), r1 = rounded(e1);
-      pairs[r] = pair(r0, r1);
-      to0[r].bits = static_cast<uint16_t>(r0 >> 16);
-      to1[r].bits = static_cast<uint16_t>(r1 >> 16);
+      e0[r] = exp_below_one(z0[r] - reference[r]);
+      e1[r] = exp_below_one(z1[r] - reference[r]);
+      sum[r] += e0[r] + e1[r];
     }
+    best_round_lines(e0, e1, n, w.pairs.get() + j / 2 * n, e + j * n, e + (j + 1) * n);
   }
 }
 
@@ -263,9 +302,7 @@ void NarrowKernel::exponentials(Part& w, int64_t round) {
     std::fill_n(w.lanes.top.get(), n, 0.0f);
     float* reference = team_.reference(w, tile);
     for (int64_t r = 0; r < rows; ++r) w.lanes.top[r] = finite_reference(reference[r]);
-    if (out_.query != nullptr) prefetch(transposed_.get() + j0 * d, width * d);
-    prefetch(p_.candidate + j1 * d, (std::min(j1 + w.tile, w.last) - j1) * d);
-    round_exponentials(w, width, e_of(w, tile));
+    round_exponentials(w, j0, width, e_of(w, tile));
     look_at_sums(w, width, reference);
     for (int64_t r = 0; r < rows; ++r) {
       report.m[r] = reference[r];
@@ -275,25 +312,28 @@ void NarrowKernel::exponentials(Part& w, int64_t round) {
     bfloat16_product(d, n, width, transposed_.get() + j0 * d, width, w.pairs.get(), n, w.dq.get(),
                      n, true);
   });
-  for (int64_t r = 0; r < rows && out_.query != nullptr; ++r) {
-    for (int64_t k = 0; k < d; ++k) report.dq[r * d + k] = w.dq[k * n + r];
+  constexpr int64_t kLine = 16;  // numbers in a cache line
+  for (int64_t r0 = 0; r0 < rows && out_.query != nullptr; r0 += kLine) {
+    for (int64_t k = 0; k < d; ++k) {
+      for (int64_t r = r0; r < std::min(r0 + kLine, rows); ++r) {
+        report.dq[r * d + k] = w.dq[k * n + r];
+      }
+    }
   }
 }
 
-// scaled = the queries of the block times their scales, in pairs of rows.
+// scaled = the queries of the block times their scales, in pairs of rows. Zeros where a scale is 0,
+// whatever the query holds.
 void NarrowKernel::scale_queries(Part& w) {
-  const int64_t rows = static_cast<int64_t>(w.row.size()), d = p_.dim;
+  const int64_t d = p_.dim;
   for (int64_t r = 0; r < lanes_; r += 2) {
+    const float first = w.lanes.scale[r], second = w.lanes.scale[r + 1];
+    const BFloat16* a = first == 0 ? zeros_.get() : p_.query + w.row[r] * d;
+    const BFloat16* b = second == 0 ? zeros_.get() : p_.query + w.row[r + 1] * d;
     uint32_t* to = w.scaled.get() + r / 2 * d;
-    const auto half = [&](int64_t i, int64_t k) {
-      const float scale = w.lanes.scale[i];
-      return scale == 0 ? 0 : rounded(scale * float(p_.query[w.row[i] * d + k]));
-    };
-    if (r + 1 < rows) {
 #pragma omp simd
-      for (int64_t k = 0; k < d; ++k) to[k] = pair(half(r, k), half(r + 1, k));
-    } else {
-      for (int64_t k = 0; k < d; ++k) to[k] = r < rows ? pair(half(r, k), 0) : 0;
+    for (int64_t k = 0; k < d; ++k) {
+      to[k] = pair(rounded(first * float(a[k])), rounded(second * float(b[k])));
     }
   }
 }

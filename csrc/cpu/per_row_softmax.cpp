@@ -47,10 +47,16 @@ template <typename T>
 void load(const T* from, Vector<T>& to) {
   std::memcpy(&to, from, sizeof to);
 }
-inline void load(const BFloat16* from, Floats& to) {
+inline Words load_narrow(const void* from) {
   HalfWords narrow;
   std::memcpy(&narrow, from, sizeof narrow);
-  to = (Floats)(__builtin_convertvector(narrow, Words) << 16);
+  return __builtin_convertvector(narrow, Words);
+}
+inline void load(const BFloat16* from, Floats& to) {
+  to = (Floats)(load_narrow(from) << 16);
+}
+inline void load(const Float16* from, Floats& to) {
+  to = float16_widened<Floats>(load_narrow(from));
 }
 
 // The sum of a register's numbers: its halves are added up until they are as narrow as can be.
@@ -282,6 +288,8 @@ void per_row_softmax_cpu(const PerRowProblem<T, S>& p, const PerRowGradients<T>&
 template void per_row_softmax_cpu(const PerRowProblem<float, float>&, const PerRowGradients<float>&,
                                   int);
 template void per_row_softmax_cpu(const PerRowProblem<float, BFloat16>&,
+                                  const PerRowGradients<float>&, int);
+template void per_row_softmax_cpu(const PerRowProblem<float, Float16>&,
                                   const PerRowGradients<float>&, int);
 template void per_row_softmax_cpu(const PerRowProblem<double, double>&,
                                   const PerRowGradients<double>&, int);

@@ -194,6 +194,7 @@ void rank_targets_cpu(const RankProblem<T, S>& problem, int64_t* rank, int threa
 
 template void rank_targets_cpu(const RankProblem<float, float>&, int64_t*, int);
 template void rank_targets_cpu(const RankProblem<float, BFloat16>&, int64_t*, int);
+template void rank_targets_cpu(const RankProblem<float, Float16>&, int64_t*, int);
 template void rank_targets_cpu(const RankProblem<double, double>&, int64_t*, int);
 
 }  // namespace dwl

@@ -200,6 +200,8 @@ template void table_gradient_cpu(const TableGradient<float>&, int,
                                  const std::function<TableRows<float>(int64_t)>&);
 template void table_gradient_cpu(const TableGradient<float>&, int,
                                  const std::function<TableRows<BFloat16>(int64_t)>&);
+template void table_gradient_cpu(const TableGradient<float>&, int,
+                                 const std::function<TableRows<Float16>(int64_t)>&);
 template void table_gradient_cpu(const TableGradient<double>&, int,
                                  const std::function<TableRows<double>(int64_t)>&);
 

@@ -29,8 +29,6 @@ from dwl_kernels.core.problem import (
 from dwl_kernels.core.ranking import own_items
 from dwl_kernels.core.rows import Gradients, Prepared, embeddings, finish, prepare, skippable_below
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16)
-
 
 @functools.cache
 def does_not_build() -> str | None:
@@ -51,10 +49,8 @@ def unavailable_reason(device_type: str) -> str | None:
 
 
 def unsupported_reason(problem: Problem) -> str | None:
-    """Why the kernel does not take this problem; None where it does."""
-    if problem.query.dtype in DTYPES:
-        return None
-    return f"it does not take {problem.query.dtype}; backend='chunked' does"
+    """None: it takes every problem."""
+    return None
 
 
 def solve(
@@ -148,8 +144,8 @@ def _run_per_row(
 def _embeddings(problem: SharedProblem, active: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """As `rows.embeddings`, without copies of positives that the kernel finds itself."""
     dtype = problem.dtypes.accumulate
-    if problem.query.dtype == torch.bfloat16 and problem.dual is None:
-        dtype = torch.bfloat16  # of which the kernel makes float32 where it has to
+    if problem.query.dtype in (torch.bfloat16, torch.float16) and problem.dual is None:
+        dtype = problem.query.dtype  # of which the kernel makes float32 where it has to
     padded_batch = problem.in_batch and active is not None
     if problem.positive is not None or problem.dual is not None or padded_batch:
         return embeddings(problem, active, dtype)
@@ -160,10 +156,8 @@ def _embeddings(problem: SharedProblem, active: Tensor | None) -> tuple[Tensor, 
 
 
 def unsupported_ranks(problem: RankProblem) -> str | None:
-    """Why the kernel does not rank in such a dtype; None where it does."""
-    if problem.query.dtype in DTYPES:
-        return None
-    return f"it does not take {problem.query.dtype}; backend='chunked' does"
+    """None: it takes every problem."""
+    return None
 
 
 def rank_targets(problem: RankProblem) -> Tensor:  # [B] int64
@@ -183,8 +177,8 @@ def rank_targets(problem: RankProblem) -> Tensor:  # [B] int64
 
 
 def takes_table(source: Tensor, dtype: torch.dtype) -> bool:
-    """Whether `table_gradient` sums such rows for a table of such a dtype."""
-    return dtype in DTYPES
+    """True: it sums the gradient of every table."""
+    return True
 
 
 def table_gradient(
