@@ -91,7 +91,7 @@ def log_q_of_candidates(problem: Problem) -> Tensor | None:  # [N] or [B, K]
     if log_q is None or not problem.in_batch:
         return log_q
     rows = problem.query.shape[0]
-    of_batch = log_q[:rows]
+    of_batch = log_q if len(log_q) == rows else log_q[:rows]
     of_batch = of_batch.masked_fill(of_batch == -torch.inf, torch.inf)
     return of_batch if len(log_q) == rows else torch.cat((of_batch, log_q[rows:]))
 
