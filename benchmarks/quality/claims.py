@@ -86,7 +86,7 @@ def tables(documents: Documents) -> str:
         "the highest point of the curve of the test items that keeps it, a better strength than "
         "one can know beforehand, for all methods alike. p is that of Student's test of "
         "differences paired by seed, two-sided.\n",
-        *(choice_table(documents, price) for price in (0.0, 0.03)),
+        *(choice_table(documents, price) for price in (0.0, 0.03, 0.1)),
     ]
     for name in DATA:
         if name not in documents:
@@ -269,7 +269,10 @@ def against_the_dial(document: Document, part: str = "test") -> tuple[list[str],
 def with_p_value(differences: np.ndarray) -> str:
     """A mean and its error, and the p of a paired test where there are several seeds."""
     p = p_value(differences)
-    return str(mean(differences)) + ("" if np.isnan(p) else f" ({p:.2f})")
+    if np.isnan(p):
+        return str(mean(differences))
+    shown = "<0.001" if p < 0.001 else f"{p:.3f}" if p < 0.01 else f"{p:.2f}"
+    return f"{mean(differences)} ({shown})"
 
 
 def choice_table(documents: Documents, price: float) -> str:
