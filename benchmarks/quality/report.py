@@ -234,7 +234,9 @@ def plot(path: Path, document: Document, shown: Sequence[str] | None = None) -> 
     prices = np.linspace(0, 0.12, 61)
     with plt.rc_context({"font.size": 9, "text.color": INK, "axes.edgecolor": MUTED}):
         figure, axes = plt.subplots(figsize=(7.6, 4.4), layout="constrained")
-        for method, colour in zip(shown or methods(document), _colours(), strict=False):
+        for place, method in enumerate(shown or methods(document)):
+            colour = COLOURS[place % len(COLOURS)]
+            style = ("-", "--", ":")[place // len(COLOURS) % 3]
             found = gains(document, method, prices=tuple(prices))
             if not len(found):
                 continue
@@ -244,7 +246,7 @@ def plot(path: Path, document: Document, shown: Sequence[str] | None = None) -> 
                 label += ": costs more"
             if len(found) < seeds:
                 label += f" ({len(found)} of {seeds} seeds)"
-            axes.plot(prices, middle, color=colour, linewidth=1.8, label=label)
+            axes.plot(prices, middle, style, color=colour, linewidth=1.8, label=label)
             if len(found) > 1:
                 error = found.std(0, ddof=1) / len(found) ** 0.5
                 axes.fill_between(
@@ -268,7 +270,3 @@ def plot(path: Path, document: Document, shown: Sequence[str] | None = None) -> 
         with replacing(path) as partial:
             figure.savefig(partial, format="png", dpi=150)
         plt.close(figure)
-
-
-def _colours() -> list[str]:
-    return [*COLOURS, *[MUTED] * 20]
