@@ -267,7 +267,8 @@ void NarrowKernel::round_exponentials(Part& w, int64_t j0, int64_t width, BFloat
   for (int64_t j = 0; j < width; j += 2) {
     const float *z0 = w.s.get() + j * n, *z1 = z0 + n;
     if (out_.query != nullptr) prefetch(transposed_.get() + (j0 + j) * d, 2 * d);
-    prefetch(p_.candidate + (next + j) * d, std::clamp<int64_t>(w.last - next - j, 0, 2) * d);
+    const int64_t left = std::min<int64_t>(w.last - next - j, 2);
+    if (left > 0) prefetch(p_.candidate + (next + j) * d, left * d);
 #pragma omp simd
     for (int64_t r = 0; r < n; ++r) {
       e0[r] = exp_below_one(z0[r] - reference[r]);
