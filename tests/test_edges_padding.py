@@ -231,3 +231,36 @@ def taken_out(kind: str, backend: str, value: float) -> list[Tensor]:
     if kind not in ("full", "indexed_rows"):
         leaves.append(positive)
     return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+
+# The kernels of a GPU answer NaN: a select for every logit would be the price.
+@pytest.mark.parametrize("backend", ["eager", "chunked", "cpu"], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("positive", [-1.0, 1.0])
+def test_infinite_query_does_not_meet_what_is_left_out(
+    backend: str, dtype: torch.dtype, positive: float
+) -> None:
+    """Its loss is infinite, or NaN where its own logit is; infinity times what is out is neither."""
+    g = torch.Generator().manual_seed(0)
+    inputs = {name: torch.randn(40, 6, generator=g) for name in ("query", "positive")}
+    inputs["negative"] = torch.randn(33, 6, generator=g)
+    inputs["query"][2, 1] = INF
+    inputs["positive"][2, 1] = positive
+    weights, negative_log_q = torch.ones(40), torch.full((33,), -3.0)
+    weights[::3], negative_log_q[::4] = 0, INF
+
+    def loss(backend: str, dtype: torch.dtype) -> Tensor:
+        return dwl_kernels.in_batch_softmax_loss(
+            **{name: value.to(dtype) for name, value in inputs.items()},
+            log_q=torch.full((40,), -3.0),
+            negative_log_q=negative_log_q,
+            example_weights=weights,
+            reduction="none",
+            backend=backend,
+        )
+
+    expected = loss("eager", torch.float64)
+    assert not expected[2].isfinite()
+    got = loss(backend, dtype).double()
+    assert torch.equal(got.isnan(), expected.isnan())
+    assert torch.equal(got.isinf(), expected.isinf())

@@ -38,10 +38,10 @@ int64_t padded(int64_t count) {
   return (count + kCut.grain - 1) / kCut.grain * kCut.grain;
 }
 
-// The upper half of the sum is the number rounded to bfloat16, to nearest, ties to even.
+// The upper half is the number rounded to bfloat16, to nearest, ties to even.
 inline uint32_t rounded(float x) {
   const uint32_t bits = std::bit_cast<uint32_t>(x);
-  return bits + 0x7fff + ((bits >> 16) & 1);
+  return x != x ? 0x7fc00000 : bits + 0x7fff + ((bits >> 16) & 1);
 }
 inline uint32_t pair(uint32_t first, uint32_t second) {
   return first >> 16 | (second & 0xffff0000);
@@ -211,11 +211,13 @@ void NarrowKernel::logits(Part& w, int64_t j0, int64_t j1) {
     float *s0 = s + j * n, *s1 = s0 + n, *s2 = s1 + n, *s3 = s2 + n, bias[4] = {};
     for (int64_t k = 0; k < 4 && !bias_.empty() && j0 + j + k < j1; ++k) {
       bias[k] = bias_[j0 + j + k];
-      if (bias[k] != kInfinity<float>) continue;
+      if (!std::isinf(bias[k])) continue;
       // What does not compete stays out: -inf + inf were NaN.
       float* line = s0 + k * n;
-      for (int64_t r = 0; r < n; ++r)
-        line[r] = line[r] == -kInfinity<float> ? line[r] : line[r] + bias[k];
+      for (int64_t r = 0; r < n; ++r) {
+        const bool out = bias[k] < 0 || line[r] == -kInfinity<float>;
+        line[r] = out ? -kInfinity<float> : line[r] + bias[k];
+      }
       bias[k] = 0;
     }
 #pragma omp simd

@@ -130,9 +130,17 @@ void BlasKernel<T>::exponentials(Part& w, int64_t round) {
     logits(w, j0, j1, e);
     for (int64_t r = 0; r < rows; ++r) {
       T* own = e + r * w.stride;
+      T top = row_max(own, width);
+      if (top != top && !bias_.empty()) {
+        // What does not compete stays out: an infinite product and its -inf made NaN.
+        for (int64_t k = 0; k < width; ++k) {
+          if (bias_[j0 + k] == -kInfinity<T>) own[k] = -kInfinity<T>;
+        }
+        top = row_max(own, width);
+      }
       if (out_.rank != nullptr)
         report.ahead[r] += rank_.ahead(w.row[r], w.marks[r], j0, own, width);
-      m[r] = larger(report.m[r], row_max(own, width));
+      m[r] = larger(report.m[r], top);
       report.sum[r] *= between(report.m[r], m[r]);
       report.sum[r] += row_exp(own, m[r], width);
       report.m[r] = m[r];
