@@ -240,7 +240,7 @@ def taken_out(kind: str, backend: str, value: float) -> list[Tensor]:
 def test_infinite_query_does_not_meet_what_is_left_out(
     backend: str, dtype: torch.dtype, positive: float
 ) -> None:
-    """Its loss is infinite, or NaN where its own logit is; infinity times what is out is neither."""
+    """Its loss is infinite, or NaN where the positive's logit is: what is out changes neither."""
     g = torch.Generator().manual_seed(0)
     inputs = {name: torch.randn(40, 6, generator=g) for name in ("query", "positive")}
     inputs["negative"] = torch.randn(33, 6, generator=g)

@@ -69,9 +69,9 @@ def dual_scale_softmax_loss(
             other rows are the candidates, as for :func:`in_batch_softmax_loss`.
         hardness: ``h``, how much more a candidate weighs that the query itself scores high; below
             0, how much less, like the other two strengths: any finite number keeps the loss finite.
-        similarity: ``s``, how much more a candidate weighs that is like the positive. A logit is the
-            small difference of large numbers, and only as exact, where ``s <positive, candidate> /
-            temperature`` is in the thousands: short of float64, normalize, or warm the rows.
+        similarity: ``s``, how much more a candidate weighs that is like the positive. Where ``s
+            <positive, candidate> / temperature`` is in the thousands, logits are small differences
+            of large numbers, and lose digits short of float64.
         slate_size: candidates fall, in their order, into so many equal groups; the strongest of
             each make the slate of a row. Candidates drawn at random make this a stochastic top-K.
         competition: ``k``, how much warmer a row gets whose slate competes harder than others'.
