@@ -246,24 +246,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> indexed_softm
 // (values, ids): the whole gradient and no ids, or, compact, its rows that have a place.
 std::tuple<Tensor, Tensor> table_gradient(const Tensor& source, at::TensorList ids,
                                           at::TensorList coefficients, int64_t table_rows,
-                                          at::ScalarType dtype, bool compact) {
+                                          bool compact) {
   TORCH_CHECK(source.dim() == 2, "source must be a matrix");
   TORCH_CHECK(table_rows >= 0, "table_rows is ", table_rows, "; wanted at least 0");
   TORCH_CHECK(!ids.empty(), "ids is an empty list; wanted at least one tensor");
   TORCH_CHECK(coefficients.empty() || coefficients.size() == ids.size(),
               "wanted coefficients for all ids, or for none");
   const int64_t rows = source.size(0), dim = source.size(1);
-  check(source, "source", {rows, dim}, source.scalar_type());
+  const auto dtype = source.scalar_type(), computes = dtype == at::kDouble ? dtype : at::kFloat;
+  check(source, "source", {rows, dim}, dtype);
   for (size_t k = 0; k < ids.size(); ++k) {
     TORCH_CHECK(ids[k].dim() == 2, "ids must be matrices");
     check(ids[k], "ids", {rows, ids[k].size(1)}, at::kLong);
     if (!coefficients.empty()) {
-      check(coefficients[k], "coefficients", ids[k].sizes(), source.scalar_type());
+      check(coefficients[k], "coefficients", ids[k].sizes(), computes);
     }
   }
   Tensor values, distinct;
-  dispatch(source.scalar_type(), dtype, [&](auto computes, auto stores) {
-    using T = decltype(computes);
+  dispatch(computes, dtype, [&](auto sums, auto stores) {
+    using T = decltype(sums);
     using S = decltype(stores);
     std::vector<dwl::Places<T>> pieces(ids.size());
     for (size_t k = 0; k < ids.size(); ++k) {
@@ -271,11 +272,11 @@ std::tuple<Tensor, Tensor> table_gradient(const Tensor& source, at::TensorList i
       pieces[k].ids = data<int64_t>(ids[k]);
       if (!coefficients.empty()) pieces[k].coefficient = data<T>(coefficients[k]);
     }
-    dwl::TableGradient<T> problem{};
+    dwl::TableGradient<T, S> problem{};
     problem.rows = rows;
     problem.dim = dim;
     problem.table_rows = table_rows;
-    problem.source = data<T>(source);
+    problem.source = data<S>(source);
     problem.pieces = pieces.data();
     problem.num_pieces = static_cast<int>(pieces.size());
     problem.compact = compact;
@@ -358,7 +359,7 @@ TORCH_LIBRARY(dwl_kernels_native, library) {
       {at::Tag::pt2_compliant_tag});
   library.def(
       "table_gradient(Tensor source, Tensor[] ids, Tensor[] coefficients, int table_rows, "
-      "ScalarType dtype, bool compact) -> (Tensor, Tensor)",
+      "bool compact) -> (Tensor, Tensor)",
       {at::Tag::pt2_compliant_tag});
   library.def(
       "rank_targets(Tensor query, Tensor table, Tensor target, Tensor padded, Tensor nowhere, "

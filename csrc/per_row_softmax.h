@@ -57,12 +57,12 @@ struct Places {
   const T* coefficient;  // [R, J], or null for 1; a coefficient of 0 goes nowhere
 };
 
-template <typename T>
+template <typename T, typename S>
 struct TableGradient {
   int64_t rows;             // R
   int64_t dim;              // D
   int64_t table_rows;       // V
-  const T* source;          // [R, D]
+  const S* source;          // [R, D]
   const Places<T>* pieces;  // several, taken one after the other
   int num_pieces;
   bool compact;  // only rows that have a place are wanted
@@ -79,7 +79,7 @@ struct TableRows {
 // Sums by id in a fixed order; every row is written once, and rows without a place get zeros.
 // `allocate` is called once with the number of rows that are wanted.
 template <typename T, typename S>
-void table_gradient_cpu(const TableGradient<T>& problem, int threads,
+void table_gradient_cpu(const TableGradient<T, S>& problem, int threads,
                         const std::function<TableRows<S>(int64_t)>& allocate);
 
 }  // namespace dwl

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 #include "numbers.h"
 
@@ -26,7 +27,7 @@ struct Problem {
   const S* score;            // [B, D], or null: the query; z_ij = <score_i, c_j> / tau_i + ...
   const T* shift;            // [B], or null; added to the logits of all candidates of row i
   const T* positive_log_q;   // [B], nats, or null
-  const T* candidate_log_q;  // [N], nats, or null
+  const T* candidate_log_q;  // [N], nats, or null; see log_q
   const T* skip_below;       // [B], or null; blocks of pairs of smaller p_ij may be left out
   const bool* active;        // [B], or null: false marks padding, see below
   bool refined;              // correction of arXiv 2507.09331 instead of the standard one
@@ -38,6 +39,12 @@ struct Problem {
   bool is_active(int64_t i) const { return active == nullptr || active[i]; }
   bool in_batch() const { return positive == nullptr && target == nullptr; }
   int64_t own(int64_t i) const { return target != nullptr ? target[i] : i; }
+  // log Q_j. A positive of the batch that is never drawn (-inf) is no candidate of other rows.
+  T log_q(int64_t j) const {
+    constexpr T kInfinite = std::numeric_limits<T>::infinity();
+    const T given = candidate_log_q[j];
+    return given == -kInfinite && in_batch() && j < rows ? kInfinite : given;
+  }
   const S* positive_of(int64_t i) const {
     return positive != nullptr ? positive + i * dim : candidate + own(i) * dim;
   }

@@ -72,7 +72,6 @@ def table_gradient(**changed: Any) -> tuple[Tensor, ...]:
         "ids": [torch.tensor([[0, 1], [1, 2], [2, 3]])],
         "coefficients": [torch.ones(3, 2)],
         "table_rows": 5,
-        "dtype": torch.float32,
         "compact": False,
     }
     return torch.ops.dwl_kernels_native.table_gradient(**{**arguments, **changed})  # type: ignore[no-any-return]
@@ -176,7 +175,8 @@ WRONG: dict[Callable[..., Any], list[tuple[dict[str, Any], str]]] = {
         ({"ids": [torch.zeros(2, 2, dtype=torch.int64)]}, "ids: wanted"),
         ({"ids": [torch.zeros(3, dtype=torch.int64)]}, "must be matrices"),
         ({"table_rows": -1}, "table_rows is -1"),
-        ({"dtype": torch.float64}, "got Double in Float"),
+        ({"source": torch.ones(3, 4).double()}, "coefficients: wanted"),
+        ({"source": torch.ones(3, 4).long()}, "got Long in Float"),
         ({"source": torch.ones(4)}, "source must be a matrix"),
     ],
 }
@@ -243,15 +243,15 @@ def test_kernel_rounds_to_a_narrow_dtype_as_pytorch_does(dtype: torch.dtype) -> 
     """Every exponent, ties, the largest numbers and what is beyond them."""
     exponents = torch.arange(0, 1 << 9, dtype=torch.int64)[:, None] << 23
     ends = torch.tensor([0, 1, 0xFFF, 0x1000, 0x1001, 0x3000, 0x8000, 0x18000, 0x7FF000, 0x7FFFFF])
-    source = (exponents + ends).reshape(-1, 1).to(torch.int32).view(torch.float32)
-    values, _ = table_gradient(
-        source=source,
-        ids=[torch.arange(len(source))[:, None]],
-        coefficients=[torch.ones(len(source), 1)],
-        table_rows=len(source),
-        dtype=dtype,
-    )
-    torch.testing.assert_close(values, source.to(dtype), rtol=0, atol=0, equal_nan=True)
+    wide = (exponents + ends).reshape(-1, 1).to(torch.int32).view(torch.float32)
+    places = torch.arange(len(wide))[:, None]
+    for dim in (1, 41):  # one by one, and a register at a time
+        ones = torch.ones(len(wide), dim, dtype=dtype)
+        values, _ = table_gradient(
+            source=ones, ids=[places], coefficients=[wide], table_rows=len(wide)
+        )
+        expected = wide.to(dtype).expand_as(ones)
+        torch.testing.assert_close(values, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def test_op_writes_the_gradients_of_empty_problems() -> None:

@@ -29,7 +29,7 @@ class BlockKernel {
     if (p.candidate_log_q != nullptr || padded_ > 0) {
       bias_.resize(n);
       for (int64_t j = 0; j < n; ++j) {
-        bias_[j] = p.candidate_log_q != nullptr ? -p.candidate_log_q[j] : T(0);
+        bias_[j] = p.candidate_log_q != nullptr ? -p.log_q(j) : T(0);
         if (padded_ > 0 && padding(j)) bias_[j] = -kInfinity<T>;
         removed_ += removed(j) && !padding(j);
       }
@@ -56,7 +56,7 @@ class BlockKernel {
   }
   // Whether its log-Q takes candidate j out.
   bool removed(int64_t j) const {
-    return p_.candidate_log_q != nullptr && p_.candidate_log_q[j] == kInfinity<T>;
+    return p_.candidate_log_q != nullptr && p_.log_q(j) == kInfinity<T>;
   }
   // Where a group adds its gradients up: the first straight in the output.
   T* dc_of(int group) {

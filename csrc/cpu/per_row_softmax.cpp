@@ -15,9 +15,9 @@
 #include <cmath>
 #include <cstring>
 #include <memory>
-#include <type_traits>
 #include <vector>
 
+#include "registers.h"
 #include "row.h"
 #include "team.h"
 
@@ -25,39 +25,6 @@ namespace dwl {
 namespace {
 
 constexpr int kAtOnce = 4;  // candidates that share what is read of a query, and their summing up
-
-// A register's worth of numbers, of the widest registers that there are.
-#if defined(__AVX512F__)
-constexpr int kRegister = 64;
-#elif defined(__AVX__)
-constexpr int kRegister = 32;
-#else
-constexpr int kRegister = 16;
-#endif
-typedef float Floats __attribute__((vector_size(kRegister)));
-typedef double Doubles __attribute__((vector_size(kRegister)));
-typedef uint32_t Words __attribute__((vector_size(kRegister)));
-typedef uint16_t HalfWords __attribute__((vector_size(kRegister / 2)));
-template <typename T>
-using Vector = std::conditional_t<std::is_same_v<T, float>, Floats, Doubles>;
-template <typename T>
-constexpr int kLanes = kRegister / sizeof(T);
-
-template <typename T>
-void load(const T* from, Vector<T>& to) {
-  std::memcpy(&to, from, sizeof to);
-}
-inline Words load_narrow(const void* from) {
-  HalfWords narrow;
-  std::memcpy(&narrow, from, sizeof narrow);
-  return __builtin_convertvector(narrow, Words);
-}
-inline void load(const BFloat16* from, Floats& to) {
-  to = (Floats)(load_narrow(from) << 16);
-}
-inline void load(const Float16* from, Floats& to) {
-  to = float16_widened<Floats>(load_narrow(from));
-}
 
 // The sum of a register's numbers: its halves are added up until they are as narrow as can be.
 template <typename T, int lanes>
@@ -80,18 +47,23 @@ struct LaneSum<T, 2> {
   }
 };
 
-// to_l = <q, c_l>. Not inlined, so that a candidate with the embedding of the positive gets its
-// product to the last bit.
+// to_l = <q, c_l>, of an arranged q. Not inlined, so that a candidate with the embedding of the
+// positive gets its product to the last bit.
 template <typename T, typename S>
 __attribute__((noinline)) void products(const T* q, const S* const c[kAtOnce], int64_t n, T* to) {
-  Vector<T> sum[kAtOnce] = {};
+  Vector<T> sum[kAtOnce];
+#pragma GCC unroll 4
+  for (int l = 0; l < kAtOnce; ++l) sum[l] = Vector<T>{};
   int64_t k = 0;
-  for (; k + kLanes<T> <= n; k += kLanes<T>) {
-    Vector<T> own, other;
-    load(q + k, own);
+  for (; k + kChunk<T, S> <= n; k += kChunk<T, S>) {
+    Vector<T> other[kParts<T, S>];
     for (int l = 0; l < kAtOnce; ++l) {
       load(c[l] + k, other);
-      sum[l] += own * other;
+      for (int part = 0; part < kParts<T, S>; ++part) {
+        Vector<T> own;
+        load(q + k + part * kLanes<T>, &own);
+        sum[l] += own * other[part];
+      }
     }
   }
   for (int l = 0; l < kAtOnce; ++l) to[l] = LaneSum<T, kLanes<T>>::of(&sum[l]);
@@ -108,24 +80,41 @@ struct Rows {
   const S* operator[](int64_t id) const { return id < 0 ? positive : table + id * dim; }
 };
 
-// to [D] = scale sum_j e_j c_j, as many columns at a time as stay in registers.
+// to [columns] = scale sum_j e_j c_j, of columns that stay in registers while all rows pass.
+template <int64_t columns, typename T, typename S>
+void weighted_columns(const T* e, const Rows<S>& c, const int64_t* ids, int64_t n, T scale,
+                      int64_t first, T* to) {
+  constexpr int kTaken = kParts<T, S>;
+  constexpr int64_t kSums = columns / kLanes<T>;
+  Vector<T> sum[kSums];
+#pragma GCC unroll 8
+  for (int l = 0; l < kSums; ++l) sum[l] = Vector<T>{};
+  for (int64_t j = 0; j < n; ++j) {
+    const S* own = c[ids[j]] + first;
+    for (int l = 0; l < kSums; l += kTaken) {
+      Vector<T> some[kTaken];
+      load(own + l * kLanes<T>, some);
+      for (int part = 0; part < kTaken; ++part) sum[l + part] += e[j] * some[part];
+    }
+  }
+  for (int64_t k = 0; k < columns; ++k) {
+    const int64_t at = k - k % kChunk<T, S> + place<T, S>(k % kChunk<T, S>);
+    to[k] = scale * sum[at / kLanes<T>][at % kLanes<T>];
+  }
+}
+
+// to [D] = scale sum_j e_j c_j.
 template <typename T, typename S>
 void weighted_sum(const T* e, const Rows<S>& c, const int64_t* ids, int64_t n, T scale, T* to) {
-  constexpr int64_t kColumns = kAtOnce * kLanes<T>;
   int64_t k = 0;
-  for (; k + kColumns <= c.dim; k += kColumns) {
-    Vector<T> sum[kAtOnce] = {};
-    for (int64_t j = 0; j < n; ++j) {
-      const S* own = c[ids[j]] + k;
-      for (int l = 0; l < kAtOnce; ++l) {
-        Vector<T> some;
-        load(own + l * kLanes<T>, some);
-        sum[l] += e[j] * some;
-      }
+  const auto pass = [&]<int64_t columns>() {
+    for (; k + columns <= c.dim; k += columns) {
+      weighted_columns<columns>(e, c, ids, n, scale, k, to + k);
     }
-    for (int l = 0; l < kAtOnce; ++l) sum[l] *= scale;
-    std::memcpy(to + k, sum, sizeof sum);
-  }
+  };
+  pass.template operator()<8 * kLanes<T>>();
+  pass.template operator()<4 * kLanes<T>>();
+  pass.template operator()<kChunk<T, S>>();
   if (k == c.dim) return;
   std::fill(to + k, to + c.dim, T(0));
   for (int64_t j = 0; j < n; ++j) {
@@ -182,8 +171,8 @@ void per_row_softmax_cpu(const PerRowProblem<T, S>& p, const PerRowGradients<T>&
   std::unique_ptr<T[]> scratch;  // [team, K], where the gradient has no place for a row's logits
   if (out.candidate == nullptr) scratch.reset(new T[size_t(team) * n]);
 
-  const auto solve_row = [&](int64_t i, Fetches<S>& fetches, T* s) {
-    const T* query = p.query + i * dim;
+  const auto solve_row = [&](int64_t i, Fetches<S>& fetches, T* query, T* s) {
+    arrange<T, S>(p.query + i * dim, dim, query);
     const int64_t* ids = p.candidate_ids + i * n;
     const S* positive = p.positive != nullptr ? p.positive + i * dim : nullptr;
     if (positive == nullptr) positive = p.table + p.positive_ids[i] * dim;
@@ -276,10 +265,11 @@ void per_row_softmax_cpu(const PerRowProblem<T, S>& p, const PerRowGradients<T>&
   for (int part = 0; part < team; ++part) {
     const FlushToZero flush;
     const int64_t last = num_rows * (part + 1) / team;
+    const std::unique_ptr<T[]> query(new T[dim]);
     Fetches<S> fetches(p, rows.data() + num_rows * part / team, rows.data() + last);
     for (int64_t r = num_rows * part / team; r < last; ++r) {
       const int64_t i = rows[r];
-      solve_row(i, fetches,
+      solve_row(i, fetches, query.get(),
                 out.candidate != nullptr ? out.candidate + i * n : scratch.get() + part * n);
     }
   }

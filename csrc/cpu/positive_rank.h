@@ -42,7 +42,7 @@ class PositiveRank {
 
  private:
   double log_q_of(int64_t j) const {
-    return p_.candidate_log_q != nullptr ? double(p_.candidate_log_q[j]) : 0;
+    return p_.candidate_log_q != nullptr ? double(p_.log_q(j)) : 0;
   }
   double shift(int64_t i) const { return p_.shift != nullptr ? double(p_.shift[i]) : 0; }
   const T* score(int64_t i) const {

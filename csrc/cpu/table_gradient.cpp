@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "../per_row_softmax.h"
+#include "registers.h"
 #include "row.h"
 
 namespace dwl {
@@ -41,7 +42,8 @@ void in_parallel(int64_t count, int team, const Work& work) {
 template <typename T, typename I>
 class Buckets {
  public:
-  Buckets(const TableGradient<T>& p, int threads) {
+  template <typename S>
+  Buckets(const TableGradient<T, S>& p, int threads) {
     int64_t most = 0;
     for (int k = 0; k < p.num_pieces; ++k) most += p.rows * p.pieces[k].width;
     team_ = static_cast<int>(std::clamp<int64_t>(most / 4096, 1, threads));
@@ -108,7 +110,7 @@ class Buckets {
 };
 
 template <typename T, typename S, typename I>
-void sum_by_id(const TableGradient<T>& p, int threads,
+void sum_by_id(const TableGradient<T, S>& p, int threads,
                const std::function<TableRows<S>(int64_t)>& allocate) {
   const Buckets<T, I> buckets(p, threads);
   const int64_t dim = p.dim, bucket_rows = buckets.rows();
@@ -171,14 +173,12 @@ void sum_by_id(const TableGradient<T>& p, int threads,
     for (const Entry<T, I>* entry = buckets.begin(bucket); entry != end; ++entry) {
       if (end - entry > kAhead) prefetch(p.source + int64_t(entry[kAhead].row) * dim, dim);
       T* sum = sums + (p.compact ? present.of(entry->id, first) : entry->id - first) * dim;
-      const T coefficient = entry->coefficient;
-      const T* source = p.source + int64_t(entry->row) * dim;
-#pragma omp simd
-      for (int64_t d = 0; d < dim; ++d) sum[d] += coefficient * source[d];
+      add_to_arranged(entry->coefficient, p.source + int64_t(entry->row) * dim, dim, sum);
     }
     if constexpr (!std::is_same_v<T, S>) {
       S* to = out.values + start * dim;
-      for (int64_t k = 0; k < rows * dim; ++k) to[k] = static_cast<S>(sums[k]);
+      for (int64_t row = 0; row < rows; ++row)
+        round_arranged(sums + row * dim, dim, to + row * dim);
     }
   });
 }
@@ -186,7 +186,7 @@ void sum_by_id(const TableGradient<T>& p, int threads,
 }  // namespace
 
 template <typename T, typename S>
-void table_gradient_cpu(const TableGradient<T>& p, int threads,
+void table_gradient_cpu(const TableGradient<T, S>& p, int threads,
                         const std::function<TableRows<S>(int64_t)>& allocate) {
   constexpr int64_t kNarrow = std::numeric_limits<uint32_t>::max();
   if (p.table_rows <= kNarrow && p.rows <= kNarrow) {
@@ -196,13 +196,13 @@ void table_gradient_cpu(const TableGradient<T>& p, int threads,
   }
 }
 
-template void table_gradient_cpu(const TableGradient<float>&, int,
+template void table_gradient_cpu(const TableGradient<float, float>&, int,
                                  const std::function<TableRows<float>(int64_t)>&);
-template void table_gradient_cpu(const TableGradient<float>&, int,
+template void table_gradient_cpu(const TableGradient<float, BFloat16>&, int,
                                  const std::function<TableRows<BFloat16>(int64_t)>&);
-template void table_gradient_cpu(const TableGradient<float>&, int,
+template void table_gradient_cpu(const TableGradient<float, Float16>&, int,
                                  const std::function<TableRows<Float16>(int64_t)>&);
-template void table_gradient_cpu(const TableGradient<double>&, int,
+template void table_gradient_cpu(const TableGradient<double, double>&, int,
                                  const std::function<TableRows<double>(int64_t)>&);
 
 }  // namespace dwl

@@ -17,8 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dwl_kernels.core.checks import cast_to
 from dwl_kernels.core.problem import GradMask, Output, Problem, RowOptions, SharedProblem
-from dwl_kernels.core.values import not_negative, wrong_domains, wrong_rows
+from dwl_kernels.core.values import checks_values, not_negative, wrong_domains, wrong_rows
 
 
 class Prepared(NamedTuple):
@@ -55,28 +56,32 @@ def prepare(
             finite, under the same conditions.
     """
     rows, num_rows = problem.rows, problem.query.shape[0]
-    if rows.example_weights is None:
-        weight = problem.query.new_ones(num_rows, dtype=problem.dtypes.accumulate)
-    else:
-        weight = rows.example_weights
-    active = active_rows(problem)
+    weight, active = rows.example_weights, active_rows(problem)
     if rows.domain_ids is not None:
         assert rows.domain_weights is not None  # `build` checks
-        weight = weight * mean_domain_weight(rows.domain_ids, rows.domain_weights, active)
+        of_domains = mean_domain_weight(rows.domain_ids, rows.domain_weights, active)
+        weight = of_domains if weight is None else weight * of_domains
+    given = weight is not None
+    if weight is None:
+        weight = problem.query.new_ones(num_rows, dtype=problem.dtypes.accumulate)
     wrong = wrong_rows(problem, active)
     if wrong is not None:
         weight = weight.masked_fill(wrong, torch.nan)
     if active is not None:
         weight = torch.where(active, weight, 0.0)
-    weight = not_negative(weight)
+    if given:
+        weight = not_negative(weight)
     norm: Tensor | None = None
     if rows.reduction == "weighted_mean":
         norm = weight.sum()
     elif rows.reduction == "mean":
         norm = weight.new_full((), num_rows) if active is None else active.sum().to(weight.dtype)
-    coefficient = weight if norm is None else divide(weight, norm)
     if row_grad is not None:
         coefficient = weight * row_grad
+    elif rows.reduction == "mean" and active is None:
+        coefficient = weight / num_rows  # which is not 0, or there is no weight
+    else:
+        coefficient = weight if norm is None else divide(weight, norm)
     return Prepared(weight, active, norm, coefficient, temperatures(problem, active))
 
 
@@ -101,12 +106,17 @@ def mean_domain_weight(
         IndexError: an id out of range, where values are looked at; elsewhere the row gets NaN.
         ValueError: a domain twice in a row, where values are looked at.
     """
+    slots = domain_ids.shape[1]
     if active is not None:
         domain_ids = domain_ids.masked_fill(~active[:, None], -1)
+    elif slots == 1 and checks_values(domain_ids) and domain_ids.device.type == "cpu":
+        try:  # no look at the ids before: this one looks
+            return domain_weights.index_select(0, domain_ids.view(-1))
+        except IndexError:  # -1, or one that is wrong
+            pass
     outside, complete = wrong_domains(domain_ids, domain_weights.shape[0])
     if complete:  # in a fifth of the time
         weights = domain_weights.index_select(0, domain_ids.reshape(-1))
-        slots = domain_ids.shape[1]
         return weights if slots == 1 else weights.view(-1, slots).sum(1) / slots
     present = domain_ids >= 0
     if outside is not None:
@@ -180,7 +190,7 @@ def finish(
     d_temperature = d_weights = None
 
     def to(dtype: torch.dtype, gradient: Tensor | None, want: bool) -> Tensor | None:
-        return gradient.to(dtype) if want and gradient is not None else None
+        return cast_to(dtype, gradient) if want and gradient is not None else None
 
     if wanted.temperature:
         d_temperature = gradients.tau
@@ -217,7 +227,7 @@ def clear_padding(problem: Problem, active: Tensor | None, d_candidates: Tensor)
 def reduce_rows(row_loss: Tensor, prepared: Prepared, reduction: str) -> Tensor:
     """``sum_i w_i r_i l_i / norm``, or the rows themselves for "none"."""
     weight, norm = prepared.weight, prepared.norm
-    rows = torch.where(weight == 0, 0.0, weight * row_loss)
+    rows = (weight * row_loss).masked_fill_(weight == 0, 0)
     if reduction == "none":
         return rows
     return rows.sum() if norm is None else divide(rows.sum(), norm)
@@ -225,7 +235,7 @@ def reduce_rows(row_loss: Tensor, prepared: Prepared, reduction: str) -> Tensor:
 
 def divide(value: Tensor, norm: Tensor) -> Tensor:
     """``value / norm``, where 0/0 is 0: a batch of padding has loss and gradients zero."""
-    return torch.where(norm == 0, 0.0, value / norm)
+    return (value / norm).masked_fill_(norm == 0, 0)
 
 
 def domain_weights_gradient(

@@ -162,11 +162,10 @@ def wrong_temperatures(tau: Tensor | None, active: Tensor | None) -> Tensor | No
 
 def not_negative(weight: Tensor) -> Tensor:  # [B]
     """`weight`; ValueError for a negative one, NaN where values are not looked at."""
-    negative = weight < 0
     if not checks_values(weight):
-        return weight.masked_fill(negative, torch.nan)
-    if bool(negative.any()):
-        row = int(negative.nonzero()[0])
+        return weight.masked_fill(weight < 0, torch.nan)
+    if weight.numel() and not float(weight.detach().min()) >= 0 and bool((weight < 0).any()):  # or NaN
+        row = int((weight < 0).nonzero()[0])
         raise ValueError(
             f"the weight of row {row} is {float(weight.detach()[row]):g}, and weights must not be "
             "negative; check example_weights and domain_weights"

@@ -298,7 +298,7 @@ void gradient_of_a_table() {
   const int64_t r = chance(0.1) ? 3000 : integer(0, 30), d = integer(0, 9);
   const int64_t v = chance(0.3) ? int64_t(1) << integer(12, 40) : integer(0, 30);
   const bool compact = v > 30 || chance(0.5);
-  Array<T> source(r * d);
+  Array<S> source(r * d);
   fill(source, 1.0, chance(0.2));
   const int num_pieces = static_cast<int>(integer(0, 3));
   std::vector<std::unique_ptr<Array<int64_t>>> ids;
@@ -314,7 +314,7 @@ void gradient_of_a_table() {
     fill(*coefficients.back(), 1.0, false);
     piece.coefficient = weighted ? coefficients.back()->get() : nullptr;
   }
-  const dwl::TableGradient<T> p{r, d, v, source.get(), pieces.data(), num_pieces, compact};
+  const dwl::TableGradient<T, S> p{r, d, v, source.get(), pieces.data(), num_pieces, compact};
   std::unique_ptr<Array<S>> values;
   std::unique_ptr<Array<int64_t>> distinct;
   dwl::table_gradient_cpu<T, S>(p, kThreads, [&](int64_t count) {

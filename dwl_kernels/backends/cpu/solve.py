@@ -14,7 +14,8 @@ from torch import Tensor
 
 from dwl_kernels.backends.cache import BuildError
 from dwl_kernels.backends.cpu import build
-from dwl_kernels.core.candidates import dual_scale, log_q_of_candidates, log_q_of_positives
+from dwl_kernels.core.candidates import dual_scale, log_q_of_positives
+from dwl_kernels.core.checks import cast_to
 from dwl_kernels.core.problem import (
     NO_GRADIENTS,
     GradMask,
@@ -100,7 +101,7 @@ def _run_shared(
         tau=tau.contiguous(),
         coefficient=prepared.coefficient,
         positive_log_q=_contiguous(positive_log_q),
-        candidate_log_q=_contiguous(log_q_of_candidates(problem)),
+        candidate_log_q=_contiguous(problem.candidate_log_q),
         score=_contiguous(score),
         shift=_contiguous(shift),
         row_ids=[ids.long().contiguous() for ids, _ in problem.id_pairs()],
@@ -149,7 +150,7 @@ def _embeddings(problem: SharedProblem, active: Tensor | None) -> tuple[Tensor, 
     padded_batch = problem.in_batch and active is not None
     if problem.positive is not None or problem.dual is not None or padded_batch:
         return embeddings(problem, active, dtype)
-    query, candidates = problem.query.to(dtype), problem.candidates.to(dtype)
+    query, candidates = cast_to(dtype, problem.query), cast_to(dtype, problem.candidates)
     if active is not None:
         query = query.masked_fill(~active[:, None], 0)
     return query, query, candidates
@@ -190,15 +191,15 @@ def table_gradient(
     compact: bool,
 ) -> tuple[Tensor, Tensor]:
     """As `chunked.table_gradient`."""
+    widest = torch.promote_types(source.dtype, dtype)  # nothing is rounded before it is summed
     values, distinct = torch.ops.dwl_kernels_native.table_gradient(
-        source.to(accumulate_dtype(dtype)).contiguous(),
+        source.to(widest).contiguous(),
         [one.contiguous() for one in ids],
-        [one.contiguous() for one in coefficients],
+        [one.to(accumulate_dtype(widest)).contiguous() for one in coefficients],
         table_rows,
-        dtype,
         compact,
     )
-    return values, distinct
+    return values.to(dtype), distinct
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
@@ -239,7 +240,7 @@ def _register_fake() -> None:
         return target.new_empty(target.shape)
 
     @torch.library.register_fake("dwl_kernels_native::table_gradient")
-    def fake_gradient(source, ids, coefficients, table_rows, dtype, compact):  # type: ignore[no-untyped-def]
+    def fake_gradient(source, ids, coefficients, table_rows, compact):  # type: ignore[no-untyped-def]
         rows = torch.library.get_ctx().new_dynamic_size() if compact else table_rows
-        values = source.new_empty((rows, source.shape[1]), dtype=dtype)
+        values = source.new_empty((rows, source.shape[1]))
         return values, source.new_empty(rows if compact else 0, dtype=torch.int64)
