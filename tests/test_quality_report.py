@@ -67,6 +67,24 @@ def test_dial_is_chosen_on_validation_items_and_read_on_test_items() -> None:
     assert chosen.strength == 0  # the best of those at which validation loses nothing
     assert chosen.overall.value == pytest.approx(-0.05)
     assert chosen.gain.value == pytest.approx(0.3)
+    assert chosen.validated == 0
+    dear = run("dear", 0, [0.1] * 4, [0.4] * 4)
+    dear["validation"] = dear["test"]
+    found = document(PLAIN, OTHER, dear)
+    assert np.isnan(report.chosen(found, "dear", price=0.1).validated)
+    assert report.chosen(found, "dear", price=0.5).validated == pytest.approx(1.0)
+    assert claims.served_table(found).splitlines()[-1] == ("| dear | 0.1000 | – | – | – | – |")
+
+
+def test_weights_stand_below_plain_where_validation_items_prefer_them() -> None:
+    good = run("good", 0, [0.2] * 4, [0.1, 0.3, 0.4, 0.4])
+    good["validation"] = good["test"]
+    rows = claims.dial_table({"ml-1m": document(PLAIN, OTHER, good)}).splitlines()[2:]
+    assert rows[0].startswith("| ml-1m, 1 seed: plain | 0.2000 | +0.0; +0.0 |")
+    assert rows[1].startswith("| ml-1m, 1 seed: good | 0.2000 | +100.0; +0.0 |")
+    assert rows[2].startswith("| amazon-beauty | not run yet |")
+    alone = claims.dial_table({"ml-1m": document(PLAIN, OTHER)}).splitlines()[2:]
+    assert alone[1].startswith("| amazon-beauty | not run yet |")
 
 
 def test_error_is_the_standard_error_over_seeds() -> None:

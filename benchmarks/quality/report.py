@@ -131,6 +131,7 @@ class Chosen(NamedTuple):
     strength: float
     overall: Mean
     gain: Mean
+    validated: float  # the mean gain on validation items; nan where these do not keep the price
 
 
 def chosen(
@@ -152,8 +153,9 @@ def chosen(
     allowed = np.flatnonzero(overall >= -price)
     # A method that cannot keep the price on validation items is served where it costs least.
     best = allowed[inside[allowed].argmax()] if len(allowed) else overall.argmax()
+    validated = float(inside[best]) if len(allowed) else float("nan")
     overall, inside = found("test", group, metric)[:, :, best]
-    return Chosen(document["strengths"][best], mean(overall), mean(inside))
+    return Chosen(document["strengths"][best], mean(overall), mean(inside), validated)
 
 
 def best_method(

@@ -164,13 +164,14 @@ def not_negative(weight: Tensor) -> Tensor:  # [B]
     """`weight`; ValueError for a negative one, NaN where values are not looked at."""
     if not checks_values(weight):
         return weight.masked_fill(weight < 0, torch.nan)
-    if weight.numel() and not float(weight.detach().min()) >= 0 and bool((weight < 0).any()):  # or NaN
-        row = int((weight < 0).nonzero()[0])
-        raise ValueError(
-            f"the weight of row {row} is {float(weight.detach()[row]):g}, and weights must not be "
-            "negative; check example_weights and domain_weights"
-        )
-    return weight
+    # The smallest may be NaN, and others negative.
+    if not weight.numel() or float(weight.detach().min()) >= 0 or not (weight < 0).any():
+        return weight
+    row = int((weight < 0).nonzero()[0])
+    raise ValueError(
+        f"the weight of row {row} is {float(weight.detach()[row]):g}, and weights must not be "
+        "negative; check example_weights and domain_weights"
+    )
 
 
 def wrong_domains(domain_ids: Tensor, num_domains: int) -> tuple[Tensor | None, bool]:
