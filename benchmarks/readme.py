@@ -38,7 +38,7 @@ def main() -> None:
     documents = claims.documents_in(QUALITY)
     (ROOT / QUALITY_TABLES).write_text(claims.tables(documents), "utf-8")
     if "ml-1m" in documents:
-        report.plot(QUALITY / "ml-1m.png", documents["ml-1m"])
+        report.plot(QUALITY / "ml-1m.png", documents["ml-1m"], claims.DRAWN)
 
 
 def filled(text: str) -> str:

@@ -36,6 +36,17 @@ PAPERS = {
     "cumulative": ("cumulative cross-entropy", "2301.00979"),
     "dual-scale": ("dual scale", "2602.07206"),
 }
+# In the picture: more lines cannot be told apart; the tables have all.
+DRAWN = (
+    "plain",
+    "from the start",
+    "deferred",
+    "from the start to 16",
+    "from the start, calibrated",
+    "deferred to 16, calibrated",
+    "ramped to 16, calibrated",
+    "fixed",
+)
 SERVED = (0.0, 0.01, 0.03, 0.1)  # prices at which the dial is shown
 CUMULATIVE = {"SASRec": ("SASRec, binary", 0.6990), "GRU4Rec": ("GRU4Rec, BPR", 1.2563)}
 GRAPH = "LightGCN "  # before the names of its methods
