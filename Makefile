@@ -6,6 +6,9 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
+# Without bytecode every process, and the tests start hundreds, would compile PyTorch's sources anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help venv test demo bench quality clients tables lint format build clean
 
@@ -73,9 +76,11 @@ clients: $(READY)
 	$(BIN)/python -m benchmarks.clients
 	$(BIN)/python -m benchmarks.readme
 
-# Each version of Triton has tables of its own: these are of the one in .venv.
+# Each version of Triton has tables of its own: these are of the one in .venv. What the tests keep of
+# the machine code is written as well, so that they need not compile (`tests/compiled.py`).
 tables: $(READY)
 	$(BIN)/python -m benchmarks.machine_code
+	DWL_KERNELS_KEEP=1 $(BIN)/python -m pytest --timeout 1200 tests/test_machine_code*.py
 
 CSRC = $$(find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 

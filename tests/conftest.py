@@ -28,8 +28,10 @@ from dwl_kernels import backends
 from dwl_kernels.backends.triton.specialize import interpreting
 
 if interpreting() and backends.unavailable_reason("triton", "cpu") is None:
+    import quick_interpreter
     import triton_access
 
+    quick_interpreter.install()
     triton_access.install()
 
 # The interpreter takes about a second for a small problem, so it runs every case in float32, and in

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +9,12 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+import compiled as kept
+from compiled import by_triton
+
 from benchmarks.machine_code import arithmetic
 
-ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.timeout(900)  # where a kernel has changed
 SHARED_OF_9_0 = (233472, 232448)  # bytes of a multiprocessor, and of a program
 
 # Between them they have every loop, with what needs most registers.
@@ -63,15 +62,8 @@ if __name__ == "__main__":
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Any]]]:
-    """In processes of their own: this one may have Triton's interpreter on."""
-    folder = tmp_path_factory.mktemp("machine_code")
-    script, found = folder / "forms.py", folder / "found.json"
-    script.write_text(COMPILE)
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(ROOT)
-    subprocess.run([sys.executable, str(script), str(found)], check=True, env=environment)
-    rows: list[list[dict[str, Any]]] = json.loads(found.read_text())
+def compiled() -> list[list[dict[str, Any]]]:
+    rows: list[list[dict[str, Any]]] = by_triton("triton", COMPILE)
     return rows
 
 
@@ -189,6 +181,33 @@ def test_an_old_triton_pipelines_no_fence_on_10_0(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(specialize, "installed", lambda: (3, 6, 0))
     assert stages(10) == (1, 1)
     assert stages(9) == (3, 3)
+
+
+def test_what_is_kept_serves_the_same_sources_and_compiler_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(kept, "ROOT", tmp_path)
+    monkeypatch.setattr(kept, "KEPT", tmp_path / "kept")
+    source = tmp_path / "kernel.py"
+    source.write_text("1")
+    runs = iter(range(9))
+
+    def found(compiler: str = "one") -> int:
+        number: int = kept.found("name", ["*.py"], compiler, lambda: next(runs))
+        return number
+
+    assert found() == 0
+    assert found() == 1  # nothing is kept unless that is asked for
+    monkeypatch.setenv("DWL_KERNELS_KEEP", "1")
+    assert found() == found() == 2
+    assert found("another") == 3
+    assert found() == 4
+    source.write_text("2")
+    assert found() == 5
+    monkeypatch.delenv("DWL_KERNELS_KEEP")
+    assert found() == 5
+    source.write_text("3")
+    assert found() == 6
 
 
 ROW = {

@@ -6,16 +6,21 @@ from __future__ import annotations
 import ctypes
 import re
 import subprocess
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 pytest.importorskip("triton")  # its tools read the machine code
+from compiled import CUDA, found
+
 from benchmarks.machine_code import arithmetic
 from benchmarks.machine_code import cuda as counts
 from benchmarks.machine_code.sass import TOOLS
 from dwl_kernels.backends import cache as _cache
+from dwl_kernels.backends import compilers
 from dwl_kernels.backends.cuda import build as cuda_build
 from dwl_kernels.backends.cuda import variants as cuda_tiles
 
@@ -28,6 +33,7 @@ def _missing() -> str | None:
     return None
 
 
+pytestmark = pytest.mark.timeout(900)  # where the kernel has changed
 SHARED = {80: 164, 86: 100, 89: 100, 90: 228, 100: 228, 120: 100}  # KB of a multiprocessor
 needs_nvcc = pytest.mark.skipif(_missing() is not None, reason=f"no nvcc here: {_missing()}")
 
@@ -35,7 +41,7 @@ BF16, F16, F32, F64 = (
     cuda_tiles.MATH[dtype]
     for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 )
-# A compilation takes 5 to 10 s: the widest or the commonest of each type.
+# The widest or the commonest of each type.
 CHOSEN = [
     (BF16, 128, 90),
     (F16, 256, 90),
@@ -46,37 +52,56 @@ CHOSEN = [
 ]
 
 
-@needs_nvcc
-@pytest.mark.parametrize(
-    ("math", "width", "arch"), CHOSEN, ids=[f"{m.name}-{w}-sm_{a}" for m, w, a in CHOSEN]
-)
-def test_kernel_compiles_without_warnings_and_spills(
-    tmp_path: Path, math: cuda_tiles.Math, width: int, arch: int
-) -> None:
+NAMES = [f"{math.name}-{width}-sm_{arch}" for math, width, arch in CHOSEN]
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, dict[str, Any]]:
+    def run() -> dict[str, dict[str, Any]]:
+        return dict(zip(NAMES, compilers.in_parallel(compile_and_count, CHOSEN), strict=True))
+
+    compiler = f"{cuda_build.nvcc_version()} {NAMES}"
+    rows: dict[str, dict[str, Any]] = found("cuda", CUDA, compiler, run)
+    return rows
+
+
+def compile_and_count(chosen: tuple[cuda_tiles.Math, int, int]) -> dict[str, Any]:
+    math, width, arch = chosen
     variant = counts.variant_of(math, width, arch)
-    library = tmp_path / "kernel.so"
-    command = [
-        *(cuda_build.nvcc(), *cuda_build.FLAGS.split(), *variant.definitions()),
-        *(f"-arch=sm_{arch}", "-Xptxas", "-v", "-Werror", "all-warnings"),
-        *("-keep", "-keep-dir", str(tmp_path)),
-        *(str(counts.SOURCES / "sampled_softmax.cu"), "-o", str(library)),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    said = done.stderr
-    stack = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes", said)
-    assert stack == [("0", "0", "0")], said
-    assert "warning" not in said
-    # The library needs no driver until it is called.
-    assert ctypes.CDLL(str(library)).dwl_shared_bytes() == variant.shared_bytes
-    dump = [str(TOOLS / "cuobjdump"), "-sass", str(library)]
-    sass = subprocess.run(dump, capture_output=True, text=True, check=True).stdout
-    together, apart = tensor_instructions(sass)
-    assert together > 0 or math == F32  # whose products are no tensor instructions
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "kernel.so"
+        command = [
+            *(cuda_build.nvcc(), *cuda_build.FLAGS.split(), *variant.definitions()),
+            *(f"-arch=sm_{arch}", "-Xptxas", "-v", "-Werror", "all-warnings"),
+            *("-keep", "-keep-dir", folder),
+            *(str(counts.SOURCES / "sampled_softmax.cu"), "-o", str(library)),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        dump = [str(TOOLS / "cuobjdump"), "-sass", str(library)]
+        sass = subprocess.run(dump, capture_output=True, text=True, check=True).stdout
+        (binary,) = Path(folder).glob("sampled_softmax*.cubin")
+        return {
+            "said": re.findall(r"\d+ bytes stack frame.*|.*warning.*", done.stderr),
+            # The library needs no driver until it is called.
+            "shared_bytes": ctypes.CDLL(str(library)).dwl_shared_bytes(),
+            "tensor_instructions": tensor_instructions(sass),
+            "row": counts.count(binary.read_bytes(), math, width, arch),
+        }
+
+
+@needs_nvcc
+@pytest.mark.parametrize(("name", "chosen"), [*zip(NAMES, CHOSEN, strict=True)], ids=NAMES)
+def test_kernel_compiles_without_warnings_and_spills(
+    compiled: dict[str, dict[str, Any]], name: str, chosen: tuple[cuda_tiles.Math, int, int]
+) -> None:
+    row = compiled[name]
+    assert row["said"] == ["0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"]
+    assert row["shared_bytes"] == counts.variant_of(*chosen).shared_bytes
+    together, apart = row["tensor_instructions"]
+    assert together > 0 or chosen[0] == F32  # whose products are no tensor instructions
     assert apart == 0
-    (binary,) = tmp_path.glob("sampled_softmax*.cubin")
-    row = counts.count(binary.read_bytes(), math, width, arch)
-    check(row)
+    check(row["row"])
 
 
 def check(row: dict) -> None:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 pytest.importorskip("triton")
+from compiled import by_triton
+
 from benchmarks.machine_code import arithmetic
 
-ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.timeout(900)  # where a kernel has changed
 
 COMPILE = """
 import json, sys, torch
@@ -38,15 +35,8 @@ if __name__ == "__main__":
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """In processes of their own: this one may have Triton's interpreter on."""
-    folder = tmp_path_factory.mktemp("machine_code_wide")
-    script, found = folder / "forms.py", folder / "found.json"
-    script.write_text(COMPILE)
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(ROOT)
-    subprocess.run([sys.executable, str(script), str(found)], check=True, env=environment)
-    rows: list[dict[str, Any]] = json.loads(found.read_text())
+def compiled() -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = by_triton("triton_wide", COMPILE)
     return rows
 
 
