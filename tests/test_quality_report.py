@@ -151,3 +151,21 @@ def test_claims_name_what_was_not_run_and_what_was_not_reached() -> None:
         claims.cumulative_claim({"ml-1m-cumulative": both})
         == "NDCG@5 in %: ml-1m, SASRec +80.0, 1 seed: reached"
     )
+
+
+def test_claim_of_the_dual_scale_is_an_average_over_data_sets() -> None:
+    def of(name: str, method: str, seed: int, value: float) -> dict[str, Any]:
+        found = {"all": {"NDCG@20": [value]}}
+        return {"method": method, "seed": seed, "test": found, "validation": found}
+
+    documents = {}
+    for name, gains in (("ml-1m", (0.06, 0.10)), ("lastfm", (0.12, 0.12))):
+        runs = [of(name, "softmax", seed, 0.1) for seed in (0, 1)]
+        runs += [of(name, "softmax at 0.3", seed, 0.09) for seed in (0, 1)]
+        runs += [of(name, "hardness +0.5", seed, 0.09) for seed in (0, 1)]
+        runs += [of(name, "competition +1", seed, 0.1 + gains[seed] / 10) for seed in (0, 1)]
+        documents[f"{name}-dual-scale"] = {"setting": "dual-scale", "runs": runs}
+    assert claims.dual_claim(documents) == (
+        "NDCG@20 in %: random split +10.0 ± 1.0 on average, 2 seeds: reached. "
+        "ml-1m +8.0 ± 2.0 (competition +1); lastfm +12.0 ± 0.0 (competition +1)"
+    )
