@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 import sys
 import time
@@ -76,7 +77,7 @@ def in_processes(
 
     Each process calls `before` first. Spawned ones find no functions of a package's `__main__`.
     """
-    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), before)
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _begin, (before,))
     # Ctrl-C reaches all processes of a terminal; these inherit that they ignore it.
     usual = signal.signal(signal.SIGINT, signal.SIG_IGN)
     waiting = {pool.submit(function, *call): key for key, call in calls.items()}
@@ -90,3 +91,17 @@ def in_processes(
         raise
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _begin(before: Callable[[], object] | None) -> None:
+    Thread(target=_end_with_parent, daemon=True).start()
+    if before is not None:
+        before()
+
+
+def _end_with_parent() -> None:
+    """Also where that was killed, and could end nobody."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import re
@@ -80,7 +81,9 @@ if __name__ == "__main__":
 """
 
 
-def test_ctrl_c_ends_the_processes_of_a_command_without_a_word(tmp_path: Path) -> None:
+@pytest.fixture
+def waiting(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """A command whose process has begun to work."""
     (tmp_path / "waiting.py").write_text(WAITING)
     process = subprocess.Popen(
         [sys.executable, "waiting.py"],
@@ -93,10 +96,27 @@ def test_ctrl_c_ends_the_processes_of_a_command_without_a_word(tmp_path: Path) -
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "begun\n"
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    _, said = process.communicate(timeout=20)
+    yield process
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def test_ctrl_c_ends_the_processes_of_a_command_without_a_word(
+    waiting: subprocess.Popen[str],
+) -> None:
+    os.killpg(waiting.pid, signal.SIGINT)  # as a terminal does
+    _, said = waiting.communicate(timeout=20)
     assert said.count("Traceback") == 1  # that of the main process: no command of the package
     assert said.endswith("KeyboardInterrupt\n")
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_processes_end_with_a_command_that_is_killed(
+    waiting: subprocess.Popen[str], how: signal.Signals
+) -> None:
+    waiting.send_signal(how)
+    waiting.communicate(timeout=20)  # until nobody has the other end of the pipes
 
 
 def test_processes_give_every_result_with_its_key() -> None:

@@ -91,7 +91,7 @@ def _key(csrc: Path, files: list[Path]) -> str:
 def _compile(csrc: Path, sources: list[Path], library: Path, verbose: bool) -> Path:
     command = [*compiler(), *_flags()]
     print(
-        "dwl_kernels: compiling the CPU kernel (about 10 s, once) ...", file=sys.stderr, flush=True
+        "dwl_kernels: compiling the CPU kernel (10 to 30 s, once) ...", file=sys.stderr, flush=True
     )
     # Those of `torch.utils.cpp_extension`, whose import takes 200 ms and changes `distutils`.
     installed = Path(torch.__file__).parent
