@@ -166,6 +166,7 @@ def test_claim_of_the_dual_scale_is_an_average_over_data_sets() -> None:
         runs += [of(name, "competition +1", seed, 0.1 + gains[seed] / 10) for seed in (0, 1)]
         documents[f"{name}-dual-scale"] = {"setting": "dual-scale", "runs": runs}
     assert claims.dual_claim(documents) == (
-        "NDCG@20 in %: random split +10.0 ± 1.0 on average, 2 seeds: reached. "
+        "NDCG@20 in %: random split +10.0 ± 1.0 on average, 2 seeds: reached; "
+        "competition +1, the default, +10.0 ± 1.0. By data set: "
         "ml-1m +8.0 ± 2.0 (competition +1); lastfm +12.0 ± 0.0 (competition +1)"
     )
