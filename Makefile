@@ -80,7 +80,7 @@ clients: $(READY)
 # the machine code is written as well, so that they need not compile (`tests/compiled.py`).
 tables: $(READY)
 	$(BIN)/python -m benchmarks.machine_code
-	DWL_KERNELS_KEEP=1 $(BIN)/python -m pytest --timeout 1200 tests/test_machine_code*.py
+	DWL_KERNELS_KEEP=1 $(BIN)/python -m pytest tests/test_machine_code*.py
 
 CSRC = $$(find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 

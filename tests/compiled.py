@@ -7,6 +7,7 @@ writes it anew.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -28,16 +29,17 @@ CUDA = ("csrc/cuda/*", "dwl_kernels/backends/cuda/*.py", COUNTS)
 def found(
     name: str,  # of the file
     sources: Iterable[str],  # patterns, from the root
-    compiler: str,
+    compiler: str,  # its version, and all that it is asked
     compile_and_count: Callable[[], Any],
 ) -> Any:
     """What `compile_and_count` gives, as it comes from JSON."""
     files = sorted({file for pattern in sources for file in ROOT.glob(pattern) if file.is_file()})
     contents = [part for file in files for part in (str(file.relative_to(ROOT)), file.read_bytes())]
     of, path = digest(compiler, *contents), KEPT / f"{name}.json"
-    kept = json.loads(path.read_text()) if path.exists() else {}
-    if kept.get("of") == of:
-        return kept["found"]
+    with contextlib.suppress(OSError, ValueError):  # not there, or damaged
+        kept = json.loads(path.read_text())
+        if kept["of"] == of:
+            return kept["found"]
     result = json.loads(json.dumps(compile_and_count()))
     if os.environ.get("DWL_KERNELS_KEEP") == "1":
         path.parent.mkdir(exist_ok=True)

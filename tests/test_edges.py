@@ -269,3 +269,25 @@ def test_table_without_draws_has_gradient_zero(
     assert loss == 0
     assert not query.grad.any()
     assert not table.grad.to_dense().any()
+
+
+def test_candidate_with_the_embedding_of_the_positive_ties_with_it(backend: str) -> None:
+    """Logits in the hundreds, whose last digits decide what either of the two gets."""
+    generator = torch.Generator().manual_seed(2)
+    query = 5 * torch.randn(3, 200, generator=generator)
+    positive = torch.randn(3, 200, generator=generator)
+    more = torch.randn(3, 4, 200, generator=generator)
+    negative = torch.cat((positive[:, None], more), 1)
+
+    def found(backend: str, dtype: torch.dtype) -> list[torch.Tensor]:
+        leaves = [x.to(dtype, copy=True).requires_grad_() for x in (query, positive, negative)]
+        loss = dwl_kernels.sampled_softmax_loss(*leaves, temperature=0.3, backend=backend)
+        return [loss, *torch.autograd.grad(loss, leaves)]
+
+    if backend == "cuda":
+        pytest.skip("it takes no candidates per row")
+    for one, exact in zip(
+        found(backend, torch.float32), found("eager", torch.float64), strict=True
+    ):
+        error = (one.double() - exact).abs().max() / exact.abs().max()
+        assert error <= 3e-6

@@ -208,6 +208,8 @@ def test_what_is_kept_serves_the_same_sources_and_compiler_alone(
     assert found() == 5
     source.write_text("3")
     assert found() == 6
+    (tmp_path / "kept" / "name.json").write_text("{")
+    assert found() == 7
 
 
 ROW = {

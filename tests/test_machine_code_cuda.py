@@ -4,6 +4,7 @@ tensor instructions only where the lanes of a warp run together."""
 from __future__ import annotations
 
 import ctypes
+import inspect
 import re
 import subprocess
 import tempfile
@@ -60,7 +61,8 @@ def compiled() -> dict[str, dict[str, Any]]:
     def run() -> dict[str, dict[str, Any]]:
         return dict(zip(NAMES, compilers.in_parallel(compile_and_count, CHOSEN), strict=True))
 
-    compiler = f"{cuda_build.nvcc_version()} {NAMES}"
+    asked = map(inspect.getsource, (compile_and_count, tensor_instructions))
+    compiler = "".join([cuda_build.nvcc_version(), *NAMES, *asked])
     rows: dict[str, dict[str, Any]] = found("cuda", CUDA, compiler, run)
     return rows
 

@@ -163,7 +163,8 @@ def logits(
 def scores(query: Tensor, candidates: Tensor) -> Tensor:  # [B, N]
     """``<q_i, c_j>`` of candidates ``[N, D]``, ``<q_i, c_ij>`` of candidates ``[B, K, D]``."""
     if candidates.dim() == 3:
-        return (candidates @ query[:, :, None])[:, :, 0]
+        # As the product of the positive is made: a candidate with its embedding ties with it.
+        return (candidates * query[:, None]).sum(2)
     return query @ candidates.T
 
 

@@ -28,7 +28,7 @@ memory             beyond inputs and gradients: ``eager`` several times ``B N``;
                    at most 2^27, and ``N D`` numbers. Per row none holds ``[B, K, D]`` but what is
                    given and its gradient; both take a list of the ``B K`` places. ``cpu``
                    keeps the memory of one gradient of a table, 16 to 256 MB, from step to step
-does not take      ``cpu``: float16; ``triton``: float64, a hardness below -0.2 up to D = 256, and
+does not take      ``triton``: float64, a hardness below -0.2 up to D = 256, and
                    with D above 256 candidates per row; ``cuda``: the dual scale, candidates per
                    row, D above 256, ids of items and of queries at once; ``auto`` then takes
                    ``chunked``
