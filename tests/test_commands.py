@@ -72,10 +72,13 @@ def test_other_errors_keep_their_traceback(capsys: pytest.CaptureFixture[str]) -
     assert caught.value.code == 130
 
 
+# What runs in the background of a shell inherits that Ctrl-C is ignored.
 WAITING = """
 if __name__ == "__main__":
+    import signal
     from benchmarks.progress import in_processes
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     work = "import time; print('begun', flush=True); time.sleep(60)"
     dict(in_processes(exec, {1: (work,), 2: (work,)}, 1))
 """
