@@ -36,7 +36,7 @@ def found(
     files = sorted({file for pattern in sources for file in ROOT.glob(pattern) if file.is_file()})
     contents = [part for file in files for part in (str(file.relative_to(ROOT)), file.read_bytes())]
     of, path = digest(compiler, *contents), KEPT / f"{name}.json"
-    with contextlib.suppress(OSError, ValueError):  # not there, or damaged
+    with contextlib.suppress(OSError, ValueError, LookupError):  # not there, or damaged
         kept = json.loads(path.read_text())
         if kept["of"] == of:
             return kept["found"]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from case import MARGIN
 from edge_problems import (
     INF,
     KINDS,
@@ -273,21 +274,24 @@ def test_table_without_draws_has_gradient_zero(
 
 def test_candidate_with_the_embedding_of_the_positive_ties_with_it(backend: str) -> None:
     """Logits in the hundreds, whose last digits decide what either of the two gets."""
+    if backend == "cuda":
+        pytest.skip("it takes no candidates per row")
     generator = torch.Generator().manual_seed(2)
     query = 5 * torch.randn(3, 200, generator=generator)
     positive = torch.randn(3, 200, generator=generator)
     more = torch.randn(3, 4, 200, generator=generator)
     negative = torch.cat((positive[:, None], more), 1)
 
-    def found(backend: str, dtype: torch.dtype) -> list[torch.Tensor]:
+    def found(name: str, dtype: torch.dtype) -> list[torch.Tensor]:
         leaves = [x.to(dtype, copy=True).requires_grad_() for x in (query, positive, negative)]
-        loss = dwl_kernels.sampled_softmax_loss(*leaves, temperature=0.3, backend=backend)
-        return [loss, *torch.autograd.grad(loss, leaves)]
+        loss = dwl_kernels.sampled_softmax_loss(*leaves, temperature=0.3, backend=name)
+        return [loss.detach(), *torch.autograd.grad(loss, leaves)]
 
-    if backend == "cuda":
-        pytest.skip("it takes no candidates per row")
-    for one, exact in zip(
-        found(backend, torch.float32), found("eager", torch.float64), strict=True
+    exact = found("eager", torch.float64)
+    for got, eager, right in zip(
+        found(backend, torch.float32), found("eager", torch.float32), exact, strict=True
     ):
-        error = (one.double() - exact).abs().max() / exact.abs().max()
-        assert error <= 3e-6
+        error, usual = (
+            (one.double() - right).abs().max() / right.abs().max() for one in (got, eager)
+        )
+        assert error <= 2 * usual + MARGIN[torch.float32]
