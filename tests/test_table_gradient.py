@@ -69,6 +69,20 @@ def test_ids_past_32_bits_are_sorted_and_summed(backend: str) -> None:
     assert got.values()[:, 0].tolist() == [2.0, 8.0, 5.0]
 
 
+@pytest.mark.parametrize("queries", [1, 7, 8, 9, 600])
+def test_queries_of_a_huge_table_are_not_mixed_up(backend: str, queries: int) -> None:
+    """`cpu` packs a query and the place of an id in its bucket into 32 bits, 29 for the place."""
+    big = 1 << 40
+    ids = torch.tensor([big - 1, (1 << 39) + 1, (1 << 29) - 1, 0])[torch.arange(queries) % 4, None]
+    source = torch.arange(1.0, queries + 1)[:, None]
+    got = table.table_gradient(source, [ids], [], big, torch.float32, True, backend)
+    expected = {int(id): 0.0 for id in ids}
+    for id, value in zip(ids[:, 0].tolist(), source[:, 0].tolist(), strict=True):
+        expected[id] += value
+    assert got.indices()[0].tolist() == sorted(expected)
+    assert got.values()[:, 0].tolist() == [expected[id] for id in sorted(expected)]
+
+
 @pytest.mark.parametrize("compact", [False, True])
 @pytest.mark.parametrize("rows", [2**15 - 2, 2**15 - 1, 2**15, 2**15 + 1])
 def test_last_row_and_no_row_are_told_apart_at_every_width_of_the_keys(

@@ -30,7 +30,7 @@ namespace {
 
 // Tiles and blocks are padded to multiples of the grain: every other shape of a product would have
 // to be compiled.
-constexpr Cut kCut{.tile = 256, .most_rows = 128, .least_rows = 64, .grain = 32};
+constexpr Cut kCut{.tile = 256, .most_rows = 128, .least_rows = 64, .blocks = 16, .grain = 32};
 constexpr float kSlack =
     4;  // nats: more would cost the scales of the rows digits when they are tiny
 

@@ -34,7 +34,7 @@ namespace {
 // candidates and blocks of 64 to 256 rows are within 5% of these. A stride that is a power of two
 // would send a column of a tile to few sets of the cache: product 3 reads columns and ran at 75
 // instead of 98 GFLOP/s a core at D = 64, at 87 instead of 101 at 128.
-constexpr Cut kCut{.tile = 512, .most_rows = 128, .least_rows = 64, .grain = 16};
+constexpr Cut kCut{.tile = 512, .most_rows = 128, .least_rows = 64, .blocks = 32, .grain = 16};
 constexpr int64_t kSegment = 128;  // candidates whose gradients are left out together
 
 template <typename T>

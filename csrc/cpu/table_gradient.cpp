@@ -20,17 +20,29 @@ namespace dwl {
 namespace {
 
 constexpr int64_t kAhead = 8;              // entries between the fetch of a query and its use
+constexpr int64_t kWritesAhead = 16;       // entries between the fetch of a place and its write
 constexpr int64_t kBucketBytes = 1 << 17;  // of sums
 constexpr int64_t kMostBuckets = 1 << 11;  // so many streams of writes stay within the TLB
 constexpr int kMostMarked = 16;            // bits of a bucket's rows that are marked one by one
 constexpr int64_t kBucketsOfThread = 8;    // at least, where the table has so many rows
 
-// I is 32 bits wide where that holds all ids and rows: the entries are what is moved.
+// Where it comes from and where it goes: the row of the source, and the place in its bucket of the
+// row of the table, in the last bits. I is 32 bits wide where that holds both: entries are what is
+// moved.
 template <typename T, typename I>
 struct Entry {
-  I id;
-  I row;  // of the source
+  I row_and_place;
   T coefficient;
+
+  Entry() = default;
+  Entry(int64_t row, int64_t id, int shift, T a)
+      : row_and_place(static_cast<I>(row) << shift | (static_cast<I>(id) & mask(shift))),
+        coefficient(a) {}
+  int64_t row(int shift) const { return row_and_place >> shift; }
+  int64_t place(int shift) const { return row_and_place & mask(shift); }
+
+ private:
+  static I mask(int shift) { return (I(1) << shift) - 1; }
 };
 
 template <typename Work>
@@ -39,30 +51,40 @@ void in_parallel(int64_t count, int team, const Work& work) {
   for (int64_t k = 0; k < count; ++k) work(k);
 }
 
+// The threads that work, and the table in buckets of 2^shift rows.
+struct Cut {
+  int team = 1, shift = 0;
+  int64_t buckets = 0;
+
+  template <typename T, typename S>
+  Cut(const TableGradient<T, S>& p, int threads) {
+    int64_t most = 0;
+    for (int k = 0; k < p.num_pieces; ++k) most += p.rows * p.pieces[k].width;
+    team = static_cast<int>(std::clamp<int64_t>(most / 4096, 1, threads));
+    while (shift < kMostMarked && (p.dim * int64_t(sizeof(T)) << (shift + 1)) <= kBucketBytes)
+      ++shift;
+    const auto count = [&] { return p.table_rows == 0 ? 0 : ((p.table_rows - 1) >> shift) + 1; };
+    while (shift > 0 && count() < kBucketsOfThread * team) --shift;
+    while (count() > kMostBuckets) ++shift;
+    buckets = count();
+  }
+};
+
 template <typename T, typename I>
 class Buckets {
  public:
   template <typename S>
-  Buckets(const TableGradient<T, S>& p, int threads) {
-    int64_t most = 0;
-    for (int k = 0; k < p.num_pieces; ++k) most += p.rows * p.pieces[k].width;
-    team_ = static_cast<int>(std::clamp<int64_t>(most / 4096, 1, threads));
-    while (shift_ < kMostMarked && (p.dim * int64_t(sizeof(T)) << (shift_ + 1)) <= kBucketBytes)
-      ++shift_;
-    const auto buckets = [&] { return p.table_rows == 0 ? 0 : ((p.table_rows - 1) >> shift_) + 1; };
-    while (shift_ > 0 && buckets() < kBucketsOfThread * team_) --shift_;
-    while (buckets() > kMostBuckets) ++shift_;
-    count_ = buckets();
-
+  Buckets(const TableGradient<T, S>& p, const Cut& cut) : team_(cut.team), count_(cut.buckets) {
     // Twice through the places: how many a thread has of each piece and bucket, then where they go.
     const auto visit = [&](int64_t part, int k, const auto& take) {
-      const Places<T>& piece = p.pieces[k];
+      const Places<T> piece = p.pieces[k];  // in registers, whatever `take` writes to
+      const int shift = cut.shift;
       for (int64_t r = p.rows * part / team_; r < p.rows * (part + 1) / team_; ++r) {
         for (int64_t at = r * piece.width; at < (r + 1) * piece.width; ++at) {
           const T coefficient = piece.coefficient != nullptr ? piece.coefficient[at] : T(1);
           const int64_t id = piece.ids[at];
           if (coefficient == 0 || id < 0 || id >= p.table_rows) continue;
-          take(Entry<T, I>{static_cast<I>(id), static_cast<I>(r), coefficient});
+          take(id >> shift, Entry<T, I>(r, id, shift, coefficient));
         }
       }
     };
@@ -73,7 +95,7 @@ class Buckets {
     in_parallel(team_, team_, [&](int64_t part) {
       for (int k = 0; k < p.num_pieces; ++k) {
         int64_t* own = places_of(part, k);
-        visit(part, k, [own, this](const Entry<T, I>& entry) { ++own[entry.id >> shift_]; });
+        visit(part, k, [own](int64_t bucket, const Entry<T, I>&) { ++own[bucket]; });
       }
     });
     starts_.reserve(count_ + 1);
@@ -85,13 +107,16 @@ class Buckets {
       }
     }
     starts_.push_back(sum);
-    entries_.reset(new Entry<T, I>[sum]);
+    entries_.reset(new Entry<T, I>[sum + kWritesAhead]);
     in_parallel(team_, team_, [&](int64_t part) {
       Entry<T, I>* to = entries_.get();
       for (int k = 0; k < p.num_pieces; ++k) {
         int64_t* own = places_of(part, k);
-        visit(part, k,
-              [own, to, this](const Entry<T, I>& entry) { to[own[entry.id >> shift_]++] = entry; });
+        visit(part, k, [own, to](int64_t bucket, const Entry<T, I>& entry) {
+          Entry<T, I>* at = to + own[bucket]++;
+          *at = entry;
+          __builtin_prefetch(at + kWritesAhead, 1);
+        });
       }
     });
   }
@@ -100,65 +125,66 @@ class Buckets {
   int64_t count() const { return count_; }
   const Entry<T, I>* begin(int64_t bucket) const { return entries_.get() + starts_[bucket]; }
   const Entry<T, I>* end(int64_t bucket) const { return entries_.get() + starts_[bucket + 1]; }
-  int64_t rows() const { return int64_t(1) << shift_; }  // of the table, in a bucket
 
  private:
-  int team_ = 1, shift_ = 0;
-  int64_t count_ = 0;
+  const int team_;
+  const int64_t count_;
   std::vector<int64_t> starts_;
   std::unique_ptr<Entry<T, I>[]> entries_;
 };
 
 template <typename T, typename S, typename I>
-void sum_by_id(const TableGradient<T, S>& p, int threads,
+void sum_by_id(const TableGradient<T, S>& p, const Cut& cut,
                const std::function<TableRows<S>(int64_t)>& allocate) {
-  const Buckets<T, I> buckets(p, threads);
-  const int64_t dim = p.dim, bucket_rows = buckets.rows();
-  // The rows that a bucket has, in rising order, and where each of its rows stands among them; the
-  // second is empty where a bucket has too many rows for that.
+  const Buckets<T, I> buckets(p, cut);
+  const int64_t dim = p.dim, bucket_rows = int64_t(1) << cut.shift;
+  // The places that a bucket has, in rising order, and where each of its rows stands among them;
+  // the second is empty where a bucket has too many rows for that.
   struct Present {
-    std::vector<I> ids;
-    std::vector<int32_t> place;
-    int64_t of(I id, int64_t first) const {
-      if (!place.empty()) return place[id - first];
-      return std::lower_bound(ids.begin(), ids.end(), id) - ids.begin();
+    std::vector<int64_t> places;
+    std::vector<int32_t> order;
+    int64_t of(int64_t place) const {
+      if (!order.empty()) return order[place];
+      return std::lower_bound(places.begin(), places.end(), place) - places.begin();
     }
   };
   const auto present_in = [&](int64_t bucket) {
     Present present;
+    std::vector<int64_t>& places = present.places;
     const Entry<T, I>*entry = buckets.begin(bucket), *end = buckets.end(bucket);
-    const int64_t first = bucket * bucket_rows;
+    const int shift = cut.shift;
     if (bucket_rows <= int64_t(1) << kMostMarked) {
-      present.place.resize(bucket_rows);
-      for (; entry != end; ++entry) present.place[entry->id - first] = 1;
-      for (int64_t row = 0; row < bucket_rows; ++row) {
-        if (present.place[row] == 0) continue;
-        present.place[row] = static_cast<int32_t>(present.ids.size());
-        present.ids.push_back(static_cast<I>(first + row));
+      present.order.resize(bucket_rows);
+      for (; entry != end; ++entry) present.order[entry->place(shift)] = 1;
+      for (int64_t place = 0; place < bucket_rows; ++place) {
+        if (present.order[place] == 0) continue;
+        present.order[place] = static_cast<int32_t>(places.size());
+        places.push_back(place);
       }
     } else {
-      for (; entry != end; ++entry) present.ids.push_back(entry->id);
-      std::sort(present.ids.begin(), present.ids.end());
-      present.ids.erase(std::unique(present.ids.begin(), present.ids.end()), present.ids.end());
+      for (; entry != end; ++entry) places.push_back(entry->place(shift));
+      std::sort(places.begin(), places.end());
+      places.erase(std::unique(places.begin(), places.end()), places.end());
     }
     return present;
   };
   // How many rows come before those of a bucket.
   std::vector<int64_t> ranks(buckets.count() + 1);
   in_parallel(p.compact ? buckets.count() : 0, buckets.team(), [&](int64_t bucket) {
-    ranks[bucket + 1] = static_cast<int64_t>(present_in(bucket).ids.size());
+    ranks[bucket + 1] = static_cast<int64_t>(present_in(bucket).places.size());
   });
   for (int64_t bucket = 0; bucket < buckets.count(); ++bucket) ranks[bucket + 1] += ranks[bucket];
 
   const TableRows<S> out = allocate(p.compact ? ranks.back() : p.table_rows);
   in_parallel(buckets.count(), buckets.team(), [&](int64_t bucket) {
     const int64_t first = bucket * bucket_rows;
+    const int shift = cut.shift;
     int64_t rows = std::min(bucket_rows, p.table_rows - first), start = first;
     Present present;
     if (p.compact) {
       present = present_in(bucket);
-      rows = static_cast<int64_t>(present.ids.size()), start = ranks[bucket];
-      std::copy(present.ids.begin(), present.ids.end(), out.ids + start);
+      rows = static_cast<int64_t>(present.places.size()), start = ranks[bucket];
+      for (int64_t k = 0; k < rows; ++k) out.ids[start + k] = first + present.places[k];
     }
     std::unique_ptr<T[]> own;
     T* sums;
@@ -171,9 +197,10 @@ void sum_by_id(const TableGradient<T, S>& p, int threads,
     std::fill_n(sums, rows * dim, T(0));
     const Entry<T, I>* end = buckets.end(bucket);
     for (const Entry<T, I>* entry = buckets.begin(bucket); entry != end; ++entry) {
-      if (end - entry > kAhead) prefetch(p.source + int64_t(entry[kAhead].row) * dim, dim);
-      T* sum = sums + (p.compact ? present.of(entry->id, first) : entry->id - first) * dim;
-      add_to_arranged(entry->coefficient, p.source + int64_t(entry->row) * dim, dim, sum);
+      if (end - entry > kAhead) prefetch(p.source + entry[kAhead].row(shift) * dim, dim);
+      const int64_t place = entry->place(shift);
+      T* sum = sums + (p.compact ? present.of(place) : place) * dim;
+      add_to_arranged(entry->coefficient, p.source + entry->row(shift) * dim, dim, sum);
     }
     if constexpr (!std::is_same_v<T, S>) {
       S* to = out.values + start * dim;
@@ -188,11 +215,11 @@ void sum_by_id(const TableGradient<T, S>& p, int threads,
 template <typename T, typename S>
 void table_gradient_cpu(const TableGradient<T, S>& p, int threads,
                         const std::function<TableRows<S>(int64_t)>& allocate) {
-  constexpr int64_t kNarrow = std::numeric_limits<uint32_t>::max();
-  if (p.table_rows <= kNarrow && p.rows <= kNarrow) {
-    sum_by_id<T, S, uint32_t>(p, threads, allocate);
+  const Cut cut(p, threads);
+  if (p.rows <= int64_t(std::numeric_limits<uint32_t>::max()) >> cut.shift) {
+    sum_by_id<T, S, uint32_t>(p, cut, allocate);
   } else {
-    sum_by_id<T, S, int64_t>(p, threads, allocate);
+    sum_by_id<T, S, uint64_t>(p, cut, allocate);
   }
 }
 

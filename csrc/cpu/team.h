@@ -16,12 +16,13 @@
 
 namespace dwl {
 
-// How a kernel cuts its problem. Blocks are shorter where that many rows would be more than 3% of
-// all: e of a block has to be small beside the logits of the problem.
+// How a kernel cuts its problem. e of a block has to be small beside the logits of the problem, 3%
+// of them in float32: so where rows are few, blocks are shorter.
 struct Cut {
   int64_t tile;        // candidates at once, at most
   int64_t most_rows;   // of a block
   int64_t least_rows;  // of a block, where there are so many
+  int64_t blocks;      // at least, where that leaves them as many rows
   int64_t grain;       // tiles and parts are multiples of so many candidates
 };
 
@@ -146,7 +147,7 @@ class Team {
     parts_ = static_cast<int>(std::clamp<int64_t>(candidates / kPart, 1, threads));
     while (threads % parts_ != 0) --parts_;
     groups_ = static_cast<int>(std::clamp<int64_t>(num_rows / 16, 1, threads / parts_));
-    const int64_t most = std::clamp<int64_t>(num_rows / 32, cut.least_rows, cut.most_rows);
+    const int64_t most = std::clamp<int64_t>(num_rows / cut.blocks, cut.least_rows, cut.most_rows);
     const int64_t group_rows = (num_rows + groups_ - 1) / groups_;
     rounds_ = (group_rows + most - 1) / most;
     block_ = rounds_ == 0 ? 0 : (group_rows + rounds_ - 1) / rounds_;
