@@ -288,7 +288,7 @@ def scales_line(points: list[Report]) -> list[str]:
     line = (
         f"Logits of standard deviation {min(spreads):g} to {max(spreads):g}: {min(usual):.2f} to "
         f"{max(usual):.2f} times the bound; where every tile of candidates outscores all before "
-        f"it, {worst:.2f}."
+        f"it, {worst:.2f} at most."
     )
     return [line, ""]
 

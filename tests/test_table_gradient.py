@@ -69,13 +69,16 @@ def test_ids_past_32_bits_are_sorted_and_summed(backend: str) -> None:
     assert got.values()[:, 0].tolist() == [2.0, 8.0, 5.0]
 
 
-@pytest.mark.parametrize("queries", [1, 7, 8, 9, 600])
-def test_queries_of_a_huge_table_are_not_mixed_up(backend: str, queries: int) -> None:
-    """`cpu` packs a query and the place of an id in its bucket into 32 bits, 29 for the place."""
-    big = 1 << 40
-    ids = torch.tensor([big - 1, (1 << 39) + 1, (1 << 29) - 1, 0])[torch.arange(queries) % 4, None]
-    source = torch.arange(1.0, queries + 1)[:, None]
-    got = table.table_gradient(source, [ids], [], big, torch.float32, True, backend)
+@pytest.mark.parametrize(
+    ("rows", "queries"),
+    [(1 << 40, count) for count in (1, 7, 8, 9, 600)]
+    + [(big, count) for big in (1 << 62, (1 << 63) - 1) for count in (1023, 1024, 8193, 20000)],
+)
+def test_queries_of_a_huge_table_are_not_mixed_up(backend: str, rows: int, queries: int) -> None:
+    """`cpu` packs a query and the place of an id in its bucket into a word of 32 or 64 bits."""
+    ids = torch.tensor([rows - 1, (1 << 39) + 1, (1 << 29) - 1, 0])[torch.arange(queries) % 4, None]
+    source = torch.arange(1, queries + 1, dtype=torch.float64)[:, None]
+    got = table.table_gradient(source, [ids], [], rows, torch.float64, True, backend)
     expected = {int(id): 0.0 for id in ids}
     for id, value in zip(ids[:, 0].tolist(), source[:, 0].tolist(), strict=True):
         expected[id] += value

@@ -6,6 +6,8 @@
 // therefore read from front to back.
 
 #include <algorithm>
+#include <bit>
+#include <cstdint>
 #include <limits>
 #include <memory>
 #include <type_traits>
@@ -66,6 +68,8 @@ struct Cut {
     const auto count = [&] { return p.table_rows == 0 ? 0 : ((p.table_rows - 1) >> shift) + 1; };
     while (shift > 0 && count() < kBucketsOfThread * team) --shift;
     while (count() > kMostBuckets) ++shift;
+    const int row_bits = static_cast<int>(std::bit_width(static_cast<uint64_t>(p.rows)));
+    shift = std::min(shift, 64 - row_bits);  // a row and a place are one word
     buckets = count();
   }
 };
