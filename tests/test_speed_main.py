@@ -155,7 +155,7 @@ def test_readme_says_how_the_time_depends_on_the_scale(report: dict[str, Any]) -
         point["versions"][1].update(version="cpu", ratio=ratio)
     assert scales_line(points)[0] == (
         "Logits of standard deviation 0.1 to 100: 0.80 to 1.00 times the bound; where every tile "
-        "of candidates outscores all before it, 1.30."
+        "of candidates outscores all before it, 1.30 at most."
     )
     assert scales_line([]) == []
 
