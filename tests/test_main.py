@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -238,3 +240,18 @@ def test_build_that_fails_exits_with_1_and_the_reason(
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert main(["build"]) == 1
     assert "no C++ compiler found (CXX=no-such-compiler)" in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_a_compiler_that_was_just_handed_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    submit = ThreadPoolExecutor.submit
+
+    def interrupted(pool: ThreadPoolExecutor, *call: Any) -> Any:
+        submit(pool, *call)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", interrupted)
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        compilers.in_parallel(lambda name: compilers.run_compiler([name, "100"], False), ["sleep"])
+    assert time.monotonic() - start < 60
+    assert compilers.run_compiler(["echo", "next"], False) == "next\n"

@@ -13,9 +13,9 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
+import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
@@ -30,6 +30,7 @@ _SHOWN_LINES = 40  # the first errors of a compiler are the ones that help
 _PROBE = "#include <version>\n__VERSION__ __GLIBCXX__ _LIBCPP_VERSION\n"
 
 _running: set[subprocess.Popen[str]] = set()
+_stopping = threading.Event()  # from Ctrl-C until the threads that run compilers are done
 
 Argument = TypeVar("Argument")
 Result = TypeVar("Result")
@@ -122,6 +123,8 @@ def run_compiler(
             f"{command[0]} does not start: {error}; name another in {variable}"
         ) from error
     _running.add(process)
+    if _stopping.is_set():  # Ctrl-C came before it was seen among the running
+        _kill(process)
     try:
         output, errors = process.communicate(text)
     finally:
@@ -148,19 +151,20 @@ def in_parallel(
     function: Callable[[Argument], Result], arguments: Iterable[Argument]
 ) -> list[Result]:
     """`function` of each argument, in threads, of which Ctrl-C ends the compilers too."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        futures: list[Future[Result]] = []
-        try:
-            for argument in arguments:
-                futures.append(pool.submit(function, argument))
-            return [future.result() for future in futures]
-        except BaseException as error:
-            pool.shutdown(wait=False, cancel_futures=True)
-            while isinstance(error, KeyboardInterrupt) and any(one.running() for one in futures):
-                for process in _running.copy():
-                    _kill(process)
-                time.sleep(0.01)
-            raise
+    try:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            try:
+                futures = [pool.submit(function, argument) for argument in arguments]
+                return [future.result() for future in futures]
+            except BaseException as error:
+                pool.shutdown(wait=False, cancel_futures=True)
+                if isinstance(error, KeyboardInterrupt):
+                    _stopping.set()
+                    for process in _running.copy():
+                        _kill(process)
+                raise
+    finally:
+        _stopping.clear()
 
 
 def _kill(process: subprocess.Popen[str]) -> None:
