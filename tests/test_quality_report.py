@@ -165,6 +165,11 @@ def test_claim_of_the_dual_scale_is_an_average_over_data_sets() -> None:
         runs += [of(name, "hardness +0.5", seed, 0.09) for seed in (0, 1)]
         runs += [of(name, "competition +1", seed, 0.1 + gains[seed] / 10) for seed in (0, 1)]
         documents[f"{name}-dual-scale"] = {"setting": "dual-scale", "runs": runs}
+    colder = [of("lastfm", "competition +1 at 0.15", seed, 0.114) for seed in (0, 1)]
+    better = {"setting": "dual-scale", "runs": documents["lastfm-dual-scale"]["runs"] + colder}
+    assert "competition +1, the default, +14.0 ± 0.0. By data set: " in claims.dual_claim(
+        {"lastfm-dual-scale": better}
+    )
     assert claims.dual_claim(documents) == (
         "NDCG@20 in %: random split +10.0 ± 1.0 on average, 2 seeds: reached; "
         "competition +1, the default, +10.0 ± 1.0. By data set: "

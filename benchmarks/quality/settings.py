@@ -106,7 +106,7 @@ CLOSE = 0.15
 def _dual_scale() -> dict[str, Method]:
     """The softmax loss at several temperatures, then the strengths at that of `FACTORS`.
 
-    On most data sets that is the best, else `CLOSE` is: so the default has both.
+    Where that is not the best temperature, `CLOSE` is: so the default has both.
     """
     methods = {}
     backbones: dict[str, Backbone] = {"": "factors", "LightGCN ": "graph"}

@@ -22,26 +22,26 @@ namespace dwl {
 namespace {
 
 constexpr int64_t kAhead = 8;              // entries between the fetch of a query and its use
-constexpr int64_t kWritesAhead = 16;       // entries between the fetch of a place and its write
+constexpr int64_t kWritesAhead = 16;       // entries between the fetch of memory and its write
 constexpr int64_t kBucketBytes = 1 << 17;  // of sums
 constexpr int64_t kMostBuckets = 1 << 11;  // so many streams of writes stay within the TLB
 constexpr int kMostMarked = 16;            // bits of a bucket's rows that are marked one by one
 constexpr int64_t kBucketsOfThread = 8;    // at least, where the table has so many rows
 
-// Where it comes from and where it goes: the row of the source, and the place in its bucket of the
-// row of the table, in the last bits. I is 32 bits wide where that holds both: entries are what is
-// moved.
+// Where it comes from and where it goes: a row of the source, and in the last bits a slot, the row
+// of the table counted from the first of its bucket. I is 32 bits wide where that holds both:
+// entries are what is moved.
 template <typename T, typename I>
 struct Entry {
-  I row_and_place;
+  I row_and_slot;
   T coefficient;
 
   Entry() = default;
   Entry(int64_t row, int64_t id, int shift, T a)
-      : row_and_place(static_cast<I>(row) << shift | (static_cast<I>(id) & mask(shift))),
+      : row_and_slot(static_cast<I>(row) << shift | (static_cast<I>(id) & mask(shift))),
         coefficient(a) {}
-  int64_t row(int shift) const { return row_and_place >> shift; }
-  int64_t place(int shift) const { return row_and_place & mask(shift); }
+  int64_t row(int shift) const { return row_and_slot >> shift; }
+  int64_t slot(int shift) const { return row_and_slot & mask(shift); }
 
  private:
   static I mask(int shift) { return (I(1) << shift) - 1; }
@@ -54,12 +54,12 @@ void in_parallel(int64_t count, int team, const Work& work) {
 }
 
 // The threads that work, and the table in buckets of 2^shift rows.
-struct Cut {
+struct Layout {
   int team = 1, shift = 0;
   int64_t buckets = 0;
 
   template <typename T, typename S>
-  Cut(const TableGradient<T, S>& p, int threads) {
+  Layout(const TableGradient<T, S>& p, int threads) {
     int64_t most = 0;
     for (int k = 0; k < p.num_pieces; ++k) most += p.rows * p.pieces[k].width;
     team = static_cast<int>(std::clamp<int64_t>(most / 4096, 1, threads));
@@ -69,7 +69,7 @@ struct Cut {
     while (shift > 0 && count() < kBucketsOfThread * team) --shift;
     while (count() > kMostBuckets) ++shift;
     const int row_bits = static_cast<int>(std::bit_width(static_cast<uint64_t>(p.rows)));
-    shift = std::min(shift, 64 - row_bits);  // a row and a place are one word
+    shift = std::min(shift, 64 - row_bits);  // a row and a slot are one word
     buckets = count();
   }
 };
@@ -78,11 +78,12 @@ template <typename T, typename I>
 class Buckets {
  public:
   template <typename S>
-  Buckets(const TableGradient<T, S>& p, const Cut& cut) : team_(cut.team), count_(cut.buckets) {
+  Buckets(const TableGradient<T, S>& p, const Layout& layout)
+      : team_(layout.team), count_(layout.buckets) {
     // Twice through the places: how many a thread has of each piece and bucket, then where they go.
     const auto visit = [&](int64_t part, int k, const auto& take) {
       const Places<T> piece = p.pieces[k];  // in registers, whatever `take` writes to
-      const int shift = cut.shift;
+      const int shift = layout.shift;
       for (int64_t r = p.rows * part / team_; r < p.rows * (part + 1) / team_; ++r) {
         for (int64_t at = r * piece.width; at < (r + 1) * piece.width; ++at) {
           const T coefficient = piece.coefficient != nullptr ? piece.coefficient[at] : T(1);
@@ -138,57 +139,57 @@ class Buckets {
 };
 
 template <typename T, typename S, typename I>
-void sum_by_id(const TableGradient<T, S>& p, const Cut& cut,
+void sum_by_id(const TableGradient<T, S>& p, const Layout& layout,
                const std::function<TableRows<S>(int64_t)>& allocate) {
-  const Buckets<T, I> buckets(p, cut);
-  const int64_t dim = p.dim, bucket_rows = int64_t(1) << cut.shift;
-  // The places that a bucket has, in rising order, and where each of its rows stands among them;
+  const Buckets<T, I> buckets(p, layout);
+  const int64_t dim = p.dim, bucket_rows = int64_t(1) << layout.shift;
+  // The slots that a bucket has, in rising order, and where each of its rows stands among them;
   // the second is empty where a bucket has too many rows for that.
   struct Present {
-    std::vector<int64_t> places;
+    std::vector<int64_t> slots;
     std::vector<int32_t> order;
-    int64_t of(int64_t place) const {
-      if (!order.empty()) return order[place];
-      return std::lower_bound(places.begin(), places.end(), place) - places.begin();
+    int64_t of(int64_t slot) const {
+      if (!order.empty()) return order[slot];
+      return std::lower_bound(slots.begin(), slots.end(), slot) - slots.begin();
     }
   };
   const auto present_in = [&](int64_t bucket) {
     Present present;
-    std::vector<int64_t>& places = present.places;
+    std::vector<int64_t>& slots = present.slots;
     const Entry<T, I>*entry = buckets.begin(bucket), *end = buckets.end(bucket);
-    const int shift = cut.shift;
+    const int shift = layout.shift;
     if (bucket_rows <= int64_t(1) << kMostMarked) {
       present.order.resize(bucket_rows);
-      for (; entry != end; ++entry) present.order[entry->place(shift)] = 1;
-      for (int64_t place = 0; place < bucket_rows; ++place) {
-        if (present.order[place] == 0) continue;
-        present.order[place] = static_cast<int32_t>(places.size());
-        places.push_back(place);
+      for (; entry != end; ++entry) present.order[entry->slot(shift)] = 1;
+      for (int64_t slot = 0; slot < bucket_rows; ++slot) {
+        if (present.order[slot] == 0) continue;
+        present.order[slot] = static_cast<int32_t>(slots.size());
+        slots.push_back(slot);
       }
     } else {
-      for (; entry != end; ++entry) places.push_back(entry->place(shift));
-      std::sort(places.begin(), places.end());
-      places.erase(std::unique(places.begin(), places.end()), places.end());
+      for (; entry != end; ++entry) slots.push_back(entry->slot(shift));
+      std::sort(slots.begin(), slots.end());
+      slots.erase(std::unique(slots.begin(), slots.end()), slots.end());
     }
     return present;
   };
   // How many rows come before those of a bucket.
   std::vector<int64_t> ranks(buckets.count() + 1);
   in_parallel(p.compact ? buckets.count() : 0, buckets.team(), [&](int64_t bucket) {
-    ranks[bucket + 1] = static_cast<int64_t>(present_in(bucket).places.size());
+    ranks[bucket + 1] = static_cast<int64_t>(present_in(bucket).slots.size());
   });
   for (int64_t bucket = 0; bucket < buckets.count(); ++bucket) ranks[bucket + 1] += ranks[bucket];
 
   const TableRows<S> out = allocate(p.compact ? ranks.back() : p.table_rows);
   in_parallel(buckets.count(), buckets.team(), [&](int64_t bucket) {
     const int64_t first = bucket * bucket_rows;
-    const int shift = cut.shift;
+    const int shift = layout.shift;
     int64_t rows = std::min(bucket_rows, p.table_rows - first), start = first;
     Present present;
     if (p.compact) {
       present = present_in(bucket);
-      rows = static_cast<int64_t>(present.places.size()), start = ranks[bucket];
-      for (int64_t k = 0; k < rows; ++k) out.ids[start + k] = first + present.places[k];
+      rows = static_cast<int64_t>(present.slots.size()), start = ranks[bucket];
+      for (int64_t k = 0; k < rows; ++k) out.ids[start + k] = first + present.slots[k];
     }
     std::unique_ptr<T[]> own;
     T* sums;
@@ -202,8 +203,8 @@ void sum_by_id(const TableGradient<T, S>& p, const Cut& cut,
     const Entry<T, I>* end = buckets.end(bucket);
     for (const Entry<T, I>* entry = buckets.begin(bucket); entry != end; ++entry) {
       if (end - entry > kAhead) prefetch(p.source + entry[kAhead].row(shift) * dim, dim);
-      const int64_t place = entry->place(shift);
-      T* sum = sums + (p.compact ? present.of(place) : place) * dim;
+      const int64_t slot = entry->slot(shift);
+      T* sum = sums + (p.compact ? present.of(slot) : slot) * dim;
       add_to_arranged(entry->coefficient, p.source + entry->row(shift) * dim, dim, sum);
     }
     if constexpr (!std::is_same_v<T, S>) {
@@ -219,11 +220,11 @@ void sum_by_id(const TableGradient<T, S>& p, const Cut& cut,
 template <typename T, typename S>
 void table_gradient_cpu(const TableGradient<T, S>& p, int threads,
                         const std::function<TableRows<S>(int64_t)>& allocate) {
-  const Cut cut(p, threads);
-  if (p.rows <= int64_t(std::numeric_limits<uint32_t>::max()) >> cut.shift) {
-    sum_by_id<T, S, uint32_t>(p, cut, allocate);
+  const Layout layout(p, threads);
+  if (p.rows <= int64_t(std::numeric_limits<uint32_t>::max()) >> layout.shift) {
+    sum_by_id<T, S, uint32_t>(p, layout, allocate);
   } else {
-    sum_by_id<T, S, uint64_t>(p, cut, allocate);
+    sum_by_id<T, S, uint64_t>(p, layout, allocate);
   }
 }
 
